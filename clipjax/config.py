@@ -1,0 +1,306 @@
+"""Every knob of a run: typed dataclasses with units. `clipjax.validation` says what is wrong with one.
+
+Reading order: `Config` at the bottom is the whole; each class above is one part of it. Every default lives here.
+Time is given in examples (image-text pairs); the code turns it into steps (completed updates) in one place,
+`steps`. This module imports neither JAX nor anything heavy, because every config file imports it.
+"""
+
+import dataclasses
+import enum
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Activation(enum.Enum):
+    """Non-linearity of the MLP blocks. OpenAI's weights use `quick_gelu` (x * sigmoid(1.702 x)), most others `gelu`."""
+
+    QUICK_GELU = "quick_gelu"
+    GELU = "gelu"
+
+
+class Remat(enum.Enum):
+    """What the backward pass recomputes: nothing, all but matrix products, or everything inside a block."""
+
+    NONE = "none"
+    DOTS = "dots"
+    FULL = "full"
+
+
+class Dtype(enum.Enum):
+    """Number format of the towers' computation. Parameters, logits and log-sum-exps are always float32."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class LossKind(enum.Enum):
+    """Which contrastive loss: `softmax` is CLIP's (arXiv 2103.00020, figure 3)."""
+
+    SOFTMAX = "softmax"
+
+
+class LossMethod(enum.Enum):
+    """How the global similarity matrix is shared out: `gathered` all-gathers both embeddings; `auto` chooses."""
+
+    AUTO = "auto"
+    GATHERED = "gathered"
+
+
+class Crop(enum.Enum):
+    """Training crop: `random_resized` (area share from `min_crop_area` to 1) or `center` (as in evaluation)."""
+
+    RANDOM_RESIZED = "random_resized"
+    CENTER = "center"
+
+
+class TaskKind(enum.Enum):
+    """What an evaluation task measures."""
+
+    ZERO_SHOT = "zero_shot"
+    RETRIEVAL = "retrieval"
+
+
+@dataclass(kw_only=True, slots=True)
+class ImageTowerConfig:
+    """Vision transformer. Lengths in pixels; `mlp_dim` None means 4 * width."""
+
+    image_size: int = 224
+    patch_size: int = 32
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class TextTowerConfig:
+    """Causal text transformer. `vocab_size` is at least the tokenizer's; the last id of the tokenizer is end-of-text."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    depth: int = 12
+    num_heads: int = 8
+    mlp_dim: int | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Two towers, their common embedding and how they are computed."""
+
+    embed_dim: int = 512
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    activation: Activation = Activation.QUICK_GELU
+    compute_dtype: Dtype = Dtype.BFLOAT16
+    scan_layers: bool = True  # one compiled block per tower; False unrolls (faster for small models, slower to compile)
+    remat: Remat = Remat.NONE
+    init_logit_scale: float = 1 / 0.07  # arXiv 2103.00020, section 2.5
+    max_logit_scale: float = 100.0  # clamped after every update
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """The contrastive loss over the global batch; its value never depends on `method` or `tile`."""
+
+    kind: LossKind = LossKind.SOFTMAX
+    method: LossMethod = LossMethod.AUTO
+    tile: int | None = None  # reserved for the tiled loss; must stay None
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with linear warmup and cosine decay to `final_learning_rate`. Defaults: CLIP's, for ViT (tables 18, 19)."""
+
+    learning_rate: float = 5e-4
+    final_learning_rate: float = 0.0
+    weight_decay: float = 0.2  # on matrices and embeddings only, never on gains, biases or the logit scale
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-6
+    max_grad_norm: float | None = None  # global norm; None does not clip
+    ema_decay: float | None = None  # per step; None keeps no average. Evaluation uses the average where there is one
+    freeze: tuple[str, ...] = ()  # regular expressions of parameter paths, e.g. ("image/.*",) for locked-image tuning
+
+
+@dataclass(kw_only=True, slots=True)
+class MeshConfig:
+    """Devices per mesh axis; one of them may be -1 and fills up. The batch is split over `data` and `fsdp`."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where pairs come from and how they become arrays.
+
+    A source is one string: `tfds:NAME/SPLIT`, or a path, glob or brace pattern of WebDataset tars.
+    A tokenizer is one string: `bytes`, `clip:PATH`, `sentencepiece:PATH` or `huggingface:PATH`.
+    """
+
+    train: str = ""
+    tfds_dir: str | None = None  # where prepared TFDS data lies; None is TFDS's own default
+    tfds_image_key: str = "image"
+    tfds_caption_key: str = "captions"
+    tokenizer: str = "bytes"
+    crop: Crop = Crop.RANDOM_RESIZED
+    min_crop_area: float = 0.9  # share of the image's area
+    mean: tuple[float, float, float] = CLIP_MEAN  # of pixels in 0..1, subtracted on the device
+    std: tuple[float, float, float] = CLIP_STD
+    num_workers: int = 0  # worker processes per training process; 0 decodes in threads of the training process
+    num_threads: int = 2  # reading and decoding threads per worker
+    prefetch_batches: int = 2
+    max_bad_fraction: float = 0.05  # of the samples read; above it the run stops
+    max_image_pixels: int = 25_000_000  # refused from the header
+    max_caption_bytes: int = 65_536
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    """One evaluation task.
+
+    `zero_shot` needs `classes` and `templates`: a name in `clipjax/evals/prompts.py` or a JSON file with a list of
+    strings. The class of a sample is its integer `label`; samples without one (-1) are left out.
+    """
+
+    kind: TaskKind = TaskKind.ZERO_SHOT
+    source: str = ""
+    classes: str | None = None
+    templates: str | None = None
+    tfds_label_key: str = "label"
+    max_examples: int | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Evaluation in the loop and at its end."""
+
+    every_examples: int | None = None  # None: only after the last step
+    batch_size: int = 256  # images or texts per forward pass, over all devices
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """When to save and what to keep. The last step is always saved, and so is the step at which a signal arrives."""
+
+    every_examples: int = 1_000_000
+    keep_last: int = 3
+    best_metric: str | None = None  # "TASK:METRIC", larger is better; keeps that step too
+
+
+@dataclass(kw_only=True, slots=True)
+class LogConfig:
+    """When and where to log; `metrics.jsonl` in the workdir is always written."""
+
+    every_examples: int = 100_000
+    tensorboard: bool = True
+    peak_tflops: float | None = None  # per device, for MFU; None looks the chip up and leaves MFU out if it is unknown
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """One run."""
+
+    seed: int = 0
+    total_examples: int = 12_800_000
+    warmup_examples: int = 0
+    global_batch_size: int = 256
+    microbatch_size: int | None = None  # reserved for GradCache; must stay None
+    init_from: str | None = None  # a clipjax checkpoint whose parameters start this run
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def total_steps(config: Config) -> int:
+    """Updates in the run: whole global batches in `total_examples`."""
+    return config.total_examples // config.global_batch_size
+
+
+def steps_of(examples: int, config: Config) -> int:
+    """An interval or duration in steps: rounded to the nearest, at least 1 (0 stays 0)."""
+    return max(1, round(examples / config.global_batch_size)) if examples else 0
+
+
+def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """Axis sizes with -1 filled in.
+
+    Raises:
+        ValueError: the sizes do not multiply to `num_devices`.
+    """
+    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    shown = f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, mesh.tensor={mesh.tensor}"
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        if num_devices % known:
+            raise ValueError(
+                f"{shown}: {num_devices} devices cannot be divided by {known}; choose sizes that divide {num_devices}"
+            )
+        sizes[sizes.index(-1)] = num_devices // known
+    elif known != num_devices:
+        raise ValueError(
+            f"{shown} make {known} devices, but there are {num_devices}; set one axis to -1 to let it fill up"
+        )
+    return sizes[0], sizes[1], sizes[2]
+
+
+def to_dict(config: Any) -> Any:
+    """Plain JSON values: dataclasses as dicts, enums by value, tuples as lists."""
+    if dataclasses.is_dataclass(config):
+        return {item.name: to_dict(getattr(config, item.name)) for item in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, enum.Enum):
+        return config.value
+    if isinstance(config, list | tuple):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def from_dict(values: Any) -> Config:
+    """The config that `to_dict` wrote, from untrusted JSON.
+
+    Raises:
+        ValueError: an unknown field, or a value of the wrong type.
+    """
+    return _parse(Config, values, "config")
+
+
+def _parse(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if not isinstance(value, dict) or not set(value) <= set(hints):
+            unknown = sorted(set(value) - set(hints)) if isinstance(value, dict) else value
+            raise ValueError(f"{path}: unknown {unknown!r}; known fields: {', '.join(hints)}")
+        return kind(**{name: _parse(hints[name], item, f"{path}.{name}") for name, item in value.items()})
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        choices = [member.value for member in kind]
+        if value not in choices:
+            raise ValueError(f"{path}={value!r} must be one of {', '.join(choices)}")
+        return kind(value)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _parse(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_parse(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is types.UnionType:
+        return None if value is None else _parse(arguments[0], value, path)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(kind, type) or type(value) is not kind:
+        raise ValueError(f"{path}={value!r} must be of type {getattr(kind, '__name__', kind)}")
+    return value

@@ -1,0 +1,120 @@
+"""The mesh, and which axis of it each dimension of each array lies on.
+
+Three tables decide everything: `PARAMETER_RULES` names the dimensions of every parameter by its path,
+`MESH_AXES` says on which mesh axis a named dimension is split, and `BATCH_AXES` are the axes that split the batch.
+Models are written as single-device code; they only call `constrain` on activations.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clipjax.config import MeshConfig, resolve_mesh
+from clipjax.trees import first_match, map_with_name
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "width": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "embed": "tensor",
+}
+"""Mesh axis of a named dimension; one that is not listed is never split."""
+
+PARAMETER_RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
+    (r"blocks/attn/qkv/kernel", ("layers", "width", None, "heads", None)),
+    (r"blocks/attn/qkv/bias", ("layers", None, "heads", None)),
+    (r"blocks/attn/out/kernel", ("layers", "heads", None, "width")),
+    (r"blocks/mlp/fc_in/kernel", ("layers", "width", "mlp")),
+    (r"blocks/mlp/fc_in/bias", ("layers", "mlp")),
+    (r"blocks/mlp/fc_out/kernel", ("layers", "mlp", "width")),
+    (r"blocks/(attn/out|mlp/fc_out|ln_1|ln_2)/(bias|scale)", ("layers", None)),
+    (r"image/patch_embed/kernel", (None, None, None, "width")),
+    (r"image/class_embed", (None,)),
+    (r"(image|text)/pos_embed", (None, "width")),
+    (r"(image|text)/proj/kernel", ("width", "embed")),
+    (r"text/token_embed", ("vocab", "width")),
+    (r"(image|text)/ln_(pre|post|final)/(bias|scale)", (None,)),
+    (r"log_logit_scale|logit_bias", ()),
+)
+"""First match wins; the path of an optimizer moment ends in its parameter's path, so it follows the parameter."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh with the axes `data`, `fsdp`, `tensor` over all devices (or those given).
+
+    Raises:
+        ValueError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = resolve_mesh(config, len(devices))
+    if devices[0].platform == "cpu":
+        grid = np.asarray(devices, dtype=object).reshape(sizes)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def partition_spec(dims: Sequence[str | None]) -> PartitionSpec:
+    """Mesh axes of an array whose dimensions have these names."""
+    return PartitionSpec(*(MESH_AXES.get(dim) if dim else None for dim in dims))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """First dimension split over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
+    """Sharding of every leaf of a training state (or of bare parameters), from `PARAMETER_RULES`.
+
+    Scalars and PRNG keys are replicated. Any other leaf must match a rule with as many dimensions as it has.
+
+    Raises:
+        ValueError: leaves that no rule covers, all of them listed.
+    """
+    unmatched: list[str] = []
+
+    def leaf_sharding(name: str, leaf: Any) -> NamedSharding:
+        if leaf.ndim == 0:
+            return replicated(mesh)
+        dims = first_match(PARAMETER_RULES, name)
+        if dims is None or len(dims) != leaf.ndim:
+            unmatched.append(f"{name} {tuple(leaf.shape)}")
+            return replicated(mesh)
+        return NamedSharding(mesh, partition_spec(dims))
+
+    shardings = map_with_name(leaf_sharding, abstract_state)
+    if unmatched:
+        raise ValueError("no rule in sharding.PARAMETER_RULES covers: " + ", ".join(unmatched))
+    return shardings
+
+
+def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
+    """Pin an activation to the mesh in force (`jax.set_mesh`) by the names of its dimensions; without a mesh, x."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(dims))
+
+
+def global_batch(mesh: Mesh, local: Any) -> Any:
+    """Global arrays, split over the batch axes, from the rows that this process has read."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)

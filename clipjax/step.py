@@ -1,0 +1,112 @@
+"""The training state and the pure step from one state to the next.
+
+`TrainState` is all that training needs to go on; `init_state` makes one, `make_train_step` the function that updates
+it. All choices are made while building the step; nothing branches inside it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipjax.config import Config
+from clipjax.trees import global_norm
+from clipjax.typing import Batch, Key, Metrics, Params
+
+TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What one step hands to the next.
+
+    Attributes:
+        step: completed updates, int32 scalar.
+        params: the model's parameters, float32.
+        opt_state: the optimizer's state.
+        ema: moving average of `params`, or None where none is kept.
+        key: the run's PRNG key; step s draws from `fold_in(key, s)`.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params | None
+    key: Key
+
+
+def make_init_state(
+    config: Config, init_params: Callable[[Key], Params], tx: optax.GradientTransformation
+) -> Callable[[Key], TrainState]:
+    """`init_state(key)`: a fresh state. Jit it with shardings, so that no device ever holds more than its part."""
+
+    def init_state(key: Key) -> TrainState:
+        params_key, run_key = jax.random.split(key)
+        params = init_params(params_key)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=tx.init(params),
+            ema=None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, params),
+            key=run_key,
+        )
+
+    return init_state
+
+
+def make_train_step(
+    config: Config,
+    grads_fn: Callable[[Params, Batch, Key], tuple[Params, Metrics]],
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> TrainStep:
+    """One update: gradients, optimizer, clamp of the logit scale, moving average.
+
+    Args:
+        config: gives the clamp and the decay of the average.
+        grads_fn: `(params, batch, key) -> (grads, metrics)` over the global batch.
+        tx: the optimizer that `schedule` belongs to.
+        schedule: learning rate by step, for the metrics.
+    """
+    max_log_scale = math.log(config.model.max_logit_scale)
+    update_ema = _make_ema(config.optim.ema_decay)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, metrics = grads_fn(state.params, batch, jax.random.fold_in(state.key, state.step))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = dict(optax.apply_updates(state.params, updates))
+        params["log_logit_scale"] = jnp.minimum(params["log_logit_scale"], max_log_scale)
+        metrics = {
+            **metrics,
+            "logit_scale": jnp.exp(state.params["log_logit_scale"]),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": global_norm(grads),
+            "grad_norm_image": global_norm(grads["image"]),
+            "grad_norm_text": global_norm(grads["text"]),
+            "param_norm": global_norm(params),
+        }
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=update_ema(state.ema, params),
+            key=state.key,
+        )
+        return state, metrics
+
+    return train_step
+
+
+def _make_ema(decay: float | None) -> Callable[[Params | None, Params], Params | None]:
+    if decay is None:
+        return lambda ema, params: None
+    return lambda ema, params: jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+
+
+def eval_params(state: TrainState) -> Params:
+    """The parameters to evaluate: the moving average where there is one."""
+    return state.params if state.ema is None else state.ema

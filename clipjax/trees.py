@@ -1,0 +1,48 @@
+"""Nested dicts of arrays by path: names, ordered path rules, norms by group.
+
+A path is the keys joined by "/", e.g. `image/blocks/attn/qkv/kernel`; attributes and indices of other containers
+(an optimizer state) take part in the same way.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+T = TypeVar("T")
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """The name of one leaf, from the key path that `jax.tree_util` gives."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def map_with_name(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Apply `function(name, leaf)` to every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_name(path), leaf), tree)
+
+
+def names(tree: Any) -> list[str]:
+    """Names of all leaves, in tree order."""
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def first_match(rules: Sequence[tuple[str, T]], name: str) -> T | None:
+    """The value of the first rule whose regular expression matches the whole name, or its end after a "/"."""
+    for pattern, value in rules:
+        if re.fullmatch(f"(?:.*/)?(?:{pattern})", name):
+            return value
+    return None
+
+
+def match_any(patterns: Sequence[str], name: str) -> bool:
+    """Whether one of the regular expressions matches the whole name."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Euclidean norm over all leaves, float32."""
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))

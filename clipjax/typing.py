@@ -1,0 +1,21 @@
+"""Names for the types that parts exchange, and the legend of array axes.
+
+Axes: b batch (global unless said otherwise), h height, w width (of images), l tokens, c channels, e embed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+Params = Mapping[str, Any]
+"""Parameters: a nested dict of float32 arrays."""
+
+Batch = Mapping[str, Any]
+"""`image` uint8 [b, h, w, 3], `tokens` int32 [b, l], `index` int64 [b] (global position of the pair in the stream)."""
+
+Metrics = dict[str, Any]
+"""Scalars by name."""
+
+Key = jax.Array
+"""A typed JAX PRNG key."""

@@ -1,0 +1,178 @@
+"""What can be wrong with a config, told before any device is touched: field, value, rule, remedy.
+
+`validate` needs nothing but the config; `validate_devices` also the numbers of devices and processes.
+"""
+
+import math
+import re
+from typing import Any
+
+from clipjax.config import Config, TaskKind, from_dict, resolve_mesh, to_dict
+
+
+def validate(config: Config) -> None:
+    """Check all that can be known without a device.
+
+    Raises:
+        ValueError: everything that is wrong, a line each: field, value, rule, remedy.
+    """
+    errors = [*_type_errors(config), *_range_errors(config)]
+    if not errors:
+        errors = [*_batch_errors(config), *_model_errors(config), *_part_errors(config)]
+        # An axis of -1 is not known yet: 1 divides everything, and `validate_devices` looks again.
+        errors += _division_errors(config, *(max(1, getattr(config.mesh, axis)) for axis in ("data", "fsdp", "tensor")))
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def validate_devices(config: Config, *, num_devices: int, num_processes: int) -> None:
+    """Check the mesh, and what it has to divide, against the machine, before a mesh exists.
+
+    Raises:
+        ValueError: mesh sizes that do not fit, or a batch or model that cannot be shared out evenly.
+    """
+    errors = _division_errors(config, *resolve_mesh(config.mesh, num_devices))
+    for path in ("global_batch_size", "eval.batch_size"):
+        errors += _division_error(config, path, num_processes, "the number of processes")
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def _division_errors(config: Config, data: int, fsdp: int, tensor: int) -> list[str]:
+    """Sizes that the mesh axes split but do not divide."""
+    errors = []
+    for path in ("global_batch_size", "eval.batch_size"):
+        errors += _division_error(config, path, data * fsdp, f"mesh.data={data} * mesh.fsdp={fsdp}")
+    for tower in ("model.image", "model.text"):
+        errors += _division_error(config, f"{tower}.num_heads", tensor, f"mesh.tensor={tensor}")
+        errors += _division_error(config, f"{tower}.mlp_dim", tensor, f"mesh.tensor={tensor}")
+        errors += _division_error(config, f"{tower}.width", fsdp, f"mesh.fsdp={fsdp}")
+    for path in ("model.embed_dim", "model.text.vocab_size"):
+        errors += _division_error(config, path, tensor, f"mesh.tensor={tensor}")
+    return errors
+
+
+def _division_error(config: Config, path: str, divisor: int, what: str) -> list[str]:
+    value = field_value(config, path)
+    if path.endswith(".mlp_dim") and value is None:
+        value = 4 * field_value(config, path.replace("mlp_dim", "width"))
+    if value % divisor == 0:
+        return []
+    lower = value // divisor * divisor
+    nearest = ", ".join(str(size) for size in (lower, lower + divisor) if size)
+    return [f"{path}={value} must be divisible by {divisor} ({what}); nearest: {nearest}"]
+
+
+def _type_errors(config: Config) -> list[str]:
+    try:
+        from_dict(to_dict(config))
+    except ValueError as error:
+        return [str(error).removeprefix("config.")]
+    return []
+
+
+_POSITIVE = (
+    "total_examples global_batch_size model.embed_dim model.image.image_size model.image.patch_size model.image.width "
+    "model.image.depth model.image.num_heads model.image.mlp_dim model.text.context_length model.text.vocab_size "
+    "model.text.width model.text.depth model.text.num_heads model.text.mlp_dim model.init_logit_scale "
+    "model.max_logit_scale optim.learning_rate optim.epsilon optim.max_grad_norm data.num_threads "
+    "data.prefetch_batches data.max_image_pixels data.max_caption_bytes eval.batch_size eval.every_examples "
+    "checkpoint.every_examples checkpoint.keep_last log.every_examples log.peak_tflops"
+).split()
+_NOT_NEGATIVE = "warmup_examples seed optim.final_learning_rate optim.weight_decay data.num_workers".split()
+_FRACTION = "optim.beta1 optim.beta2 optim.ema_decay data.min_crop_area data.max_bad_fraction".split()
+
+
+def field_value(config: Any, path: str) -> Any:
+    """The value at a dotted path such as `optim.learning_rate`."""
+    for name in path.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    return config
+
+
+def _range_errors(config: Config) -> list[str]:
+    errors = []
+    for paths, holds, rule in (
+        (_POSITIVE, lambda value: value > 0, "must be greater than 0"),
+        (_NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
+        (_FRACTION, lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
+    ):
+        for path in paths:
+            value = field_value(config, path)
+            if isinstance(value, int | float) and not (math.isfinite(value) and holds(value)):
+                errors.append(f"{path}={value} {rule}")
+    for axis in ("data", "fsdp", "tensor"):
+        size = getattr(config.mesh, axis)
+        if size != -1 and size < 1:
+            errors.append(f"mesh.{axis}={size} must be at least 1, or -1 to fill up")
+    if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
+        errors.append("mesh: only one of data, fsdp and tensor may be -1; give the others a size")
+    return errors
+
+
+def _batch_errors(config: Config) -> list[str]:
+    errors = []
+    batch = config.global_batch_size
+    if config.total_examples < batch:
+        errors.append(f"total_examples={config.total_examples} must be at least one global_batch_size={batch}")
+    if config.warmup_examples > config.total_examples:
+        errors.append(
+            f"warmup_examples={config.warmup_examples} must not exceed total_examples={config.total_examples}"
+        )
+    return errors
+
+
+def _model_errors(config: Config) -> list[str]:
+    errors = []
+    model = config.model
+    if model.image.image_size % model.image.patch_size:
+        errors.append(
+            f"model.image.image_size={model.image.image_size} must be a multiple of "
+            f"model.image.patch_size={model.image.patch_size}"
+        )
+    for path, tower in (("model.image", model.image), ("model.text", model.text)):
+        if tower.width % tower.num_heads:
+            errors.append(f"{path}.width={tower.width} must be a multiple of {path}.num_heads={tower.num_heads}")
+    if model.text.context_length < 3:
+        errors.append(
+            f"model.text.context_length={model.text.context_length} must hold start, a token and end: at least 3"
+        )
+    if model.init_logit_scale > model.max_logit_scale:
+        errors.append(
+            f"model.init_logit_scale={model.init_logit_scale} must not exceed "
+            f"model.max_logit_scale={model.max_logit_scale}"
+        )
+    return errors
+
+
+def _part_errors(config: Config) -> list[str]:
+    errors = []
+    if config.loss.tile is not None:
+        errors.append(f"loss.tile={config.loss.tile}: the tiled loss is not there yet; leave it None")
+    if config.microbatch_size is not None:
+        errors.append(f"microbatch_size={config.microbatch_size}: GradCache is not there yet; leave it None")
+    if not config.data.train:
+        errors.append("data.train='' must name a source: tfds:NAME/SPLIT, or a path, glob or brace pattern of tars")
+    if min(config.data.std) <= 0:
+        errors.append(f"data.std={config.data.std} must be greater than 0 in every channel")
+    for pattern in config.optim.freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            errors.append(f"optim.freeze={pattern!r} is no regular expression: {error}")
+    for name, task in config.eval.tasks.items():
+        if not task.source:
+            errors.append(f"eval.tasks.{name}.source='' must name a source")
+        prompts = (task.classes, task.templates)
+        if task.kind is TaskKind.ZERO_SHOT and None in prompts:
+            errors.append(f"eval.tasks.{name}: zero_shot needs classes and templates; got {prompts}")
+        if task.kind is TaskKind.RETRIEVAL and prompts != (None, None):
+            errors.append(f"eval.tasks.{name}: retrieval would ignore classes and templates; leave both None")
+    if config.checkpoint.best_metric is not None:
+        task = config.checkpoint.best_metric.rpartition(":")[0]
+        if task not in config.eval.tasks:
+            known = ", ".join(config.eval.tasks) or "none"
+            errors.append(
+                f"checkpoint.best_metric={config.checkpoint.best_metric!r} must be TASK:METRIC with a task of eval.tasks ({known})"
+            )
+    return errors

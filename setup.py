@@ -1,0 +1,57 @@
+"""Package metadata of clipjax. Tool settings lie in pyproject.toml."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+
+TEST = [
+    "beartype>=0.20",
+    "hypothesis>=6.120",
+    "import-linter>=2.1",
+    "pyright>=1.1.400",
+    "pytest>=8.3",
+    "ruff>=0.11",
+]
+
+setup(
+    name="clipjax",
+    version="0.1.0",
+    description="Large-scale contrastive image-text pretraining in JAX",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["clipjax", "clipjax.*"]),
+    entry_points={"console_scripts": ["clipjax=clipjax.cli:main"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.8.1",
+        "braceexpand>=0.1.7",
+        "flax>=0.12.6,<0.13",
+        "ftfy>=6.3",
+        "grain>=0.2.15,<0.3",
+        "importlib-resources>=6.4",  # tensorflow-datasets 4.9.10 imports it but does not ask for it
+        "jax>=0.10.2",
+        "jaxtyping>=0.3",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1,<2",
+        "numpy>=2.1",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "pillow>=11",
+        "regex>=2024.11",
+        "sentencepiece>=0.2.1,<0.3",
+        "simplejpeg>=1.8",
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.10,<4.10",
+        "tokenizers>=0.21",
+        "tqdm>=4.67",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda12]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "test": TEST,
+    },
+)

@@ -1,0 +1,23 @@
+"""Fixtures, and the machine that every test runs on: 8 simulated CPU devices, fixed before JAX starts."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("NPROC", "2")  # bits on the CPU depend on the size of XLA's thread pool
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = pathlib.Path(os.environ.get("CLIPJAX_SHARED", pathlib.Path(__file__).resolve().parents[1].parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder of data and parity targets beside the repository; tests that need it skip without it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the folder {SHARED.name}/ beside the repository, which is absent")
+    return SHARED
