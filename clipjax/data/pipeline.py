@@ -1,0 +1,320 @@
+"""From a source to batches: Grain decides order, shares and prefetch; the integer step is the only state.
+
+Reading order: `TrainStream`, `_UsableSamples` (decoding and the substitution of bad samples), `_Augment` (crop and
+caption), `eval_batches`. Axes: b batch of this process, s image_size, l tokens.
+"""
+
+import collections
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clipjax.config import Config, Crop
+from clipjax.data.images import decode, random_resized_crop, resize_center_crop
+from clipjax.data.sources import REASONS, BadSample, Source
+
+_GOOD = -1
+_MAX_PROBES = 100  # bad samples in a row before giving up: nearly all of the data is unusable
+_JUDGED_READS = 1000  # the bad share of fewer samples says little
+_LATEST = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A decoded sample. `requested` is the index that was asked for, `index` the one used instead if that was bad."""
+
+    image: np.ndarray
+    captions: tuple[str, ...]
+    index: int
+    requested: int
+    reason: int
+
+
+class _UsableSamples:
+    """The decoded samples of a source, with a fixed substitute for each bad one, so that batches keep their shape."""
+
+    def __init__(self, source: Source, max_image_pixels: int):
+        self._source = source
+        self._max_image_pixels = max_image_pixels
+        size = len(source)
+        # Steps of a golden-ratio share, made coprime, visit every sample once and do not stay in a bad shard.
+        stride = max(1, round(size * (math.sqrt(5) - 1) / 2))
+        self._stride = next(step for step in itertools.count(stride) if math.gcd(step, size) == 1)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> _Pair:
+        size = len(self._source)
+        first_reason = _GOOD
+        failure = ""
+        for attempt in range(min(size, _MAX_PROBES)):
+            probe = (index + attempt * self._stride) % size
+            try:
+                sample = self._source[probe]
+                if not sample.captions:
+                    raise BadSample("missing_caption")
+                image = decode(sample.image, max_pixels=self._max_image_pixels)
+                return _Pair(image, sample.captions, probe, index, first_reason)
+            except BadSample as bad:
+                if first_reason == _GOOD:
+                    first_reason = REASONS.index(bad.reason)
+                failure = f"{bad.reason} in {self._source.where(probe)}"
+        raise ValueError(
+            f"{min(size, _MAX_PROBES)} samples in a row are unusable, the last: {failure}; check data.train and that "
+            "its image and caption keys name what the data holds"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Augment:
+    """Draws a caption and a crop. Grain keys `rng` by the seed and the sample's global position."""
+
+    tokenize: Callable[[str], np.ndarray]
+    image_size: int
+    crop: Crop
+    min_area: float
+
+    def __call__(self, pair: _Pair, rng: np.random.Generator) -> dict[str, Any]:
+        caption = pair.captions[int(rng.integers(len(pair.captions)))]
+        if self.crop is Crop.RANDOM_RESIZED:
+            image = random_resized_crop(pair.image, self.image_size, min_area=self.min_area, rng=rng)
+        else:
+            image = resize_center_crop(pair.image, self.image_size)
+        return {
+            "image": image,
+            "tokens": self.tokenize(caption),
+            "index": np.int64(pair.index),
+            "requested": np.int64(pair.requested),
+            "reason": np.int32(pair.reason),
+        }
+
+
+class TrainStream:
+    """Endless training batches of one process, in an order that the seed alone decides.
+
+    Each epoch is a new permutation of the source, cut to whole global batches so that none spans two epochs.
+    Global batch g is positions g * B to (g + 1) * B - 1 of the stream, and process p has the p-th contiguous part of
+    it: joined in the order of the processes, the parts are the same array for any number of processes, worker
+    processes and threads. The augmentation at a position depends on the seed and the position only.
+
+    A bad sample is replaced by another one of the source, always the same, and counted by reason. Counts refer to
+    the batches handed out, not to those prefetched.
+
+    Iterating gives `image` uint8 [b, s, s, 3], `tokens` int32 [b, l] and `index` int64 [b], the index in the source
+    of the pair that was used.
+
+    Args:
+        source: pairs; it must have at least one global batch of them.
+        tokenize: text to int32 [l]; picklable if `config.data.num_workers` is not 0.
+        config: uses `seed`, `global_batch_size`, `data` and the image size.
+        process_index: which of `process_count` processes this one is.
+        process_count: how many processes share each global batch.
+        start_step: completed updates; the stream goes on from there without reading what came before.
+        counters: `counters()` of the run that is resumed.
+
+    Raises:
+        ValueError: at construction, if the batch does not divide or the source is too small; from iteration, if more
+            than `data.max_bad_fraction` of the samples of this process are bad, judged in steps of 1000 samples or
+            one epoch, whichever is less.
+
+    Attributes:
+        samples_read: positions handed out, each with one sample of its own.
+        skipped: how many of those samples were bad, by reason.
+        wait_seconds: total time that iteration has waited for data.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        tokenize: Callable[[str], np.ndarray],
+        config: Config,
+        process_index: int = 0,
+        process_count: int = 1,
+        start_step: int = 0,
+        counters: dict[str, Any] | None = None,
+    ):
+        import grain
+
+        batch_size, data = config.global_batch_size, config.data
+        local_size = _local_size("global_batch_size", batch_size, process_count)
+        if len(source) < batch_size:
+            raise ValueError(
+                f"global_batch_size={batch_size} is larger than the {len(source)} samples of data.train={data.train!r};"
+                f" set global_batch_size to at most {len(source)} or give more data"
+            )
+        augment = _Augment(tokenize, config.model.image.image_size, data.crop, data.min_crop_area)
+        samples = grain.MapDataset.source(_UsableSamples(source, data.max_image_pixels)).seed(config.seed).shuffle()
+        epoch_size = len(source) - len(source) % batch_size
+        epoch = samples.slice(slice(epoch_size)).repeat()
+        # The random map comes before the slice, else its randomness would depend on the number of processes; the
+        # batch comes before the workers, else the stream would depend on their number.
+        batches = epoch.random_map(augment).batch(local_size, drop_remainder=True)
+        share = batches.slice(slice(start_step * process_count + process_index, None, process_count))
+        stream = share.to_iter_dataset(
+            grain.ReadOptions(
+                num_threads=data.num_threads,
+                prefetch_buffer_size=max(data.num_threads, 0 if data.num_workers else data.prefetch_batches),
+            )
+        )
+        if data.num_workers:
+            _mark_flags_as_parsed()
+            per_worker = max(1, data.prefetch_batches // data.num_workers)
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(data.num_workers, per_worker))
+        self._source = source
+        self._max_bad_fraction = data.max_bad_fraction
+        self._judged_reads = min(_JUDGED_READS, epoch_size // process_count)
+        self._latest: collections.deque[tuple[str, int]] = collections.deque(maxlen=_LATEST)
+        counters = counters or {"samples_read": 0, "skipped": {}}
+        self.samples_read = int(counters["samples_read"])
+        self.skipped = {reason: int(counters["skipped"].get(reason, 0)) for reason in REASONS}
+        self.wait_seconds = 0.0
+        self._batches = iter(stream)
+        self._batches.start_prefetch()
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        start = time.perf_counter()
+        batch = next(self._batches)
+        self.wait_seconds += time.perf_counter() - start
+        self._count(batch.pop("reason"), batch.pop("requested"))
+        return {name: np.asarray(array) for name, array in batch.items()}
+
+    def counters(self) -> dict[str, Any]:
+        """Counts up to the last batch handed out, for JSON and for `counters` of a stream that goes on from here."""
+        return {"samples_read": self.samples_read, "skipped": dict(self.skipped)}
+
+    def close(self) -> None:
+        """Stops threads and worker processes."""
+        self._batches.close()
+
+    def _count(self, reasons: np.ndarray, requested: np.ndarray) -> None:
+        self.samples_read += len(reasons)
+        for i in np.flatnonzero(reasons != _GOOD):
+            self.skipped[REASONS[reasons[i]]] += 1
+            self._latest.append((REASONS[reasons[i]], int(requested[i])))
+        skipped = sum(self.skipped.values())
+        # Whole windows: in the middle of one, the bad samples may just have come first.
+        judged = math.ceil(self.samples_read / self._judged_reads) * self._judged_reads
+        if skipped <= self._max_bad_fraction * judged:
+            return
+        by_reason = ", ".join(f"{reason} {count}" for reason, count in self.skipped.items() if count)
+        latest = "; ".join(f"{reason} in {self._source.where(index)}" for reason, index in reversed(self._latest))
+        raise ValueError(
+            f"data.max_bad_fraction={self._max_bad_fraction}: {skipped} of the {self.samples_read} samples read in "
+            f"this process are unusable, {skipped / self.samples_read:.1%} ({by_reason}); the latest: {latest}. "
+            "Repair or remove them, or raise data.max_bad_fraction"
+        )
+
+
+def _local_size(field: str, batch_size: int, process_count: int) -> int:
+    if batch_size < process_count or batch_size % process_count:
+        nearest = max(1, round(batch_size / process_count)) * process_count
+        raise ValueError(f"{field}={batch_size} must be divisible by {process_count} processes; nearest: {nearest}")
+    return batch_size // process_count
+
+
+def _mark_flags_as_parsed() -> None:
+    """Grain's workers read absl flags, which raises in a program (a test, a notebook) that never parsed any."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def eval_batches(
+    source: Source,
+    *,
+    image_size: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    max_examples: int | None = None,
+    max_image_pixels: int,
+    num_threads: int,
+) -> Iterator[dict[str, Any]]:
+    """Goes once through a source, in its order, with resize and centre crop; every process gets as many batches.
+
+    Process p's part of global batch g is positions g * batch_size + p, + p + process_count, and so on. Bad samples
+    and the padding of the last batch are rows of zeros with a false `mask`.
+
+    Args:
+        source: samples; they need no captions and no labels.
+        image_size: side of the images in pixels.
+        batch_size: over all processes.
+        process_index: which of `process_count` processes this one is.
+        process_count: how many processes share each batch.
+        max_examples: reads only this many, from the start; None reads all.
+        max_image_pixels: larger images are bad.
+        num_threads: decoding threads.
+
+    Returns:
+        Batches of `image` uint8 [b, s, s, 3], `label` int32 [b] (-1: none), `mask` bool [b], `index` int64 [b] in
+        the source (-1: padding), `reason` int32 [b] (why a sample is bad, an index into `REASONS`; -1: it is not)
+        and `captions`, a list of b tuples of texts.
+
+    Raises:
+        ValueError: if `batch_size` is not divisible by `process_count`.
+    """
+    local_size = _local_size("batch_size", batch_size, process_count)
+    total = len(source) if max_examples is None else min(len(source), max_examples)
+    parts = [range(start + process_index, start + batch_size, process_count) for start in range(0, total, batch_size)]
+    assert all(len(part) == local_size for part in parts)
+
+    def read(index: int) -> dict[str, Any]:
+        if index >= total:
+            return _eval_row(image_size, index=-1)
+        try:
+            sample = source[index]
+            image = resize_center_crop(decode(sample.image, max_pixels=max_image_pixels), image_size)
+        except BadSample as bad:
+            return _eval_row(image_size, index=index, reason=REASONS.index(bad.reason))
+        return _eval_row(image_size, index=index) | {
+            "image": image,
+            "label": sample.label,
+            "mask": True,
+            "captions": sample.captions,
+        }
+
+    return _read_ahead(parts, read, num_threads)
+
+
+def _eval_row(image_size: int, *, index: int, reason: int = _GOOD) -> dict[str, Any]:
+    image = np.zeros((image_size, image_size, 3), np.uint8)
+    return {"image": image, "label": -1, "mask": False, "index": index, "reason": reason, "captions": ()}
+
+
+def _read_ahead(
+    parts: Sequence[range], read: Callable[[int], dict[str, Any]], num_threads: int
+) -> Iterator[dict[str, Any]]:
+    """Stacks each part's rows, while threads read the next part's."""
+    pool = futures.ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="eval-read")
+    try:
+        waiting: collections.deque[list[futures.Future[dict[str, Any]]]] = collections.deque()
+        for part in itertools.chain(parts, [None]):
+            if part is not None:
+                waiting.append([pool.submit(read, index) for index in part])
+            if waiting and (part is None or len(waiting) > 1):
+                yield _stack_rows([row.result() for row in waiting.popleft()])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _stack_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "image": np.stack([row["image"] for row in rows]),
+        "label": np.array([row["label"] for row in rows], np.int32),
+        "mask": np.array([row["mask"] for row in rows], np.bool_),
+        "index": np.array([row["index"] for row in rows], np.int64),
+        "reason": np.array([row["reason"] for row in rows], np.int32),
+        "captions": [row["captions"] for row in rows],
+    }

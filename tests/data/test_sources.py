@@ -1,0 +1,305 @@
+"""Captions, arrays, prepared TFDS data and the strings that name a source."""
+
+import io
+import os
+import pathlib
+import pickle
+import socket
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipjax.config import DataConfig
+from clipjax.data.sources import REASONS, ArraySource, BadSample, build_source, clean_caption
+from clipjax.data.webdataset import TarSource
+
+SHARED = pathlib.Path(os.environ.get("CLIPJAX_SHARED", pathlib.Path(__file__).resolve().parents[2].parent / "shared"))
+
+
+def reason_of(source, index: int) -> str:
+    with pytest.raises(BadSample) as caught:
+        source[index]
+    return caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"a cat", "a cat"),
+        ("  a cat\n", "a cat"),
+        (b"\xef\xbb\xbfcat", "cat"),
+        ("\U0001f600 caf\u00e9", "\U0001f600 caf\u00e9"),
+        (b"x" * 100, "x" * 100),
+    ],
+)
+def test_good_captions(raw, text):
+    assert clean_caption(raw, max_bytes=100) == text
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"", "empty_caption"),
+        (" \n\t", "empty_caption"),
+        (b"\xff\xfe", "caption_not_utf8"),
+        (b"caf\xe9", "caption_not_utf8"),
+        ("lone \ud800 surrogate", "caption_not_utf8"),
+        (b"x" * 101, "caption_too_long"),
+        ("\u00e9" * 51, "caption_too_long"),
+        (b"x" * 10_000_000, "caption_too_long"),
+    ],
+)
+def test_bad_captions(raw, reason):
+    with pytest.raises(BadSample) as caught:
+        clean_caption(raw, max_bytes=100)
+    assert caught.value.reason == reason
+
+
+def test_bad_sample_travels_between_processes():
+    for reason in REASONS:
+        assert pickle.loads(pickle.dumps(BadSample(reason))).reason == reason
+
+
+def test_array_source():
+    images = np.zeros((3, 4, 5, 3), np.uint8)
+    source = ArraySource(images, ["one", ("two", "zwei"), " "], labels=[7, 8, 9])
+    assert len(source) == 3
+    assert source[0].captions == ("one",)
+    assert source[1].captions == ("two", "zwei")
+    assert (source[1].label, source[1].key) == (8, "1")
+    assert reason_of(source, 2) == "empty_caption"
+    assert source.where(2) == "array, index 2"
+    assert ArraySource([b"jpeg"], ["x"])[0].label == -1
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "message"),
+    [
+        (np.zeros((2, 4, 4, 3), np.uint8), ["one"], r"one length, not \{'images': 2, 'captions': 1\}"),
+        (np.zeros((1, 4, 4, 3), np.float32), ["one"], r"images\[0\] must be uint8 \[h, w, 3\], not float32"),
+        ([np.zeros((4, 4, 1), np.uint8)], ["one"], r"not uint8 \[4, 4, 1\]"),
+        ([np.zeros((0, 4, 3), np.uint8)], ["one"], r"not uint8 \[0, 4, 3\]"),
+    ],
+)
+def test_array_source_refuses(images, captions, message):
+    with pytest.raises(ValueError, match=message):
+        ArraySource(images, captions)
+
+
+def jpeg(value: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 6), (value, value, value)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a source must never open a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> str:
+    """A TFDS folder with `pairs` (20 records, in ArrayRecord), written by TFDS itself."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    folder = str(tmp_path_factory.mktemp("tfds"))
+
+    class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        name = "pairs"
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "pixels": tfds.features.Tensor(shape=(2, 2, 3), dtype=np.uint8),
+                "captions": tfds.features.Sequence(tfds.features.Text()),
+                "nested": {"title": tfds.features.Text()},
+                "label": np.int64,
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(20):
+                captions = ["", "x"] if i == 3 else [f"number {i}", f"Nummer {i}"]
+                yield (
+                    i,
+                    {
+                        "image": io.BytesIO(jpeg(10 * i)),
+                        "pixels": np.full((2, 2, 3), i, np.uint8),
+                        "captions": captions,
+                        "nested": {"title": f"title {i}"},
+                        "label": i,
+                    },
+                )
+
+    tfds.disable_progress_bar()
+    builder = Pairs(data_dir=folder, file_format="array_record")
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False, register_checksums=False)
+    )
+    return folder
+
+
+def config(folder: str | None = None, **fields) -> DataConfig:
+    return DataConfig(tfds_dir=folder, **fields)
+
+
+def test_tfds_source(prepared, no_network):
+    source = build_source("tfds:pairs/train", data=config(prepared))
+    assert len(source) == 20
+    by_label = {}
+    for i in range(20):
+        try:
+            sample = source[i]
+        except BadSample as bad:
+            assert bad.reason == "empty_caption"
+            continue
+        assert isinstance(sample.image, bytes)
+        assert sample.image.startswith(b"\xff\xd8")
+        by_label[sample.label] = sample
+    assert sorted(by_label) == [i for i in range(20) if i != 3]
+    assert by_label[5].captions == ("number 5", "Nummer 5")
+    assert by_label[5].image == jpeg(50)
+    assert source.where(4) == "tfds:pairs/train, record 4"
+
+
+def test_tfds_source_travels_to_workers_without_its_readers(prepared, no_network):
+    source = build_source("tfds:pairs/train[:50%]", data=config(prepared))
+    data = pickle.dumps(source)
+    assert len(data) < 2000
+    copy = pickle.loads(data)
+    assert len(copy) == 10
+    assert copy[1] == source[1]
+
+
+def test_tfds_features_by_config(prepared, no_network):
+    data = config(prepared, tfds_image_key="pixels", tfds_caption_key="nested/title")
+    sample = build_source("tfds:pairs:1.0.0/train", data=data, label_key="other")[0]
+    assert sample.image.dtype == np.uint8
+    assert sample.image.shape == (2, 2, 3)
+    assert sample.captions == (f"title {sample.image[0, 0, 0]}",)
+    assert sample.label == -1
+    labels_only = build_source("tfds:pairs/train", data=config(prepared, tfds_caption_key="none"))
+    assert labels_only[0].captions == ()
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields", "message"),
+    [
+        ("tfds:scenes/train", {}, r"tfds:scenes'.*no prepared data.*run `clipjax data scenes`"),
+        ("tfds:mnist/train", {}, r"tfds:mnist'.*prepare it with file_format='array_record'"),
+        ("tfds:pairs/config/train", {}, r"no prepared data.*pairs/config/CONFIG"),
+        ("tfds:pairs/test", {}, r"the splits are train; .*test"),
+        ("tfds:pairs", {}, r"must be tfds:NAME/SPLIT"),
+        ("tfds:pairs/train", {"tfds_image_key": "picture"}, r"'picture' is not an image.*set data.tfds_image_key"),
+        ("tfds:pairs/train", {"tfds_image_key": "label"}, r"'label' is not an image"),
+    ],
+)
+def test_tfds_refuses(prepared, no_network, spec, fields, message):
+    with pytest.raises(ValueError, match=message):
+        build_source(spec, data=config(prepared, **fields))
+
+
+def test_tfds_refuses_other_features_and_formats(prepared, no_network, tmp_path):
+    with pytest.raises(ValueError, match="neither a caption feature 'a' nor a label feature 'b'"):
+        build_source("tfds:pairs/train", data=config(prepared, tfds_caption_key="a"), label_key="b")
+    copied = tmp_path / "pairs" / "1.0.0"
+    copied.mkdir(parents=True)
+    for file in (pathlib.Path(prepared) / "pairs" / "1.0.0").glob("*.json"):
+        (copied / file.name).write_text(file.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match=r"in the format tfrecord.*file_format='array_record'"):
+        build_source("tfds:pairs/train", data=config(str(tmp_path)))
+
+
+def test_tfds_damaged_record_is_a_bad_sample(prepared, no_network, tmp_path):
+    copied = tmp_path / "pairs" / "1.0.0"
+    copied.mkdir(parents=True)
+    for file in (pathlib.Path(prepared) / "pairs" / "1.0.0").iterdir():
+        content = bytearray(file.read_bytes())
+        if "array_record" in file.name:
+            content[3000:3060] = bytes(60)
+        (copied / file.name).write_bytes(content)
+    source = build_source("tfds:pairs/train", data=config(str(tmp_path)))
+    reasons = []
+    for i in range(len(source)):
+        try:
+            source[i]
+        except BadSample as bad:
+            reasons.append(bad.reason)
+    assert sorted(reasons) == ["corrupt_record", "empty_caption"]
+
+
+def write_tar(path: pathlib.Path, keys: list[str]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key in keys:
+            for extension, content in (("jpg", b"image"), ("txt", key.encode())):
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path) -> pathlib.Path:
+    for i in (0, 1, 2, 10):
+        write_tar(tmp_path / f"train-{i:05d}.tar", [f"{i}a", f"{i}b"])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keys"),
+    [
+        ("train-00001.tar", "1a 1b"),
+        ("train-{00000..00002}.tar", "0a 0b 1a 1b 2a 2b"),
+        ("train-{00010,00001}.tar", "10a 10b 1a 1b"),
+        ("train-*.tar", "0a 0b 1a 1b 2a 2b 10a 10b"),
+        ("train-0000?.tar", "0a 0b 1a 1b 2a 2b"),
+        ("train-{00002,0000*}.tar", "2a 2b 0a 0b 1a 1b"),
+    ],
+)
+def test_tar_patterns(shards, pattern, keys):
+    source = build_source(str(shards / pattern), data=DataConfig())
+    assert isinstance(source, TarSource)
+    assert [source[i].key for i in range(len(source))] == keys.split()
+
+
+def test_a_path_with_special_characters_is_taken_literally(tmp_path):
+    write_tar(tmp_path / "a[1]{2,3}.tar", ["x"])
+    assert build_source(str(tmp_path / "a[1]{2,3}.tar"), data=DataConfig())[0].key == "x"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("none-*.tar", r"1 of the paths or patterns match no file: .*none-\*\.tar"),
+        ("train-{00001..00004}.tar", r"2 of the paths.*train-00003\.tar, .*train-00004\.tar"),
+        (".", r"is a directory; write .*/\*\.tar"),
+    ],
+)
+def test_patterns_that_match_nothing(shards, pattern, message):
+    with pytest.raises(ValueError, match=message):
+        build_source(str(shards / pattern), data=DataConfig())
+
+
+def test_empty_spec():
+    with pytest.raises(ValueError, match="is empty; give tfds:NAME/SPLIT"):
+        build_source("", data=DataConfig())
+
+
+def test_real_shards():
+    if not SHARED.exists():
+        pytest.skip("shared/ is absent")
+    source = build_source(str(SHARED / "data/emoji/emoji-{blob,noto}-val-00000.tar"), data=DataConfig())
+    assert len(source) == 249 + 320
+    for i in (0, 248, 249, 568):
+        sample = source[i]
+        assert Image.open(io.BytesIO(sample.image)).size == (96, 96)
+        assert sample.captions[0]
+    assert "emoji-noto-val-00000.tar, key 000000000" in source.where(249)
