@@ -65,8 +65,11 @@ class _TensorBoardFile:
         from tensorboardX.proto import event_pb2, summary_pb2
         from tensorboardX.record_writer import masked_crc32c
 
-        self._event, self._session_log, self._checksum = event_pb2.Event, event_pb2.SessionLog, masked_crc32c
-        self._summary = summary_pb2.Summary
+        # The attributes of generated protobuf modules exist at run time only, hence Any.
+        events: Any = event_pb2
+        summaries: Any = summary_pb2
+        self._event, self._session_log, self._summary = events.Event, events.SessionLog, summaries.Summary
+        self._checksum = masked_crc32c
         folder.mkdir(parents=True, exist_ok=True)
         # The name's time orders the files of resumed runs; nanoseconds keep two starts within a second apart.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{time.time_ns()}"
@@ -144,7 +147,7 @@ class MetricsWriter:
 
 
 def _trim(path: pathlib.Path, start_step: int) -> None:
-    """Rewrites a metrics file to its whole lines up to `start_step`; atomic, and no write if nothing is to be dropped."""
+    """Drops all but the whole lines up to `start_step`; atomic, and no write where there is nothing to drop."""
     content = path.read_bytes()
     kept = b"".join(line for line in content.splitlines(keepends=True) if _is_kept(line, start_step))
     if kept == content:
@@ -305,11 +308,11 @@ class Progress:
     def __init__(self, total_steps: int, *, stream: TextIO | None = None, enabled: bool = True) -> None:
         self._total_steps = total_steps
         self._stream = sys.stderr if stream is None else stream
-        self._enabled = enabled and self._stream is not None
+        self._enabled = enabled
         self._line = ""  # what stands on the terminal's last line
         try:
             self._in_place = self._enabled and self._stream.isatty()
-        except ValueError:  # a closed stream
+        except (AttributeError, ValueError):  # no stream (sys.stderr may be None), or a closed one
             self._enabled = self._in_place = False
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
@@ -338,9 +341,10 @@ class Progress:
 
     def _with_bar(self, text: str, share: float) -> str:
         try:
-            width = os.get_terminal_size(self._stream.fileno()).columns - 1
+            columns = os.get_terminal_size(self._stream.fileno()).columns
         except (OSError, ValueError):
-            width = 79
+            columns = 0
+        width = (columns or 80) - 1  # some terminals report 0; a full last column would wrap
         cells = min(24, width - len(text) - 2)
         if cells < 8:
             return text[:width]

@@ -4,23 +4,23 @@ A sweep file defines `get_sweep() -> Sweep`; `clipjax sweep` runs it. Fields are
 "optim.learning_rate". The same definition gives the same trials on every machine and Python version.
 """
 
-import ast
 import dataclasses
 import difflib
 import enum
 import itertools
 import math
 import random
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """A real number between `low` and `high`, rounded to 4 digits."""
+    """A number between `low` and `high`, rounded to a ten-thousandth of the range or finer."""
 
     low: float
     high: float
@@ -30,7 +30,8 @@ class Uniform:
 
     def at(self, share: float) -> float:
         """The value at `share` (0 to 1) of the way."""
-        return _rounded(self.low + share * (self.high - self.low), self.low, self.high)
+        decimals = 4 - math.floor(math.log10(self.high - self.low))
+        return _clamped(round(self.low + share * (self.high - self.low), decimals), self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class LogUniform:
 
     def at(self, share: float) -> float:
         """The value at `share` (0 to 1) of the way."""
-        return _rounded(self.low * (self.high / self.low) ** share, self.low, self.high)
+        return _clamped(float(f"{self.low * (self.high / self.low) ** share:.4g}"), self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +156,10 @@ class Sweep:
         return self.search.trials()
 
     def is_log(self, path: str) -> bool:
-        """Whether a field is searched on a logarithmic scale: LogUniform, or a grid nearer to even ratios than steps."""
+        """Whether a field is searched in its logarithm: LogUniform, or a grid of more even ratios than differences."""
+        if isinstance(self.search, RandomSearch):
+            return isinstance(self.search.fields[path], LogUniform)
         values = self.search.fields[path]
-        if not isinstance(self.search, Grid):
-            return isinstance(values, LogUniform)
         if len(values) < 3 or any(isinstance(v, bool) or not isinstance(v, int | float) or v <= 0 for v in values):
             return False
         ordered = sorted(values)
@@ -182,8 +183,8 @@ def _check_range(distribution: Any, is_valid: bool) -> None:
         raise ValueError(f"{distribution} must have {positive}low < high")
 
 
-def _rounded(value: float, low: float, high: float) -> float:
-    return min(max(float(f"{value:.4g}"), low), high)
+def _clamped(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)
 
 
 def check_override(config_type: type, path: str, value: Any) -> None:
@@ -192,39 +193,43 @@ def check_override(config_type: type, path: str, value: Any) -> None:
     Raises:
         ValueError: There is no such field, or the value has another type.
     """
-    expected = field_type(config_type, path)
-    if dataclasses.is_dataclass(expected):
-        names = ", ".join(f"{path}.{field.name}" for field in dataclasses.fields(expected))
-        raise ValueError(f"{path} is a group of fields and has no value of its own; name one of {names}")
-    if value is None:
-        raise ValueError(
-            f"{path}=None cannot be given on a command line; leave it None in the config and out of the sweep"
-        )
+    annotation = field_type(config_type, path)
+    expected = _without_none(annotation)
+    if value is None and expected is not annotation:
+        return
     if not _fits(value, expected):
         name = expected.__name__ if isinstance(expected, type) and not typing.get_args(expected) else str(expected)
-        members = f" ({', '.join(member.name for member in expected)})" if _is_enum(expected) else ""
-        raise ValueError(f"{path}={value!r} is {type(value).__name__} and must be {name}{members}")
+        if _is_enum(expected):
+            name = "one of " + ", ".join(member.name for member in expected)
+        raise ValueError(f"{path}={value!r} is {type(value).__name__} and must be {name}")
 
 
 def field_type(config_type: type, path: str) -> Any:
-    """The annotated type of the field at a dotted path, without its `| None`.
+    """The annotated type of the field at a path such as `a.b`, or `a["key"].b` into a dict.
 
     Raises:
-        ValueError: There is no such field; the message proposes a near one.
+        ValueError: There is no such field (the message proposes a near one), or it is a group of fields.
     """
     current: Any = config_type
-    for depth, name in enumerate(path.split(".")):
+    annotation: Any = config_type
+    walked = "the config"
+    for key, name in re.findall(r"""\[["'](.+?)["']\]|([^.\[\]]+)""", path):
         if typing.get_origin(current) is dict:
-            current = typing.get_args(current)[1]
-            continue
-        known = typing.get_type_hints(current) if dataclasses.is_dataclass(current) else {}
-        if name not in known:
-            parent = ".".join(path.split(".")[:depth]) or "the config"
-            near = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'no fields'}"
-            raise ValueError(f"{path}: {parent} has no field {name}; {remedy}")
-        current = _without_none(known[name])
-    return current
+            annotation = typing.get_args(current)[1]
+        else:
+            known = typing.get_type_hints(current) if dataclasses.is_dataclass(current) else {}
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+                raise ValueError(f"{path}: {walked} has no field {name or key}; {remedy}")
+            annotation = known[name]
+        current, walked = _without_none(annotation), name or key
+    if dataclasses.is_dataclass(current) or typing.get_origin(current) is dict:
+        members = (
+            [field.name for field in dataclasses.fields(current)] if dataclasses.is_dataclass(current) else ["NAME"]
+        )
+        raise ValueError(f"{path} is a group of fields; name one in it: {', '.join(members)}")
+    return annotation
 
 
 def format_value(value: Any) -> str:
@@ -232,22 +237,14 @@ def format_value(value: Any) -> str:
     return value.name if isinstance(value, enum.Enum) else str(value)
 
 
-def parse_value(text: str) -> Any:
-    """The Python value that a string stands for, or the string itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def _without_none(annotation: Any) -> Any:
-    if isinstance(annotation, types.UnionType):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         inner = [member for member in typing.get_args(annotation) if member is not types.NoneType]
         return inner[0] if len(inner) == 1 else annotation
     return annotation
 
 
-def _is_enum(annotation: Any) -> bool:
+def _is_enum(annotation: Any) -> TypeGuard[type[enum.Enum]]:
     return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
 
 

@@ -107,6 +107,18 @@ def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
     return shardings
 
 
+def placed(abstract: Any, shardings: Any) -> Any:
+    """Shapes and dtypes together with where each leaf is to lie."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
+    )
+
+
+def of(tree: Any) -> Any:
+    """Where each leaf of a tree of arrays lies."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     """Pin an activation to the mesh in force (`jax.set_mesh`) by the names of its dimensions; without a mesh, x."""
     if jax.sharding.get_abstract_mesh().empty:

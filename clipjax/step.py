@@ -5,7 +5,7 @@ it. All choices are made while building the step; nothing branches inside it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -110,3 +110,14 @@ def _make_ema(decay: float | None) -> Callable[[Params | None, Params], Params |
 def eval_params(state: TrainState) -> Params:
     """The parameters to evaluate: the moving average where there is one."""
     return state.params if state.ema is None else state.ema
+
+
+def to_groups(state: TrainState) -> dict[str, Any]:
+    """The state as the groups of arrays that a checkpoint keeps apart, so that `params` can be read alone."""
+    groups = {"params": state.params, "train": {"step": state.step, "opt_state": state.opt_state, "key": state.key}}
+    return groups if state.ema is None else {**groups, "ema": state.ema}
+
+
+def from_groups(groups: Mapping[str, Any]) -> TrainState:
+    """The state that `to_groups` took apart."""
+    return TrainState(params=groups["params"], ema=groups.get("ema"), **groups["train"])

@@ -4,6 +4,7 @@ Reading order: `Tokenizer` (the promise that the text tower relies on), `tokeniz
 `build_tokenizer` (a config's string to a tokenizer), then the kinds. Axes: n captions, l tokens.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -73,6 +74,17 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) ->
         row[1 : len(ids) + 1] = ids
         row[len(ids) + 1] = tokenizer.end_id
     return tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToTokens:
+    """`text -> int32 [context_length]`, as the pipeline wants it; pickles to data workers."""
+
+    tokenizer: Tokenizer
+    context_length: int
+
+    def __call__(self, text: str) -> np.ndarray:
+        return tokenize(self.tokenizer, [text], self.context_length)[0]
 
 
 def build_tokenizer(spec: str) -> Tokenizer:

@@ -60,6 +60,12 @@ def build_clip(config: ModelConfig) -> Clip:
     return Clip(init, encode_image, encode_text)
 
 
+def abstract_params(config: ModelConfig) -> Params:
+    """Shapes and dtypes of a model's parameters; nothing is allocated, no device is touched."""
+    clip = build_clip(config)
+    return jax.eval_shape(lambda: clip.init(jax.random.key(0)))
+
+
 def unit_norm(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
     """Rows scaled to Euclidean length 1, in float32."""
     x = x.astype(jnp.float32)

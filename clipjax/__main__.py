@@ -1,0 +1,8 @@
+"""`python -m clipjax COMMAND ...` is the console script."""
+
+import sys
+
+from clipjax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""Checkpoints: arrays, data position, config, tokenizer and preprocessing, all in one step directory.
+
+`WORKDIR/checkpoints/STEP/` holds groups of arrays (`params`, `ema` where one is kept, `train`) and the records
+`config`, `data`, `tokenizer`, `preprocessing` as JSON. Orbax writes in the background into a temporary directory and
+renames it when all of it is there, so a step directory is complete or absent. Nothing is ever unpickled.
+"""
+
+import base64
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from clipjax.config import CheckpointConfig, Config, from_dict, to_dict
+from clipjax.data.tokenizer import Tokenizer, tokenizer_from_files
+
+FOLDER = "checkpoints"
+RECORDS = ("config", "data", "tokenizer", "preprocessing")
+
+
+class Checkpoints:
+    """The checkpoints of one run: saved in the background, the last few and the best one kept."""
+
+    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig) -> None:
+        self._workdir = workdir
+        policy: preservation_policy.PreservationPolicy = preservation_policy.LatestN(config.keep_last)
+        best: Callable[[Any], float] | None = None
+        if config.best_metric is not None:
+            best = _best_value
+            keep_best = preservation_policy.BestN(
+                get_metric_fn=_best_value, n=1, keep_checkpoints_without_metrics=False
+            )
+            policy = preservation_policy.AnyPreservationPolicy([policy, keep_best])
+        self._manager = ocp.CheckpointManager(
+            (workdir / FOLDER).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, best_fn=best, cleanup_tmp_directories=True
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def path(self, step: int) -> pathlib.Path:
+        """Directory of a step."""
+        return self._workdir / FOLDER / str(step)
+
+    def save(
+        self, step: int, arrays: Mapping[str, Any], records: Mapping[str, Any], best_value: float | None = None
+    ) -> None:
+        """Start saving; returns when the arrays may change again.
+
+        Args:
+            step: completed updates.
+            arrays: pytrees of arrays by group.
+            records: JSON values by name.
+            best_value: what the best step is chosen by, if it was measured at this step.
+        """
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
+        metrics = None if best_value is None else {"best": best_value}
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+    def restore(self, step: int, abstract_arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arrays, placed as the shardings of `abstract_arrays` say, and the records.
+
+        Raises:
+            ValueError: a group or array is missing, misshapen or damaged.
+        """
+        return _restore(self._manager, step, abstract_arrays)
+
+    def wait(self) -> None:
+        """Until everything saved so far is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, then stop the background threads."""
+        self._manager.close()
+
+
+def _best_value(metrics: Any) -> float:
+    return float(metrics["best"])
+
+
+def _restore(
+    manager: ocp.CheckpointManager, step: int, abstract_arrays: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    items: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_arrays.items()}
+    items |= {name: ocp.args.JsonRestore() for name in RECORDS}
+    try:
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        place = f"{manager.directory}/{step}"
+        raise ValueError(f"checkpoint {place} cannot be restored into this config: {error}") from error
+    return {name: restored[name] for name in abstract_arrays}, {name: restored[name] for name in RECORDS}
+
+
+class SavedCheckpoint:
+    """One checkpoint opened for reading.
+
+    Args:
+        path: a workdir (its newest step is taken), its `checkpoints` folder, or one step directory.
+
+    Raises:
+        ValueError: there is no checkpoint there, or its records are damaged.
+    """
+
+    def __init__(self, path: str | pathlib.Path) -> None:
+        folder, step = find_checkpoint(pathlib.Path(path))
+        self.step = step
+        self.path = folder / str(step)
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+        )
+        items: dict[str, Any] = {name: ocp.args.JsonRestore() for name in RECORDS}
+        try:
+            self.records: dict[str, Any] = dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+            self.config: Config = from_dict(self.records["config"])
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(f"checkpoint {self.path} is damaged or not clipjax's: {error}") from error
+
+    @property
+    def params_group(self) -> str:
+        """The group to evaluate: `ema` where one was kept, else `params`."""
+        return "ema" if (self.path / "ema").is_dir() else "params"
+
+    def params(self, abstract_params: Any) -> Any:
+        """The parameters to evaluate, placed as the shardings of `abstract_params` say."""
+        group = self.params_group
+        return _restore(self._manager, self.step, {group: abstract_params})[0][group]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that was saved."""
+        return unpack_tokenizer(self.records["tokenizer"])
+
+
+def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int]:
+    """The folder of steps and the step that a path means.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path.name.isdigit() and (path / "config").is_dir():
+        return path.parent, int(path.name)
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        raise ValueError(
+            f"no checkpoint at {str(path)!r}: give a workdir that training has saved to, or one of its "
+            f"{FOLDER}/STEP directories"
+        )
+    return folder, max(steps)
+
+
+def pack_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer as a JSON record."""
+    files = {name: base64.b64encode(content).decode() for name, content in tokenizer.files().items()}
+    return {"name": tokenizer.name, "files": files}
+
+
+def unpack_tokenizer(record: Any) -> Tokenizer:
+    """The tokenizer of a record.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    try:
+        files = {str(name): base64.b64decode(content, validate=True) for name, content in record["files"].items()}
+        return tokenizer_from_files(str(record["name"]), files)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the checkpoint's tokenizer is damaged: {error!r}") from error
+
+
+def make_records(config: Config, tokenizer: Tokenizer, data_position: Mapping[str, Any]) -> dict[str, Any]:
+    """All records of a checkpoint.
+
+    `preprocessing` repeats what of the config turns a picture into the model's input, for readers of other kinds.
+    """
+    return {
+        "config": to_dict(config),
+        "data": dict(data_position),
+        "tokenizer": pack_tokenizer(tokenizer),
+        "preprocessing": {
+            "image_size": config.model.image.image_size,
+            "resize": "shorter side, bicubic, antialiased",
+            "crop": "center",
+            "mean": list(config.data.mean),
+            "std": list(config.data.std),
+        },
+    }
+
+
+RESUMABLE = ("mesh.", "log.", "eval.", "checkpoint.", "init_from", "data.tfds_dir", "data.num_", "data.prefetch_batches")
+"""Fields (by prefix) that may change when a run goes on: none of them touches the state or the order of samples."""
+
+
+def saved_config(workdir: pathlib.Path) -> tuple[int, Config] | None:
+    """Step and config of the newest checkpoint in a workdir, or None where there is none yet."""
+    try:
+        find_checkpoint(workdir)
+    except ValueError:
+        return None
+    saved = SavedCheckpoint(workdir)
+    return saved.step, saved.config
+
+
+def check_resumable(step: int, saved: Config, config: Config) -> None:
+    """Refuse to go on with a config that would make a different run.
+
+    Raises:
+        ValueError: every field that differs, with both values.
+    """
+    old, new = _flatten(to_dict(saved)), _flatten(to_dict(config))
+    changed = [
+        f"{path}={new.get(path)!r} (checkpoint: {old.get(path)!r})"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path) and not path.startswith(RESUMABLE)
+    ]
+    if changed:
+        raise ValueError(
+            f"the workdir holds a run at step {step} with another config: {', '.join(changed)}; "
+            "use the old values to go on with it, or another workdir to start anew"
+        )
+
+
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}.{name}" if prefix else name)
+    return flat

@@ -1,0 +1,48 @@
+"""The console script: `clipjax COMMAND ...` dispatches to the front doors."""
+
+import sys
+from collections.abc import Sequence
+
+from clipjax import __version__
+
+HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
+
+  clipjax train   train a model, or go on with a run
+  clipjax eval    evaluate a checkpoint: zero-shot classification, retrieval
+  clipjax sweep   train over a grid or random draws of config fields
+  clipjax data    make the embedded dataset, train a tokenizer, look into a source
+
+`clipjax COMMAND --help` tells more. Start with:
+
+  clipjax data scenes
+  clipjax train --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first argument names; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    match command:
+        case "train":
+            from clipjax.train import main as run
+        case "eval":
+            from clipjax.eval import main as run
+        case "sweep":
+            from clipjax.sweep import main as run
+        case "data":
+            from clipjax.data.__main__ import main as run
+        case "--version":
+            print(__version__)
+            return 0
+        case "-h" | "--help" | "help":
+            print(HELP)
+            return 0
+        case _:
+            print(f"clipjax: error: unknown command {command!r}; known: train, eval, sweep, data", file=sys.stderr)
+            return 2
+    return run(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Evaluate a checkpoint: `clipjax eval --checkpoint=WORKDIR_OR_STEP [--tasks=A,B] --output=results.json`.
+
+Needs nothing but the checkpoint and the data: config, tokenizer and preprocessing come out of the checkpoint.
+"""
+
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+
+from clipjax import distributed, flags, sharding
+from clipjax.checkpoint import SavedCheckpoint
+from clipjax.config import MeshConfig
+from clipjax.evals.encoder import make_encoder_factory
+from clipjax.evals.runner import Task, build_tasks, run_tasks, write_results
+from clipjax.inference import load_params
+from clipjax.journal import results_table
+from clipjax.models.clip import build_clip
+from clipjax.validation import validate, validate_devices
+
+PROGRAM = "clipjax eval"
+OPTIONS = {
+    "checkpoint": "a workdir (its newest step is taken) or one of its checkpoints/STEP directories",
+    "tasks": "names of the config's eval.tasks, separated by commas; all of them if left out",
+    "output": "JSON file for the results",
+}
+HELP = f"""Evaluate a checkpoint on the tasks of its config.
+
+  {PROGRAM} --checkpoint=WORKDIR_OR_STEP [--tasks=A,B] [--output=results.json] [--config.FIELD=VALUE ...]
+
+  --checkpoint  {OPTIONS["checkpoint"]}
+  --tasks       {OPTIONS["tasks"]}
+  --output      {OPTIONS["output"]}
+
+Fields of the saved config can be overridden, for example where the data lies now (--config.data.tfds_dir=DIR) or the
+mesh (--config.mesh.fsdp=2). The mesh of the training run is not taken over.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The front door; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if flags.wants_help(argv):
+        print(HELP)
+        return 0
+    return flags.front_door(PROGRAM, lambda: prepare(argv))
+
+
+def prepare(argv: Sequence[str]) -> Callable[[], int]:
+    """Open and check everything; returns the evaluation itself.
+
+    Raises:
+        ValueError: for the user, with field, value, rule and remedy.
+    """
+    path = _option(argv, "checkpoint")
+    if not path:
+        raise ValueError("--checkpoint=WORKDIR_OR_STEP is missing: name a workdir that training has saved to")
+    saved = SavedCheckpoint(path)
+    saved.config.mesh = MeshConfig()
+    arguments = flags.parse(PROGRAM, argv, options=OPTIONS, config=saved.config)
+    output = arguments.options["output"]
+    if output:
+        flags.require_writable(pathlib.Path(output).parent)
+    validate(saved.config)
+    _select_tasks(saved, arguments.options["tasks"])
+    tasks = build_tasks(saved.config)
+    distributed.start()
+    validate_devices(saved.config, num_devices=jax.device_count(), num_processes=jax.process_count())
+    return lambda: evaluate(saved, tasks, pathlib.Path(output) if output else None)
+
+
+def _option(argv: Sequence[str], name: str) -> str | None:
+    """One option's value, needed before the rest can be parsed."""
+    for position, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag in (f"--{name}", f"-{name}"):
+            return value if equals else next(iter(argv[position + 1 : position + 2]), None)
+    return None
+
+
+def _select_tasks(saved: SavedCheckpoint, chosen: str | None) -> None:
+    tasks = saved.config.eval.tasks
+    wanted = list(tasks) if chosen is None else [name.strip() for name in chosen.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in tasks]
+    if unknown or not wanted:
+        raise ValueError(
+            f"--tasks={chosen or ''}: {', '.join(unknown) or 'nothing'} is not among the tasks of the checkpoint's "
+            f"config ({', '.join(tasks) or 'none'})"
+        )
+    saved.config.eval.tasks = {name: tasks[name] for name in wanted}
+
+
+def evaluate(saved: SavedCheckpoint, tasks: dict[str, Task], output: pathlib.Path | None) -> int:
+    """Run the tasks, print the table, write the JSON; returns the exit code."""
+    config = saved.config
+    mesh = sharding.make_mesh(config.mesh)
+    clip = build_clip(config.model)
+    with jax.set_mesh(mesh):
+        make_encoder = make_encoder_factory(config, clip, mesh, saved.tokenizer())
+        results = run_tasks(tasks, make_encoder(load_params(saved, mesh)))
+    if distributed.is_first():
+        print(f"checkpoint {saved.path} ({saved.params_group}), step {saved.step}")
+        print(results_table(results))
+        if output is not None:
+            write_results(output, saved.path, results)
+            print(f"results: {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""From the tasks of a config to their metrics.
+
+`build_tasks` opens every source and checks every name before a device is touched; `run_tasks` does the work.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+
+import jax
+
+from clipjax.config import Config, TaskConfig, TaskKind
+from clipjax.data.pipeline import eval_batches
+from clipjax.data.sources import build_source
+from clipjax.evals.encoder import Encoder
+from clipjax.evals.prompts import load_classes, load_templates
+from clipjax.evals.retrieval import retrieval
+from clipjax.evals.zero_shot import zero_shot
+
+Task = Callable[[Encoder], dict[str, float]]
+Results = dict[str, dict[str, float]]
+
+
+def build_tasks(config: Config) -> dict[str, Task]:
+    """The tasks of `config.eval.tasks`, by name.
+
+    Raises:
+        ValueError: missing data, unknown classes or templates; the task is named.
+    """
+    tasks = {}
+    for name, task in config.eval.tasks.items():
+        try:
+            tasks[name] = _build_task(config, task)
+        except ValueError as error:
+            raise ValueError(f"eval.tasks.{name}: {error}") from error
+    return tasks
+
+
+def _build_task(config: Config, task: TaskConfig) -> Task:
+    source = build_source(task.source, data=config.data, label_key=task.tfds_label_key)
+
+    def batches():
+        return eval_batches(
+            source,
+            image_size=config.model.image.image_size,
+            batch_size=config.eval.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            max_examples=task.max_examples,
+            max_image_pixels=config.data.max_image_pixels,
+            num_threads=config.data.num_threads,
+        )
+
+    match task.kind:
+        case TaskKind.ZERO_SHOT:
+            names, templates = load_classes(task.classes or ""), load_templates(task.templates or "")
+            return lambda encoder: zero_shot(encoder, batches(), names, templates)
+        case TaskKind.RETRIEVAL:
+            return lambda encoder: retrieval(encoder, batches())
+
+
+def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Results:
+    """Metrics of every task."""
+    return {name: task(encoder) for name, task in tasks.items()}
+
+
+def write_results(path: pathlib.Path, checkpoint: pathlib.Path, results: Results) -> None:
+    """Write `{"checkpoint": ..., "tasks": {NAME: {METRIC: value}}}`; the file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"checkpoint": str(checkpoint), "tasks": results}, indent=2, allow_nan=False)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(content + "\n", encoding="utf-8")
+    os.replace(temporary, path)

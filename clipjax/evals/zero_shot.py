@@ -1,0 +1,48 @@
+"""Zero-shot classification with prompt ensembles (arXiv 2103.00020, section 3.1).
+
+Axes: n images, k classes, e embed.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from clipjax.evals.encoder import Encoder
+
+
+def zero_shot_classifier(
+    embed_texts: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], templates: Sequence[str]
+) -> np.ndarray:
+    """One unit-norm row per class: the mean of its prompts' embeddings. Float32 `[k, e]`."""
+    prompts = [template.format(name) for name in names for template in templates]
+    embed = embed_texts(prompts).reshape(len(names), len(templates), -1).mean(axis=1)
+    return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float32)
+
+
+def zero_shot(
+    encoder: Encoder, batches: Iterable[dict], names: Sequence[str], templates: Sequence[str]
+) -> dict[str, float]:
+    """`top1`, `top5` (where there are more than 5 classes) and `num_examples`; samples without a label are left out.
+
+    Raises:
+        ValueError: a label beyond the class names, or no labelled sample at all.
+    """
+    classifier = zero_shot_classifier(encoder.embed_texts, names, templates)
+    depth = min(5, len(names))
+    hits = np.zeros(depth, np.int64)
+    total = 0
+    for batch in batches:
+        label = encoder.gather(np.where(batch["mask"], batch["label"], -1).astype(np.int32))
+        embed = encoder.embed_images(batch["image"])
+        kept = label >= 0
+        if label.max(initial=-1) >= len(names):
+            raise ValueError(f"label {label.max()} has no class name: there are {len(names)}; check `classes`")
+        best = np.argsort(-(embed[kept] @ classifier.T), axis=1, kind="stable")[:, :depth]
+        hits += (best == label[kept][:, None]).sum(axis=0)
+        total += int(kept.sum())
+    if total == 0:
+        raise ValueError("no sample has a label; zero-shot classification needs an integer label per image")
+    metrics = {"top1": hits[0] / total, "num_examples": total}
+    if len(names) > 5:
+        metrics["top5"] = hits.sum() / total
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,205 @@
+"""Command lines of the front doors: a config file, overrides of its fields, a few options, and clear refusals.
+
+`parse` turns arguments into a validated config; `front_door` turns a `ValueError` raised before the work starts into
+one message and exit code 2. Configs are parsed by `ml_collections.config_flags`.
+"""
+
+import contextlib
+import difflib
+import pathlib
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from clipjax.config import Config
+
+USAGE_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A parsed command line: the config, and the options by name (None where not given)."""
+
+    config: Config
+    options: Mapping[str, str | None]
+
+
+def front_door(program: str, prepare: Callable[[], Callable[[], int]]) -> int:
+    """Prepare the work, then do it; returns the exit code.
+
+    A `ValueError` or `OSError` while preparing is the user's to mend: its message goes to stderr, without a traceback,
+    and the exit code is 2. What `prepare` returns runs outside of that, so a defect of ours shows in full.
+    """
+    logging.set_verbosity(logging.ERROR)
+    try:
+        work = prepare()
+    except (ValueError, OSError) as error:
+        fail(program, error)
+        return USAGE_ERROR
+    return work()
+
+
+def fail(program: str, error: Exception) -> None:
+    """Print an error's message for a person, a line per finding."""
+    for line in str(error).splitlines() or [repr(error)]:
+        print(f"{program}: error: {line}", file=sys.stderr)
+
+
+def parse(
+    program: str, argv: Sequence[str], *, options: Mapping[str, str], config: Config | None = None
+) -> Arguments:
+    """Parse `--config=FILE[:ARG]`, `--config.FIELD=VALUE` and `--OPTION=VALUE`.
+
+    Args:
+        program: what errors and help call the command.
+        argv: the arguments after it.
+        options: names and help texts.
+        config: if given, overrides apply to it and `--config=FILE` is not accepted.
+
+    Raises:
+        ValueError: anything that cannot be understood, with field, value, rule and remedy.
+    """
+    values = flags.FlagValues()
+    for name, text in options.items():
+        flags.DEFINE_string(name, None, text, flag_values=values)
+    argv, cleared = _split_none(argv)
+    if config is not None:
+        config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=[program, *argv])
+    else:
+        if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+            raise ValueError("--config=FILE[:ARG] is missing; see configs/, for example --config=configs/quickstart.py")
+        config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False, sys_argv=[program, *argv])
+    rest = _read(values, [program, *argv], config)
+    if len(rest) > 1:
+        raise ValueError(f"argument {rest[1]!r} is not understood; options look like --name=value")
+    parsed = values["config"].value
+    if not isinstance(parsed, Config):
+        raise ValueError(f"--config: get_config() must return a clipjax.config.Config, not {type(parsed).__name__}")
+    for path in cleared:
+        _set_none(parsed, path)
+    return Arguments(parsed, {name: values[name].value for name in options})
+
+
+def _read(values: flags.FlagValues, argv: list[str], config: Config | None) -> list[str]:
+    """Parse, and reword what absl and ml_collections raise."""
+    try:
+        return values(argv)
+    except flags.UnrecognizedFlagError as error:
+        known = [name for name in values if name != "config" and "." not in name]
+        close = difflib.get_close_matches(error.flagname, [*known, "config"], n=1)
+        hint = f"did you mean --{close[0]}?" if close else f"options are --config and {', '.join(known)}"
+        raise ValueError(f"unknown option --{error.flagname}; {hint}") from error
+    except flags.Error as error:
+        raise ValueError(str(error).removeprefix("flag ")) from error
+    except (KeyError, AttributeError) as error:
+        raise ValueError(_unknown_field(argv) or f"config: {error}") from error
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(_unknown_field(argv) or f"config: {error}") from error
+    except OSError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"--config: {lines[-1] if lines else error}") from error
+
+
+def _overrides(argv: Sequence[str]) -> list[tuple[str, str]]:
+    found = (re.match(r"--?config\.([^=]+)(?:=(.*))?$", argument, re.DOTALL) for argument in argv)
+    return [(match[1], match[2] or "") for match in found if match]
+
+
+def _unknown_field(argv: Sequence[str]) -> str | None:
+    """What is wrong with the first override whose path does not exist, and the nearest name that does."""
+    for path, _ in _overrides(argv):
+        kind: Any = Config
+        parts = _path_parts(path)
+        for depth, part in enumerate(parts):
+            hints = _members(kind)
+            if hints is None:
+                break
+            if part not in hints:
+                close = difflib.get_close_matches(part, list(hints), n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"fields there: {', '.join(hints)}"
+                where = ".".join(parts[:depth]) or "the config"
+                return f"config.{path}: {where} has no field {part!r}; {hint}"
+            kind = hints[part]
+    return None
+
+
+def _path_parts(path: str) -> list[str]:
+    """Names of a path such as `eval.tasks['scenes/val'].source`."""
+    return [name or quoted for name, quoted in re.findall(r"([^.\[\]]+)|\[['\"]([^'\"]+)['\"]\]", path)]
+
+
+def _members(kind: Any) -> dict[str, Any] | None:
+    return typing.get_type_hints(kind) if isinstance(kind, type) and is_dataclass(kind) else None
+
+
+def _split_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take out overrides of optional fields by `none`, which the typed parsers do not know."""
+    kept, cleared = [], []
+    for argument in argv:
+        match = re.match(r"--?config\.([^=]+)=[nN]one$", argument)
+        if match and _is_optional(match[1]):
+            cleared.append(match[1])
+        else:
+            kept.append(argument)
+    return kept, cleared
+
+
+def _is_optional(path: str) -> bool:
+    kind: Any = Config
+    for part in _path_parts(path):
+        hints = _members(kind)
+        if hints is None or part not in hints:
+            return False
+        kind = hints[part]
+    return typing.get_origin(kind) is types.UnionType and type(None) in typing.get_args(kind)
+
+
+def _set_none(config: Any, path: str) -> None:
+    *parents, last = _path_parts(path)
+    for part in parents:
+        config = getattr(config, part)
+    setattr(config, last, None)
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether help was asked for."""
+    return any(argument in ("-h", "--help", "--helpfull", "-help") for argument in argv)
+
+
+def describe_fields(kind: Any = Config, prefix: str = "") -> list[str]:
+    """Every config field with its type and default, a line each, for help."""
+    lines = []
+    default = kind()
+    hints = typing.get_type_hints(kind)
+    for item in fields(kind):
+        value = getattr(default, item.name)
+        if is_dataclass(value):
+            lines += describe_fields(type(value), f"{prefix}{item.name}.")
+        else:
+            shown = getattr(value, "value", value)
+            kind_name = getattr(hints[item.name], "__name__", str(hints[item.name])).replace("clipjax.config.", "")
+            lines.append(f"  --config.{prefix}{item.name}={shown!r}  ({kind_name})".replace("'", ""))
+    return lines
+
+
+def require_writable(workdir: pathlib.Path) -> None:
+    """Make the workdir.
+
+    Raises:
+        ValueError: it cannot be made or written to.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".write-probe"
+        probe.write_bytes(b"")
+    except OSError as error:
+        raise ValueError(f"--workdir={workdir}: cannot be written to ({error.strerror}); choose another") from error
+    with contextlib.suppress(OSError):
+        probe.unlink()

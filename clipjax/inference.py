@@ -1,0 +1,145 @@
+"""A trained model as a library: pictures and texts in, embeddings out.
+
+    model = clipjax.load("runs/quickstart")
+    image_embed = model.encode_image([picture])                       # unit-norm float32 [1, embed]
+    classifier = model.zero_shot_classifier(names, templates)         # unit-norm float32 [classes, embed]
+    logits = model.logit_scale * image_embed @ classifier.T
+"""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from clipjax import sharding
+from clipjax.checkpoint import SavedCheckpoint
+from clipjax.config import Config, MeshConfig
+from clipjax.data.images import resize_center_crop
+from clipjax.data.tokenizer import Tokenizer, tokenize
+from clipjax.evals.zero_shot import zero_shot_classifier
+from clipjax.models.clip import abstract_params, build_clip
+from clipjax.typing import Params
+
+
+class Model:
+    """A model with its preprocessing and tokenizer. Made by `clipjax.load`.
+
+    Attributes:
+        config: the config it was trained with.
+        params: its parameters (the moving average, where training kept one).
+        tokenizer: text to ids.
+        logit_scale: the learned multiplier of similarities.
+    """
+
+    def __init__(self, config: Config, params: Params, tokenizer: Tokenizer, *, batch_size: int = 256) -> None:
+        clip = build_clip(config.model)
+        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.logit_scale = float(np.exp(params["log_logit_scale"]))
+        self._batch_size = batch_size
+        self._encode_image, self._encode_text = jax.jit(clip.encode_image), jax.jit(clip.encode_text)
+
+    def encode_image(self, images: Any) -> Float[np.ndarray, "n embed"]:
+        """Unit-norm embeddings of pictures of any size.
+
+        Args:
+            images: a PIL image or uint8 array `[h, w, 3]`, a sequence of them, or a uint8 array `[n, h, w, 3]`.
+
+        Raises:
+            ValueError: an array that is not uint8, or not of such a shape.
+        """
+        size = self.config.model.image.image_size
+        pixels = [resize_center_crop(picture, size) for picture in _pictures(images)]
+        if not pixels:
+            return np.zeros((0, self.config.model.embed_dim), np.float32)
+        mean, std = np.float32(self.config.data.mean), np.float32(self.config.data.std)
+        return self.embed_pixels((np.stack(pixels).astype(np.float32) / 255 - mean) / std)
+
+    def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n embed"]:
+        """Unit-norm embeddings of texts; longer ones are cut at the context length."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        return self.embed_tokens(tokenize(self.tokenizer, texts, self.config.model.text.context_length))
+
+    def zero_shot_classifier(
+        self, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
+    ) -> Float[np.ndarray, "classes embed"]:
+        """One unit-norm row per class: the mean over templates (each with one `{}`) of the prompts' embeddings.
+
+        Source:
+            arXiv 2103.00020, section 3.1.4.
+        """
+        for template in templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"template {template!r} must hold one {{}} for the class name")
+        return zero_shot_classifier(self.encode_text, names, templates)
+
+    def embed_pixels(self, pixels: Float[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n embed"]:
+        """Unit-norm embeddings of pixels that are already resized, cropped and normalised."""
+        size = self.config.model.image.image_size
+        pixels = np.asarray(pixels, np.float32)
+        if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
+            raise ValueError(f"pixels have shape {pixels.shape}; the model takes [n, {size}, {size}, 3]")
+        return self._in_batches(self._encode_image, pixels)
+
+    def embed_tokens(self, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n embed"]:
+        """Unit-norm embeddings of token ids, start and end included, padded with 0."""
+        length, vocab = self.config.model.text.context_length, self.config.model.text.vocab_size
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.shape[1] != length or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"tokens are {tokens.dtype} {tokens.shape}; the model takes int32 [n, {length}]")
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab):
+            raise ValueError(f"token ids reach from {tokens.min()} to {tokens.max()}; the model knows 0 to {vocab - 1}")
+        return self._in_batches(self._encode_text, tokens.astype(np.int32))
+
+    def _in_batches(self, encode: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
+        """Encode in batches whose size is a power of two, so that few shapes are compiled."""
+        parts = [np.zeros((0, self.config.model.embed_dim), np.float32)]
+        for start in range(0, len(rows), self._batch_size):
+            part = rows[start : start + self._batch_size]
+            padded = np.zeros((1 << (len(part) - 1).bit_length(), *rows.shape[1:]), rows.dtype)
+            padded[: len(part)] = part
+            parts.append(np.asarray(encode(self.params, jnp.asarray(padded)))[: len(part)])
+        return np.concatenate(parts)
+
+
+def _pictures(images: Any) -> list[np.ndarray]:
+    """Single pictures, sequences and batches as a list of uint8 `[h, w, 3]`."""
+    from PIL import Image
+
+    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+        images = [images]
+    pictures = []
+    for picture in images:
+        array = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+            raise ValueError(
+                f"a picture is {array.dtype} {array.shape}; give PIL images or uint8 arrays [h, w, 3] "
+                "(normalised float pixels go to embed_pixels)"
+            )
+        pictures.append(array)
+    return pictures
+
+
+def load(path: str | pathlib.Path) -> Model:
+    """Open a checkpoint for use on this machine's first device.
+
+    Args:
+        path: a workdir (its newest step), or one step directory.
+
+    Raises:
+        ValueError: there is no checkpoint there, or it is damaged.
+    """
+    saved = SavedCheckpoint(path)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    params = load_params(saved, mesh)
+    return Model(saved.config, params, saved.tokenizer())
+
+
+def load_params(saved: SavedCheckpoint, mesh: Mesh) -> Params:
+    """The parameters to evaluate, on any mesh."""
+    abstract = abstract_params(saved.config.model)
+    return saved.params(sharding.placed(abstract, sharding.state_shardings(mesh, abstract)))

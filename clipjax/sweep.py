@@ -1,0 +1,306 @@
+"""`clipjax sweep`: trains the trials of a search, each in a process and folder of its own, and ranks them.
+
+    clipjax sweep --config=FILE[:ARG] --sweep=FILE --workdir=DIR [--jobs=N] [--config.FIELD=VALUE ...]
+
+Reading order: `main`, `plan_trials` (what there is to do), `run_trials` (doing it); ranking is in `trials.py`. A trial
+is finished when its `results.json` exists and its `trial.json` says "done"; running the same command again runs the
+others only, and each goes on from its own checkpoint. Trials of one machine share its devices: with accelerators, give
+`--jobs` more than 1 only where the devices are split among the processes by other means.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from clipjax.config import Config
+from clipjax.metrics import format_duration
+from clipjax.search import Sweep, check_override, field_type
+from clipjax.trials import Trial, formatted, pairs, read_json, write_leaderboard
+
+TRAIN_COMMAND = (sys.executable, "-m", "clipjax.train")
+
+
+def main(argv: list[str], *, command: Sequence[str] = TRAIN_COMMAND) -> int:
+    """Runs a sweep.
+
+    Args:
+        argv: Arguments without the program's name.
+        command: What trains a trial; its arguments are appended.
+
+    Returns:
+        The exit code: 0, 1 if a trial failed or lacks the metric, 2 for a user's error, 130 if interrupted.
+    """
+    try:
+        options, passed = _parse(argv)
+        sweep = load_sweep(options.sweep)
+        trials = plan_trials(sweep, config=options.config, workdir=options.workdir, passed=passed)
+        options.workdir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"clipjax sweep: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    waiting = [trial for trial in trials if trial.status != "done"]
+    direction = "larger" if sweep.maximize else "smaller"
+    print(f"{len(trials)} trials in {options.workdir}, {len(waiting)} to run, {options.jobs} at a time")
+    print(f"metric {sweep.metric}, {direction} is better", flush=True)
+    interrupted = run_trials(waiting, metric=sweep.metric, jobs=options.jobs, command=command)
+    for trial in trials:
+        if trial.status == "done":
+            trial.read_results(sweep.metric)
+    write_leaderboard(sweep, trials, options.workdir)
+    if interrupted:
+        print("interrupted: run the same command to go on", file=sys.stderr)
+        return 130
+    return 0 if all(trial.metric is not None for trial in trials) else 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see clipjax sweep --help")
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Own flags, and the `--config.FIELD=VALUE` of every trial."""
+    parser = _Parser(
+        prog="clipjax sweep", allow_abbrev=False, description="Train the trials of a search and rank them."
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the config that each trial starts from")
+    parser.add_argument("--sweep", required=True, type=pathlib.Path, metavar="FILE", help="defines get_sweep()")
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="one folder per trial in it")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at a time (default 1)")
+    parser.epilog = "--config.FIELD=VALUE overrides a field of the config in all trials."
+    options, passed = parser.parse_known_args(argv)
+    if options.jobs < 1:
+        raise ValueError(f"--jobs={options.jobs} must be at least 1")
+    for argument in passed:
+        if not re.match(r"--config\.[^=]+=", argument):
+            raise ValueError(f"unknown argument {argument}; fields of the config are set by --config.FIELD=VALUE")
+        field_type(Config, _path_of(argument))
+    return options, passed
+
+
+def _path_of(argument: str) -> str:
+    return argument.removeprefix("--config.").partition("=")[0]
+
+
+def load_sweep(path: pathlib.Path) -> Sweep:
+    """Runs a sweep file, which is the user's own Python, and returns what its `get_sweep()` returns.
+
+    Raises:
+        ValueError: There is no such file or function, it fails, or it returns something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"--sweep={path} must be a Python file; there is none")
+    try:
+        names = runpy.run_path(str(path))
+        sweep = names["get_sweep"]() if "get_sweep" in names else None
+    except Exception as error:  # whatever the user's code raises is theirs to see, with its line
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}:{lines[-1]}" if lines else str(path)
+        raise ValueError(f"--sweep={where}: {type(error).__name__}: {error}") from error
+    if not isinstance(sweep, Sweep):
+        raise ValueError(f"--sweep={path} must define get_sweep() that returns a Sweep; it gave {type(sweep).__name__}")
+    return sweep
+
+
+def plan_trials(sweep: Sweep, *, config: str, workdir: pathlib.Path, passed: Sequence[str]) -> list[Trial]:
+    """The trials of a sweep with what earlier runs of it left in `workdir`; starts and writes nothing.
+
+    Args:
+        sweep: The definition.
+        config: FILE or FILE:ARG.
+        workdir: Folder of the sweep.
+        passed: `--config.FIELD=VALUE` for all trials.
+
+    Raises:
+        ValueError: A field or value does not fit the config, or `workdir` holds trials of another definition.
+    """
+    all_overrides = sweep.trials()
+    _check_fields(all_overrides, passed)
+    config_path = pathlib.Path(config.partition(":")[0])
+    if not config_path.is_file():
+        raise ValueError(f"--config={config} must be a Python file, or FILE:ARG; there is no {config_path}")
+    source = hashlib.sha256(config_path.read_bytes()).hexdigest()
+    trials = []
+    for index, overrides in enumerate(all_overrides):
+        folder = workdir / f"trial-{index:04d}-{_slug(overrides)}"
+        arguments = [f"--config={config}", f"--workdir={folder}", *passed]
+        arguments += [f"--config.{path}={value}" for path, value in formatted(overrides).items()]
+        identity = [source, config.partition(":")[2], list(passed), formatted(overrides)]
+        definition = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        trials.append(
+            Trial(index=index, folder=folder, overrides=overrides, arguments=arguments, definition=definition)
+        )
+    _check_folders(trials, workdir)
+    for trial in trials:
+        _restore(trial)
+    return trials
+
+
+def _check_fields(all_overrides: Sequence[dict[str, Any]], passed: Sequence[str]) -> None:
+    problems: dict[str, None] = {}  # an ordered set
+    fixed = {_path_of(argument) for argument in passed}
+    for path, value in (item for overrides in all_overrides for item in overrides.items()):
+        if path in fixed:
+            problems[f"{path} is both in the sweep and on the command line; remove --config.{path}"] = None
+        try:
+            check_override(Config, path, value)
+        except ValueError as error:
+            problems[str(error)] = None
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _check_folders(trials: Sequence[Trial], workdir: pathlib.Path) -> None:
+    planned = {trial.folder.name for trial in trials}
+    for folder in sorted(workdir.glob("trial-[0-9]*")):
+        if folder.name not in planned:
+            raise ValueError(
+                f"{folder} is a trial of another sweep definition; give another --workdir, undo the change of the "
+                "sweep, or delete that folder"
+            )
+
+
+def _restore(trial: Trial) -> None:
+    """Takes over what an earlier run left of a trial."""
+    record = read_json(trial.folder / "trial.json")
+    if not record:
+        return
+    if record.get("definition") != trial.definition:
+        changed = [
+            argument
+            for argument in sorted(set(record.get("arguments", [])) ^ set(trial.arguments))
+            if not argument.startswith("--workdir=")
+        ]
+        what = f"its arguments differ in {shlex.join(changed)}" if changed else "the config file has changed since"
+        raise ValueError(
+            f"{trial.folder} was trained by another definition: {what}; give another --workdir, undo the change, or "
+            "delete that folder"
+        )
+    trial.seconds = float(record.get("seconds", 0.0))
+    if record.get("status") == "done" and (trial.folder / "results.json").is_file():
+        trial.status = "done"
+    else:
+        _open_log(trial).close()
+
+
+def _open_log(trial: Trial) -> Any:
+    """Opens and locks `log.txt`. The trial's process inherits the lock, so it outlives a killed sweep."""
+    log = (trial.folder / "log.txt").open("ab")
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.close()
+        raise ValueError(f"{trial.folder} is still being trained by another process; wait for it or stop it") from None
+    return log
+
+
+def run_trials(waiting: Sequence[Trial], *, metric: str, jobs: int, command: Sequence[str]) -> bool:
+    """Trains trials, `jobs` at a time, and prints a line at the start and end of each.
+
+    SIGINT or SIGTERM asks all of them to stop (SIGTERM: training saves and returns) and waits; a second one kills.
+
+    Returns:
+        Whether it was interrupted.
+    """
+    queue, running = list(waiting), dict[Trial, subprocess.Popen[bytes]]()
+    received: list[int] = []
+    handled = 0
+    handlers = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        while running or (queue and not received):
+            while queue and len(running) < jobs and not received:
+                trial = queue.pop(0)
+                running[trial] = _start(trial, command)
+            if len(received) > handled:
+                _stop(running.values(), signal.SIGKILL if len(received) > 1 else signal.SIGTERM)
+                handled = len(received)
+            for trial in [trial for trial, process in running.items() if process.poll() is not None]:
+                _finish(trial, running.pop(trial).returncode, metric=metric, interrupted=bool(received))
+            time.sleep(0.05)
+    finally:
+        _stop(running.values(), signal.SIGTERM)  # only after an error of our own
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return bool(received)
+
+
+def _start(trial: Trial, command: Sequence[str]) -> "subprocess.Popen[bytes]":
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    (trial.folder / "results.json").unlink(missing_ok=True)
+    full = [*command, *trial.arguments]
+    with _open_log(trial) as log:
+        trial.status, trial.problem, trial.started = "running", "", time.monotonic()
+        trial.save()
+        log.write(f"$ {shlex.join(full)}\n".encode())
+        log.flush()
+        # Its own session keeps the terminal's Ctrl-C from the trial's data workers; it needs them to save.
+        process = subprocess.Popen(
+            full, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    _say(trial, "started", pairs(trial.overrides))
+    return process
+
+
+def _finish(trial: Trial, exit_code: int, *, metric: str, interrupted: bool) -> None:
+    trial.seconds += time.monotonic() - trial.started
+    if exit_code == 0 and (trial.folder / "results.json").is_file():
+        trial.status = "done"
+        trial.read_results(metric)
+        outcome = trial.problem if trial.metric is None else f"{metric} {trial.metric:.4f}"
+    elif interrupted:
+        trial.status, outcome = "interrupted", "not finished"
+    else:
+        trial.status = "failed"
+        trial.problem = f"exit code {exit_code}: {_last_line(trial.folder / 'log.txt')}"
+        outcome = f"{trial.problem} [{trial.folder / 'log.txt'}]"
+    trial.save()
+    _say(trial, trial.status, f"{format_duration(trial.seconds)}  {outcome}")
+
+
+def _say(trial: Trial, event: str, text: str) -> None:
+    print(f"{trial.name}  {event:<11}  {text}", flush=True)
+
+
+def _stop(processes: Iterable["subprocess.Popen[bytes]"], number: int) -> None:
+    """Signals trials: SIGTERM the process alone, which looks after its workers; SIGKILL the whole session."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            if number == signal.SIGKILL:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+
+
+def _last_line(path: pathlib.Path) -> str:
+    """The last line of a log with something on it, fit for a terminal."""
+    with path.open("rb") as log:
+        log.seek(max(0, path.stat().st_size - 8192))
+        lines = log.read().decode(errors="replace").splitlines()
+    printable = ("".join(filter(str.isprintable, line)).strip() for line in reversed(lines))
+    return next(filter(None, printable), "")[:200]
+
+
+def _slug(overrides: dict[str, Any]) -> str:
+    text = "-".join(f"{path.rpartition('.')[2]}-{value}" for path, value in formatted(overrides).items())
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)[:60].strip("-.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
