@@ -1,7 +1,7 @@
 """A small model on the embedded dataset `scenes`, from nothing to zero-shot in a few minutes on two CPU cores.
 
     clipjax data scenes --tfds_dir=data
-    clipjax data tokenizer --source=tfds:scenes/train --tfds_dir=data --vocab_size=128 --output=data/scenes.model
+    clipjax data tokenizer --source=tfds:scenes/train --tfds_dir=data --vocab_size=304 --output=data/scenes.model
     clipjax train --config=configs/quickstart.py --workdir=runs/quickstart
 
 `make quickstart` does all of it.
@@ -32,7 +32,7 @@ def get_config() -> Config:
         model=ModelConfig(
             embed_dim=128,
             image=ImageTowerConfig(image_size=64, patch_size=8, width=128, depth=4, num_heads=4),
-            text=TextTowerConfig(context_length=24, vocab_size=128, width=128, depth=2, num_heads=4),
+            text=TextTowerConfig(context_length=24, vocab_size=304, width=128, depth=2, num_heads=4),
             compute_dtype=Dtype.FLOAT32,
             scan_layers=False,
         ),

@@ -320,7 +320,7 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
             sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size - 2,
-            model_type="unigram",
+            model_type="bpe",
             normalization_rule_name="nmt_nfkc_cf",
             pad_id=PAD_ID,
             unk_id=1,

@@ -36,7 +36,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     """Captioned pictures of one or two coloured shapes; see `clipjax.data.scenes`.
 
     Features: `image` (JPEG, 72 x 72 x 3), `captions` (5 texts), `label` (index into `language.CLASS_NAMES`, -1 for
-    pictures of two items), `id`. Splits: `train`, `val`, and `unseen` with the held-out pairs of colour and shape.
+    pictures of two items), `id`. Splits: `train`, `val`, and `unseen` with the held-out combinations.
     """
 
     VERSION = tfds.core.Version("1.0.0")

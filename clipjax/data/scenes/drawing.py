@@ -35,7 +35,7 @@ BACKGROUND_RGB = {
     "charcoal": (66, 70, 78),
 }
 _PALE_MARKS, _DARK_MARKS = (250, 250, 250), (70, 66, 60)
-_MARK_STRENGTH = 0.5  # marks are half their own tone and half the item's, so that its silhouette stays in one colour
+_MARK_STRENGTH = 0.4  # share of the marks' own tone; the rest is the item's, so that its silhouette stays in one colour
 _COLORS_WITH_DARK_MARKS = ("yellow", "cyan")  # white marks would hardly show on them
 _SUPERSAMPLING = 3
 _JPEG_QUALITY = 88
@@ -148,7 +148,7 @@ def _arc(radius: float, first: float, last: float, count: int, x: float = 0.0) -
 
 
 def _star() -> list[tuple[float, float]]:
-    outer, inner = _arc(1.12, -90, 198, 5), _arc(0.48, -54, 234, 5)
+    outer, inner = _arc(1.12, -90, 198, 5), _arc(0.44, -54, 234, 5)
     return [point for both in zip(outer, inner, strict=True) for point in both]
 
 
@@ -160,7 +160,7 @@ def _heart() -> list[tuple[float, float]]:
     return points
 
 
-def _cross(length: float = 1.02, width: float = 0.34) -> list[tuple[float, float]]:
+def _cross(length: float = 1.02, width: float = 0.3) -> list[tuple[float, float]]:
     arm = [(width, -width), (length, -width), (length, width)]
     quarter_turns = [(1, 0), (0, 1), (-1, 0), (0, -1)]
     return [(cos * x - sin * y, sin * x + cos * y) for cos, sin in quarter_turns for x, y in arm]

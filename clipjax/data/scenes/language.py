@@ -78,7 +78,7 @@ _RELATION_PHRASES = {
 }
 _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 _OPENERS = ("", "", "", "there is ", "a picture of ", "an image of ", "a drawing of ")
-_DETAIL = (0.0, 0.5, 0.5, 1.0, 1.0)  # chance that an attribute beyond colour and shape is told, drawn per caption
+_DETAIL = (0.0, 0.0, 0.5, 0.5, 1.0)  # chance that an attribute beyond colour and shape is told, drawn per caption
 _BACKGROUND_CHANCE = 0.25  # of a detailed caption of one item
 _DETERMINERS = ("a", "a", "a", "one", "the")
 

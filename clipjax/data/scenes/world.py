@@ -35,10 +35,10 @@ HELD_OUT = frozenset(
         ("black", "star"),
     }
 )
-"""Pairs of colour and shape that occur in `unseen` only: one or two of every colour, one or two of every shape."""
+"""Combinations that occur in `unseen` only: one or two of every colour, one or two of every shape."""
 
 COMBINATIONS = tuple((color, shape) for color in COLORS for shape in SHAPES)
-"""All pairs; the place of a pair in this table is its class id, the `label` of a picture with one item."""
+"""All colours with all shapes; the position in this table is the class id, the `label` of a picture with one item."""
 
 PLACES = {
     "top left": (-1, -1),
@@ -53,17 +53,20 @@ PLACES = {
 }
 RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 
-PAIR_SHARE = {"train": 0.5, "val": 0.5, "unseen": 0.25}  # of pictures that show two items
+# Shares of pictures that show two items, and of those whose items have one colour. Two colours nearly identify a
+# picture, so that a contrastive loss hardly asks for shapes: with more, or more colourful, pairs they come much later.
+PAIR_SHARE = {"train": 0.35, "val": 0.35, "unseen": 0.25}
+_SAME_COLOR_SHARE = 0.5
 # Radii by number of items: two large ones must still stand apart, yet every large item is larger than every small one.
 _RADIUS = {
-    1: {"small": (0.165, 0.195), "large": (0.26, 0.3)},
-    2: {"small": (0.15, 0.18), "large": (0.215, 0.23)},
+    1: {"small": (0.185, 0.205), "large": (0.28, 0.32)},
+    2: {"small": (0.17, 0.19), "large": (0.22, 0.235)},
 }
-# How far an item turns, how often it is plain and (in `drawing`) how faint its marks are set how long a small
-# transformer needs to tell the shapes apart: with free rotation and bold marks, several times as long.
-_LARGEST_ANGLE = 20.0
-_TEXTURE_DRAWS = ("solid", *TEXTURES)
-_PLACE_STEP, _PLACE_JITTER = 0.14, 0.02
+# How far an item turns, how often it is plain and (in `drawing`) how faint its marks are decide how long a small
+# transformer needs to tell the shapes apart; with free rotation and bold marks it needs several times as long.
+_LARGEST_ANGLE = 15.0
+_TEXTURE_DRAWS = ("solid", "solid", *TEXTURES)
+_PLACE_STEP, _PLACE_JITTER = 0.13, 0.02
 _PAIR_STEP, _PAIR_JITTER = 0.26, 0.015  # along the line that joins the two
 _PAIR_SIDESTEP = 0.07  # across it; far less than the distance, so that the relation is plain to see
 
@@ -109,7 +112,7 @@ def sample_stream(seed: int, split: str, index: int) -> np.random.Generator:
 
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
-    """Draws a scene. `train` and `val` never contain a held-out pair; in `unseen` at least one item is held out."""
+    """Draws a scene. `train` and `val` hold no held-out combination, every scene of `unseen` at least one."""
     is_pair = rng.random() < PAIR_SHARE[split]
     combinations = _draw_combinations(rng, split, 2 if is_pair else 1)
     items, place, relation = _arrange_pair(rng, combinations) if is_pair else _arrange_single(rng, combinations)
@@ -121,7 +124,7 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
         place=place,
         relation=relation,
         background=pick(rng, backgrounds),
-        tint=_draw_tint(rng, 6),
+        tint=_draw_tint(rng),
         shading=(rng.uniform(-15, 15), rng.uniform(-15, 15)),
         noise=rng.uniform(0, 5),
         noise_seed=int(rng.integers(2**32)),
@@ -141,13 +144,15 @@ def pick(rng: np.random.Generator, choices: tuple[T, ...]) -> T:
 
 
 def _draw_combinations(rng: np.random.Generator, split: str, count: int) -> list[tuple[str, str]]:
-    """Draws `count` different pairs of colour and shape; the first of them is held out if the split is `unseen`."""
+    """Draws `count` different combinations; in `unseen` the first is a held-out one."""
+    same_color = rng.random() < _SAME_COLOR_SHARE
     chosen: list[tuple[str, str]] = []
     while len(chosen) < count:
         candidate = pick(rng, COMBINATIONS)
         is_held_out = candidate in HELD_OUT
         allowed = is_held_out or bool(chosen) if split == "unseen" else not is_held_out
-        if allowed and candidate not in chosen:
+        fits = candidate not in chosen and (not chosen or (candidate[0] == chosen[0][0]) == same_color)
+        if allowed and fits:
             chosen.append(candidate)
     return chosen
 
@@ -185,9 +190,9 @@ def _draw_item(rng: np.random.Generator, combination: tuple[str, str], center: t
         y=center[1],
         radius=rng.uniform(*_RADIUS[count][size]),
         angle=rng.uniform(-_LARGEST_ANGLE, _LARGEST_ANGLE),
-        tint=_draw_tint(rng, 10),
+        tint=_draw_tint(rng),
     )
 
 
-def _draw_tint(rng: np.random.Generator, largest: float) -> tuple[float, float, float]:
-    return (rng.uniform(-largest, largest), rng.uniform(-largest, largest), rng.uniform(-largest, largest))
+def _draw_tint(rng: np.random.Generator) -> tuple[float, float, float]:
+    return (rng.uniform(-6, 6), rng.uniform(-6, 6), rng.uniform(-6, 6))

@@ -1,0 +1,66 @@
+"""The mesh and the rules: every parameter has one, and arrays lie where the rules say."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from clipjax import optim, sharding
+from clipjax.config import Config, ImageTowerConfig, MeshConfig, ModelConfig, TextTowerConfig
+from clipjax.models.clip import abstract_params, build_clip
+from clipjax.step import make_init_state
+from clipjax.trees import map_with_name, names
+
+SMALL = ModelConfig(
+    embed_dim=32,
+    image=ImageTowerConfig(image_size=16, patch_size=8, width=64, depth=2, num_heads=4),
+    text=TextTowerConfig(context_length=8, vocab_size=64, width=64, depth=2, num_heads=4),
+)
+
+
+def abstract_state(config: Config):
+    clip = build_clip(config.model)
+    init = make_init_state(config, clip.init, optim.make_tx(config, abstract_params(config.model)))
+    return init, jax.eval_shape(lambda: init(jax.random.key(0)))
+
+
+def test_rules_cover_the_state_and_moments_follow_their_parameters():
+    config = Config(model=SMALL)
+    config.optim.ema_decay = 0.9
+    _, state = abstract_state(config)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    specs = {}
+    map_with_name(lambda name, leaf: specs.setdefault(name, leaf.spec), sharding.state_shardings(mesh, state))
+    path = "image/transformer/blocks/mlp/fc_in/kernel"
+    matching = [name for name in specs if name.endswith(path)]
+    assert len(matching) == 4  # params, ema, first and second moment
+    assert {specs[name] for name in matching} == {PartitionSpec(None, "fsdp", "tensor")}
+    assert specs["params/log_logit_scale"] == PartitionSpec()
+
+
+def test_a_parameter_without_a_rule_is_refused_by_name():
+    mesh = sharding.make_mesh(MeshConfig())
+    tree = {"image": {"novel": jnp.zeros((2, 2)), "other": jnp.zeros(3)}}
+    with pytest.raises(ValueError, match=r"image/novel \(2, 2\), image/other \(3,\)"):
+        sharding.state_shardings(mesh, tree)
+
+
+def test_state_is_born_sharded_and_the_same_on_every_mesh():
+    config = Config(model=SMALL)
+    init, abstract = abstract_state(config)
+    reference = jax.jit(lambda: init(jax.random.key(3)))()
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    shardings = sharding.state_shardings(mesh, abstract)
+    state = jax.jit(lambda: init(jax.random.key(3)), out_shardings=shardings)()
+    kernel = state.params["text"]["transformer"]["blocks"]["attn"]["qkv"]["kernel"]
+    assert kernel.shape == (2, 64, 3, 4, 16)
+    assert kernel.addressable_shards[0].data.shape == (2, 16, 3, 2, 16)
+    assert names(state.params) == names(reference.params)
+    assert all(
+        bool(jnp.array_equal(a, b)) for a, b in zip(*map(jax.tree.leaves, (state.params, reference.params)), strict=True)
+    )
+
+
+def test_constrain_without_a_mesh_is_the_identity():
+    x = jnp.ones((4, 4))
+    assert sharding.constrain(x, "batch", None) is x
