@@ -10,6 +10,7 @@
 from clipjax.config import (
     CheckpointConfig,
     Config,
+    Crop,
     DataConfig,
     Dtype,
     EvalConfig,
@@ -26,18 +27,23 @@ from clipjax.config import (
 def get_config() -> Config:
     zero_shot = dict(kind=TaskKind.ZERO_SHOT, classes="scenes", templates="scenes")
     return Config(
-        total_examples=96_000,
+        total_examples=128_000,
         warmup_examples=6_400,
-        global_batch_size=256,
+        global_batch_size=64,
         model=ModelConfig(
             embed_dim=128,
-            image=ImageTowerConfig(image_size=64, patch_size=8, width=128, depth=4, num_heads=4),
-            text=TextTowerConfig(context_length=24, vocab_size=304, width=128, depth=2, num_heads=4),
+            image=ImageTowerConfig(image_size=32, patch_size=8, width=128, depth=3, num_heads=4),
+            text=TextTowerConfig(context_length=24, vocab_size=304, width=128, depth=1, num_heads=4),
             compute_dtype=Dtype.FLOAT32,
             scan_layers=False,
         ),
-        optim=OptimConfig(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=1.0),
-        data=DataConfig(train="tfds:scenes/train", tfds_dir="data", tokenizer="sentencepiece:data/scenes.model"),
+        optim=OptimConfig(learning_rate=8e-4, weight_decay=0.1, max_grad_norm=1.0),
+        data=DataConfig(
+            train="tfds:scenes/train",
+            tfds_dir="data",
+            tokenizer="sentencepiece:data/scenes.model",
+            crop=Crop.CENTER,
+        ),
         eval=EvalConfig(
             tasks={
                 "scenes/val": TaskConfig(source="tfds:scenes/val", **zero_shot),
@@ -45,6 +51,6 @@ def get_config() -> Config:
                 "scenes/val_retrieval": TaskConfig(kind=TaskKind.RETRIEVAL, source="tfds:scenes/val"),
             }
         ),
-        checkpoint=CheckpointConfig(every_examples=25_600),
-        log=LogConfig(every_examples=2_560),
+        checkpoint=CheckpointConfig(every_examples=32_000),
+        log=LogConfig(every_examples=3_200),
     )

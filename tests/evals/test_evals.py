@@ -1,0 +1,127 @@
+"""Zero-shot and retrieval against brute force on embeddings that the test makes up."""
+
+import json
+
+import numpy as np
+import pytest
+
+from clipjax.evals import prompts
+from clipjax.evals.encoder import Encoder
+from clipjax.evals.retrieval import recalls, retrieval
+from clipjax.evals.runner import write_results
+from clipjax.evals.zero_shot import zero_shot, zero_shot_classifier
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def fake_encoder(image_embed: np.ndarray, text_table: dict[str, np.ndarray]) -> Encoder:
+    """Pixels hold the row of `image_embed` to return."""
+    return Encoder(
+        embed_images=lambda image: image_embed[image[:, 0, 0, 0].astype(int)],
+        embed_texts=lambda texts: np.stack([text_table[text] for text in texts]),
+        gather=lambda rows: rows,
+    )
+
+
+def batch(rows: list[int], labels: list[int], captions: list[tuple[str, ...]], mask: list[bool] | None = None) -> dict:
+    image = np.zeros((len(rows), 1, 1, 3), np.uint8)
+    image[:, 0, 0, 0] = rows
+    return {
+        "image": image,
+        "label": np.asarray(labels, np.int32),
+        "mask": np.ones(len(rows), bool) if mask is None else np.asarray(mask),
+        "index": np.asarray(rows, np.int64),
+        "captions": captions,
+    }
+
+
+def test_classifier_is_the_mean_of_the_prompts_unit_norm():
+    table = {"a cat": unit(np.array([1.0, 0.0])), "the cat": unit(np.array([0.0, 1.0]))}
+    encoder = fake_encoder(np.zeros((1, 2)), table)
+    classifier = zero_shot_classifier(encoder.embed_texts, ["cat"], ["a {}", "the {}"])
+    np.testing.assert_allclose(classifier, [[2**-0.5, 2**-0.5]], rtol=1e-6)
+
+
+def test_zero_shot_counts_labelled_good_samples_only():
+    names = [f"class {i}" for i in range(7)]
+    directions = np.eye(7, dtype=np.float32)
+    image_embed = directions[[0, 1, 2, 3, 3]]
+    encoder = fake_encoder(image_embed, dict(zip(names, directions, strict=True)))
+    batches = [
+        batch([0, 1], [0, 1], [(), ()]),  # right, right
+        batch([2, 3], [5, -1], [(), ()]),  # wrong; no label
+        batch([4, 0], [2, 0], [(), ()], mask=[True, False]),  # wrong, padding
+    ]
+    metrics = zero_shot(encoder, batches, names, ["{}"])
+    assert metrics["num_examples"] == 4
+    assert metrics["top1"] == 0.5
+    # Ties among the wrong classes go to the lower label: 5 is not among the first five of image 2, 2 is for image 4.
+    assert metrics["top5"] == 0.75
+
+
+def test_zero_shot_refuses_labels_without_a_name_and_no_labels_at_all():
+    encoder = fake_encoder(np.eye(2, dtype=np.float32), {"a": unit(np.ones(2)), "b": unit(np.array([1.0, -1.0]))})
+    with pytest.raises(ValueError, match="label 9 has no class name: there are 2"):
+        zero_shot(encoder, [batch([0], [9], [()])], ["a", "b"], ["{}"])
+    with pytest.raises(ValueError, match="no sample has a label"):
+        zero_shot(encoder, [batch([0], [-1], [()])], ["a", "b"], ["{}"])
+
+
+def test_recalls_agree_with_brute_force():
+    rng = np.random.default_rng(0)
+    images = unit(rng.normal(size=(40, 8)))
+    owners = np.sort(rng.integers(0, 40, 100))
+    owners[:40] = np.arange(40)
+    owners = np.sort(owners)
+    texts = unit(images[owners] + rng.normal(size=(100, 8)))
+    metrics = recalls(images, texts, owners)
+    similarity = images @ texts.T
+    for k in (1, 5, 10):
+        by_image = [bool(set(np.argsort(-row)[:k]) & set(np.flatnonzero(owners == i))) for i, row in enumerate(similarity)]
+        by_text = [owners[j] in np.argsort(-column)[:k] for j, column in enumerate(similarity.T)]
+        assert metrics[f"image_to_text_r{k}"] == pytest.approx(np.mean(by_image))
+        assert metrics[f"text_to_image_r{k}"] == pytest.approx(np.mean(by_text))
+    assert 0 < metrics["image_to_text_r1"] < 1
+
+
+def test_retrieval_leaves_out_bad_samples_and_those_without_captions():
+    directions = np.eye(4, dtype=np.float32)
+    table = {"zero": directions[0], "also zero": directions[0], "three": directions[3]}
+    batches = [
+        batch([0, 1], [-1, -1], [("zero", "also zero"), ()]),
+        batch([2, 3], [-1, -1], [("three",), ("three",)], mask=[False, True]),
+    ]
+    metrics = retrieval(fake_encoder(directions, table), batches)
+    assert (metrics["num_examples"], metrics["num_texts"]) == (2, 3)
+    assert metrics["image_to_text_r1"] == metrics["text_to_image_r1"] == 1.0
+
+
+def test_retrieval_without_captions_is_refused():
+    with pytest.raises(ValueError, match="no sample has a caption"):
+        retrieval(fake_encoder(np.eye(2, dtype=np.float32), {}), [batch([0, 1], [0, 0], [(), ()])])
+
+
+def test_prompts_by_name_and_from_files(tmp_path):
+    assert len(prompts.load_classes("scenes")) == 80
+    assert prompts.load_templates("photo") == ("a photo of a {}.",)
+    path = tmp_path / "names.json"
+    path.write_text('["cat", "dog"]')
+    assert prompts.load_classes(str(path)) == ("cat", "dog")
+    with pytest.raises(ValueError, match="must hold one {} for the class name"):
+        prompts.load_templates(str(path))
+    for content, message in (("{", "is no JSON"), ('{"a": 1}', "must be a JSON list"), ("[]", "at least one")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            prompts.load_classes(str(path))
+    with pytest.raises(ValueError, match="classes='birds' must be one of scenes, or a JSON file"):
+        prompts.load_classes("birds")
+
+
+def test_results_are_whole_or_absent(tmp_path):
+    path = tmp_path / "deep" / "results.json"
+    write_results(path, tmp_path / "checkpoints" / "7", {"scenes/val": {"top1": 0.5}})
+    content = json.loads(path.read_text())
+    assert content == {"checkpoint": str(tmp_path / "checkpoints" / "7"), "tasks": {"scenes/val": {"top1": 0.5}}}
+    assert list(path.parent.iterdir()) == [path]
