@@ -193,7 +193,16 @@ def make_records(config: Config, tokenizer: Tokenizer, data_position: Mapping[st
     }
 
 
-RESUMABLE = ("mesh.", "log.", "eval.", "checkpoint.", "init_from", "data.tfds_dir", "data.num_", "data.prefetch_batches")
+RESUMABLE = (
+    "mesh.",
+    "log.",
+    "eval.",
+    "checkpoint.",
+    "init_from",
+    "data.tfds_dir",
+    "data.num_",
+    "data.prefetch_batches",
+)
 """Fields (by prefix) that may change when a run goes on: none of them touches the state or the order of samples."""
 
 

@@ -64,6 +64,7 @@ class TaskKind(enum.Enum):
 
     ZERO_SHOT = "zero_shot"
     RETRIEVAL = "retrieval"
+    IMAGE_RETRIEVAL = "image_retrieval"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,7 +81,7 @@ class ImageTowerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TextTowerConfig:
-    """Causal text transformer. `vocab_size` is at least the tokenizer's; the last id of the tokenizer is end-of-text."""
+    """Causal text transformer. `vocab_size` is at least the tokenizer's, whose last id is end-of-text."""
 
     context_length: int = 77
     vocab_size: int = 49408
@@ -167,6 +168,8 @@ class DataConfig:
 class TaskConfig:
     """One evaluation task.
 
+    `retrieval` finds captions for pictures and pictures for captions. `image_retrieval` finds, for the pictures of
+    `source`, those of `gallery` with the same caption, for instance the same thing in another style, and the reverse.
     `zero_shot` needs `classes` and `templates`: a name in `clipjax/evals/prompts.py` or a JSON file with a list of
     strings. The class of a sample is its integer `label`; samples without one (-1) are left out.
     """
@@ -175,6 +178,7 @@ class TaskConfig:
     source: str = ""
     classes: str | None = None
     templates: str | None = None
+    gallery: str | None = None
     tfds_label_key: str = "label"
     max_examples: int | None = None
 
@@ -281,7 +285,7 @@ def from_dict(values: Any) -> Config:
 
 
 def _parse(kind: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         if not isinstance(value, dict) or not set(value) <= set(hints):
             unknown = sorted(set(value) - set(hints)) if isinstance(value, dict) else value

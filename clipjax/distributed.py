@@ -27,16 +27,17 @@ def is_launched(environment: Mapping[str, str]) -> bool:
 def start(environment: Mapping[str, str] = os.environ) -> None:
     """Join the other processes of this run, if a launcher started any.
 
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say it outright; without them JAX recognises
-    the cluster by itself.
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say it outright; what is missing of
+    them JAX finds out from the cluster by itself.
     """
     if not is_launched(environment):
         return
     if "JAX_COORDINATOR_ADDRESS" in environment:
+        count, index = (environment.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         jax.distributed.initialize(
             environment["JAX_COORDINATOR_ADDRESS"],
-            int(environment["JAX_NUM_PROCESSES"]),
-            int(environment["JAX_PROCESS_ID"]),
+            None if count is None else int(count),
+            None if index is None else int(index),
         )
     else:
         jax.distributed.initialize()
@@ -50,21 +51,26 @@ def is_first() -> bool:
 class ShutdownSignal:
     """Remembers SIGTERM or SIGINT, so that the loop can save and leave; a second signal ends the process at once.
 
-    With several processes JAX's own notifier catches SIGTERM and lets all of them agree on the step at which to stop.
+    With several processes JAX's own notifier catches SIGTERM (it looks once a second) and lets all of them agree on the
+    step at which to stop; so SIGTERM is left to it, and SIGINT is passed on to it.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._previous = {number: signal.signal(number, self._receive) for number in SHUTDOWN_SIGNALS}
+        self._several = jax.process_count() > 1
+        caught = (signal.SIGINT,) if self._several else SHUTDOWN_SIGNALS
+        self._previous = {number: signal.signal(number, self._receive) for number in caught}
 
     def _receive(self, number: int, frame: types.FrameType | None) -> None:
         if self.number is not None:
             os._exit(128 + number)
         self.number = number
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def due(self, step: int) -> bool:
         """Whether to stop after this step; in a run of several processes, the same answer on all of them."""
-        if jax.process_count() == 1:
+        if not self._several:
             return self.number is not None
         from jax.experimental import multihost_utils
 

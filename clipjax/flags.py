@@ -52,9 +52,7 @@ def fail(program: str, error: Exception) -> None:
         print(f"{program}: error: {line}", file=sys.stderr)
 
 
-def parse(
-    program: str, argv: Sequence[str], *, options: Mapping[str, str], config: Config | None = None
-) -> Arguments:
+def parse(program: str, argv: Sequence[str], *, options: Mapping[str, str], config: Config | None = None) -> Arguments:
     """Parse `--config=FILE[:ARG]`, `--config.FIELD=VALUE` and `--OPTION=VALUE`.
 
     Args:

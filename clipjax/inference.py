@@ -1,9 +1,9 @@
 """A trained model as a library: pictures and texts in, embeddings out.
 
-    model = clipjax.load("runs/quickstart")
-    image_embed = model.encode_image([picture])                       # unit-norm float32 [1, embed]
-    classifier = model.zero_shot_classifier(names, templates)         # unit-norm float32 [classes, embed]
-    logits = model.logit_scale * image_embed @ classifier.T
+model = clipjax.load("runs/quickstart")
+image_embed = model.encode_image([picture])                       # unit-norm float32 [1, embed]
+classifier = model.zero_shot_classifier(names, templates)         # unit-norm float32 [classes, embed]
+logits = model.logit_scale * image_embed @ classifier.T
 """
 
 import pathlib
@@ -56,7 +56,7 @@ class Model:
         pixels = [resize_center_crop(picture, size) for picture in _pictures(images)]
         if not pixels:
             return np.zeros((0, self.config.model.embed_dim), np.float32)
-        mean, std = np.float32(self.config.data.mean), np.float32(self.config.data.std)
+        mean, std = (np.asarray(x, np.float32) for x in (self.config.data.mean, self.config.data.std))
         return self.embed_pixels((np.stack(pixels).astype(np.float32) / 255 - mean) / std)
 
     def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n embed"]:

@@ -51,7 +51,11 @@ class Journal:
         self._pending = None
         if self._writer is None:
             return
-        values = {"examples_seen": step * self._batch, **{name: float(value) for name, value in metrics.items()}, **host}
+        values = {
+            "examples_seen": step * self._batch,
+            **{name: float(value) for name, value in metrics.items()},
+            **host,
+        }
         if self._peak_tflops is not None:
             rate = host["examples_per_second"]
             values["mfu"] = mfu(rate, self._flops, jax.device_count(), self._peak_tflops)
@@ -62,7 +66,9 @@ class Journal:
         """Write the results of an evaluation, and show them."""
         if self._writer is not None:
             self._writer.write(step, {"examples_seen": step * self._batch, "eval": results})
-            shown = (f"{task} {name} {value:.3f}" for task, metrics in results.items() for name, value in metrics.items())
+            shown = (
+                f"{task} {name} {value:.3f}" for task, metrics in results.items() for name, value in metrics.items()
+            )
             self._progress.message("  ".join(item for item in shown if " num_" not in item))
 
     def message(self, text: str) -> None:

@@ -35,7 +35,7 @@ def decay_mask(params: Params) -> Any:
 
 
 def frozen_labels(optim: OptimConfig, params: Params) -> Any:
-    """"frozen" or "trained" for every parameter.
+    """ "frozen" or "trained" for every parameter.
 
     Raises:
         ValueError: a pattern of `optim.freeze` that no parameter matches, or patterns that leave nothing to train.

@@ -4,11 +4,12 @@
 it. All choices are made while building the step; nothing branches inside it.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,7 +21,10 @@ from clipjax.typing import Batch, Key, Metrics, Params
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
 
-@flax.struct.dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state", "ema", "key"), meta_fields=()
+)
+@dataclass(frozen=True)
 class TrainState:
     """What one step hands to the next.
 
@@ -78,7 +82,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics = grads_fn(state.params, batch, jax.random.fold_in(state.key, state.step))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = dict(optax.apply_updates(state.params, updates))
+        params: dict[str, Any] = {**optax.apply_updates(state.params, updates)}  # type: ignore[arg-type]
         params["log_logit_scale"] = jnp.minimum(params["log_logit_scale"], max_log_scale)
         metrics = {
             **metrics,

@@ -9,7 +9,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -80,11 +80,11 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     config, workdir = arguments.config, pathlib.Path(arguments.options["workdir"])
     validate(config)
     flags.require_writable(workdir)
+    distributed.start()  # before anything that reads a checkpoint, which asks JAX who the processes are
     previous = saved_config(workdir)
     if previous is not None:
         check_resumable(*previous, config)
     inputs = open_inputs(config)
-    distributed.start()
     validate_devices(config, num_devices=jax.device_count(), num_processes=jax.process_count())
     return lambda: train(config, workdir, inputs)
 
@@ -122,7 +122,9 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs) -> int:
             checkpoints=checkpoints,
             journal=journal,
             signal=signal,
-            train_step=jax.jit(train_step, out_shardings=(sharding.of(state), sharding.replicated(mesh)), donate_argnums=0),
+            train_step=jax.jit(
+                train_step, out_shardings=(sharding.of(state), sharding.replicated(mesh)), donate_argnums=0
+            ),
             make_encoder=make_encoder_factory(config, clip, mesh, inputs.tokenizer),
         )
         try:
@@ -157,7 +159,7 @@ def _start_state(
     if inputs.initial is not None:
         params = inputs.initial.params(placed.params)
         ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
-        state = state.replace(params=params, ema=ema)
+        state = replace(state, params=params, ema=ema)
     return state, 0, None
 
 
@@ -165,7 +167,10 @@ def _loop(run: Run, state: TrainState, start_step: int) -> int:
     """Step after step; log, evaluate and save when due; leave early on a signal."""
     config, journal = run.config, run.journal
     last = total_steps(config)
-    log_every, save_every = steps_of(config.log.every_examples, config), steps_of(config.checkpoint.every_examples, config)
+    log_every, save_every = (
+        steps_of(config.log.every_examples, config),
+        steps_of(config.checkpoint.every_examples, config),
+    )
     eval_every = last if config.eval.every_examples is None else steps_of(config.eval.every_examples, config)
     journal.message(f"step {start_step} of {last}, workdir {run.workdir}")
     in_flight: collections.deque[jax.Array] = collections.deque()
@@ -190,7 +195,9 @@ def _loop(run: Run, state: TrainState, start_step: int) -> int:
         if stop or step == last or step % save_every == 0:
             _save(run, state, step, results if evaluated else {})
         if stop:
-            journal.message(f"stopped by signal {run.signal.number} after step {step}; the same command goes on from here")
+            journal.message(
+                f"stopped by signal {run.signal.number} after step {step}; the same command goes on from here"
+            )
             return run.signal.exit_code
     return _finish(run, state, last, results)
 
@@ -227,7 +234,9 @@ def _finish(run: Run, state: TrainState, last: int, results: Results) -> int:
         write_results(path, run.checkpoints.path(last), results)
     if results:
         run.journal.message(results_table(results))
-    run.journal.message(f"done: {last} steps, {last * run.config.global_batch_size} examples; all of it is in {run.workdir}")
+    run.journal.message(
+        f"done: {last} steps, {last * run.config.global_batch_size} examples; all of it is in {run.workdir}"
+    )
     return 0
 
 

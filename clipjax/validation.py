@@ -72,15 +72,51 @@ def _type_errors(config: Config) -> list[str]:
 
 
 _POSITIVE = (
-    "total_examples global_batch_size model.embed_dim model.image.image_size model.image.patch_size model.image.width "
-    "model.image.depth model.image.num_heads model.image.mlp_dim model.text.context_length model.text.vocab_size "
-    "model.text.width model.text.depth model.text.num_heads model.text.mlp_dim model.init_logit_scale "
-    "model.max_logit_scale optim.learning_rate optim.epsilon optim.max_grad_norm data.num_threads "
-    "data.prefetch_batches data.max_image_pixels data.max_caption_bytes eval.batch_size eval.every_examples "
-    "checkpoint.every_examples checkpoint.keep_last log.every_examples log.peak_tflops"
-).split()
-_NOT_NEGATIVE = "warmup_examples seed optim.final_learning_rate optim.weight_decay data.num_workers".split()
-_FRACTION = "optim.beta1 optim.beta2 optim.ema_decay data.min_crop_area data.max_bad_fraction".split()
+    "total_examples",
+    "global_batch_size",
+    "model.embed_dim",
+    "model.image.image_size",
+    "model.image.patch_size",
+    "model.image.width",
+    "model.image.depth",
+    "model.image.num_heads",
+    "model.image.mlp_dim",
+    "model.text.context_length",
+    "model.text.vocab_size",
+    "model.text.width",
+    "model.text.depth",
+    "model.text.num_heads",
+    "model.text.mlp_dim",
+    "model.init_logit_scale",
+    "model.max_logit_scale",
+    "optim.learning_rate",
+    "optim.epsilon",
+    "optim.max_grad_norm",
+    "data.num_threads",
+    "data.prefetch_batches",
+    "data.max_image_pixels",
+    "data.max_caption_bytes",
+    "eval.batch_size",
+    "eval.every_examples",
+    "checkpoint.every_examples",
+    "checkpoint.keep_last",
+    "log.every_examples",
+    "log.peak_tflops",
+)
+_NOT_NEGATIVE = (
+    "warmup_examples",
+    "seed",
+    "optim.final_learning_rate",
+    "optim.weight_decay",
+    "data.num_workers",
+)
+_FRACTION = (
+    "optim.beta1",
+    "optim.beta2",
+    "optim.ema_decay",
+    "data.min_crop_area",
+    "data.max_bad_fraction",
+)
 
 
 def field_value(config: Any, path: str) -> Any:
@@ -166,13 +202,18 @@ def _part_errors(config: Config) -> list[str]:
         prompts = (task.classes, task.templates)
         if task.kind is TaskKind.ZERO_SHOT and None in prompts:
             errors.append(f"eval.tasks.{name}: zero_shot needs classes and templates; got {prompts}")
-        if task.kind is TaskKind.RETRIEVAL and prompts != (None, None):
-            errors.append(f"eval.tasks.{name}: retrieval would ignore classes and templates; leave both None")
+        if task.kind is not TaskKind.ZERO_SHOT and prompts != (None, None):
+            errors.append(f"eval.tasks.{name}: {task.kind.value} would ignore classes and templates; leave both None")
+        if (task.kind is TaskKind.IMAGE_RETRIEVAL) != (task.gallery is not None):
+            errors.append(
+                f"eval.tasks.{name}.gallery={task.gallery!r}: image_retrieval needs a second source, others none"
+            )
     if config.checkpoint.best_metric is not None:
         task = config.checkpoint.best_metric.rpartition(":")[0]
         if task not in config.eval.tasks:
             known = ", ".join(config.eval.tasks) or "none"
             errors.append(
-                f"checkpoint.best_metric={config.checkpoint.best_metric!r} must be TASK:METRIC with a task of eval.tasks ({known})"
+                f"checkpoint.best_metric={config.checkpoint.best_metric!r} must be TASK:METRIC with a task of "
+                f"eval.tasks ({known})"
             )
     return errors

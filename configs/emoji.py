@@ -26,6 +26,7 @@ from clipjax.config import (
 def get_config(root: str = "../shared") -> Config:
     """A run of 102,400 examples on the tars below `root`."""
     tars = f"{root}/data/emoji/emoji"
+    noto, blob = f"{tars}-noto-val-*.tar", f"{tars}-blob-val-*.tar"
     return Config(
         total_examples=102_400,
         warmup_examples=10_240,
@@ -46,8 +47,10 @@ def get_config(root: str = "../shared") -> Config:
         eval=EvalConfig(
             every_examples=25_600,
             tasks={
-                name: TaskConfig(kind=TaskKind.RETRIEVAL, source=f"{tars}-{style}-val-*.tar")
-                for name, style in (("emoji/val", "*"), ("emoji/noto", "noto"), ("emoji/blob", "blob"))
+                "emoji/val": TaskConfig(kind=TaskKind.RETRIEVAL, source=f"{tars}-*-val-*.tar"),
+                "emoji/noto": TaskConfig(kind=TaskKind.RETRIEVAL, source=noto),
+                "emoji/blob": TaskConfig(kind=TaskKind.RETRIEVAL, source=blob),
+                "emoji/styles": TaskConfig(kind=TaskKind.IMAGE_RETRIEVAL, source=noto, gallery=blob),
             },
         ),
         checkpoint=CheckpointConfig(every_examples=12_800),

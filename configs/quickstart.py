@@ -25,7 +25,7 @@ from clipjax.config import (
 
 
 def get_config() -> Config:
-    zero_shot = dict(kind=TaskKind.ZERO_SHOT, classes="scenes", templates="scenes")
+    """A run of 128,000 examples."""
     return Config(
         total_examples=128_000,
         warmup_examples=6_400,
@@ -46,8 +46,8 @@ def get_config() -> Config:
         ),
         eval=EvalConfig(
             tasks={
-                "scenes/val": TaskConfig(source="tfds:scenes/val", **zero_shot),
-                "scenes/unseen": TaskConfig(source="tfds:scenes/unseen", **zero_shot),
+                "scenes/val": TaskConfig(source="tfds:scenes/val", classes="scenes", templates="scenes"),
+                "scenes/unseen": TaskConfig(source="tfds:scenes/unseen", classes="scenes", templates="scenes"),
                 "scenes/val_retrieval": TaskConfig(kind=TaskKind.RETRIEVAL, source="tfds:scenes/val"),
             }
         ),

@@ -8,7 +8,7 @@ import pytest
 from clipjax import flags
 from clipjax.config import LossKind
 
-CONFIG = '''
+CONFIG = """
 from clipjax.config import Config, TaskConfig
 def get_config(arg="plain"):
     config = Config()
@@ -16,7 +16,7 @@ def get_config(arg="plain"):
     config.optim.ema_decay = 0.9
     config.eval.tasks = {"scenes/val": TaskConfig(source="a")}
     return config
-'''
+"""
 
 
 @pytest.fixture
@@ -57,7 +57,10 @@ def test_overrides_reach_their_fields(config_file):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--config.optim.lerning_rate=1", "config.optim.lerning_rate: optim has no field 'lerning_rate'; did you mean 'learning_rate'?"),
+        (
+            "--config.optim.lerning_rate=1",
+            "config.optim.lerning_rate: optim has no field 'lerning_rate'; did you mean 'learning_rate'?",
+        ),
         ("--config.sead=1", "config.sead: the config has no field 'sead'; did you mean 'seed'?"),
         ("--config.optim.learning_rate=fast", "--config.optim.learning_rate=fast: could not convert string to float"),
         ("--config.global_batch_size=1.5", "--config.global_batch_size=1.5"),

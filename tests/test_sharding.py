@@ -57,7 +57,8 @@ def test_state_is_born_sharded_and_the_same_on_every_mesh():
     assert kernel.addressable_shards[0].data.shape == (2, 16, 3, 2, 16)
     assert names(state.params) == names(reference.params)
     assert all(
-        bool(jnp.array_equal(a, b)) for a, b in zip(*map(jax.tree.leaves, (state.params, reference.params)), strict=True)
+        bool(jnp.array_equal(a, b))
+        for a, b in zip(*map(jax.tree.leaves, (state.params, reference.params)), strict=True)
     )
 
 

@@ -5,7 +5,6 @@ a source.
 """
 
 import argparse
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -79,7 +78,7 @@ def _tokenizer(arguments: argparse.Namespace) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
     temporary.write_bytes(model)
-    os.replace(temporary, output)
+    temporary.replace(output)
     print(f"sentencepiece:{output} has {arguments.vocab_size} ids")
     return 0
 

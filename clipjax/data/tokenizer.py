@@ -84,6 +84,7 @@ class TextToTokens:
     context_length: int
 
     def __call__(self, text: str) -> np.ndarray:
+        """One row of `tokenize`."""
         return tokenize(self.tokenizer, [text], self.context_length)[0]
 
 

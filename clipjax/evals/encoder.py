@@ -32,9 +32,7 @@ class Encoder:
     gather: Callable[[np.ndarray], np.ndarray]
 
 
-def make_encoder_factory(
-    config: Config, clip: Clip, mesh: Mesh, tokenizer: Tokenizer
-) -> Callable[[Params], Encoder]:
+def make_encoder_factory(config: Config, clip: Clip, mesh: Mesh, tokenizer: Tokenizer) -> Callable[[Params], Encoder]:
     """`make_encoder(params)`; both towers are compiled once and split each batch over the mesh."""
     sharding = batch_sharding(mesh)
     batch_size = config.eval.batch_size

@@ -1,4 +1,4 @@
-"""Image-text retrieval: recall at 1, 5 and 10, both ways, with any number of captions per image.
+"""Retrieval, recall at 1, 5 and 10 both ways: texts of images (any number each), or images of the same thing.
 
 Axes: n images, m texts, e embed.
 """
@@ -14,30 +14,56 @@ _BLOCK = 1024  # rows of the similarity matrix held at once
 
 
 def retrieval(encoder: Encoder, batches: Iterable[dict]) -> dict[str, float]:
-    """`image_to_text_rK` (any caption of the image among the K nearest), `text_to_image_rK`, `num_examples`, `num_texts`.
+    """`image_to_text_rK` (any caption of the image among the K nearest), `text_to_image_rK`, and how many of each.
 
     Samples without a caption are left out.
 
     Raises:
         ValueError: no sample has a caption.
     """
-    images, owners, texts = [], [], []
-    total = 0
+    image_embed, captions = _embed(encoder, batches)
+    texts = [caption for own in captions for caption in own]
+    if not texts:
+        raise ValueError("no sample has a caption; retrieval needs at least one per image")
+    owners = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
+    return recalls(image_embed, encoder.embed_texts(texts), owners)
+
+
+def image_retrieval(encoder: Encoder, queries: Iterable[dict], gallery: Iterable[dict]) -> dict[str, float]:
+    """`source_to_gallery_rK`, `gallery_to_source_rK`: a picture with the same first caption among the K nearest.
+
+    Pictures without a counterpart are no queries but stay in the other side's gallery. `num_examples` counts the
+    queries of the first direction.
+
+    Raises:
+        ValueError: no picture has a counterpart.
+    """
+    (left, left_captions), (right, right_captions) = _embed(encoder, queries), _embed(encoder, gallery)
+    same = np.asarray([own[0] for own in left_captions])[:, None] == np.asarray([own[0] for own in right_captions])
+    if not same.any():
+        raise ValueError("no picture of the source has the caption of one in the gallery")
+    order = left @ right.T
+    metrics = {"num_examples": float(same.any(axis=1).sum())}
+    for name, similarity, match in (("source_to_gallery", order, same), ("gallery_to_source", order.T, same.T)):
+        asked = match.any(axis=1)
+        ranked = np.argsort(-similarity[asked], axis=1, kind="stable")
+        first = np.argmax(np.take_along_axis(match[asked], ranked, axis=1), axis=1)
+        metrics |= {f"{name}_r{depth}": float(np.mean(first < depth)) for depth in DEPTHS}
+    return metrics
+
+
+def _embed(encoder: Encoder, batches: Iterable[dict]) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+    """Embeddings of all good pictures with a caption, in the order of the source, and their captions."""
+    embeds, captions = [], []
     for batch in batches:
         embed = encoder.embed_images(batch["image"])
         index = encoder.gather(batch["index"].astype(np.int32))
-        kept = encoder.gather(np.asarray([bool(captions) for captions in batch["captions"]]) & batch["mask"])
-        captions = _all_captions(batch)
+        kept = encoder.gather(np.asarray([bool(own) for own in batch["captions"]]) & batch["mask"])
+        by_index = _all_captions(batch)
         order = np.argsort(index[kept], kind="stable")
-        images.append(embed[kept][order])
-        for position in index[kept][order]:
-            texts.extend(captions[int(position)])
-            owners.extend([total] * len(captions[int(position)]))
-            total += 1
-    if not texts:
-        raise ValueError("no sample has a caption; retrieval needs at least one per image")
-    text_embed = encoder.embed_texts(texts)
-    return recalls(np.concatenate(images), text_embed, np.asarray(owners))
+        embeds.append(embed[kept][order])
+        captions += [by_index[int(position)] for position in index[kept][order]]
+    return np.concatenate(embeds), captions
 
 
 def _all_captions(batch: dict) -> dict[int, tuple[str, ...]]:

@@ -4,9 +4,8 @@
 """
 
 import json
-import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
@@ -15,7 +14,7 @@ from clipjax.data.pipeline import eval_batches
 from clipjax.data.sources import build_source
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.prompts import load_classes, load_templates
-from clipjax.evals.retrieval import retrieval
+from clipjax.evals.retrieval import image_retrieval, retrieval
 from clipjax.evals.zero_shot import zero_shot
 
 Task = Callable[[Encoder], dict[str, float]]
@@ -38,10 +37,9 @@ def build_tasks(config: Config) -> dict[str, Task]:
 
 
 def _build_task(config: Config, task: TaskConfig) -> Task:
-    source = build_source(task.source, data=config.data, label_key=task.tfds_label_key)
-
-    def batches():
-        return eval_batches(
+    def open_batches(spec: str) -> Callable[[], Iterator[dict]]:
+        source = build_source(spec, data=config.data, label_key=task.tfds_label_key)
+        return lambda: eval_batches(
             source,
             image_size=config.model.image.image_size,
             batch_size=config.eval.batch_size,
@@ -52,12 +50,16 @@ def _build_task(config: Config, task: TaskConfig) -> Task:
             num_threads=config.data.num_threads,
         )
 
+    batches = open_batches(task.source)
     match task.kind:
         case TaskKind.ZERO_SHOT:
             names, templates = load_classes(task.classes or ""), load_templates(task.templates or "")
             return lambda encoder: zero_shot(encoder, batches(), names, templates)
         case TaskKind.RETRIEVAL:
             return lambda encoder: retrieval(encoder, batches())
+        case TaskKind.IMAGE_RETRIEVAL:
+            gallery = open_batches(task.gallery or "")
+            return lambda encoder: image_retrieval(encoder, batches(), gallery())
 
 
 def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Results:
@@ -71,4 +73,4 @@ def write_results(path: pathlib.Path, checkpoint: pathlib.Path, results: Results
     content = json.dumps({"checkpoint": str(checkpoint), "tasks": results}, indent=2, allow_nan=False)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(content + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)

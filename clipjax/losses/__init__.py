@@ -35,10 +35,8 @@ def make_loss(
     """
     kind, method = LossKind(kind), LossMethod(method)
     match kind, method:
-        case LossKind.SOFTMAX, _ if mesh is None:
-            return softmax_loss
         case LossKind.SOFTMAX, LossMethod.AUTO | LossMethod.GATHERED:
-            return make_gathered_softmax_loss(mesh)
+            return softmax_loss if mesh is None else make_gathered_softmax_loss(mesh)
 
 
 __all__ = ["LossFunction", "make_loss", "softmax_loss"]

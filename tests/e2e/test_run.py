@@ -58,9 +58,10 @@ def assert_same_run(workdir: pathlib.Path, finished: pathlib.Path) -> None:
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if not np.array_equal(ours[name], theirs[name])]
     assert not different
-    assert json.loads((workdir / "results.json").read_text())["tasks"] == json.loads(
-        (finished / "results.json").read_text()
-    )["tasks"]
+    assert (
+        json.loads((workdir / "results.json").read_text())["tasks"]
+        == json.loads((finished / "results.json").read_text())["tasks"]
+    )
 
 
 def test_a_run_leaves_log_checkpoints_and_results(finished):
@@ -190,7 +191,8 @@ def test_init_from_starts_with_the_averaged_weights(tiny_config, finished, tmp_p
 
 def test_init_from_another_model_is_refused(tiny_config, finished, tmp_path):
     output = run(
-        *train_arguments(tiny_config, tmp_path, f"--config.init_from={finished}", "--config.model.embed_dim=8"), expect=2
+        *train_arguments(tiny_config, tmp_path, f"--config.init_from={finished}", "--config.model.embed_dim=8"),
+        expect=2,
     )
     assert "image/proj/kernel (16, 8) (checkpoint: (16, 16))" in output
 

@@ -7,7 +7,7 @@ import pytest
 
 from clipjax.evals import prompts
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.retrieval import recalls, retrieval
+from clipjax.evals.retrieval import image_retrieval, recalls, retrieval
 from clipjax.evals.runner import write_results
 from clipjax.evals.zero_shot import zero_shot, zero_shot_classifier
 
@@ -79,7 +79,9 @@ def test_recalls_agree_with_brute_force():
     metrics = recalls(images, texts, owners)
     similarity = images @ texts.T
     for k in (1, 5, 10):
-        by_image = [bool(set(np.argsort(-row)[:k]) & set(np.flatnonzero(owners == i))) for i, row in enumerate(similarity)]
+        by_image = [
+            bool(set(np.argsort(-row)[:k]) & set(np.flatnonzero(owners == i))) for i, row in enumerate(similarity)
+        ]
         by_text = [owners[j] in np.argsort(-column)[:k] for j, column in enumerate(similarity.T)]
         assert metrics[f"image_to_text_r{k}"] == pytest.approx(np.mean(by_image))
         assert metrics[f"text_to_image_r{k}"] == pytest.approx(np.mean(by_text))
@@ -96,6 +98,20 @@ def test_retrieval_leaves_out_bad_samples_and_those_without_captions():
     metrics = retrieval(fake_encoder(directions, table), batches)
     assert (metrics["num_examples"], metrics["num_texts"]) == (2, 3)
     assert metrics["image_to_text_r1"] == metrics["text_to_image_r1"] == 1.0
+
+
+def test_image_retrieval_matches_pictures_of_one_caption():
+    directions = np.eye(4, dtype=np.float32)
+    encoder = fake_encoder(directions, {})
+    source = [batch([0, 1, 2], [-1] * 3, [("sun",), ("moon",), ("only here",)])]
+    gallery = [batch([1, 0, 3], [-1] * 3, [("sun",), ("moon",), ("only there",)])]
+    metrics = image_retrieval(encoder, source, gallery)
+    # The nearest picture of "sun" is the one called "moon", and the reverse: both come second.
+    assert metrics["num_examples"] == 2
+    assert metrics["source_to_gallery_r1"] == metrics["gallery_to_source_r1"] == 0
+    assert metrics["source_to_gallery_r5"] == metrics["gallery_to_source_r5"] == 1
+    with pytest.raises(ValueError, match="no picture of the source has the caption"):
+        image_retrieval(encoder, [batch([2], [-1], [("only here",)])], [batch([3], [-1], [("only there",)])])
 
 
 def test_retrieval_without_captions_is_refused():

@@ -21,7 +21,9 @@ MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (4, 1, 2), (2, 
 def embeddings(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     text = rng.normal(size=(n, 64))
-    image = text + 4 * rng.normal(size=(n, 64))  # hard enough that the loss is not tiny: rounding is relative to the logits
+    image = text + 4 * rng.normal(
+        size=(n, 64)
+    )  # hard enough that the loss is not tiny: rounding is relative to the logits
     return tuple((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (image, text))
 
 
@@ -56,7 +58,9 @@ def relative(ours, theirs) -> float:
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 def test_reference_agrees_with_float64(scale):
     image, text = embeddings(48)
-    (loss, _), grads = jax.value_and_grad(softmax_loss, argnums=(0, 1, 2), has_aux=True)(image, text, jnp.float32(scale))
+    (loss, _), grads = jax.value_and_grad(softmax_loss, argnums=(0, 1, 2), has_aux=True)(
+        image, text, jnp.float32(scale)
+    )
     expected, *expected_grads = numpy_loss_and_grads(image, text, scale)
     assert relative(loss, expected) < TOLERANCE
     assert worst(grads, *expected_grads) < TOLERANCE
@@ -88,7 +92,8 @@ def test_cotangent_scales_the_gradient():
     image, text = embeddings(16)
     loss = make_loss(mesh=mesh)
     plain, tripled = (
-        jax.grad(lambda x, factor=factor: factor * loss(x, text, jnp.float32(10), None)[0])(image) for factor in (1.0, 3.0)
+        jax.grad(lambda x, factor=factor: factor * loss(x, text, jnp.float32(10), None)[0])(image)
+        for factor in (1.0, 3.0)
     )
     np.testing.assert_allclose(tripled, 3 * plain, rtol=1e-6)
 

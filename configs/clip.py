@@ -1,0 +1,48 @@
+"""CLIP as the paper trained it: 32 epochs of 400 million pairs at batch 32,768 (arXiv 2103.00020, tables 18 to 20).
+
+    clipjax train --config=configs/clip.py:vit_b32 --workdir=runs/vit_b32 \
+        --config.data.train='/data/pairs/{00000..41455}.tar'
+
+The argument is `vit_b32`, `vit_b16`, `vit_l14` or `vit_l14_336`; the last is the paper's extra epoch at 336 pixels.
+Made for 256 accelerators (128 pairs each at B/32); not run at that size by us.
+"""
+
+from clipjax import presets
+from clipjax.config import CheckpointConfig, Config, DataConfig, LogConfig, MeshConfig, ModelConfig, OptimConfig, Remat
+
+BATCH = 32_768
+EPOCH = 400_000_000  # pairs in the paper's WebImageText
+
+
+def get_config(architecture: str = "vit_b32") -> Config:
+    """The run of one architecture, with the paper's hyper-parameters for it."""
+    match architecture:
+        case "vit_b32":
+            return _run(presets.model("ViT-B/32"), learning_rate=5e-4, remat=Remat.NONE)
+        case "vit_b16":
+            return _run(presets.model("ViT-B/16"), learning_rate=5e-4, remat=Remat.DOTS)
+        case "vit_l14":
+            return _run(presets.model("ViT-L/14"), learning_rate=4e-4, remat=Remat.FULL, fsdp=8)
+        case "vit_l14_336":
+            config = _run(presets.model("ViT-L/14@336px"), learning_rate=2e-5, remat=Remat.FULL, fsdp=8)
+            config.total_examples = EPOCH
+            return config
+        case _:
+            raise ValueError(f"configs/clip.py:{architecture}: choose vit_b32, vit_b16, vit_l14 or vit_l14_336")
+
+
+def _run(model: ModelConfig, *, learning_rate: float, remat: Remat, fsdp: int = 1) -> Config:
+    model.remat = remat
+    return Config(
+        total_examples=32 * EPOCH,
+        warmup_examples=2_000 * BATCH,
+        global_batch_size=BATCH,
+        model=model,
+        optim=OptimConfig(learning_rate=learning_rate, weight_decay=0.2, beta1=0.9, beta2=0.98, epsilon=1e-6),
+        mesh=MeshConfig(fsdp=fsdp),
+        data=DataConfig(
+            train="data/pairs/*.tar", tokenizer="clip:data/bpe_simple_vocab_16e6.txt.gz", num_workers=8, num_threads=4
+        ),
+        checkpoint=CheckpointConfig(every_examples=1_000 * BATCH),
+        log=LogConfig(every_examples=10 * BATCH),
+    )
