@@ -6,6 +6,7 @@ renames it when all of it is there, so a step directory is complete or absent. N
 """
 
 import base64
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,11 +28,11 @@ class Checkpoints:
         self._workdir = workdir
         policy: preservation_policy.PreservationPolicy = preservation_policy.LatestN(config.keep_last)
         best: Callable[[Any], float] | None = None
+        self._best_metric = config.best_metric
         if config.best_metric is not None:
-            best = _best_value
-            keep_best = preservation_policy.BestN(
-                get_metric_fn=_best_value, n=1, keep_checkpoints_without_metrics=False
-            )
+            # A step that was judged by another metric counts as the worst.
+            best = lambda metrics: float(metrics.get(config.best_metric, -math.inf))  # noqa: E731
+            keep_best = preservation_policy.BestN(get_metric_fn=best, n=1, keep_checkpoints_without_metrics=False)
             policy = preservation_policy.AnyPreservationPolicy([policy, keep_best])
         self._manager = ocp.CheckpointManager(
             (workdir / FOLDER).absolute(),
@@ -61,7 +62,7 @@ class Checkpoints:
         """
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
-        metrics = None if best_value is None else {"best": best_value}
+        metrics = None if best_value is None else {self._best_metric: best_value}
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def restore(self, step: int, abstract_arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -79,10 +80,6 @@ class Checkpoints:
     def close(self) -> None:
         """Wait, then stop the background threads."""
         self._manager.close()
-
-
-def _best_value(metrics: Any) -> float:
-    return float(metrics["best"])
 
 
 def _restore(
@@ -206,14 +203,17 @@ RESUMABLE = (
 """Fields (by prefix) that may change when a run goes on: none of them touches the state or the order of samples."""
 
 
-def saved_config(workdir: pathlib.Path) -> tuple[int, Config] | None:
-    """Step and config of the newest checkpoint in a workdir, or None where there is none yet."""
+def newest_checkpoint(workdir: pathlib.Path) -> SavedCheckpoint | None:
+    """The newest checkpoint in a workdir, or None where there is none yet.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
         find_checkpoint(workdir)
     except ValueError:
         return None
-    saved = SavedCheckpoint(workdir)
-    return saved.step, saved.config
+    return SavedCheckpoint(workdir)
 
 
 def check_resumable(step: int, saved: Config, config: Config) -> None:

@@ -56,17 +56,22 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     path = _option(argv, "checkpoint")
     if not path:
         raise ValueError("--checkpoint=WORKDIR_OR_STEP is missing: name a workdir that training has saved to")
+    distributed.start()  # before the checkpoint is opened, which asks JAX who the processes are
     saved = SavedCheckpoint(path)
     saved.config.mesh = MeshConfig()
     arguments = flags.parse(PROGRAM, argv, options=OPTIONS, config=saved.config)
     output = arguments.options["output"]
     if output:
         flags.require_writable(pathlib.Path(output).parent)
-    validate(saved.config)
+    validate(saved.config, batch_fields=("eval.batch_size",))
     _select_tasks(saved, arguments.options["tasks"])
     tasks = build_tasks(saved.config)
-    distributed.start()
-    validate_devices(saved.config, num_devices=jax.device_count(), num_processes=jax.process_count())
+    validate_devices(
+        saved.config,
+        num_devices=jax.device_count(),
+        num_processes=jax.process_count(),
+        batch_fields=("eval.batch_size",),
+    )
     return lambda: evaluate(saved, tasks, pathlib.Path(output) if output else None)
 
 

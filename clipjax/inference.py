@@ -134,7 +134,7 @@ def load(path: str | pathlib.Path) -> Model:
         ValueError: there is no checkpoint there, or it is damaged.
     """
     saved = SavedCheckpoint(path)
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     params = load_params(saved, mesh)
     return Model(saved.config, params, saved.tokenizer())
 

@@ -23,8 +23,8 @@ class Inputs:
     initial: SavedCheckpoint | None
 
 
-def open_inputs(config: Config) -> Inputs:
-    """Open all of it.
+def open_inputs(config: Config, *, resumes: bool = False) -> Inputs:
+    """Open all of it; a run that resumes has its own weights and does not need those of `init_from`.
 
     Raises:
         ValueError: something is missing or does not fit the config.
@@ -36,10 +36,16 @@ def open_inputs(config: Config) -> Inputs:
             f"the size of data.tokenizer={config.data.tokenizer!r}"
         )
     initial = None
-    if config.init_from is not None:
+    if config.init_from is not None and not resumes:
         initial = SavedCheckpoint(config.init_from)
         check_same_shapes(config, initial)
-    return Inputs(build_source(config.data.train, data=config.data), tokenizer, build_tasks(config), initial)
+    source = build_source(config.data.train, data=config.data)
+    if len(source) < config.global_batch_size:
+        raise ValueError(
+            f"global_batch_size={config.global_batch_size} must not exceed the {len(source)} samples of "
+            f"data.train={config.data.train!r}"
+        )
+    return Inputs(source, tokenizer, build_tasks(config), initial)
 
 
 def check_same_shapes(config: Config, initial: SavedCheckpoint) -> None:

@@ -12,9 +12,8 @@ from clipjax.config import Config, OptimConfig, steps_of, total_steps
 from clipjax.trees import map_with_name, match_any, names
 from clipjax.typing import Params
 
-DECAYED = ("kernel", "token_embed", "pos_embed", "class_embed")
-"""Last names of the parameters that decay: matrices and embeddings, as open_clip and OpenAI have it (not gains, biases
-or the logit scale)."""
+DECAYED = ("kernel", "token_embed", "pos_embed")
+"""Last names of the parameters that decay: those with two or more dimensions, as in open_clip (no gain or bias)."""
 
 
 def make_schedule(config: Config) -> optax.Schedule:

@@ -127,6 +127,14 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 
 
 def global_batch(mesh: Mesh, local: Any) -> Any:
-    """Global arrays, split over the batch axes, from the rows that this process has read."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)
+    """Global arrays, split over the batch axes, from the rows that this process has read.
+
+    The rows of process 0 come first, then those of process 1, and so on.
+    """
+    sharding, processes = batch_sharding(mesh), jax.process_count()
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(
+            sharding, rows, (processes * rows.shape[0], *rows.shape[1:])
+        ),
+        local,
+    )

@@ -5,12 +5,25 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from clipjax.config import Config, TaskKind, from_dict, resolve_mesh, to_dict
 
+BATCH_FIELDS = ("global_batch_size", "eval.batch_size")
+"""Batches that the mesh and the processes share out."""
 
-def validate(config: Config) -> None:
+METRICS = {
+    TaskKind.ZERO_SHOT: ("top1", "top5"),
+    TaskKind.RETRIEVAL: tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)),
+    TaskKind.IMAGE_RETRIEVAL: tuple(
+        f"{way}_r{k}" for way in ("source_to_gallery", "gallery_to_source") for k in (1, 5, 10)
+    ),
+}
+"""Metrics of each kind of task that a best checkpoint can be chosen by."""
+
+
+def validate(config: Config, *, batch_fields: Sequence[str] = BATCH_FIELDS) -> None:
     """Check all that can be known without a device.
 
     Raises:
@@ -20,28 +33,37 @@ def validate(config: Config) -> None:
     if not errors:
         errors = [*_batch_errors(config), *_model_errors(config), *_part_errors(config)]
         # An axis of -1 is not known yet: 1 divides everything, and `validate_devices` looks again.
-        errors += _division_errors(config, *(max(1, getattr(config.mesh, axis)) for axis in ("data", "fsdp", "tensor")))
+        sizes = max(1, config.mesh.data), max(1, config.mesh.fsdp), max(1, config.mesh.tensor)
+        errors += _division_errors(config, sizes, batch_fields)
     if errors:
         raise ValueError("\n".join(errors))
 
 
-def validate_devices(config: Config, *, num_devices: int, num_processes: int) -> None:
+def validate_devices(
+    config: Config, *, num_devices: int, num_processes: int, batch_fields: Sequence[str] = BATCH_FIELDS
+) -> None:
     """Check the mesh, and what it has to divide, against the machine, before a mesh exists.
 
     Raises:
         ValueError: mesh sizes that do not fit, or a batch or model that cannot be shared out evenly.
     """
-    errors = _division_errors(config, *resolve_mesh(config.mesh, num_devices))
-    for path in ("global_batch_size", "eval.batch_size"):
+    sizes = resolve_mesh(config.mesh, num_devices)
+    errors = _division_errors(config, sizes, batch_fields)
+    if num_devices // num_processes % sizes[2]:
+        errors.append(
+            f"mesh.tensor={sizes[2]} must divide the {num_devices // num_processes} devices of each process, "
+            "so that every process reads whole rows of the batch"
+        )
+    for path in batch_fields:
         errors += _division_error(config, path, num_processes, "the number of processes")
     if errors:
         raise ValueError("\n".join(errors))
 
 
-def _division_errors(config: Config, data: int, fsdp: int, tensor: int) -> list[str]:
+def _division_errors(config: Config, sizes: tuple[int, int, int], batch_fields: Sequence[str]) -> list[str]:
     """Sizes that the mesh axes split but do not divide."""
-    errors = []
-    for path in ("global_batch_size", "eval.batch_size"):
+    (data, fsdp, tensor), errors = sizes, []
+    for path in batch_fields:
         errors += _division_error(config, path, data * fsdp, f"mesh.data={data} * mesh.fsdp={fsdp}")
     for tower in ("model.image", "model.text"):
         errors += _division_error(config, f"{tower}.num_heads", tensor, f"mesh.tensor={tensor}")
@@ -110,13 +132,8 @@ _NOT_NEGATIVE = (
     "optim.weight_decay",
     "data.num_workers",
 )
-_FRACTION = (
-    "optim.beta1",
-    "optim.beta2",
-    "optim.ema_decay",
-    "data.min_crop_area",
-    "data.max_bad_fraction",
-)
+_FRACTION = ("data.min_crop_area", "data.max_bad_fraction")
+_BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.ema_decay")
 
 
 def field_value(config: Any, path: str) -> Any:
@@ -132,6 +149,7 @@ def _range_errors(config: Config) -> list[str]:
         (_POSITIVE, lambda value: value > 0, "must be greater than 0"),
         (_NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
         (_FRACTION, lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
+        (_BELOW_ONE, lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
     ):
         for path in paths:
             value = field_value(config, path)
@@ -189,8 +207,11 @@ def _part_errors(config: Config) -> list[str]:
         errors.append(f"microbatch_size={config.microbatch_size}: GradCache is not there yet; leave it None")
     if not config.data.train:
         errors.append("data.train='' must name a source: tfds:NAME/SPLIT, or a path, glob or brace pattern of tars")
-    if min(config.data.std) <= 0:
-        errors.append(f"data.std={config.data.std} must be greater than 0 in every channel")
+    if len(config.data.mean) != 3 or len(config.data.std) != 3 or min(config.data.std) <= 0:
+        errors.append(
+            f"data.mean={config.data.mean} and data.std={config.data.std} must have three numbers, for red, green and "
+            "blue, and a standard deviation must be greater than 0"
+        )
     for pattern in config.optim.freeze:
         try:
             re.compile(pattern)
@@ -208,12 +229,17 @@ def _part_errors(config: Config) -> list[str]:
             errors.append(
                 f"eval.tasks.{name}.gallery={task.gallery!r}: image_retrieval needs a second source, others none"
             )
-    if config.checkpoint.best_metric is not None:
-        task = config.checkpoint.best_metric.rpartition(":")[0]
-        if task not in config.eval.tasks:
-            known = ", ".join(config.eval.tasks) or "none"
-            errors.append(
-                f"checkpoint.best_metric={config.checkpoint.best_metric!r} must be TASK:METRIC with a task of "
-                f"eval.tasks ({known})"
-            )
-    return errors
+    return errors + _best_metric_errors(config)
+
+
+def _best_metric_errors(config: Config) -> list[str]:
+    best = config.checkpoint.best_metric
+    if best is None:
+        return []
+    task, _, metric = best.rpartition(":")
+    known = [f"{name}:{item}" for name, choice in config.eval.tasks.items() for item in METRICS[choice.kind]]
+    if f"{task}:{metric}" not in known:
+        return [f"checkpoint.best_metric={best!r} must be TASK:METRIC, one of {', '.join(known) or 'none: no tasks'}"]
+    if config.eval.every_examples is None:
+        return [f"checkpoint.best_metric={best!r} would only see the last step; set eval.every_examples"]
+    return []

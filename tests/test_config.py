@@ -53,7 +53,7 @@ def test_from_dict_refuses_what_it_does_not_know(values, message):
         ("data.train", "", "data.train='' must name a source"),
         ("global_batch_size", 0, "global_batch_size=0 must be greater than 0"),
         ("optim.learning_rate", float("nan"), "optim.learning_rate=nan must be greater than 0"),
-        ("optim.beta2", 1.5, "optim.beta2=1.5 must lie between 0 and 1"),
+        ("optim.beta2", 1.5, "optim.beta2=1.5 must be at least 0 and below 1"),
         ("seed", -1, "seed=-1 must not be negative"),
         ("seed", "one", "seed='one' must be of type int"),
         ("total_examples", 10, "total_examples=10 must be at least one global_batch_size=256"),
@@ -68,10 +68,10 @@ def test_from_dict_refuses_what_it_does_not_know(values, message):
         ("microbatch_size", 64, "microbatch_size=64: GradCache is not there yet"),
         ("loss.tile", 64, "loss.tile=64: the tiled loss is not there yet"),
         ("optim.freeze", ("(",), "is no regular expression"),
-        ("checkpoint.best_metric", "val:top1", "must be TASK:METRIC with a task of eval.tasks (none)"),
+        ("checkpoint.best_metric", "val:top1", "must be TASK:METRIC, one of none: no tasks"),
         ("eval.tasks", {"a": TaskConfig(source="x")}, "zero_shot needs classes and templates"),
         ("eval.tasks", {"a": TaskConfig(classes="scenes", templates="plain")}, "eval.tasks.a.source='' must name"),
-        ("data.std", (0.0, 1.0, 1.0), "must be greater than 0 in every channel"),
+        ("data.std", (0.0, 1.0, 1.0), "a standard deviation must be greater than 0"),
     ],
 )
 def test_validate_names_field_value_and_rule(path, value, message):

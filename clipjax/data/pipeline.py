@@ -7,6 +7,7 @@ caption), `eval_batches`. Axes: b batch of this process, s image_size, l tokens.
 import collections
 import itertools
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -96,6 +97,16 @@ class _Augment:
         }
 
 
+class TooManyBadSamples(ValueError):
+    """More of the data is unusable than `data.max_bad_fraction` allows."""
+
+
+def _ignore_interrupt(worker_index: int, worker_count: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the training process saves first and then ends its workers."""
+    del worker_index, worker_count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class TrainStream:
     """Endless training batches of one process, in an order that the seed alone decides.
 
@@ -167,7 +178,9 @@ class TrainStream:
         if data.num_workers:
             _mark_flags_as_parsed()
             per_worker = max(1, data.prefetch_batches // data.num_workers)
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(data.num_workers, per_worker))
+            stream = stream.mp_prefetch(
+                grain.MultiprocessingOptions(data.num_workers, per_worker), worker_init_fn=_ignore_interrupt
+            )
         self._source = source
         self._max_bad_fraction = data.max_bad_fraction
         self._judged_reads = min(_JUDGED_READS, epoch_size // process_count)
@@ -209,7 +222,7 @@ class TrainStream:
             return
         by_reason = ", ".join(f"{reason} {count}" for reason, count in self.skipped.items() if count)
         latest = "; ".join(f"{reason} in {self._source.where(index)}" for reason, index in reversed(self._latest))
-        raise ValueError(
+        raise TooManyBadSamples(
             f"data.max_bad_fraction={self._max_bad_fraction}: {skipped} of the {self.samples_read} samples read in "
             f"this process are unusable, {skipped / self.samples_read:.1%} ({by_reason}); the latest: {latest}. "
             "Repair or remove them, or raise data.max_bad_fraction"

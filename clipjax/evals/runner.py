@@ -54,12 +54,29 @@ def _build_task(config: Config, task: TaskConfig) -> Task:
     match task.kind:
         case TaskKind.ZERO_SHOT:
             names, templates = load_classes(task.classes or ""), load_templates(task.templates or "")
-            return lambda encoder: zero_shot(encoder, batches(), names, templates)
+            return _counting(lambda encoder, read: zero_shot(encoder, read(batches()), names, templates))
         case TaskKind.RETRIEVAL:
-            return lambda encoder: retrieval(encoder, batches())
+            return _counting(lambda encoder, read: retrieval(encoder, read(batches())))
         case TaskKind.IMAGE_RETRIEVAL:
             gallery = open_batches(task.gallery or "")
-            return lambda encoder: image_retrieval(encoder, batches(), gallery())
+            return _counting(lambda encoder, read: image_retrieval(encoder, read(batches()), read(gallery())))
+
+
+def _counting(task: Callable[[Encoder, Callable[[Iterator[dict]], Iterator[dict]]], dict[str, float]]) -> Task:
+    """The task with `num_skipped` among its metrics: how many samples were unusable and left out."""
+
+    def run(encoder: Encoder) -> dict[str, float]:
+        skipped = 0
+
+        def read(batches: Iterator[dict]) -> Iterator[dict]:
+            nonlocal skipped
+            for batch in batches:
+                skipped += int((encoder.gather(batch["reason"]) >= 0).sum())
+                yield batch
+
+        return {**task(encoder, read), "num_skipped": float(skipped)}
+
+    return run
 
 
 def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Results:

@@ -14,7 +14,7 @@ def zero_shot_classifier(
     embed_texts: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], templates: Sequence[str]
 ) -> np.ndarray:
     """One unit-norm row per class: the mean of its prompts' embeddings. Float32 `[k, e]`."""
-    prompts = [template.format(name) for name in names for template in templates]
+    prompts = [template.replace("{}", name) for name in names for template in templates]
     embed = embed_texts(prompts).reshape(len(names), len(templates), -1).mean(axis=1)
     return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float32)
 

@@ -29,18 +29,19 @@ def make_gathered_softmax_loss(mesh: Mesh) -> Callable[..., tuple[Array, Metrics
     Cost:
         Per device: two [r, n] float32 blocks of logits; moved: 2 n e floats of embeddings and 2 n of log-sum-exps.
     """
+    saved_specs = (SPLIT, SPLIT, WHOLE, WHOLE, SPLIT, SPLIT)  # own embeddings, gathered embeddings, log-sum-exps
     # check_vma cannot see that a gathered array is the same on every device.
     forward = jax.shard_map(
         _forward,
         mesh=mesh,
         in_specs=(SPLIT, SPLIT, WHOLE),
-        out_specs=(WHOLE, WHOLE, (SPLIT, SPLIT, WHOLE, WHOLE, SPLIT, SPLIT)),
+        out_specs=(WHOLE, WHOLE, saved_specs),
         check_vma=False,
     )
     backward = jax.shard_map(
         _backward,
         mesh=mesh,
-        in_specs=(WHOLE, WHOLE, SPLIT, SPLIT, WHOLE, WHOLE, SPLIT, SPLIT),
+        in_specs=(WHOLE, WHOLE, saved_specs),
         out_specs=(SPLIT, SPLIT, WHOLE),
         check_vma=False,
     )
@@ -56,7 +57,7 @@ def make_gathered_softmax_loss(mesh: Mesh) -> Callable[..., tuple[Array, Metrics
 
     def loss_backward(residuals: Any, cotangents: Any) -> tuple[Array, Array, Array]:
         logit_scale, saved = residuals
-        return backward(cotangents[0], logit_scale, *saved)
+        return backward(cotangents[0], logit_scale, saved)
 
     loss.defvjp(loss_forward, loss_backward)
 
@@ -99,16 +100,8 @@ def _row_statistics(rows: Array, columns: Array, logit_scale: Array, own: Array)
     return jax.nn.logsumexp(logits, axis=1), (jnp.argmax(logits, axis=1) == own).astype(jnp.float32)
 
 
-def _backward(
-    cotangent: Array,
-    logit_scale: Array,
-    image_embed: Array,
-    text_embed: Array,
-    image_all: Array,
-    text_all: Array,
-    image_lse: Array,
-    text_lse: Array,
-) -> tuple[Array, Array, Array]:
+def _backward(cotangent: Array, logit_scale: Array, saved: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+    image_embed, text_embed, image_all, text_all, image_lse, text_lse = saved
     own = _own(image_embed.shape[0])
     weight = cotangent / (2 * image_all.shape[0])
     image_grad, scale_grad = _row_gradient(image_embed, text_all, logit_scale, (image_lse, _gather(text_lse)), own)

@@ -178,16 +178,16 @@ class Block(nn.Module):
         return constrain(x, "batch", None, None), None
 
 
-def remat_block(policy: Remat) -> type[nn.Module]:
-    """The block class under a rematerialisation policy."""
+def remat_block(policy: Remat, *, scanned: bool) -> type[nn.Module]:
+    """The block class under a rematerialisation policy; a loop keeps recomputation from being merged away by itself."""
     match policy:
         case Remat.NONE:
             return Block
         case Remat.DOTS:
             saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            return nn.remat(Block, policy=saved, prevent_cse=False)
+            return nn.remat(Block, policy=saved, prevent_cse=not scanned)
         case Remat.FULL:
-            return nn.remat(Block, prevent_cse=False)
+            return nn.remat(Block, prevent_cse=not scanned)
 
 
 class Transformer(nn.Module):
@@ -204,7 +204,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l w"]) -> Float[Array, "b l w"]:
         stack = nn.scan(
-            remat_block(self.model.remat),
+            remat_block(self.model.remat, scanned=self.model.scan_layers),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.depth,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clipjax import presets
 from clipjax.config import Config, DataConfig, Dtype, ImageTowerConfig, ModelConfig, Remat, TextTowerConfig
 from clipjax.losses import softmax_loss
 from clipjax.models.clip import abstract_params, build_clip, make_encode, normalise_pixels
@@ -252,30 +253,17 @@ def test_pixels_are_normalised_per_channel():
     np.testing.assert_allclose(normalise_pixels(image, data), expected, atol=1e-7)
 
 
-BASE_TEXT = TextTowerConfig()
-LARGE_TEXT = TextTowerConfig(width=768, num_heads=12)
-
-
-def vit(patch_size: int, image_size: int = 224, *, large: bool = False) -> ModelConfig:
-    image = ImageTowerConfig(image_size=image_size, patch_size=patch_size)
-    if not large:
-        return ModelConfig(image=image)
-    image = dataclasses.replace(image, width=1024, depth=24, num_heads=16)
-    return ModelConfig(embed_dim=768, image=image, text=LARGE_TEXT)
-
-
 @pytest.mark.parametrize(
-    ("config", "millions"),
-    [(vit(32), 151.3), (vit(16), 149.6), (vit(14, large=True), 427.6), (vit(14, 336, large=True), 427.9)],
-    ids=["ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336"],
+    ("name", "millions"),
+    [("ViT-B/32", 151.3), ("ViT-B/16", 149.6), ("ViT-L/14", 427.6), ("ViT-L/14@336px", 427.9)],
 )
-def test_parameter_counts_are_those_of_the_clip_model_table(config, millions):
+def test_parameter_counts_are_those_of_the_clip_model_table(name, millions):
     before = sum(array.nbytes for array in jax.live_arrays())
-    shapes = jax.tree.leaves(abstract_params(config))
+    shapes = jax.tree.leaves(abstract_params(presets.model(name)))
     assert sum(leaf.size for leaf in shapes) / 1e6 == pytest.approx(millions, abs=0.05)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in shapes)
     assert sum(array.nbytes for array in jax.live_arrays()) <= before + 1e6  # nothing of the model was allocated
 
 
 def test_the_default_model_is_vit_b_32():
-    assert Config().model == vit(32)
+    assert Config().model == presets.model("ViT-B/32")

@@ -1,0 +1,81 @@
+"""Where a run starts: afresh, from another run's weights, or where its own newest checkpoint left off."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from clipjax import sharding
+from clipjax.checkpoint import Checkpoints, SavedCheckpoint, check_resumable, pack_tokenizer
+from clipjax.config import Config
+from clipjax.inputs import Inputs
+from clipjax.step import TrainState, from_groups, to_groups
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come.
+
+    Attributes:
+        step: completed updates.
+        counters: of the data stream, for JSON; None at the start.
+        evaluated: whether the tasks were run at this step.
+        num_samples: size of the training source.
+    """
+
+    step: int = 0
+    counters: dict[str, Any] | None = None
+    evaluated: bool = False
+    num_samples: int = 0
+
+
+def check_same_run(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> None:
+    """Refuse to go on if the continuation would not be the run that was saved.
+
+    Raises:
+        ValueError: another config, another tokenizer or other training data; with what differs.
+    """
+    check_resumable(saved.step, saved.config, config)
+    if saved.records["tokenizer"] != pack_tokenizer(inputs.tokenizer):
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer!r} is not the tokenizer that the run at step {saved.step} in the "
+            "workdir was trained with; bring that back, or use another workdir to start anew"
+        )
+    num_samples = saved.records["data"]["num_samples"]
+    if len(inputs.source) != num_samples:
+        raise ValueError(
+            f"data.train={config.data.train!r} has {len(inputs.source)} samples, but the run in the workdir was "
+            f"trained on {num_samples}; bring those back, or use another workdir to start anew"
+        )
+
+
+def start_state(
+    config: Config,
+    inputs: Inputs,
+    checkpoints: Checkpoints,
+    init_state: Callable[[jax.Array], TrainState],
+    mesh: Mesh,
+) -> tuple[TrainState, Position]:
+    """The newest checkpoint's state and position, or a fresh state; either way every array is born on its shards.
+
+    Raises:
+        ValueError: the checkpoint's arrays are damaged.
+    """
+
+    def init() -> TrainState:
+        return init_state(jax.random.key(config.seed))
+
+    abstract = jax.eval_shape(init)
+    shardings = sharding.state_shardings(mesh, abstract)
+    placed = sharding.placed(abstract, shardings)
+    latest = checkpoints.latest_step()
+    if latest is not None:
+        groups, records = checkpoints.restore(latest, to_groups(placed))
+        return from_groups(groups), Position(**records["data"])
+    state = jax.jit(init, out_shardings=shardings)()
+    if inputs.initial is not None:
+        params = inputs.initial.params(placed.params)
+        state = replace(state, params=params, ema=None if state.ema is None else jax.tree.map(jax.numpy.copy, params))
+    return state, Position()
