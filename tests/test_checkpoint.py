@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, on any mesh, or is refused aloud."""
 
+import gc
 import json
 import pathlib
 import shutil
@@ -25,6 +26,16 @@ from clipjax.config import CheckpointConfig, Config, MeshConfig, TaskConfig
 from clipjax.data.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer("bytes")
+
+# A restore that Orbax refuses leaves reads behind, which complain of their closed event loop when they are collected:
+# in any later test, hence the whole module, and `collected` so that none is left to others.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected():
+    yield
+    gc.collect()
 
 
 def config(**fields) -> Config:
