@@ -7,12 +7,11 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 
 TEST = [
-    "beartype>=0.20",
-    "hypothesis>=6.120",
     "import-linter>=2.1",
     "pyright>=1.1.400",
     "pytest>=8.3",
     "ruff>=0.11",
+    "safetensors>=0.5",
 ]
 
 setup(
@@ -47,7 +46,6 @@ setup(
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10,<4.10",
         "tokenizers>=0.21",
-        "tqdm>=4.67",
     ],
     extras_require={
         "gpu": ["jax[cuda12]>=0.10.2"],

@@ -78,11 +78,21 @@ def parse(program: str, argv: Sequence[str], *, options: Mapping[str, str], conf
     if len(rest) > 1:
         raise ValueError(f"argument {rest[1]!r} is not understood; options look like --name=value")
     parsed = values["config"].value
+    _check_loaded(parsed)
     if not isinstance(parsed, Config):
         raise ValueError(f"--config: get_config() must return a clipjax.config.Config, not {type(parsed).__name__}")
     for path in cleared:
         _set_none(parsed, path)
     return Arguments(parsed, {name: values[name].value for name in options})
+
+
+def _check_loaded(parsed: Any) -> None:
+    """ml_collections hands a stand-in for a file that it could not read; any look at its fields raises why."""
+    try:
+        hasattr(parsed, "seed")
+    except OSError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"--config: {lines[-1]}") from error
 
 
 def _read(values: flags.FlagValues, argv: list[str], config: Config | None) -> list[str]:
@@ -101,8 +111,7 @@ def _read(values: flags.FlagValues, argv: list[str], config: Config | None) -> l
     except (ValueError, SyntaxError) as error:
         raise ValueError(_unknown_field(argv) or f"config: {error}") from error
     except OSError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"--config: {lines[-1] if lines else error}") from error
+        raise ValueError(f"--config: {error}") from error
 
 
 def _overrides(argv: Sequence[str]) -> list[tuple[str, str]]:

@@ -25,9 +25,9 @@ from clipjax.config import (
 
 
 def get_config() -> Config:
-    """A run of 128,000 examples."""
+    """A run of 140,800 examples."""
     return Config(
-        total_examples=128_000,
+        total_examples=140_800,
         warmup_examples=6_400,
         global_batch_size=64,
         model=ModelConfig(

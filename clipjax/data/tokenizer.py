@@ -5,9 +5,7 @@ Reading order: `Tokenizer` (the promise that the text tower relies on), `tokeniz
 """
 
 import dataclasses
-import hashlib
 import io
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +19,6 @@ PAD_ID = 0
 
 _SENTENCEPIECE_FILE = "sentencepiece.model"
 _HUGGINGFACE_FILE = "tokenizer.json"
-_METADATA_FILE = "metadata.json"
 _FILES = {
     "bytes": (),
     "clip": (MERGES_FILE,),
@@ -135,52 +132,6 @@ def tokenizer_from_files(name: str, files: Mapping[str, bytes]) -> Tokenizer:
             return HuggingFaceTokenizer(files[_HUGGINGFACE_FILE])
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
-    """Writes the tokenizer's files, and `metadata.json` with its kind, sizes and the files' SHA-256."""
-    directory.mkdir(parents=True, exist_ok=True)
-    files = tokenizer.files()
-    for name, content in files.items():
-        (directory / name).write_bytes(content)
-    metadata = _describe(tokenizer) | {"sha256": {name: _digest(content) for name, content in files.items()}}
-    (directory / _METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
-
-
-def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
-    """Reads what `save_tokenizer` wrote.
-
-    Raises:
-      ValueError: a file is missing, corrupt or not the one that was saved, or it now yields other special ids.
-    """
-    path = directory / _METADATA_FILE
-    try:
-        metadata = json.loads(read_file(path))
-        name, digests = str(metadata["name"]), dict(metadata["sha256"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} does not describe a saved tokenizer: {error!r}") from error
-    files = {file: read_file(directory / file) for file in _FILES.get(name, ())}
-    changed = [file for file, content in files.items() if digests.get(file) != _digest(content)]
-    if changed:
-        raise ValueError(f"{str(directory / changed[0])!r} is not the file that was saved (its SHA-256 differs).")
-    tokenizer = tokenizer_from_files(name, files)
-    saved = {key: metadata.get(key) for key in _describe(tokenizer)}
-    if saved != _describe(tokenizer):
-        raise ValueError(f"{str(path)!r} says {saved}, but the files beside it make {_describe(tokenizer)}.")
-    return tokenizer
-
-
-def _describe(tokenizer: Tokenizer) -> dict[str, str | int]:
-    return {
-        "name": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
-        "start_id": tokenizer.start_id,
-        "end_id": tokenizer.end_id,
-    }
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def _without_surrogates(text: str) -> str:
     """Replaces lone surrogates, which JSON can smuggle into a caption and UTF-8 cannot carry, by "?"."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
@@ -292,7 +243,7 @@ class HuggingFaceTokenizer:
 
 
 def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
-    """Learns a unigram SentencePiece model from captions, all held in memory; the same captions give the same bytes.
+    """Learns a byte-pair SentencePiece model from captions, all held in memory; the same captions give the same bytes.
 
     Text is NFKC-normalised and case-folded (`nmt_nfkc_cf`), a rule that the model file carries with it.
 
@@ -306,7 +257,7 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
     Raises:
       ValueError: the captions are empty, or too few or too many-lettered for `vocab_size`.
 
-    Source: arXiv 1804.10959.
+    Source: arXiv 1808.06226 (SentencePiece), arXiv 1508.07909 (byte pairs).
     """
     import sentencepiece
 

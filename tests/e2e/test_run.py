@@ -240,7 +240,7 @@ def test_load_opens_the_model_as_a_library(finished):
     assert embed.dtype == np.float32
     np.testing.assert_array_equal(embed[0], embed[1])
     np.testing.assert_allclose(np.linalg.norm(embed, axis=1), 1, atol=1e-6)
-    np.testing.assert_array_equal(model.encode_image(array), embed[:1])
+    np.testing.assert_allclose(model.encode_image(array), embed[:1], atol=1e-6)  # another batch size, another rounding
     text = model.encode_text(["a red circle", "a blue star " * 50])
     np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, atol=1e-6)
     classifier = model.zero_shot_classifier(["cat", "dog"], ["a {}", "the {}"])
