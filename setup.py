@@ -8,7 +8,7 @@ ROOT = pathlib.Path(__file__).parent
 
 TEST = [
     "import-linter>=2.1",
-    "pyright>=1.1.400",
+    "pyright[nodejs]>=1.1.400",
     "pytest>=8.3",
     "ruff>=0.11",
     "safetensors>=0.5",
