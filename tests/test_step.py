@@ -82,11 +82,9 @@ def test_gradients_agree_with_finite_differences_in_a_random_direction():
     keys = jax.random.split(jax.random.key(1), len(leaves))
     direction = tree.unflatten([jax.random.normal(k, x.shape) * 1e-3 for k, x in zip(keys, leaves, strict=True)])
 
-    metrics_of = jax.jit(lambda *arguments: grads_fn(*arguments)[1])
-
     def loss_at(t: float) -> float:
         params = jax.tree.map(lambda p, d: p + t * d, state.params, direction)
-        return float(metrics_of(params, batch(), state.key)["loss"])
+        return float(grads_fn(params, batch(), state.key)[1]["loss"])
 
     slope = sum(float(jnp.vdot(g, d)) for g, d in zip(*map(jax.tree.leaves, (expected, direction)), strict=True))
     # Central difference: curvature and float32 rounding of a loss near 3 leave about 1 %.
@@ -96,9 +94,9 @@ def test_gradients_agree_with_finite_differences_in_a_random_direction():
 def test_logit_scale_is_clamped():
     config = small_config(learning_rate=10.0)
     init, _, train_step = build(config)
-    state = jax.jit(init)(jax.random.key(0))
+    state = init(jax.random.key(0))
     state = dataclasses.replace(state, params={**state.params, "log_logit_scale": jnp.float32(50.0)})
-    state, metrics = jax.jit(train_step)(state, batch())
+    state, metrics = train_step(state, batch())
     assert float(jnp.exp(state.params["log_logit_scale"])) == pytest.approx(100.0, rel=1e-6)
     assert int(state.step) == 1
     assert np.isfinite(float(metrics["param_norm"]))
@@ -107,7 +105,7 @@ def test_logit_scale_is_clamped():
 def test_frozen_parameters_stay_and_carry_no_moments():
     config = small_config(freeze=("image/.*",))
     init, _, train_step = build(config)
-    state = jax.jit(init)(jax.random.key(0))
+    state = init(jax.random.key(0))
     after, _ = jax.jit(train_step)(state, batch())
     same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), state.params, after.params)
     assert all(jax.tree.leaves(same["image"]))
@@ -135,7 +133,7 @@ def test_weight_decay_touches_matrices_and_embeddings_only():
 def test_moving_average_follows_the_parameters():
     config = small_config(ema_decay=0.75)
     init, _, train_step = build(config)
-    state = jax.jit(init)(jax.random.key(0))
+    state = init(jax.random.key(0))
     after, _ = jax.jit(train_step)(state, batch())
     expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, state.params, after.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), after.ema, expected)
@@ -155,7 +153,7 @@ def test_schedule_warms_up_and_ends_at_the_final_rate():
 
 def test_groups_hold_the_whole_state():
     init, _, _ = build(small_config(ema_decay=0.9))
-    state = jax.jit(init)(jax.random.key(0))
+    state = init(jax.random.key(0))
     again = from_groups(to_groups(state))
     assert jax.tree.structure(again) == jax.tree.structure(state)
     assert all(a is b for a, b in zip(*map(jax.tree.leaves, (state, again)), strict=True))
