@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import pathlib
 import pty
 import struct
@@ -329,8 +330,8 @@ def test_real_pseudo_terminal():
         progress.close()
         shown = b""
         while not shown.endswith(b"\n"):
-            shown += pathlib.os.read(main, 4096)
-    pathlib.os.close(main)
+            shown += os.read(main, 4096)
+    os.close(main)
     assert b"#" in shown and b"50%" in shown
 
 
