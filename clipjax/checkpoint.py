@@ -8,7 +8,7 @@ renames it when all of it is there, so a step directory is complete or absent. N
 import base64
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -71,7 +71,8 @@ class Checkpoints:
         Raises:
             ValueError: a group or array is missing, misshapen or damaged.
         """
-        return _restore(self._manager, step, abstract_arrays)
+        restored = _restore(self._manager, step, abstract_arrays, RECORDS)
+        return {name: restored[name] for name in abstract_arrays}, {name: restored[name] for name in RECORDS}
 
     def wait(self) -> None:
         """Until everything saved so far is on disk."""
@@ -83,16 +84,16 @@ class Checkpoints:
 
 
 def _restore(
-    manager: ocp.CheckpointManager, step: int, abstract_arrays: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    manager: ocp.CheckpointManager, step: int, abstract_arrays: Mapping[str, Any], records: Sequence[str] = ()
+) -> Any:
+    """Groups of arrays and records by name."""
     items: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_arrays.items()}
-    items |= {name: ocp.args.JsonRestore() for name in RECORDS}
+    items |= {name: ocp.args.JsonRestore() for name in records}
     try:
-        restored = manager.restore(step, args=ocp.args.Composite(**items))
+        return manager.restore(step, args=ocp.args.Composite(**items))
     except (ValueError, KeyError, FileNotFoundError) as error:
         place = f"{manager.directory}/{step}"
         raise ValueError(f"checkpoint {place} cannot be restored into this config: {error}") from error
-    return {name: restored[name] for name in abstract_arrays}, {name: restored[name] for name in RECORDS}
 
 
 class SavedCheckpoint:
@@ -127,7 +128,7 @@ class SavedCheckpoint:
     def params(self, abstract_params: Any) -> Any:
         """The parameters to evaluate, placed as the shardings of `abstract_params` say."""
         group = self.params_group
-        return _restore(self._manager, self.step, {group: abstract_params})[0][group]
+        return _restore(self._manager, self.step, {group: abstract_params})[group]
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that was saved."""

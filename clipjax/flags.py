@@ -74,7 +74,7 @@ def parse(program: str, argv: Sequence[str], *, options: Mapping[str, str], conf
         if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
             raise ValueError("--config=FILE[:ARG] is missing; see configs/, for example --config=configs/quickstart.py")
         config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False, sys_argv=[program, *argv])
-    rest = _read(values, [program, *argv], config)
+    rest = _read(values, [program, *argv])
     if len(rest) > 1:
         raise ValueError(f"argument {rest[1]!r} is not understood; options look like --name=value")
     parsed = values["config"].value
@@ -95,7 +95,7 @@ def _check_loaded(parsed: Any) -> None:
         raise ValueError(f"--config: {lines[-1]}") from error
 
 
-def _read(values: flags.FlagValues, argv: list[str], config: Config | None) -> list[str]:
+def _read(values: flags.FlagValues, argv: list[str]) -> list[str]:
     """Parse, and reword what absl and ml_collections raise."""
     try:
         return values(argv)
@@ -106,22 +106,16 @@ def _read(values: flags.FlagValues, argv: list[str], config: Config | None) -> l
         raise ValueError(f"unknown option --{error.flagname}; {hint}") from error
     except flags.Error as error:
         raise ValueError(str(error).removeprefix("flag ")) from error
-    except (KeyError, AttributeError) as error:
-        raise ValueError(_unknown_field(argv) or f"config: {error}") from error
-    except (ValueError, SyntaxError) as error:
+    except (KeyError, AttributeError, ValueError, SyntaxError) as error:
         raise ValueError(_unknown_field(argv) or f"config: {error}") from error
     except OSError as error:
         raise ValueError(f"--config: {error}") from error
 
 
-def _overrides(argv: Sequence[str]) -> list[tuple[str, str]]:
-    found = (re.match(r"--?config\.([^=]+)(?:=(.*))?$", argument, re.DOTALL) for argument in argv)
-    return [(match[1], match[2] or "") for match in found if match]
-
-
 def _unknown_field(argv: Sequence[str]) -> str | None:
     """What is wrong with the first override whose path does not exist, and the nearest name that does."""
-    for path, _ in _overrides(argv):
+    found = (re.match(r"--?config\.([^=]+)", argument) for argument in argv)
+    for path in (match[1] for match in found if match):
         kind: Any = Config
         parts = _path_parts(path)
         for depth, part in enumerate(parts):

@@ -22,7 +22,7 @@ from clipjax.config import Config, MeshConfig
 from clipjax.data.images import resize_center_crop
 from clipjax.data.tokenizer import Tokenizer, tokenize
 from clipjax.evals.zero_shot import zero_shot_classifier
-from clipjax.models.clip import abstract_params, build_clip
+from clipjax.models.clip import abstract_params, build_clip, normalise_pixels
 from clipjax.typing import Params
 
 
@@ -42,6 +42,9 @@ class Model:
         self.logit_scale = float(np.exp(params["log_logit_scale"]))
         self._batch_size = batch_size
         self._encode_image, self._encode_text = jax.jit(clip.encode_image), jax.jit(clip.encode_text)
+        self._encode_picture = jax.jit(
+            lambda params, image: clip.encode_image(params, normalise_pixels(image, config.data))
+        )
 
     def encode_image(self, images: Any) -> Float[np.ndarray, "n embed"]:
         """Unit-norm embeddings of pictures of any size.
@@ -56,8 +59,7 @@ class Model:
         pixels = [resize_center_crop(picture, size) for picture in _pictures(images)]
         if not pixels:
             return np.zeros((0, self.config.model.embed_dim), np.float32)
-        mean, std = (np.asarray(x, np.float32) for x in (self.config.data.mean, self.config.data.std))
-        return self.embed_pixels((np.stack(pixels).astype(np.float32) / 255 - mean) / std)
+        return self._in_batches(self._encode_picture, np.stack(pixels))
 
     def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n embed"]:
         """Unit-norm embeddings of texts; longer ones are cut at the context length."""

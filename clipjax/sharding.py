@@ -5,7 +5,6 @@ Three tables decide everything: `PARAMETER_RULES` names the dimensions of every 
 Models are written as single-device code; they only call `constrain` on activations.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,11 +74,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def num_batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the batch is split."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
