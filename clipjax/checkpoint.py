@@ -198,6 +198,7 @@ RESUMABLE = (
     "checkpoint.",
     "init_from",
     "data.tfds_dir",
+    "data.max_bad_fraction",
     "data.num_",
     "data.prefetch_batches",
 )

@@ -1,5 +1,6 @@
 """The console script: `clipjax COMMAND ...` dispatches to the front doors."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +18,21 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
   clipjax data scenes
   clipjax train --config=configs/quickstart.py --workdir=runs/quickstart
 """
+
+
+LARGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def console() -> int:
+    """The console script. On Linux it starts itself again once, with large pages for the heap.
+
+    Only the environment of a process can ask glibc for them. On CPUs they halve the time of a training step, as XLA
+    takes and touches fresh memory in every step. `GLIBC_TUNABLES` that is set already stays as it is.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        environment = {**os.environ, "GLIBC_TUNABLES": LARGE_PAGES}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

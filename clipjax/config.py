@@ -99,7 +99,8 @@ class ModelConfig:
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     activation: Activation = Activation.QUICK_GELU
-    compute_dtype: Dtype = Dtype.BFLOAT16
+    compute_dtype: Dtype = Dtype.BFLOAT16  # of activations; parameters, sums and the loss are float32 always
+    matmul_dtype: Dtype | None = None  # of what enters a product with a parameter; None: compute_dtype
     scan_layers: bool = True  # one compiled block per tower; False unrolls (faster for small models, slower to compile)
     remat: Remat = Remat.NONE
     init_logit_scale: float = 1 / 0.07  # arXiv 2103.00020, section 2.5

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 
 from clipjax.config import Config, total_steps
-from clipjax.data.pipeline import TrainStream
+from clipjax.data.sources import REASONS
 from clipjax.metrics import PEAK_TFLOPS, MetricsWriter, Progress, StepClock, format_table, mfu, model_flops
 from clipjax.typing import Metrics
 
@@ -38,10 +39,16 @@ class Journal:
         self._clock = StepClock(steps, step=start_step, examples_seen=start_step * self._batch)
         self._pending: tuple[int, Metrics, dict[str, Any]] | None = None
 
-    def note(self, step: int, metrics: Metrics, stream: TrainStream) -> None:
-        """Remember a step to log; its numbers are fetched by the next `flush`."""
-        rates = self._clock.lap(step=step, examples_seen=step * self._batch, wait_seconds=stream.wait_seconds)
-        self._pending = (step, metrics, {**rates, "samples_skipped": dict(stream.skipped)})
+    def note(self, step: int, metrics: Metrics, wait_seconds: float) -> None:
+        """Remember a step to log; its numbers are fetched by the next `flush`.
+
+        Args:
+            step: completed updates.
+            metrics: what the step gave.
+            wait_seconds: total time that training has waited for data.
+        """
+        rates = self._clock.lap(step=step, examples_seen=step * self._batch, wait_seconds=wait_seconds)
+        self._pending = (step, metrics, rates)
 
     def flush(self) -> None:
         """Write the remembered step, if there is one."""
@@ -51,10 +58,12 @@ class Journal:
         self._pending = None
         if self._writer is None:
             return
+        skipped = np.asarray(metrics["samples_skipped"]).tolist()
         values = {
             "examples_seen": step * self._batch,
-            **{name: float(value) for name, value in metrics.items()},
+            **{name: float(value) for name, value in metrics.items() if name != "samples_skipped"},
             **host,
+            "samples_skipped": dict(zip(REASONS, skipped, strict=True)),
         }
         if self._peak_tflops is not None:
             rate = host["examples_per_second"]

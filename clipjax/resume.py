@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,13 +19,11 @@ class Position:
 
     Attributes:
         step: completed updates.
-        counters: of the data stream, for JSON; None at the start.
         evaluated: whether the tasks were run at this step.
         num_samples: size of the training source.
     """
 
     step: int = 0
-    counters: dict[str, Any] | None = None
     evaluated: bool = False
     num_samples: int = 0
 

@@ -43,6 +43,7 @@ PARAMETER_RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
     (r"text/token_embed", ("vocab", "width")),
     (r"(image|text)/ln_(pre|post|final)/(bias|scale)", (None,)),
     (r"log_logit_scale|logit_bias", ()),
+    (r"samples_skipped", (None,)),
 )
 """First match wins; the path of an optimizer moment ends in its parameter's path, so it follows the parameter."""
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from clipjax.config import Config
+from clipjax.data.sources import REASONS
 from clipjax.trees import global_norm
 from clipjax.typing import Batch, Key, Metrics, Params
 
@@ -22,7 +23,9 @@ TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state", "ema", "key"), meta_fields=()
+    jax.tree_util.register_dataclass,
+    data_fields=("step", "params", "opt_state", "ema", "key", "samples_skipped"),
+    meta_fields=(),
 )
 @dataclass(frozen=True)
 class TrainState:
@@ -34,6 +37,7 @@ class TrainState:
         opt_state: the optimizer's state.
         ema: moving average of `params`, or None where none is kept.
         key: the run's PRNG key; step s draws from `fold_in(key, s)`.
+        samples_skipped: unusable samples so far, of all processes, int32 by reason (`data.sources.REASONS`).
     """
 
     step: jax.Array
@@ -41,6 +45,7 @@ class TrainState:
     opt_state: Any
     ema: Params | None
     key: Key
+    samples_skipped: jax.Array
 
 
 def make_init_state(
@@ -57,6 +62,7 @@ def make_init_state(
             opt_state=tx.init(params),
             ema=None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, params),
             key=run_key,
+            samples_skipped=jnp.zeros(len(REASONS), jnp.int32),
         )
 
     return init_state
@@ -84,6 +90,8 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params: dict[str, Any] = {**optax.apply_updates(state.params, updates)}  # type: ignore[arg-type]
         params["log_logit_scale"] = jnp.minimum(params["log_logit_scale"], max_log_scale)
+        by_reason = jax.nn.one_hot(batch["reason"], len(REASONS), dtype=jnp.int32)
+        samples_skipped = state.samples_skipped + jnp.sum(by_reason, axis=0)
         metrics = {
             **metrics,
             "logit_scale": jnp.exp(state.params["log_logit_scale"]),
@@ -92,6 +100,7 @@ def make_train_step(
             "grad_norm_image": global_norm(grads["image"]),
             "grad_norm_text": global_norm(grads["text"]),
             "param_norm": global_norm(params),
+            "samples_skipped": samples_skipped,
         }
         state = TrainState(
             step=state.step + 1,
@@ -99,6 +108,7 @@ def make_train_step(
             opt_state=opt_state,
             ema=update_ema(state.ema, params),
             key=state.key,
+            samples_skipped=samples_skipped,
         )
         return state, metrics
 
@@ -118,7 +128,8 @@ def eval_params(state: TrainState) -> Params:
 
 def to_groups(state: TrainState) -> dict[str, Any]:
     """The state as the groups of arrays that a checkpoint keeps apart, so that `params` can be read alone."""
-    groups = {"params": state.params, "train": {"step": state.step, "opt_state": state.opt_state, "key": state.key}}
+    names = ("step", "opt_state", "key", "samples_skipped")
+    groups = {"params": state.params, "train": {name: getattr(state, name) for name in names}}
     return groups if state.ema is None else {**groups, "ema": state.ema}
 
 

@@ -4,32 +4,29 @@ Read `prepare` (all that can be refused before training), `train` (a line per no
 again goes on from the newest checkpoint.
 """
 
-import collections
 import contextlib
 import functools
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import jax
 import optax
 
 from clipjax import distributed, flags, grads, optim, sharding
-from clipjax.checkpoint import Checkpoints, make_records, newest_checkpoint
+from clipjax.checkpoint import Checkpoints, newest_checkpoint
 from clipjax.config import Config, steps_of, total_steps
-from clipjax.data.pipeline import TooManyBadSamples, TrainStream
+from clipjax.data.pipeline import BadSampleLimit, TooManyBadSamples, TrainStream
 from clipjax.data.tokenizer import TextToTokens
-from clipjax.evals.encoder import Encoder, make_encoder_factory
-from clipjax.evals.runner import Results, run_tasks, write_results
+from clipjax.evals.encoder import make_encoder_factory
+from clipjax.evals.runner import Results
 from clipjax.inputs import Inputs, open_inputs
-from clipjax.journal import Journal, results_table
+from clipjax.journal import Journal
 from clipjax.losses import make_loss
 from clipjax.models.clip import abstract_params, build_clip, make_encode
 from clipjax.resume import Position, check_same_run, start_state
-from clipjax.step import TrainState, TrainStep, eval_params, make_init_state, make_train_step, to_groups
-from clipjax.typing import Params
+from clipjax.run import Run
+from clipjax.step import TrainState, make_init_state, make_train_step
 from clipjax.validation import validate, validate_devices
 
 PROGRAM = "clipjax train"
@@ -43,23 +40,6 @@ The workdir gets metrics.jsonl, tensorboard/, checkpoints/ and, at the end, resu
 
 Fields of the config with their defaults (the config file sets its own):
 """
-STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices
-
-
-@dataclass(frozen=True)
-class Run:
-    """The parts of one run that its loop uses."""
-
-    config: Config
-    workdir: pathlib.Path
-    inputs: Inputs
-    put: Callable[[Any], Any]
-    stream: TrainStream
-    checkpoints: Checkpoints
-    journal: Journal
-    signal: distributed.ShutdownSignal
-    train_step: TrainStep
-    make_encoder: Callable[[Params], Encoder]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +101,6 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             start_step=start.step,
-            counters=start.counters if distributed.is_first() else None,
         )
         stack.callback(stream.close)
         run = Run(
@@ -130,6 +109,12 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
             inputs=inputs,
             put=functools.partial(sharding.global_batch, mesh),
             stream=stream,
+            limit=BadSampleLimit(
+                config,
+                num_samples=len(inputs.source),
+                start_step=start.step,
+                skipped=jax.device_get(state.samples_skipped).tolist(),
+            ),
             checkpoints=checkpoints,
             journal=journal,
             signal=signal,
@@ -142,7 +127,7 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
 
 
 def _loop(run: Run, state: TrainState, start: Position) -> int:
-    """Step after step; log, evaluate and save when due; leave early on a signal."""
+    """Step after step; log, evaluate and save when due; leave early on a signal or if too much data is unusable."""
     config, journal = run.config, run.journal
     last = total_steps(config)
     log_every = steps_of(config.log.every_examples, config)
@@ -151,75 +136,30 @@ def _loop(run: Run, state: TrainState, start: Position) -> int:
     journal.message(f"step {start.step} of {last}, workdir {run.workdir}")
     results: Results | None = None
     if start.step and start.step % eval_every == 0 and not start.evaluated:  # a signal came in between
-        results = _evaluate(run, state, start.step)
-    in_flight: collections.deque[jax.Array] = collections.deque()
+        results = run.evaluate(state, start.step)
     for step in range(start.step + 1, last + 1):
         try:
-            batch = next(run.stream)
+            batch = run.next_batch()
         except TooManyBadSamples as error:
+            run.save(state, step - 1)
             flags.fail(PROGRAM, error)
             return 1
-        state, metrics = run.train_step(state, run.put({"image": batch["image"], "tokens": batch["tokens"]}))
-        in_flight.append(metrics["loss"])
-        if len(in_flight) > STEPS_IN_FLIGHT:
-            in_flight.popleft().block_until_ready()
+        state, metrics = run.train_step(state, batch)
+        run.follow(step, metrics)
         journal.flush()
         if step % log_every == 0 or step == last:
-            journal.note(step, metrics, run.stream)
+            journal.note(step, metrics, run.stream.wait_seconds)
         stop = run.signal.due(step) and step < last
         if step == last or (step % eval_every == 0 and not stop):
-            results = _evaluate(run, state, step)
-            _save(run, state, step, results)
+            results = run.evaluate(state, step)
+            run.save(state, step, results)
         elif stop or step % save_every == 0:
-            _save(run, state, step, None)
+            run.save(state, step)
         if stop:
             number = run.signal.number
             journal.message(f"stopped by signal {number} after step {step}; the same command goes on from here")
             return run.signal.exit_code
-    return _finish(run, state, last, results)
-
-
-def _evaluate(run: Run, state: TrainState, step: int) -> Results:
-    """Run the tasks; should one fail, the state is saved before the error goes on."""
-    run.journal.flush()
-    with run.journal.pause():
-        try:
-            results = run_tasks(run.inputs.tasks, run.make_encoder(eval_params(state)))
-        except Exception:
-            _save(run, state, step, None)
-            run.checkpoints.wait()
-            raise
-        if results:
-            run.journal.results(step, results)
-    return results
-
-
-def _save(run: Run, state: TrainState, step: int, results: Results | None) -> None:
-    """Save in the background; the log is complete up to this step before the checkpoint can be."""
-    run.journal.flush()
-    if run.checkpoints.latest_step() == step:
-        return
-    position = Position(step, run.stream.counters(), results is not None, len(run.inputs.source))
-    records = make_records(run.config, run.inputs.tokenizer, asdict(position))
-    best_value = None
-    if run.config.checkpoint.best_metric is not None and results:
-        task, _, metric = run.config.checkpoint.best_metric.rpartition(":")
-        best_value = results[task][metric]
-    run.checkpoints.save(step, to_groups(state), records, best_value)
-
-
-def _finish(run: Run, state: TrainState, last: int, results: Results | None) -> int:
-    """Wait for the last checkpoint, then leave `results.json`, the sign of a finished run."""
-    run.checkpoints.wait()
-    run.journal.flush()
-    if results is None:  # the run was complete before: its log is, but a kill may have come before results.json
-        results = run_tasks(run.inputs.tasks, run.make_encoder(eval_params(state)))
-    if distributed.is_first():
-        write_results(run.workdir / "results.json", run.checkpoints.path(last), results)
-    if results:
-        run.journal.message(results_table(results))
-    examples = last * run.config.global_batch_size
-    run.journal.message(f"done: {last} steps, {examples} examples; all of it is in {run.workdir}")
+    run.finish(state, last, results)
     return 0
 
 

@@ -12,7 +12,8 @@ Params = Mapping[str, Any]
 """Parameters: a nested dict of float32 arrays."""
 
 Batch = Mapping[str, Any]
-"""`image` uint8 [b, h, w, 3], `tokens` int32 [b, l], `index` int64 [b] (global position of the pair in the stream)."""
+"""`image` uint8 [b, h, w, 3], `tokens` int32 [b, l], `reason` int32 [b] (why another pair stands in for this one, an
+index into `data.sources.REASONS`; -1: none does)."""
 
 Metrics = dict[str, Any]
 """Scalars by name."""

@@ -36,6 +36,7 @@ def get_config(root: str = "../shared") -> Config:
             image=ImageTowerConfig(image_size=64, patch_size=8, width=128, depth=6, num_heads=4),
             text=TextTowerConfig(context_length=32, width=128, depth=6, num_heads=4),
             compute_dtype=Dtype.FLOAT32,
+            matmul_dtype=Dtype.BFLOAT16,
             scan_layers=False,
         ),
         optim=OptimConfig(learning_rate=1e-3, max_grad_norm=1.0),

@@ -35,6 +35,7 @@ def get_config() -> Config:
             image=ImageTowerConfig(image_size=32, patch_size=8, width=128, depth=3, num_heads=4),
             text=TextTowerConfig(context_length=24, vocab_size=304, width=128, depth=1, num_heads=4),
             compute_dtype=Dtype.FLOAT32,
+            matmul_dtype=Dtype.BFLOAT16,
             scan_layers=False,
         ),
         optim=OptimConfig(learning_rate=8e-4, weight_decay=0.1, max_grad_norm=1.0),

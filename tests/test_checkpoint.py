@@ -76,7 +76,7 @@ def save(workdir: pathlib.Path, *steps: int, arrays=None, best=None, **fields) -
     """Save the same arrays at several steps, as a run would."""
     checkpoints = Checkpoints(workdir, CheckpointConfig(**fields))
     for step in steps:
-        records = make_records(config(), TOKENIZER, {"step": step, "counters": {}})
+        records = make_records(config(), TOKENIZER, {"step": step})
         checkpoints.save(step, arrays or groups(), records, (best or {}).get(step))
         checkpoints.wait()
     checkpoints.close()
@@ -105,7 +105,7 @@ def test_arrays_and_records_come_back_bit_for_bit(saved):
     checkpoints.close()
     assert_same(arrays, groups())
     assert jnp.issubdtype(arrays["train"]["key"].dtype, jax.dtypes.prng_key)
-    assert records == make_records(config(), TOKENIZER, {"step": 3, "counters": {}})
+    assert records == make_records(config(), TOKENIZER, {"step": 3})
 
 
 def test_restores_onto_another_mesh(tmp_path):
@@ -340,7 +340,7 @@ def test_what_touches_neither_state_nor_order_may_change():
     changed.checkpoint.keep_last = 9
     changed.init_from = "elsewhere"
     changed.data.tfds_dir, changed.data.num_workers, changed.data.num_threads = "/moved", 4, 8
-    changed.data.prefetch_batches = 5
+    changed.data.prefetch_batches, changed.data.max_bad_fraction = 5, 0.5
     check_resumable(7, config(), changed)
 
 

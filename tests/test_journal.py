@@ -1,12 +1,13 @@
 """The journal: what is written when, by whom, and how results read."""
 
 import json
-import types
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from clipjax.config import Config, ImageTowerConfig, LogConfig, ModelConfig, TextTowerConfig
+from clipjax.data.sources import REASONS
 from clipjax.journal import Journal, results_table
 from clipjax.metrics import model_flops
 
@@ -26,9 +27,10 @@ def make_config(peak_tflops: float | None = None) -> Config:
     )
 
 
-def stream(wait_seconds: float = 0.0, **skipped: int):
-    """The two attributes of a TrainStream that a journal reads."""
-    return types.SimpleNamespace(wait_seconds=wait_seconds, skipped=skipped)
+def step_metrics(loss, **skipped: int) -> dict:
+    """What a step gives, as far as a journal cares."""
+    counts = np.array([skipped.get(reason, 0) for reason in REASONS], np.int32)
+    return {"loss": loss, "logit_scale": jnp.float32(14), "samples_skipped": counts}
 
 
 def lines(workdir) -> list[dict]:
@@ -48,8 +50,8 @@ class Scalar:
 
 def test_a_step_is_fetched_and_written_on_flush_only(tmp_path, capsys):
     journal = Journal(make_config(), tmp_path, start_step=0, enabled=True)
-    loss, skipped = Scalar(3.5), {"decode": 1}
-    journal.note(2, {"loss": loss, "logit_scale": jnp.float32(14)}, stream(**skipped))
+    loss = Scalar(3.5)
+    journal.note(2, step_metrics(loss, corrupt_image=1), 0.0)
     assert not loss.fetched
     assert lines(tmp_path) == []
     journal.flush()
@@ -58,7 +60,7 @@ def test_a_step_is_fetched_and_written_on_flush_only(tmp_path, capsys):
     assert line["examples_seen"] == 64
     assert line["loss"] == 3.5
     assert line["logit_scale"] == 14
-    assert line["samples_skipped"] == {"decode": 1}
+    assert line["samples_skipped"] == {reason: int(reason == "corrupt_image") for reason in REASONS}
     assert line["examples_per_second"] > 0
     assert "step  2/10" in capsys.readouterr().err
     journal.flush()
@@ -66,23 +68,14 @@ def test_a_step_is_fetched_and_written_on_flush_only(tmp_path, capsys):
     assert len(lines(tmp_path)) == 1
 
 
-def test_counts_are_those_of_the_noted_step(tmp_path):
-    journal = Journal(make_config(), tmp_path, start_step=0, enabled=True)
-    counts = stream(decode=1)
-    journal.note(1, {"loss": 1.0}, counts)
-    counts.skipped["decode"] = 5  # the stream has gone on by the time the step is written
-    journal.close()  # writes what is pending
-    assert lines(tmp_path)[0]["samples_skipped"] == {"decode": 1}
-
-
 def test_going_on_counts_from_the_start_step(tmp_path):
     first = Journal(make_config(), tmp_path, start_step=0, enabled=True)
     for step in (1, 2, 3):
-        first.note(step, {"loss": float(step)}, stream())
+        first.note(step, step_metrics(float(step)), 0.0)
         first.flush()
     first.close()
     again = Journal(make_config(), tmp_path, start_step=2, enabled=True)
-    again.note(3, {"loss": 30.0}, stream())
+    again.note(3, step_metrics(30.0), 0.0)
     again.close()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
@@ -90,7 +83,7 @@ def test_going_on_counts_from_the_start_step(tmp_path):
 def test_other_processes_write_and_say_nothing_and_fetch_nothing(tmp_path, capsys):
     journal = Journal(make_config(), tmp_path, start_step=0, enabled=False)
     loss = Scalar(1.0)
-    journal.note(1, {"loss": loss}, stream())
+    journal.note(1, step_metrics(loss), 0.0)
     journal.flush()
     journal.results(1, RESULTS)
     journal.message("hello")
@@ -106,7 +99,7 @@ def test_other_processes_write_and_say_nothing_and_fetch_nothing(tmp_path, capsy
 def test_mfu_needs_a_peak(tmp_path):
     for peak in (None, 2.0):
         journal = Journal(make_config(peak), tmp_path, start_step=0, enabled=True)
-        journal.note(1, {"loss": 1.0}, stream())
+        journal.note(1, step_metrics(1.0), 0.0)
         journal.close()
         (line,) = lines(tmp_path)
         if peak is None:  # and no table knows a CPU's

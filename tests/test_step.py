@@ -12,6 +12,7 @@ import pytest
 
 from clipjax import grads, optim, sharding
 from clipjax.config import Config, Dtype, ImageTowerConfig, MeshConfig, ModelConfig, TextTowerConfig
+from clipjax.data.sources import REASONS
 from clipjax.losses import make_loss, softmax_loss
 from clipjax.models.clip import abstract_params, build_clip, make_encode
 from clipjax.step import eval_params, from_groups, make_init_state, make_train_step, to_groups
@@ -37,7 +38,8 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, 62, (16, 8)).astype(np.int32)
     tokens[:, -1] = 63
-    return {"image": rng.integers(0, 256, (16, 16, 16, 3)).astype(np.uint8), "tokens": tokens}
+    image = rng.integers(0, 256, (16, 16, 16, 3)).astype(np.uint8)
+    return {"image": image, "tokens": tokens, "reason": np.full(16, -1, np.int32)}
 
 
 def build(config: Config, loss=softmax_loss):
@@ -157,3 +159,17 @@ def test_groups_hold_the_whole_state():
     again = from_groups(to_groups(state))
     assert jax.tree.structure(again) == jax.tree.structure(state)
     assert all(a is b for a, b in zip(*map(jax.tree.leaves, (state, again)), strict=True))
+
+
+def test_unusable_samples_are_counted_by_reason_over_the_global_batch():
+    init, _, train_step = build(small_config())
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
+    reasons = np.full(16, -1, np.int32)
+    reasons[[0, 5, 15]] = 2, 0, 2
+    with jax.set_mesh(mesh):
+        state = jax.jit(init)(jax.random.key(0))
+        step = jax.jit(train_step, out_shardings=sharding.replicated(mesh), donate_argnums=0)
+        state, _ = step(state, sharding.global_batch(mesh, {**batch(), "reason": reasons}))
+        state, metrics = step(state, sharding.global_batch(mesh, batch()))
+        step(state, sharding.global_batch(mesh, batch()))  # donates the state: the metrics have buffers of their own
+    assert metrics["samples_skipped"].tolist() == [1, 0, 2] + [0] * (len(REASONS) - 3)

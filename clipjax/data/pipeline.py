@@ -1,7 +1,7 @@
 """From a source to batches: Grain decides order, shares and prefetch; the integer step is the only state.
 
 Reading order: `TrainStream`, `_UsableSamples` (decoding and the substitution of bad samples), `_Augment` (crop and
-caption), `eval_batches`. Axes: b batch of this process, s image_size, l tokens.
+caption), `BadSampleLimit`, `eval_batches`. Axes: b batch of this process, s image_size, l tokens.
 """
 
 import collections
@@ -37,6 +37,10 @@ class _Pair:
     reason: int
 
 
+class TooManyBadSamples(ValueError):
+    """More of the data is unusable than `data.max_bad_fraction` allows."""
+
+
 class _UsableSamples:
     """The decoded samples of a source, with a fixed substitute for each bad one, so that batches keep their shape."""
 
@@ -67,7 +71,7 @@ class _UsableSamples:
                 if first_reason == _GOOD:
                     first_reason = REASONS.index(bad.reason)
                 failure = f"{bad.reason} in {self._source.where(probe)}"
-        raise ValueError(
+        raise TooManyBadSamples(
             f"{min(size, _MAX_PROBES)} samples in a row are unusable, the last: {failure}; check data.train and that "
             "its image and caption keys name what the data holds"
         )
@@ -97,10 +101,6 @@ class _Augment:
         }
 
 
-class TooManyBadSamples(ValueError):
-    """More of the data is unusable than `data.max_bad_fraction` allows."""
-
-
 def _ignore_interrupt(worker_index: int, worker_count: int) -> None:
     """Ctrl-C reaches every process of a terminal; the training process saves first and then ends its workers."""
     del worker_index, worker_count
@@ -115,11 +115,11 @@ class TrainStream:
     it: joined in the order of the processes, the parts are the same array for any number of processes, worker
     processes and threads. The augmentation at a position depends on the seed and the position only.
 
-    A bad sample is replaced by another one of the source, always the same, and counted by reason. Counts refer to
-    the batches handed out, not to those prefetched.
+    A bad sample is replaced by another one of the source, always the same, and marked with the reason.
 
-    Iterating gives `image` uint8 [b, s, s, 3], `tokens` int32 [b, l] and `index` int64 [b], the index in the source
-    of the pair that was used.
+    Iterating gives `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `index` int64 [b], the index in the source
+    of the pair that was used, and `reason` int32 [b], why the pair that was due is unusable: an index into `REASONS`,
+    or -1 if it was used itself.
 
     Args:
         source: pairs; it must have at least one global batch of them.
@@ -128,16 +128,12 @@ class TrainStream:
         process_index: which of `process_count` processes this one is.
         process_count: how many processes share each global batch.
         start_step: completed updates; the stream goes on from there without reading what came before.
-        counters: `counters()` of the run that is resumed.
 
     Raises:
-        ValueError: at construction, if the batch does not divide or the source is too small; from iteration, if more
-            than `data.max_bad_fraction` of the samples of this process are bad, judged in steps of 1000 samples or
-            one epoch, whichever is less.
+        ValueError: at construction, if the batch does not divide or the source is too small.
+        TooManyBadSamples: from iteration, if hardly anything is usable.
 
     Attributes:
-        samples_read: positions handed out, each with one sample of its own.
-        skipped: how many of those samples were bad, by reason.
         wait_seconds: total time that iteration has waited for data.
     """
 
@@ -150,7 +146,6 @@ class TrainStream:
         process_index: int = 0,
         process_count: int = 1,
         start_step: int = 0,
-        counters: dict[str, Any] | None = None,
     ):
         import grain
 
@@ -182,12 +177,7 @@ class TrainStream:
                 grain.MultiprocessingOptions(data.num_workers, per_worker), worker_init_fn=_ignore_interrupt
             )
         self._source = source
-        self._max_bad_fraction = data.max_bad_fraction
-        self._judged_reads = min(_JUDGED_READS, epoch_size // process_count)
         self._latest: collections.deque[tuple[str, int]] = collections.deque(maxlen=_LATEST)
-        counters = counters or {"samples_read": 0, "skipped": {}}
-        self.samples_read = int(counters["samples_read"])
-        self.skipped = {reason: int(counters["skipped"].get(reason, 0)) for reason in REASONS}
         self.wait_seconds = 0.0
         self._batches = iter(stream)
         self._batches.start_prefetch()
@@ -199,33 +189,57 @@ class TrainStream:
         start = time.perf_counter()
         batch = next(self._batches)
         self.wait_seconds += time.perf_counter() - start
-        self._count(batch.pop("reason"), batch.pop("requested"))
+        reasons, requested = batch["reason"], batch.pop("requested")
+        self._latest.extend((REASONS[reasons[i]], int(requested[i])) for i in np.flatnonzero(reasons != _GOOD))
         return {name: np.asarray(array) for name, array in batch.items()}
 
-    def counters(self) -> dict[str, Any]:
-        """Counts up to the last batch handed out, for JSON and for `counters` of a stream that goes on from here."""
-        return {"samples_read": self.samples_read, "skipped": dict(self.skipped)}
+    def latest_bad(self) -> list[str]:
+        """The last few unusable samples that this process met: reason and place, the latest first."""
+        return [f"{reason} in {self._source.where(index)}" for reason, index in reversed(self._latest)]
 
     def close(self) -> None:
         """Stops threads and worker processes."""
         self._batches.close()
 
-    def _count(self, reasons: np.ndarray, requested: np.ndarray) -> None:
-        self.samples_read += len(reasons)
-        for i in np.flatnonzero(reasons != _GOOD):
-            self.skipped[REASONS[reasons[i]]] += 1
-            self._latest.append((REASONS[reasons[i]], int(requested[i])))
-        skipped = sum(self.skipped.values())
+
+class BadSampleLimit:
+    """Stops a run whose data is unusable beyond the configured share; counted from the start of this process.
+
+    Args:
+        config: uses `global_batch_size` and `data.max_bad_fraction`.
+        num_samples: size of the source.
+        start_step: completed updates.
+        skipped: unusable samples by reason up to `start_step`; what a run before met and was told does not count again.
+    """
+
+    def __init__(self, config: Config, *, num_samples: int, start_step: int, skipped: Sequence[int]):
+        self._max_fraction = config.data.max_bad_fraction
+        self._batch_size = config.global_batch_size
+        self._window = min(_JUDGED_READS, num_samples - num_samples % config.global_batch_size)
+        self._start_step = start_step
+        self._skipped = np.asarray(skipped)
+
+    def check(self, step: int, skipped: Sequence[int], latest: Sequence[str]) -> None:
+        """Judge the counts after a step, of all processes together, in steps of 1000 samples or one epoch if less.
+
+        Args:
+            step: completed updates.
+            skipped: unusable samples by reason up to there.
+            latest: the last few of them, for the message.
+
+        Raises:
+            TooManyBadSamples: their share is above the limit.
+        """
+        counts = np.asarray(skipped) - self._skipped
+        read, bad = (step - self._start_step) * self._batch_size, int(counts.sum())
         # Whole windows: in the middle of one, the bad samples may just have come first.
-        judged = math.ceil(self.samples_read / self._judged_reads) * self._judged_reads
-        if skipped <= self._max_bad_fraction * judged:
+        if bad <= self._max_fraction * math.ceil(read / self._window) * self._window:
             return
-        by_reason = ", ".join(f"{reason} {count}" for reason, count in self.skipped.items() if count)
-        latest = "; ".join(f"{reason} in {self._source.where(index)}" for reason, index in reversed(self._latest))
+        by_reason = ", ".join(f"{reason} {count}" for reason, count in zip(REASONS, counts, strict=True) if count)
+        seen = f"the latest: {'; '.join(latest)}" if latest else "other processes name them"
         raise TooManyBadSamples(
-            f"data.max_bad_fraction={self._max_bad_fraction}: {skipped} of the {self.samples_read} samples read in "
-            f"this process are unusable, {skipped / self.samples_read:.1%} ({by_reason}); the latest: {latest}. "
-            "Repair or remove them, or raise data.max_bad_fraction"
+            f"data.max_bad_fraction={self._max_fraction}: {bad} of the {read} samples read are unusable, "
+            f"{bad / read:.1%} ({by_reason}); {seen}. Repair or remove them, or raise data.max_bad_fraction"
         )
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from clipjax.config import DataConfig, ModelConfig
 from clipjax.models.text import TextTower
+from clipjax.models.transformer import Dtypes
 from clipjax.models.vit import ImageTower
 from clipjax.typing import Batch, Key, Params
 
@@ -36,9 +37,10 @@ class Clip:
 
 def build_clip(config: ModelConfig) -> Clip:
     """The model that a config describes."""
-    dtype: Any = jnp.dtype(config.compute_dtype.value)
-    image_tower: nn.Module = ImageTower(config, dtype)
-    text_tower: nn.Module = TextTower(config, dtype)
+    activations: Any = jnp.dtype(config.compute_dtype.value)
+    dtypes = Dtypes(activations, activations if config.matmul_dtype is None else jnp.dtype(config.matmul_dtype.value))
+    image_tower: nn.Module = ImageTower(config, dtypes)
+    text_tower: nn.Module = TextTower(config, dtypes)
 
     def init(key: Key) -> Params:
         image_key, text_key = jax.random.split(key)

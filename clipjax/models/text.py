@@ -3,14 +3,12 @@
 Axes: b batch, l tokens, e embed.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from clipjax.config import ModelConfig
-from clipjax.models.transformer import LayerNorm, Projection, Transformer, text_block_init
+from clipjax.models.transformer import Dtypes, LayerNorm, Projection, Transformer, text_block_init
 from clipjax.sharding import constrain
 
 
@@ -21,27 +19,27 @@ class TextTower(nn.Module):
     """
 
     config: ModelConfig
-    dtype: Any
+    dtypes: Dtypes
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
         tower, width = self.config.text, self.config.text.width
         table = self.param("token_embed", nn.initializers.normal(0.02), (tower.vocab_size, width))
-        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        x = jnp.take(table, tokens, axis=0)
         positions = self.param("pos_embed", nn.initializers.normal(0.01), (tower.context_length, width))
-        x = constrain(x + positions.astype(self.dtype)[None], "batch", None, None)
+        x = constrain((x + positions[None]).astype(self.dtypes.activations), "batch", None, None)
         x = Transformer(
             depth=tower.depth,
             num_heads=tower.num_heads,
             mlp_dim=tower.mlp_dim or 4 * width,
             causal=True,
             model=self.config,
-            dtype=self.dtype,
+            dtypes=self.dtypes,
             init=text_block_init(width, tower.depth),
             name="transformer",
         )(x)
         end = jnp.argmax(tokens, axis=-1)
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        x = LayerNorm(self.dtype, name="ln_final")(x)
+        x = LayerNorm(self.dtypes, name="ln_final")(x)
         kernel_init = nn.initializers.normal(width**-0.5)
-        return Projection((width,), (self.config.embed_dim,), self.dtype, kernel_init, None, name="proj")(x)
+        return Projection((width,), (self.config.embed_dim,), self.dtypes, kernel_init, None, name="proj")(x)

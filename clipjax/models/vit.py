@@ -4,14 +4,20 @@ Patches without bias, class token first, LayerNorm before and after the blocks, 
 Axes: b batch, h height, w width (of the image), c channels, e embed.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from clipjax.config import ModelConfig
-from clipjax.models.transformer import LayerNorm, Projection, Transformer, align, image_block_init, torch_uniform
+from clipjax.models.transformer import (
+    Dtypes,
+    LayerNorm,
+    Projection,
+    Transformer,
+    align,
+    image_block_init,
+    torch_uniform,
+)
 from clipjax.sharding import constrain
 
 
@@ -26,7 +32,7 @@ class ImageTower(nn.Module):
     """Vision transformer from normalised pixels to the embedding before normalisation."""
 
     config: ModelConfig
-    dtype: Any
+    dtypes: Dtypes
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
@@ -37,20 +43,22 @@ class ImageTower(nn.Module):
         scaled_normal = nn.initializers.normal(width**-0.5)
 
         patches = patchify(pixels, tower.patch_size)
-        x = Projection(patch, (width,), self.dtype, torch_uniform(fan_in), None, name="patch_embed")(patches)
-        class_embed = align(self.param("class_embed", scaled_normal, (width,)), x).astype(self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(class_embed, (x.shape[0], 1, width)), x], axis=1)
-        x = x + self.param("pos_embed", scaled_normal, x.shape[1:]).astype(self.dtype)[None]
-        x = constrain(LayerNorm(self.dtype, name="ln_pre")(x), "batch", None, None)
+        x = Projection(patch, (width,), self.dtypes, torch_uniform(fan_in), None, name="patch_embed")(patches)
+        class_embed = align(self.param("class_embed", scaled_normal, (width,)), x)
+        class_embed = jnp.broadcast_to(class_embed, (x.shape[0], 1, width)).astype(x.dtype)
+        x = jnp.concatenate([class_embed, x], axis=1)
+        # Added in float32, and so its gradient, a sum over the batch, is float32 too.
+        x = x.astype(jnp.float32) + self.param("pos_embed", scaled_normal, x.shape[1:])[None]
+        x = constrain(LayerNorm(self.dtypes, name="ln_pre")(x), "batch", None, None)
         x = Transformer(
             depth=tower.depth,
             num_heads=tower.num_heads,
             mlp_dim=mlp_dim,
             causal=False,
             model=self.config,
-            dtype=self.dtype,
+            dtypes=self.dtypes,
             init=image_block_init(width, mlp_dim),
             name="transformer",
         )(x)
-        x = LayerNorm(self.dtype, name="ln_post")(x[:, 0])
-        return Projection((width,), (self.config.embed_dim,), self.dtype, scaled_normal, None, name="proj")(x)
+        x = LayerNorm(self.dtypes, name="ln_post")(x[:, 0])
+        return Projection((width,), (self.config.embed_dim,), self.dtypes, scaled_normal, None, name="proj")(x)

@@ -1,8 +1,8 @@
 """Order, shares, resumption and bad samples of the training stream, and the evaluation batches."""
 
+import collections
 import functools
 import io
-import json
 import re
 import struct
 import tarfile
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from clipjax.config import Config, Crop, DataConfig, ImageTowerConfig, ModelConfig
-from clipjax.data.pipeline import TrainStream, eval_batches
+from clipjax.data.pipeline import BadSampleLimit, TooManyBadSamples, TrainStream, eval_batches
 from clipjax.data.sources import REASONS, ArraySource, BadSample, Sample
 from clipjax.data.webdataset import TarSource
 
@@ -65,6 +65,7 @@ def test_batches_have_the_promised_shapes():
         "image": ("uint8", (8, SIZE, SIZE, 3)),
         "tokens": ("int32", (8, 6)),
         "index": ("int64", (8,)),
+        "reason": ("int32", (8,)),
     }
     assert all(type(array) is np.ndarray for array in batch.values())
 
@@ -183,21 +184,24 @@ class FlawedSource(CountingSource):
         return super().__getitem__(index)
 
 
+def count_reasons(batches) -> dict[str, int]:
+    reasons = np.concatenate([batch["reason"] for batch in batches])
+    return dict(collections.Counter(REASONS[reason] for reason in reasons if reason >= 0))
+
+
 FLAWS = {3: "truncated_tar", 10: "empty_caption", 11: "empty_caption", 12: "duplicate_key", 39: "missing_image"}
 
 
 def test_bad_samples_are_replaced_and_counted_once_per_epoch():
     config = make_config(max_bad_fraction=0.5)
-    stream = TrainStream(FlawedSource(make_source(), FLAWS), tokenize=tokenize, config=config)
-    batches = [next(stream) for _ in range(10)]
-    stream.close()
+    batches = take(10, FlawedSource(make_source(), FLAWS), config)
     counts = {"truncated_tar": 2, "empty_caption": 4, "duplicate_key": 2, "missing_image": 2}
-    assert {reason: count for reason, count in stream.skipped.items() if count} == counts
-    assert stream.samples_read == 80
+    assert count_reasons(batches) == counts
     clean = take(10, config=config)
     for batch, reference in zip(batches, clean, strict=True):
         was_bad = np.isin(reference["index"], list(FLAWS))
         assert not np.isin(batch["index"], list(FLAWS)).any()
+        assert ((batch["reason"] >= 0) == was_bad).all()
         for name in batch:  # the others are untouched
             np.testing.assert_array_equal(batch[name][~was_bad], reference[name][~was_bad])
     asked, used = (np.concatenate([batch["index"] for batch in part]) for part in (clean, batches))
@@ -213,74 +217,74 @@ def test_bad_samples_keep_the_stream_the_same_for_processes_and_resumption():
     assert_same([{n: np.concatenate([a[n], b[n]]) for n in a} for a, b in zip(*parts, strict=True)], whole)
 
 
-def test_counters_resume_and_ignore_what_is_only_prefetched():
-    source, config = FlawedSource(make_source(), FLAWS), make_config(max_bad_fraction=0.5, prefetch_batches=4)
-    whole = TrainStream(source, tokenize=tokenize, config=config)
-    for _ in range(3):
-        next(whole)
-    counters = json.loads(json.dumps(whole.counters()))
-    assert counters["samples_read"] == 24
-    for _ in range(7):
-        next(whole)
-    whole.close()
-    resumed = TrainStream(source, tokenize=tokenize, config=config, start_step=3, counters=counters)
-    for _ in range(7):
-        next(resumed)
-    resumed.close()
-    assert resumed.counters() == whole.counters()
-    assert sum(whole.skipped.values()) == 10
+def make_limit(num_samples: int, start_step: int = 0, already: int = 0, **data) -> BadSampleLimit:
+    """Of a run with batches of 8."""
+    return BadSampleLimit(make_config(8, **data), num_samples=num_samples, start_step=start_step, skipped=bad(already))
 
 
-def read_until_error(stream: TrainStream, limit: int) -> str:
-    with pytest.raises(ValueError) as caught:
-        for _ in range(limit):
-            next(stream)
-    stream.close()
-    return str(caught.value)
+def bad(corrupt: int, empty: int = 0) -> np.ndarray:
+    counts = np.zeros(len(REASONS), np.int32)
+    counts[REASONS.index("corrupt_image")], counts[REASONS.index("empty_caption")] = corrupt, empty
+    return counts
 
 
-def test_too_many_bad_samples_stop_the_run():
+def test_too_many_bad_samples_are_told_with_their_places():
     stream = TrainStream(FlawedSource(make_source(), FLAWS), tokenize=tokenize, config=make_config())
-    message = read_until_error(stream, 5)
-    # 5 % of one epoch of 40 is 2 samples, so the third bad one stops it.
-    assert "data.max_bad_fraction=0.05: 3 of the" in message or "4 of the" in message or "5 of the" in message
-    assert re.search(r"samples read in this process are unusable, \d+\.\d%", message)
-    assert re.search(
-        r"the latest: (truncated_tar|empty_caption|duplicate_key|missing_image) in shard s\.tar, key k\d+", message
+    for _ in range(5):
+        next(stream)
+    stream.close()
+    with pytest.raises(TooManyBadSamples) as caught:
+        make_limit(40).check(5, bad(1, 4), stream.latest_bad())
+    assert "data.max_bad_fraction=0.05: 5 of the 40 samples read are unusable, 12.5%" in str(caught.value)
+    assert "(corrupt_image 1, empty_caption 4)" in str(caught.value)
+    places = re.findall(
+        r"(truncated_tar|empty_caption|duplicate_key|missing_image) in shard s\.tar, key k(\d+)", str(caught.value)
     )
-    assert "raise data.max_bad_fraction" in message
+    assert len(places) == 3 and all(FLAWS[int(key)] == reason for reason, key in places)
+    assert "raise data.max_bad_fraction" in str(caught.value)
+    with pytest.raises(TooManyBadSamples, match="other processes name them"):
+        make_limit(40).check(5, bad(1, 4), [])
 
 
 def test_the_limit_is_exact():
-    flaws = dict.fromkeys((3, 10), "empty_caption")
-    take(20, FlawedSource(make_source(), flaws))  # 5.0 % is not above 5 %
-    stream = TrainStream(
-        FlawedSource(make_source(), flaws | {20: "empty_caption"}), tokenize=tokenize, config=make_config()
-    )
-    assert "3 of the" in read_until_error(stream, 5)
-    none_allowed = make_config(max_bad_fraction=0.0)
-    stream = TrainStream(FlawedSource(make_source(), {7: "empty_caption"}), tokenize=tokenize, config=none_allowed)
-    assert "1 of the" in read_until_error(stream, 5)
+    make_limit(40).check(5, bad(2), [])  # 5.0 % is not above 5 %
+    make_limit(40).check(10, bad(4), [])
+    with pytest.raises(TooManyBadSamples, match="3 of the 8 samples"):
+        make_limit(40).check(1, bad(3), [])
+    with pytest.raises(TooManyBadSamples, match="1 of the 8 samples"):
+        make_limit(40, max_bad_fraction=0.0).check(1, bad(1), [])
 
 
 def test_a_few_early_bad_samples_of_a_large_source_do_not_stop_it():
-    source = FlawedSource(make_source(3000), dict.fromkeys(range(0, 3000, 25), "corrupt_image"))  # 4 %
-    stream = TrainStream(source, tokenize=tokenize, config=make_config(16))
-    for _ in range(100):
+    limit = make_limit(3000)
+    limit.check(1, bad(8), [])
+    limit.check(125, bad(50), [])
+    with pytest.raises(TooManyBadSamples):
+        limit.check(125, bad(51), [])
+    limit.check(126, bad(100), [])  # the next thousand has begun
+
+
+def test_what_an_earlier_process_met_is_not_held_against_the_next():
+    limit = make_limit(40, start_step=5, already=20)
+    limit.check(10, bad(22), [])
+    with pytest.raises(TooManyBadSamples, match="3 of the 40 samples"):
+        limit.check(10, bad(23), [])
+
+
+def read_until_error(stream: TrainStream) -> str:
+    with pytest.raises(TooManyBadSamples) as caught:
         next(stream)
     stream.close()
-    assert 30 < stream.skipped["corrupt_image"] < 100
+    return str(caught.value)
 
 
 def test_hopeless_sources_are_named():
     source = FlawedSource(make_source(), dict.fromkeys(range(40), "missing_image"))
     stream = TrainStream(source, tokenize=tokenize, config=make_config())
-    assert "40 samples in a row are unusable, the last: missing_image in shard s.tar, key k" in read_until_error(
-        stream, 1
-    )
+    assert "40 samples in a row are unusable, the last: missing_image in shard s.tar, key k" in read_until_error(stream)
     no_captions = ArraySource(np.zeros((8, 4, 4, 3), np.uint8), [()] * 8)
     stream = TrainStream(no_captions, tokenize=tokenize, config=make_config())
-    assert "8 samples in a row are unusable, the last: missing_caption in array, index" in read_until_error(stream, 1)
+    assert "8 samples in a row are unusable, the last: missing_caption in array, index" in read_until_error(stream)
 
 
 @pytest.mark.parametrize(
@@ -370,12 +374,11 @@ def test_planted_flaws_in_a_tar_are_counted_exactly(flawed_tar):
         stream = TrainStream(flawed_tar, tokenize=tokenize, config=config)
         streams.append([next(stream) for _ in range(4)])
         stream.close()
-        assert {reason: count for reason, count in stream.skipped.items() if count} == COUNTS
+        assert count_reasons(streams[-1]) == COUNTS
+        assert re.fullmatch(r"\w+ in shard .*flawed-00000\.tar, key 0\d\d", stream.latest_bad()[0])
     assert_same(*streams)
     bad = {4, 12, 20, 28, 36, 44, 50, 58, 63}
     assert set(np.concatenate([batch["index"] for batch in streams[0]])) == set(range(64)) - bad
-    message = read_until_error(TrainStream(flawed_tar, tokenize=tokenize, config=make_config(16)), 4)
-    assert re.search(r"in shard .*flawed-00000\.tar, key 0\d\d", message)
 
 
 def evaluate(source, **options) -> list[dict]:

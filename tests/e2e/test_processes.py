@@ -14,6 +14,7 @@ import pytest
 
 from clipjax.checkpoint import find_checkpoint
 from tests.e2e.conftest import run, start
+from tests.e2e.test_run import make_tar
 
 LAST_STEP = 12
 
@@ -105,3 +106,21 @@ def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tiny_config, finish
     assert f"step {step} of {LAST_STEP}" in first
     assert losses(tmp_path) == losses(finished)
     assert (tmp_path / "results.json").exists()
+
+
+def test_bad_data_of_one_process_stops_both_and_is_counted_over_both(tiny_config, tmp_path):
+    make_tar(tmp_path / "pairs.tar", corrupt=1)  # one process meets it in each epoch
+    arguments = (
+        *train_arguments(tiny_config, tmp_path / "run"),
+        f"--config.data.train={tmp_path}/pairs.tar",
+        "--config.data.max_bad_fraction=0",
+    )
+    with two_processes(*arguments) as processes:
+        texts = outputs(processes, expect=1)
+    assert all("(corrupt_image 1)" in text and "Traceback" not in text for text in texts)
+    assert sum("the latest: corrupt_image in shard" in text and "key 000" in text for text in texts) == 1
+    with two_processes(*arguments[:-1], "--config.data.max_bad_fraction=0.05") as processes:
+        outputs(processes, expect=0)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    counts = [line["samples_skipped"]["corrupt_image"] for line in lines if "loss" in line]
+    assert counts[1::2] == [1, 2, 3, 4, 5, 6]  # once an epoch of two steps, whichever process meets it

@@ -1,9 +1,11 @@
 """The main job as a user runs it: train, be killed, go on, evaluate, open as a library."""
 
+import io
 import json
 import pathlib
 import shutil
 import signal
+import tarfile
 import time
 
 import numpy as np
@@ -83,7 +85,7 @@ def test_every_leaf_of_the_state_was_trained_and_saved(finished):
     """A leaf that were lost on saving would come back as it began."""
     early, late = arrays(finished, 9), arrays(finished, 12)
     same = [name for name in early if np.array_equal(early[name], late[name])]
-    assert same == ["train['key']"]
+    assert same == ["train['key']", "train['samples_skipped']"]  # nothing in this data is bad
 
 
 @pytest.mark.parametrize("seen", [2, 5, 10])
@@ -117,6 +119,33 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(tiny_config, finished, tm
     assert f"after step {step}" in output
     run(*train_arguments(tiny_config, tmp_path))
     assert_same_run(tmp_path, finished)
+
+
+def make_tar(path: pathlib.Path, *, corrupt: int) -> None:
+    """64 pairs, the first few of them without a readable picture."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(64):
+            picture = io.BytesIO()
+            Image.new("RGB", (16, 16), (4 * i, 255 - 4 * i, 99)).save(picture, "PNG")
+            content = b"<html>gone</html>" if i < corrupt else picture.getvalue()
+            for name, data in ((f"{i:03d}.png", content), (f"{i:03d}.txt", f"shade {i}".encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_a_run_on_bad_data_saves_stops_and_goes_on_once_that_is_allowed(tiny_config, tmp_path):
+    make_tar(tmp_path / "pairs.tar", corrupt=8)
+    arguments = train_arguments(tiny_config, tmp_path / "run", f"--config.data.train={tmp_path}/pairs.tar")
+    output = run(*arguments, expect=1)
+    assert "data.max_bad_fraction=0.05" in output and "(corrupt_image " in output
+    assert "pairs.tar, key 00" in output and "raise data.max_bad_fraction" in output
+    assert "Traceback" not in output
+    assert 0 < find_checkpoint(tmp_path / "run")[1] < 12
+    run(*arguments, "--config.data.max_bad_fraction=0.2")
+    steps = [line for line in log_lines(tmp_path / "run") if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert steps[-1]["samples_skipped"]["corrupt_image"] == 6 * 8  # six epochs
 
 
 def test_a_finished_run_is_left_as_it_is(tiny_config, finished, tmp_path):
