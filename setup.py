@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 
 TEST = [
+    "beartype>=0.20",
     "import-linter>=2.1",
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.3",

@@ -40,16 +40,29 @@ class Dtype(enum.Enum):
 
 
 class LossKind(enum.Enum):
-    """Which contrastive loss: `softmax` is CLIP's (arXiv 2103.00020, figure 3)."""
+    """Which contrastive loss: CLIP's `softmax` (arXiv 2103.00020, figure 3), SigLIP's `sigmoid` (arXiv 2303.15343)."""
 
     SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
 
 
 class LossMethod(enum.Enum):
-    """How the global similarity matrix is shared out: `gathered` all-gathers both embeddings; `auto` chooses."""
+    """How devices share the global similarity matrix; the answer is the same.
+
+    `gathered` collects all embeddings on every device, `ring` passes them from neighbour to neighbour, `auto` chooses.
+    """
 
     AUTO = "auto"
     GATHERED = "gathered"
+    RING = "ring"
+
+
+class SamePair(enum.Enum):
+    """What two pairs of a batch must have in common to be no negatives of each other: nothing, image, or caption."""
+
+    NONE = "none"
+    INDEX = "index"
+    CAPTION = "caption"
 
 
 class Crop(enum.Enum):
@@ -101,6 +114,7 @@ class ModelConfig:
     activation: Activation = Activation.QUICK_GELU
     compute_dtype: Dtype = Dtype.BFLOAT16  # of activations; parameters, sums and the loss are float32 always
     matmul_dtype: Dtype | None = None  # of what enters a product with a parameter; None: compute_dtype
+    init_logit_bias: float | None = None  # a learned bias of the logits, for the sigmoid loss; None: no bias
     scan_layers: bool = True  # one compiled block per tower; False unrolls (faster for small models, slower to compile)
     remat: Remat = Remat.NONE
     init_logit_scale: float = 1 / 0.07  # arXiv 2103.00020, section 2.5
@@ -111,9 +125,12 @@ class ModelConfig:
 class LossConfig:
     """The contrastive loss over the global batch; its value never depends on `method` or `tile`."""
 
-    kind: LossKind = LossKind.SOFTMAX
-    method: LossMethod = LossMethod.AUTO
-    tile: int | None = None  # reserved for the tiled loss; must stay None
+    kind: LossKind = LossKind.SOFTMAX  # sigmoid needs model.init_logit_bias
+    method: LossMethod = LossMethod.AUTO  # how devices share the work
+    tile: int | None = None  # rows and columns of the similarity matrix that exist at a time; None: 1,024
+    dtype: Dtype = Dtype.FLOAT32  # of embeddings that move between devices and enter products; sums are float32 always
+    label_smoothing: float = 0.0  # softmax only: share of the target that all pairs of the batch have in common
+    same_pair: SamePair = SamePair.NONE  # what makes two pairs of a batch no negatives of each other
 
 
 @dataclass(kw_only=True, slots=True)
@@ -219,7 +236,7 @@ class Config:
     total_examples: int = 12_800_000
     warmup_examples: int = 0
     global_batch_size: int = 256
-    microbatch_size: int | None = None  # reserved for GradCache; must stay None
+    microbatch_size: int | None = None  # pairs encoded at a time (GradCache), over all devices; None: the whole batch
     init_from: str | None = None  # a clipjax checkpoint whose parameters start this run
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -1,25 +1,102 @@
-"""Gradients of the loss over the global batch. All ways share one signature and give one answer.
+"""Gradients of the loss over the global batch. Both ways share one signature and give one answer.
 
-`direct` differentiates through towers and loss at once. (GradCache, for batches whose activations do not fit, takes
-the same arguments and will stand beside it.)
+`direct` differentiates through towers and loss at once. `cached` (GradCache, arXiv 2101.06983) serves batches whose
+activations do not fit.
+
+Axes: n pairs of the global batch, k microbatches, e embed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from clipjax.config import Config
+from clipjax.sharding import batch_devices, constrain
 from clipjax.typing import Batch, Key, Metrics, Params
 
-Encode = Callable[[Params, Batch, Key], tuple[Any, Any, Any, Any]]
-Loss = Callable[[Any, Any, Any, Any], tuple[jax.Array, Metrics]]
+Encode = Callable[[Params, Batch, Key], tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]]
+Loss = Callable[..., tuple[jax.Array, Metrics]]
+"""What `losses.make_loss` returns."""
+
+
+def make_grads(
+    config: Config, encode: Encode, loss: Loss, mesh: Mesh
+) -> Callable[[Params, Batch, Key], tuple[Params, Metrics]]:
+    """`grads_fn(params, batch, key) -> (grads, metrics)` in the way that the config asks for."""
+    if config.microbatch_size is None:
+        return functools.partial(direct, encode, loss)
+    return functools.partial(make_cached(config.microbatch_size, batch_devices(mesh)), encode, loss)
 
 
 def direct(encode: Encode, loss: Loss, params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
     """Gradients by one backward pass, and the loss's metrics with `loss` itself among them."""
 
     def objective(params: Params) -> tuple[jax.Array, Metrics]:
-        value, metrics = loss(*encode(params, batch, key))
+        value, metrics = loss(*encode(params, batch, key), group=batch.get("group"))
         return value, {"loss": value, **metrics}
 
     return jax.grad(objective, has_aux=True)(params)
+
+
+def make_cached(
+    microbatch_size: int, devices: int
+) -> Callable[[Encode, Loss, Params, Batch, Key], tuple[Params, Metrics]]:
+    """`cached(encode, loss, params, batch, key)`: the gradients of `direct`, with the activations of one microbatch.
+
+    All pairs are encoded without keeping activations; the loss over the whole batch gives the gradients of the
+    embeddings; then each microbatch is encoded again and its share of the gradient taken. Microbatch i draws from
+    `fold_in(key, i)`, both times.
+
+    Args:
+        microbatch_size: pairs that are encoded at once, over all devices; it divides the global batch.
+        devices: how many share the batch; each gives every microbatch as many of its pairs.
+
+    Source:
+        arXiv 2101.06983, section 3.2.
+
+    Cost:
+        One more forward pass than `direct`; the embeddings and their gradients of the whole batch.
+    """
+
+    def cut(x: jax.Array) -> jax.Array:
+        local = microbatch_size // devices
+        parts = x.reshape(devices, -1, local, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(parts.reshape(-1, microbatch_size, *x.shape[1:]), None, "batch", *[None] * (x.ndim - 1))
+
+    def join(x: jax.Array) -> jax.Array:
+        parts = x.reshape(x.shape[0], devices, -1, *x.shape[2:]).swapaxes(0, 1)
+        return constrain(parts.reshape(-1, *x.shape[2:]), "batch", *[None] * (x.ndim - 2))
+
+    def cached(encode: Encode, loss: Loss, params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
+        microbatches = jax.tree.map(cut, {name: batch[name] for name in ("image", "tokens")})
+        numbers = jnp.arange(batch["tokens"].shape[0] // microbatch_size)
+
+        def embed(_: None, part: tuple[jax.Array, Batch]) -> tuple[None, Any]:
+            return None, encode(params, part[1], jax.random.fold_in(key, part[0]))
+
+        _, (images, texts, scales, biases) = jax.lax.scan(embed, None, (numbers, microbatches))
+        scaling = jax.tree.map(lambda x: x[0], (scales, biases))
+
+        def objective(image: jax.Array, text: jax.Array, scaling: Any) -> tuple[jax.Array, Metrics]:
+            value, metrics = loss(image, text, *scaling, group=batch.get("group"))
+            return value, {"loss": value, **metrics}
+
+        of_loss = jax.grad(objective, argnums=(0, 1, 2), has_aux=True)
+        (*of_embeds, of_scaling), metrics = of_loss(join(images), join(texts), scaling)
+
+        def accumulate(total: Params, part: Any) -> tuple[Params, None]:
+            number, microbatch, of_image, of_text = part
+            once = jax.tree.map(lambda x: jnp.where(number == 0, x, 0), of_scaling)
+            step_key = jax.random.fold_in(key, number)
+            _, pull_back = jax.vjp(lambda params: encode(params, microbatch, step_key), params)
+            return jax.tree.map(jnp.add, total, pull_back((of_image, of_text, *once))[0]), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        parts = (numbers, microbatches, *map(cut, of_embeds))
+        return jax.lax.scan(accumulate, zeros, parts)[0], metrics
+
+    return cached

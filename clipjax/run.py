@@ -11,7 +11,7 @@ import numpy as np
 from clipjax import distributed
 from clipjax.checkpoint import Checkpoints, make_records
 from clipjax.config import Config, steps_of
-from clipjax.data.pipeline import BadSampleLimit, TrainStream
+from clipjax.data.pipeline import BadSampleLimit, TrainStream, pair_groups
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import Results, run_tasks, write_results
 from clipjax.inputs import Inputs
@@ -54,7 +54,8 @@ class Run:
             if step % steps_of(self.config.log.every_examples, self.config) == 0:
                 self.limit.check(step, jax.device_get(metrics["samples_skipped"]).tolist(), self.stream.latest_bad())
         batch = next(self.stream)
-        return self.put({name: batch[name] for name in BATCH})
+        group = pair_groups(batch, self.config.loss.same_pair)
+        return self.put({name: batch[name] for name in BATCH} | ({} if group is None else {"group": group}))
 
     def follow(self, step: int, metrics: Metrics) -> None:
         """Take note of a step that has been started."""

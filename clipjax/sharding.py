@@ -5,6 +5,7 @@ Three tables decide everything: `PARAMETER_RULES` names the dimensions of every 
 Models are written as single-device code; they only call `constrain` on activations.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def partition_spec(dims: Sequence[str | None]) -> PartitionSpec:
     """Mesh axes of an array whose dimensions have these names."""
     return PartitionSpec(*(MESH_AXES.get(dim) if dim else None for dim in dims))
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """How many parts the batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -22,7 +22,7 @@ from clipjax.evals.encoder import make_encoder_factory
 from clipjax.evals.runner import Results
 from clipjax.inputs import Inputs, open_inputs
 from clipjax.journal import Journal
-from clipjax.losses import make_loss
+from clipjax.losses import build_loss, describe_loss
 from clipjax.models.clip import abstract_params, build_clip, make_encode
 from clipjax.resume import Position, check_same_run, start_state
 from clipjax.run import Run
@@ -77,8 +77,7 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
     """Train to the end, or to the first signal; returns the exit code."""
     mesh = sharding.make_mesh(config.mesh)
     clip = build_clip(config.model)
-    loss = make_loss(kind=config.loss.kind, method=config.loss.method, mesh=mesh)
-    grads_fn = functools.partial(grads.direct, make_encode(clip, config.data), loss)
+    grads_fn = grads.make_grads(config, make_encode(clip, config.data), build_loss(config.loss, mesh), mesh)
     train_step = make_train_step(config, grads_fn, tx, optim.make_schedule(config))
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -94,6 +93,7 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
             return 1
         journal = Journal(config, workdir, start_step=start.step, enabled=distributed.is_first())
         stack.callback(journal.close)
+        journal.message(describe_loss(config, mesh))
         stream = TrainStream(
             inputs.source,
             tokenize=TextToTokens(inputs.tokenizer, config.model.text.context_length),

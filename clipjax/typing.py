@@ -13,7 +13,8 @@ Params = Mapping[str, Any]
 
 Batch = Mapping[str, Any]
 """`image` uint8 [b, h, w, 3], `tokens` int32 [b, l], `reason` int32 [b] (why another pair stands in for this one, an
-index into `data.sources.REASONS`; -1: none does)."""
+index into `data.sources.REASONS`; -1: none does). Where configured, `group` int32 [b] (equal for pairs that are no
+negatives of each other)."""
 
 Metrics = dict[str, Any]
 """Scalars by name."""

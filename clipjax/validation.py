@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from clipjax.config import Config, TaskKind, from_dict, resolve_mesh, to_dict
+from clipjax.config import Config, LossKind, SamePair, TaskKind, from_dict, resolve_mesh, to_dict
 
-BATCH_FIELDS = ("global_batch_size", "eval.batch_size")
+BATCH_FIELDS = ("global_batch_size", "microbatch_size", "eval.batch_size")
 """Batches that the mesh and the processes share out."""
 
 METRICS = {
@@ -78,7 +78,7 @@ def _division_error(config: Config, path: str, divisor: int, what: str) -> list[
     value = field_value(config, path)
     if path.endswith(".mlp_dim") and value is None:
         value = 4 * field_value(config, path.replace("mlp_dim", "width"))
-    if value % divisor == 0:
+    if value is None or value % divisor == 0:
         return []
     lower = value // divisor * divisor
     nearest = ", ".join(str(size) for size in (lower, lower + divisor) if size)
@@ -201,10 +201,7 @@ def _model_errors(config: Config) -> list[str]:
 
 def _part_errors(config: Config) -> list[str]:
     errors = []
-    if config.loss.tile is not None:
-        errors.append(f"loss.tile={config.loss.tile}: the tiled loss is not there yet; leave it None")
-    if config.microbatch_size is not None:
-        errors.append(f"microbatch_size={config.microbatch_size}: GradCache is not there yet; leave it None")
+    errors += _loss_errors(config)
     if not config.data.train:
         errors.append("data.train='' must name a source: tfds:NAME/SPLIT, or a path, glob or brace pattern of tars")
     if len(config.data.mean) != 3 or len(config.data.std) != 3 or min(config.data.std) <= 0:
@@ -230,6 +227,29 @@ def _part_errors(config: Config) -> list[str]:
                 f"eval.tasks.{name}.gallery={task.gallery!r}: image_retrieval needs a second source, others none"
             )
     return errors + _best_metric_errors(config)
+
+
+def _loss_errors(config: Config) -> list[str]:
+    errors, loss, bias = [], config.loss, config.model.init_logit_bias
+    if loss.tile is not None and loss.tile < 1:
+        errors.append(f"loss.tile={loss.tile} must be at least 1, or None for the default")
+    if (loss.kind is LossKind.SIGMOID) != (bias is not None):
+        errors.append(
+            f"model.init_logit_bias={bias}: loss.kind=sigmoid needs a bias (arXiv 2303.15343 starts at -10, with "
+            "model.init_logit_scale=10); softmax would ignore it, so leave it None there"
+        )
+    if not 0 <= loss.label_smoothing < 1:
+        errors.append(f"loss.label_smoothing={loss.label_smoothing} must be at least 0 and less than 1")
+    if loss.label_smoothing and loss.kind is not LossKind.SOFTMAX:
+        errors.append(f"loss.label_smoothing={loss.label_smoothing}: only loss.kind=softmax has targets to smooth")
+    if loss.label_smoothing and loss.same_pair is not SamePair.NONE:
+        errors.append(f"loss.label_smoothing={loss.label_smoothing} needs loss.same_pair=none")
+    size, batch = config.microbatch_size, config.global_batch_size
+    if size is not None and (size < 1 or batch % size):
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - size))
+        errors.append(f"microbatch_size={size} must divide global_batch_size={batch}; nearest: {nearest}")
+    return errors
 
 
 def _best_metric_errors(config: Config) -> list[str]:

@@ -3,32 +3,73 @@
     clipjax train --config=configs/clip.py:vit_b32 --workdir=runs/vit_b32 \
         --config.data.train='/data/pairs/{00000..41455}.tar'
 
-The argument is `vit_b32`, `vit_b16`, `vit_l14` or `vit_l14_336`; the last is the paper's extra epoch at 336 pixels.
+The argument is `vit_b32`, `vit_b16`, `vit_l14` or `vit_l14_336`, the paper's extra epoch at 336 pixels; or `tiny`, a
+model for trying the batch itself. `,batch=N` after it sets another global batch.
 Made for 256 accelerators (128 pairs each at B/32); not run at that size by us.
 """
 
 from clipjax import presets
-from clipjax.config import CheckpointConfig, Config, DataConfig, LogConfig, MeshConfig, ModelConfig, OptimConfig, Remat
+from clipjax.config import (
+    CheckpointConfig,
+    Config,
+    Crop,
+    DataConfig,
+    Dtype,
+    ImageTowerConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    Remat,
+    TextTowerConfig,
+)
 
 BATCH = 32_768
 EPOCH = 400_000_000  # pairs in the paper's WebImageText
 
 
-def get_config(architecture: str = "vit_b32") -> Config:
+def get_config(argument: str = "vit_b32") -> Config:
     """The run of one architecture, with the paper's hyper-parameters for it."""
+    architecture, *options = argument.split(",")
     match architecture:
         case "vit_b32":
-            return _run(presets.model("ViT-B/32"), learning_rate=5e-4, remat=Remat.NONE)
+            config = _run(presets.model("ViT-B/32"), learning_rate=5e-4, remat=Remat.NONE)
         case "vit_b16":
-            return _run(presets.model("ViT-B/16"), learning_rate=5e-4, remat=Remat.DOTS)
+            config = _run(presets.model("ViT-B/16"), learning_rate=5e-4, remat=Remat.DOTS)
         case "vit_l14":
-            return _run(presets.model("ViT-L/14"), learning_rate=4e-4, remat=Remat.FULL, fsdp=8)
+            config = _run(presets.model("ViT-L/14"), learning_rate=4e-4, remat=Remat.FULL, fsdp=8)
         case "vit_l14_336":
             config = _run(presets.model("ViT-L/14@336px"), learning_rate=2e-5, remat=Remat.FULL, fsdp=8)
             config.total_examples = EPOCH
-            return config
+        case "tiny":
+            config = _tiny()
         case _:
-            raise ValueError(f"configs/clip.py:{architecture}: choose vit_b32, vit_b16, vit_l14 or vit_l14_336")
+            raise ValueError(f"configs/clip.py:{argument}: choose vit_b32, vit_b16, vit_l14, vit_l14_336 or tiny")
+    for option in options:
+        name, _, value = option.partition("=")
+        if name != "batch" or not value.isdigit():
+            raise ValueError(f"configs/clip.py:{argument}: {option!r} is not understood; options look like batch=32768")
+        config.global_batch_size = int(value)
+    return config
+
+
+def _tiny() -> Config:
+    """A few steps at the paper's batch on any machine, by GradCache: `clipjax data scenes --config=large` first."""
+    config = _run(
+        ModelConfig(
+            embed_dim=64,
+            image=ImageTowerConfig(image_size=32, patch_size=16, width=64, depth=1, num_heads=2),
+            text=TextTowerConfig(context_length=48, vocab_size=260, width=64, depth=1, num_heads=2),
+            compute_dtype=Dtype.FLOAT32,
+            matmul_dtype=Dtype.BFLOAT16,
+        ),
+        learning_rate=5e-4,
+        remat=Remat.NONE,
+    )
+    config.total_examples, config.warmup_examples, config.microbatch_size = 4 * BATCH, 0, 1_024
+    config.data = DataConfig(train="tfds:scenes/large/train", tfds_dir="data", tokenizer="bytes", crop=Crop.CENTER)
+    config.checkpoint.every_examples = config.log.every_examples = BATCH
+    return config
 
 
 def _run(model: ModelConfig, *, learning_rate: float, remat: Remat, fsdp: int = 1) -> Config:

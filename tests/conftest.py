@@ -9,6 +9,11 @@ os.environ.setdefault("NPROC", "2")  # bits on the CPU depend on the size of XLA
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes in signatures are checked here, and only here.
+CHECKED = ("clipjax.models", "clipjax.losses")
+install_import_hook(CHECKED, "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -7,7 +7,17 @@ import sys
 
 import pytest
 
-from clipjax.config import Config, MeshConfig, TaskConfig, from_dict, resolve_mesh, steps_of, to_dict, total_steps
+from clipjax.config import (
+    Config,
+    LossKind,
+    MeshConfig,
+    TaskConfig,
+    from_dict,
+    resolve_mesh,
+    steps_of,
+    to_dict,
+    total_steps,
+)
 from clipjax.validation import field_value, validate, validate_devices
 
 
@@ -65,8 +75,12 @@ def test_from_dict_refuses_what_it_does_not_know(values, message):
         ("model.text.num_heads", 7, "model.text.width=512 must be a multiple of model.text.num_heads=7"),
         ("model.text.context_length", 2, "at least 3"),
         ("model.init_logit_scale", 200.0, "must not exceed model.max_logit_scale=100.0"),
-        ("microbatch_size", 64, "microbatch_size=64: GradCache is not there yet"),
-        ("loss.tile", 64, "loss.tile=64: the tiled loss is not there yet"),
+        ("microbatch_size", 63, "microbatch_size=63 must divide global_batch_size="),
+        ("microbatch_size", 0, "microbatch_size=0 must divide global_batch_size="),
+        ("loss.tile", 0, "loss.tile=0 must be at least 1"),
+        ("loss.kind", LossKind.SIGMOID, "model.init_logit_bias=None: loss.kind=sigmoid needs a bias"),
+        ("model.init_logit_bias", -10.0, "softmax would ignore it"),
+        ("loss.label_smoothing", 1.0, "loss.label_smoothing=1.0 must be at least 0 and less than 1"),
         ("optim.freeze", ("(",), "is no regular expression"),
         ("checkpoint.best_metric", "val:top1", "must be TASK:METRIC, one of none: no tasks"),
         ("eval.tasks", {"a": TaskConfig(source="x")}, "zero_shot needs classes and templates"),

@@ -14,7 +14,7 @@ from clipjax.step import make_init_state
 from clipjax.validation import validate
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
-CLIP_SIZES = ("vit_b32", "vit_b16", "vit_l14", "vit_l14_336")
+CLIP_SIZES = ("vit_b32", "vit_b16", "vit_l14", "vit_l14_336", "tiny,batch=32768")
 
 
 def configs() -> list[str]:
@@ -57,3 +57,10 @@ def test_every_clip_size_is_another_model():
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.py")), ids=lambda path: path.name)
 def test_sweep_can_be_read(path):
     assert isinstance(runpy.run_path(str(path))["get_sweep"](), Sweep)
+
+
+def test_clip_takes_another_batch_and_refuses_what_it_does_not_know():
+    assert load("clip.py:vit_b16,batch=4096").global_batch_size == 4096
+    for argument in ("vit_b16,4096", "vit_b16,batch=many", "vit_q1"):
+        with pytest.raises(ValueError, match=argument):
+            load(f"clip.py:{argument}")

@@ -86,7 +86,7 @@ def test_gradients_agree_with_finite_differences_in_a_random_direction():
 
     def loss_at(t: float) -> float:
         params = jax.tree.map(lambda p, d: p + t * d, state.params, direction)
-        return float(grads_fn(params, batch(), state.key)[1]["loss"])
+        return float(grads_fn(params, jax.device_put(batch()), state.key)[1]["loss"])
 
     slope = sum(float(jnp.vdot(g, d)) for g, d in zip(*map(jax.tree.leaves, (expected, direction)), strict=True))
     # Central difference: curvature and float32 rounding of a loss near 3 leave about 1 %.
@@ -98,7 +98,7 @@ def test_logit_scale_is_clamped():
     init, _, train_step = build(config)
     state = init(jax.random.key(0))
     state = dataclasses.replace(state, params={**state.params, "log_logit_scale": jnp.float32(50.0)})
-    state, metrics = train_step(state, batch())
+    state, metrics = train_step(state, jax.device_put(batch()))
     assert float(jnp.exp(state.params["log_logit_scale"])) == pytest.approx(100.0, rel=1e-6)
     assert int(state.step) == 1
     assert np.isfinite(float(metrics["param_norm"]))

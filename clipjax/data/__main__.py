@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     scenes = commands.add_parser("scenes", help="make the embedded dataset of captioned pictures (tfds:scenes)")
     scenes.add_argument("--tfds_dir", help="where to put it; TFDS's own default if left out")
-    scenes.add_argument("--config", default="default", help="default, or tiny for trials")
+    scenes.add_argument("--config", default="default", help="default, tiny for trials, or large for batches of 32,768")
     tokenizer = commands.add_parser("tokenizer", help="train a SentencePiece tokenizer on a source's captions")
     tokenizer.add_argument("--source", required=True, help="tfds:NAME/SPLIT, or a path, glob or brace pattern of tars")
     tokenizer.add_argument("--vocab_size", type=int, required=True, help="all ids, start and end included")

@@ -9,14 +9,15 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from clipjax.config import Config, Crop
+from clipjax.config import Config, Crop, SamePair
 from clipjax.data.images import decode, random_resized_crop, resize_center_crop
 from clipjax.data.sources import REASONS, BadSample, Source
 
@@ -200,6 +201,21 @@ class TrainStream:
     def close(self) -> None:
         """Stops threads and worker processes."""
         self._batches.close()
+
+
+def pair_groups(batch: Mapping[str, np.ndarray], same_pair: SamePair) -> np.ndarray | None:
+    """int32 [b], equal for pairs that are no negatives of each other; None if all pairs are.
+
+    A caption stands for itself by the CRC-32 of its tokens: of 32,768 different ones, two share a value in one batch of
+    eight, and then are merely left out of each other's negatives.
+    """
+    match same_pair:
+        case SamePair.NONE:
+            return None
+        case SamePair.INDEX:
+            return batch["index"].astype(np.int32)
+        case SamePair.CAPTION:
+            return np.array([zlib.crc32(tokens.tobytes()) for tokens in batch["tokens"]], np.uint32).view(np.int32)
 
 
 class BadSampleLimit:

@@ -1,24 +1,30 @@
-"""Contrastive losses on whole arrays: the reference that every sharded twin is tested against.
+"""Contrastive losses on whole arrays, as the papers write them: what the tiled and sharded ones are tested against.
 
 Axes: n pairs of the global batch, e embed.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from clipjax.typing import Metrics
 
 
-def similarity(rows: Float[Array, "n e"], columns: Float[Array, "m e"]) -> Float[Array, "n m"]:
-    """All dot products in full float32, also where the hardware's default for float32 is fewer bits."""
-    return jax.lax.dot_general(
-        rows,
-        columns,
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+def _logits(
+    image_embed: Float[Array, "n e"],
+    text_embed: Float[Array, "n e"],
+    logit_scale: Float[Array, ""],
+    logit_bias: Float[Array, ""] | None,
+) -> Float[Array, "n n"]:
+    """All logits in full float32, also where the hardware's default for float32 is fewer bits."""
+    similarity = jnp.matmul(image_embed, text_embed.T, precision=jax.lax.Precision.HIGHEST)
+    return logit_scale * similarity + (0 if logit_bias is None else logit_bias)
+
+
+def _negatives(n: int, group: Int[Array, "n"] | None) -> Array:
+    """Which pairs off the diagonal count, bool [n, n]."""
+    group = jnp.arange(n) if group is None else group
+    return group[:, None] != group[None, :]
 
 
 def softmax_loss(
@@ -26,25 +32,46 @@ def softmax_loss(
     text_embed: Float[Array, "n e"],
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""] | None = None,
+    *,
+    group: Int[Array, "n"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Symmetric cross-entropy over the n x n similarity matrix, mean over the n pairs and both directions.
 
     A bias added to every logit leaves a softmax as it is, so `logit_bias` does not enter.
 
-    Returns:
-        The loss, and `image_to_text_accuracy` and `text_to_image_accuracy` within the batch.
-
     Source:
         arXiv 2103.00020, figure 3.
     """
     del logit_bias
-    logits = logit_scale * similarity(image_embed, text_embed)
-    positive = jnp.diagonal(logits)
-    row_lse = jax.nn.logsumexp(logits, axis=1)
-    column_lse = jax.nn.logsumexp(logits, axis=0)
-    loss = jnp.mean(row_lse + column_lse - 2 * positive) / 2
-    own = jnp.arange(logits.shape[0])
-    return loss, {
-        "image_to_text_accuracy": jnp.mean(jnp.argmax(logits, axis=1) == own, dtype=jnp.float32),
-        "text_to_image_accuracy": jnp.mean(jnp.argmax(logits, axis=0) == own, dtype=jnp.float32),
+    logits = _logits(image_embed, text_embed, logit_scale, None)
+    own = jnp.eye(len(logits), dtype=bool)
+    logits = jnp.where(own | _negatives(len(logits), group), logits, -jnp.inf)
+    lse = jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0)
+    return jnp.mean(lse - 2 * jnp.diagonal(logits)) / 2, _metrics(logits)
+
+
+def sigmoid_loss(
+    image_embed: Float[Array, "n e"],
+    text_embed: Float[Array, "n e"],
+    logit_scale: Float[Array, ""],
+    logit_bias: Float[Array, ""] | None = None,
+    *,
+    group: Int[Array, "n"] | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Binary cross-entropy of every pair, summed over the n x n logits and divided by n.
+
+    Source:
+        arXiv 2303.15343, equation 1.
+    """
+    logits = _logits(image_embed, text_embed, logit_scale, logit_bias)
+    others = jnp.where(_negatives(len(logits), group), jax.nn.softplus(logits), 0)
+    return jnp.mean(jnp.sum(others, axis=1) + jax.nn.softplus(-jnp.diagonal(logits))), _metrics(logits)
+
+
+def _metrics(logits: Float[Array, "n n"]) -> Metrics:
+    """In-batch accuracy both ways; a tie is a miss."""
+    others = jnp.where(jnp.eye(len(logits), dtype=bool), -jnp.inf, logits)
+    return {
+        "image_to_text_accuracy": jnp.mean(jnp.diagonal(logits) > jnp.max(others, axis=1), dtype=jnp.float32),
+        "text_to_image_accuracy": jnp.mean(jnp.diagonal(logits) > jnp.max(others, axis=0), dtype=jnp.float32),
     }

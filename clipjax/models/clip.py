@@ -47,11 +47,14 @@ def build_clip(config: ModelConfig) -> Clip:
         size = config.image.image_size
         image = image_tower.init(image_key, jnp.zeros((1, size, size, 3), jnp.float32))
         text = text_tower.init(text_key, jnp.zeros((1, config.text.context_length), jnp.int32))
-        return {
+        params = {
             "image": dict(image["params"]),
             "text": dict(text["params"]),
             "log_logit_scale": jnp.asarray(math.log(config.init_logit_scale), jnp.float32),
         }
+        if config.init_logit_bias is not None:
+            params["logit_bias"] = jnp.asarray(config.init_logit_bias, jnp.float32)
+        return params
 
     def encode_image(params: Params, pixels: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
         return unit_norm(image_tower.apply({"params": params["image"]}, pixels))  # type: ignore[arg-type]

@@ -1,144 +1,233 @@
-"""The softmax loss against float64 NumPy, and the sharded loss against the reference on every mesh.
+"""Losses against float64 NumPy, whatever kind, method, tile, dtype and mesh computes them, and what they cost.
 
-Tolerance: float32 products of unit vectors of 64 numbers, scaled by 100 at most, are good to about 1e-6 relative; the
-bound for loss and gradients is the house's 2e-6 (relative norm).
+Tolerance: 2e-6 (Euclidean norm, relative) in float32: products of unit vectors of 64 numbers, times 100 at most, are
+good to about 1e-6. With bfloat16 operands each number carries 2^-9, which the scale multiplies in the exponent.
 """
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
-from clipjax.config import MeshConfig
-from clipjax.losses import make_loss, softmax_loss
+from benchmarks.numerics.certificate import Case, errors, inputs, measure, meshes, reference
+from clipjax.config import LossMethod, MeshConfig
+from clipjax.losses import choose_method, make_loss, sigmoid_loss, softmax_loss
 from clipjax.sharding import batch_sharding, make_mesh, replicated
 
 TOLERANCE = 2e-6
-MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (4, 1, 2), (2, 2, 2), (8, 1, 1), (1, 8, 1)]
+PLAIN = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
+NAMES = ("image", "text", "scale", "bias")
 
 
-def embeddings(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    text = rng.normal(size=(n, 64))
-    image = text + 4 * rng.normal(
-        size=(n, 64)
-    )  # hard enough that the loss is not tiny: rounding is relative to the logits
-    return tuple((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (image, text))
+def bias_of(kind: str) -> float:
+    return -5.0 if kind == "sigmoid" else 0.0
 
 
-def numpy_loss_and_grads(image: np.ndarray, text: np.ndarray, scale: float):
-    """Loss and gradients by hand, in float64."""
-    image, text, scale = image.astype(np.float64), text.astype(np.float64), float(scale)
-    n = len(image)
-    cosine = image @ text.T
-    logits = scale * cosine
+def evaluate(loss, image, text, scale, bias=0.0, group=None):
+    """Loss, gradients by name, metrics."""
 
-    def softmax(x, axis):
-        e = np.exp(x - x.max(axis=axis, keepdims=True))
-        return e / e.sum(axis=axis, keepdims=True)
+    def objective(image, text, scale, bias):
+        return loss(image, text, scale, bias, group=group)
 
-    rows, columns = softmax(logits, 1), softmax(logits, 0)
-    loss = -(np.log(np.diag(rows)).mean() + np.log(np.diag(columns)).mean()) / 2
-    grad = (rows + columns - 2 * np.eye(n)) / (2 * n)
-    terms = grad * cosine
-    # The scale's gradient is a sum that cancels: its error is measured against the size of its terms.
-    return loss, (scale * grad @ text, scale * grad.T @ image, terms.sum()), np.abs(terms).sum()
+    arguments = (jnp.asarray(image), jnp.asarray(text), jnp.float32(scale), jnp.float32(bias))
+    run = jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2, 3), has_aux=True))
+    (value, metrics), grads = run(*arguments)
+    return value, dict(zip(NAMES, grads, strict=True)), metrics
 
 
-def worst(grads, expected, scale_size: float) -> float:
-    scale_error = abs(float(grads[2]) - expected[2]) / scale_size
-    return max(*map(relative, grads[:2], expected[:2]), scale_error)
-
-
-def relative(ours, theirs) -> float:
-    return float(np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs))
+def worst(kind: str, truth, value, grads) -> float:
+    grads = {name: grad for name, grad in grads.items() if kind == "sigmoid" or name != "bias"}
+    return max(errors(truth, value, grads).values())
 
 
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-def test_reference_agrees_with_float64(scale):
-    image, text = embeddings(48)
-    (loss, _), grads = jax.value_and_grad(softmax_loss, argnums=(0, 1, 2), has_aux=True)(
-        image, text, jnp.float32(scale)
-    )
-    expected, *expected_grads = numpy_loss_and_grads(image, text, scale)
-    assert relative(loss, expected) < TOLERANCE
-    assert worst(grads, *expected_grads) < TOLERANCE
+@pytest.mark.parametrize("kind", PLAIN)
+def test_the_plain_losses_are_those_of_the_papers(kind, scale):
+    image, text = inputs()
+    value, grads, _ = evaluate(PLAIN[kind], image, text, scale, bias_of(kind))
+    truth = reference(kind, image, text, scale, bias_of(kind))
+    # The textbook form takes small losses as differences of large logits, whose rounding the scale multiplies.
+    assert worst(kind, truth, value, grads) < TOLERANCE * (10 if scale == 100 else 1)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_gathered_loss_agrees_with_float64_on_every_mesh(sizes):
-    data, fsdp, tensor = sizes
-    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
-    image, text = embeddings(48)
-    scale = 30.0
-    loss = jax.jit(jax.value_and_grad(make_loss(method="gathered", mesh=mesh), argnums=(0, 1, 2), has_aux=True))
-    split = batch_sharding(mesh)
-    (value, metrics), grads = loss(
-        jax.device_put(image, split), jax.device_put(text, split), jax.device_put(jnp.float32(scale), replicated(mesh))
-    )
-    expected, *expected_grads = numpy_loss_and_grads(image, text, scale)
-    assert relative(value, expected) < TOLERANCE
-    assert worst(grads, *expected_grads) < TOLERANCE
-    assert isinstance(grads[0].sharding, NamedSharding)
-    assert grads[0].sharding.is_equivalent_to(split, 2)
-    reference = softmax_loss(image, text, jnp.float32(scale))[1]
-    for name in reference:
-        assert float(metrics[name]) == pytest.approx(float(reference[name]), abs=1e-6)
+@pytest.mark.parametrize("tile", [None, 1, 7, 32, 96, 1000])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_tiles_of_any_size_agree_with_float64(kind, tile):
+    image, text = inputs()
+    for scale in (1.0, 14.3, 100.0):
+        value, grads, metrics = evaluate(make_loss(kind=kind, tile=tile), image, text, scale, bias_of(kind))
+        truth = reference(kind, image, text, scale, bias_of(kind))
+        assert worst(kind, truth, value, grads) < TOLERANCE
+        _, _, expected = evaluate(PLAIN[kind], image, text, scale, bias_of(kind))
+        for name in expected:
+            assert float(metrics[name]) == pytest.approx(float(expected[name]), abs=1e-6)
+        similarity = image.astype(np.float64) @ text.T
+        assert float(metrics["positive_similarity"]) == pytest.approx(np.diag(similarity).mean(), abs=1e-6)
+        hardest = (similarity - 9 * np.eye(len(image))).max(1).mean()
+        assert float(metrics["hardest_negative_similarity"]) == pytest.approx(hardest, abs=2e-6)
+
+
+@pytest.mark.parametrize("sizes", sorted(set(meshes()))[::4], ids=str)
+@pytest.mark.parametrize("method", ["gathered", "ring"])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_every_method_agrees_with_float64_on_meshes(kind, method, sizes):
+    """A subset of the certificate: `python -m benchmarks.numerics.certificate` has all of it."""
+    for scale, tile, cached in ((100.0, 7, False), (14.3, None, True)):
+        found = measure(Case(kind, method, tile, "float32", sizes, cached), [scale], bias_of(kind), *inputs())
+        assert max(found.values()) < TOLERANCE, found
+
+
+@pytest.mark.parametrize("method", ["gathered", "ring"])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_bfloat16_operands_cost_accuracy_as_expected(kind, method):
+    case = Case(kind, method, 32, "bfloat16", (2, 2, 2))
+    found = measure(case, [14.3], bias_of(kind), *inputs())
+    # A similarity of at most 1 is off by about 2^-9 / 8 (64 errors of random sign), a logit by 14.3 times that.
+    assert 1e-6 < max(found.values()) < 0.02, found
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("method", ["gathered", "ring"])
+def test_gradients_lie_where_the_embeddings_lie(kind, method):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    image, text = (jax.device_put(x, batch_sharding(mesh)) for x in inputs(64))
+    _, grads, _ = evaluate(make_loss(kind=kind, method=method, mesh=mesh), image, text, 10.0, bias_of(kind))
+    for name in ("image", "text"):
+        assert grads[name].sharding.is_equivalent_to(batch_sharding(mesh), 2)
+
+
+@pytest.mark.parametrize("method", ["whole", "gathered", "ring"])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_pairs_of_one_group_are_no_negatives_of_each_other(kind, method):
+    image, text = inputs(48)
+    group = np.arange(48) // 3 * (np.arange(48) % 5 > 0)  # threes, with some missing, and one large group
+    mesh = None if method == "whole" else make_mesh(MeshConfig(data=4, fsdp=2))
+    loss = make_loss(kind=kind, method="auto" if mesh is None else method, mesh=mesh, tile=5)
+    value, grads, _ = evaluate(loss, image, text, 30.0, bias_of(kind), jnp.asarray(group))
+    truth = reference(kind, image, text, 30.0, bias_of(kind), group=group)
+    assert worst(kind, truth, value, grads) < TOLERANCE
+    plain, _, _ = evaluate(PLAIN[kind], image, text, 30.0, bias_of(kind), jnp.asarray(group))
+    assert float(plain) == pytest.approx(truth.loss, rel=1e-5)
+    assert truth.loss < 0.99 * reference(kind, image, text, 30.0, bias_of(kind)).loss  # the groups matter
+
+
+def test_one_group_of_everything_leaves_nothing_to_tell_apart():
+    image, text = inputs(12)
+    value, grads, _ = evaluate(make_loss(tile=5), image, text, 30.0, group=jnp.zeros(12, jnp.int32))
+    assert float(value) == 0
+    assert all(not np.asarray(grad).any() for grad in grads.values())
+
+
+@pytest.mark.parametrize("mesh_sizes", [None, (4, 2, 1)])
+def test_label_smoothing_agrees_with_float64(mesh_sizes):
+    image, text = inputs()
+    mesh = None if mesh_sizes is None else make_mesh(MeshConfig(data=4, fsdp=2))
+    value, grads, _ = evaluate(make_loss(label_smoothing=0.1, mesh=mesh), image, text, 14.3)
+    truth = reference("softmax", image, text, 14.3, label_smoothing=0.1)
+    assert worst("softmax", truth, value, grads) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize(
+    "shape", ["aligned", "opposite", "identical captions", "duplicate images", "one", "prime", "a row of zeros"]
+)
+def test_edge_cases_are_finite_and_right(kind, shape):
+    image, text = inputs({"one": 1, "prime": 53}.get(shape, 24))
+    if shape == "aligned":
+        image = text = np.eye(24, 64, dtype=np.float32)  # cosines are exactly 1 and 0
+    elif shape == "opposite":
+        image, text = np.eye(24, 64, dtype=np.float32), -np.eye(24, 64, dtype=np.float32)
+    elif shape == "identical captions":
+        text = np.repeat(text[:1], 24, axis=0)
+    elif shape == "duplicate images":
+        image = np.concatenate([image[:12], image[:12]])
+    elif shape == "a row of zeros":
+        text = text * (np.arange(24) != 5).astype(np.float32)[:, None]
+    for scale in (1.0, 100.0):
+        value, grads, metrics = evaluate(make_loss(kind=kind, tile=8), image, text, scale, bias_of(kind))
+        truth = reference(kind, image, text, scale, bias_of(kind))
+        assert np.isfinite(value) and all(np.isfinite(grad).all() for grad in grads.values())
+        # Values near 1e-44 are below float32's normal numbers, and what cancels to zero has no relative error.
+        assert float(value) == pytest.approx(truth.loss, rel=TOLERANCE, abs=1e-37)
+        for name in ("image", "text"):
+            error = np.linalg.norm(np.asarray(grads[name], np.float64) - truth.grads[name])
+            assert error <= TOLERANCE * max(truth.sizes[name], 1e-5)
+        assert 0 <= float(metrics["image_to_text_accuracy"]) <= 1
+    if shape == "identical captions":
+        assert float(metrics["image_to_text_accuracy"]) == 0  # a tie is a miss
 
 
 def test_cotangent_scales_the_gradient():
     mesh = make_mesh(MeshConfig(), jax.devices())
-    image, text = embeddings(16)
-    loss = make_loss(mesh=mesh)
-    plain, tripled = (
-        jax.grad(lambda x, factor=factor: factor * loss(x, text, jnp.float32(10), None)[0])(image)
-        for factor in (1.0, 3.0)
-    )
-    np.testing.assert_allclose(tripled, 3 * plain, rtol=1e-6)
+    image, text = map(jnp.asarray, inputs(16))
+    for method in ("gathered", "ring"):
+        loss = make_loss(mesh=mesh, method=method)
+        plain, tripled = (
+            jax.jit(jax.grad(lambda x, factor=factor, loss=loss: factor * loss(x, text, jnp.float32(10))[0]))(image)
+            for factor in (1.0, 3.0)
+        )
+        np.testing.assert_allclose(tripled, 3 * plain, rtol=1e-6)
 
 
-def test_what_moves_is_the_embeddings_once():
-    """Forward and backward together: two gathers of embeddings, two of log-sum-exps, and sums of scalars only."""
-    mesh = make_mesh(MeshConfig(data=4, fsdp=2), jax.devices())
-    n, e = 64, 32
-    loss = jax.value_and_grad(make_loss(mesh=mesh), argnums=(0, 1, 2), has_aux=True)
+def moved(mesh, n: int, e: int, **options) -> dict[str, int]:
+    """Numbers that a device receives (an all-reduce: its size), by collective, forward and backward together."""
+    loss = jax.value_and_grad(make_loss(mesh=mesh, **options), argnums=(0, 1, 2), has_aux=True)
     rows = jax.ShapeDtypeStruct((n, e), jnp.float32, sharding=batch_sharding(mesh))
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     text = jax.jit(loss).lower(rows, rows, scale).compile().as_text()
-    lines = [line.split(" = ")[1] for line in text.splitlines() if " = " in line]
-    gathers = [line for line in lines if "all-gather(" in line or "all-gather-start(" in line]
-    sums = [line for line in lines if "all-reduce(" in line or "all-reduce-start(" in line]
-    assert not [line for line in lines if "reduce-scatter(" in line or "all-to-all(" in line]
-    gathered = sum(int(np.prod([int(d) for d in shape.split(",")])) for line in gathers for shape in shapes_of(line))
-    assert gathered == 2 * n * e + 2 * n
-    summed = sum(int(np.prod([int(d) for d in shape.split(",") if d])) for line in sums for shape in shapes_of(line))
-    assert summed <= 8
+    found: dict[str, int] = {}
+    for result, name in re.findall(
+        r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", text
+    ):
+        shapes = re.findall(r"f32\[([\d,]*)\]", result)
+        found[name] = found.get(name, 0) + sum(int(np.prod([int(d) for d in s.split(",") if d])) for s in shapes)
+    return found
 
 
-def shapes_of(line: str) -> list[str]:
-    """Dimensions of an instruction's results: `f32[64,32]{1,0} all-gather(...)` or a tuple of such."""
-    import re
-
-    return re.findall(r"f32\[([\d,]*)\]", re.split(r" all-(?:gather|reduce)", line)[0])
-
-
-def test_perfect_and_opposite_pairs_stay_finite():
-    image = np.eye(8, 64, dtype=np.float32)
-    for text in (image, -image, np.repeat(image[:1], 8, axis=0)):
-        (loss, _), grads = jax.value_and_grad(softmax_loss, argnums=(0, 1, 2), has_aux=True)(
-            image, text, jnp.float32(100)
-        )
-        assert np.isfinite(loss)
-        assert all(np.isfinite(grad).all() for grad in grads)
+def test_gathering_moves_the_embeddings_once_and_a_few_numbers_per_pair():
+    mesh, n, e = make_mesh(MeshConfig(data=4, fsdp=2)), 64, 32
+    found = moved(mesh, n, e, method="gathered")
+    assert found.keys() == {"all-gather", "all-reduce"}
+    assert found["all-gather"] == 2 * n * e + 2 * n
+    assert found["all-reduce"] <= 2 * n + 8  # peaks and totals of the columns, five sums, two gradients
 
 
-def test_identical_captions_give_log_n():
-    image = np.repeat(np.eye(1, 64, dtype=np.float32), 8, axis=0)
-    # Log-sum-exps near 102 are 7.6e-6 apart in float32.
-    assert float(softmax_loss(image, image, jnp.float32(100))[0]) == pytest.approx(np.log(8), abs=7.7e-6)
+def test_the_ring_passes_blocks_and_sums_single_numbers_only():
+    mesh, n, e = make_mesh(MeshConfig(data=4, fsdp=2)), 64, 32
+    found = moved(mesh, n, e, method="ring")
+    assert found.keys() == {"collective-permute", "all-reduce"}
+    rows = n // 8  # of one step of eight: forward texts, positions, two statistics; backward texts, log-sums, gradients
+    assert found["collective-permute"] == (rows * e + 2 * rows) + (2 * rows * e + rows)
+    assert found["all-reduce"] <= 8
 
 
-def test_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="hinge"):
-        make_loss(kind="hinge")
+@pytest.mark.parametrize("method", ["gathered", "ring"])
+def test_no_matrix_is_kept(method):
+    """Memory beside arguments and results, with 4 times the pairs: 4 times as much, not 16."""
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+
+    def temporaries(n: int) -> int:
+        loss = jax.value_and_grad(make_loss(mesh=mesh, method=method, tile=64), argnums=(0, 1, 2), has_aux=True)
+        rows = jax.ShapeDtypeStruct((n, 32), jnp.float32, sharding=batch_sharding(mesh))
+        scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+        memory = jax.jit(loss).lower(rows, rows, scale).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    assert temporaries(32_768) < 4.5 * temporaries(8_192)
+
+
+def test_auto_takes_the_ring_for_many_pairs_per_device():
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    assert choose_method(LossMethod.AUTO, mesh, 8 * 1024 - 8) is LossMethod.GATHERED
+    assert choose_method(LossMethod.AUTO, mesh, 8 * 1024) is LossMethod.RING
+    assert choose_method(LossMethod.GATHERED, mesh, 1 << 20) is LossMethod.GATHERED
+    assert choose_method(LossMethod.AUTO, None, 1 << 20) is LossMethod.GATHERED
+
+
+@pytest.mark.parametrize("options", [{"kind": "hinge"}, {"method": "tree"}, {"dtype": "int8"}])
+def test_what_is_unknown_is_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options.values()))):
+        make_loss(**options)

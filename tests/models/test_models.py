@@ -238,7 +238,7 @@ def test_logits_and_exponentials_are_float32_even_in_bfloat16(params):
 
 
 def test_patches_run_row_by_row():
-    image = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    image = jnp.arange(2.0 * 4 * 6 * 3).reshape(2, 4, 6, 3)
     patches = patchify(image, 2)
     assert patches.shape == (2, 6, 2, 2, 3)
     for index, (row, column) in enumerate((row, column) for row in range(2) for column in range(3)):

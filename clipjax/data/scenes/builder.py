@@ -43,6 +43,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
     BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
         ScenesConfig(name="default", description="Enough to train a small model from scratch."),
+        ScenesConfig(name="large", description="For batches of 32,768.", train_examples=40_000),
         ScenesConfig(name="tiny", description="For tests.", train_examples=512, val_examples=128, unseen_examples=64),
     ]
 
