@@ -258,5 +258,5 @@ def test_building_twice_reads_what_is_there(built, capsys):
 def test_unknown_config(tmp_path):
     from clipjax.data.scenes.builder import build_scenes
 
-    with pytest.raises(ValueError, match="config='huge' must be one of the configs of SCENES: default, tiny"):
+    with pytest.raises(ValueError, match="config='huge' must be one of the configs of SCENES: default, large, tiny"):
         build_scenes(tmp_path, "huge")
