@@ -16,7 +16,7 @@ from clipjax.data.sources import REASONS
 from clipjax.losses import make_loss, softmax_loss
 from clipjax.models.clip import abstract_params, build_clip, make_encode
 from clipjax.step import eval_params, from_groups, make_init_state, make_train_step, to_groups
-from clipjax.trees import map_with_name
+from clipjax.trees import map_with_name, names
 
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
 
@@ -173,3 +173,17 @@ def test_unusable_samples_are_counted_by_reason_over_the_global_batch():
         state, metrics = step(state, sharding.global_batch(mesh, batch()))
         step(state, sharding.global_batch(mesh, batch()))  # donates the state: the metrics have buffers of their own
     assert metrics["samples_skipped"].tolist() == [1, 0, 2] + [0] * (len(REASONS) - 3)
+
+
+def test_gradients_are_sums_in_float32_with_bfloat16_activations_too():
+    """A gradient that was summed over the batch, or across devices, in bfloat16 would have 16 trailing zeros."""
+    config = small_config()
+    config.model.compute_dtype = Dtype.BFLOAT16
+    _, grads_fn, _ = build(config)
+    found, _ = jax.jit(grads_fn)(single_device()[0].params, batch(), jax.random.key(0))
+    for name, leaf in zip(names(found), jax.tree.leaves(found), strict=True):
+        if name == "text/token_embed":  # most of these tokens occur once: a sum of one term is that term
+            continue
+        bits = np.asarray(leaf).view(np.uint32)
+        rounded = (bits[bits != 0] & 0xFFFF) == 0
+        assert rounded.mean() < 0.5, name  # a key's bias has no gradient: what is left there are a few roundings
