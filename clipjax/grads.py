@@ -2,8 +2,6 @@
 
 `direct` differentiates through towers and loss at once. `cached` (GradCache, arXiv 2101.06983) serves batches whose
 activations do not fit.
-
-Axes: n pairs of the global batch, k microbatches, e embed.
 """
 
 import functools
@@ -36,10 +34,15 @@ def direct(encode: Encode, loss: Loss, params: Params, batch: Batch, key: Key) -
     """Gradients by one backward pass, and the loss's metrics with `loss` itself among them."""
 
     def objective(params: Params) -> tuple[jax.Array, Metrics]:
-        value, metrics = loss(*encode(params, batch, key), group=batch.get("group"))
-        return value, {"loss": value, **metrics}
+        return _evaluate(loss, encode(params, batch, key), batch)
 
     return jax.grad(objective, has_aux=True)(params)
+
+
+def _evaluate(loss: Loss, encoded: tuple[Any, ...], batch: Batch) -> tuple[jax.Array, Metrics]:
+    """The loss of what `encode` gives for the whole batch, and its metrics with `loss` itself among them."""
+    value, metrics = loss(*encoded, group=batch.get("group"))
+    return value, {"loss": value, **metrics}
 
 
 def make_cached(
@@ -82,8 +85,7 @@ def make_cached(
         scaling = jax.tree.map(lambda x: x[0], (scales, biases))
 
         def objective(image: jax.Array, text: jax.Array, scaling: Any) -> tuple[jax.Array, Metrics]:
-            value, metrics = loss(image, text, *scaling, group=batch.get("group"))
-            return value, {"loss": value, **metrics}
+            return _evaluate(loss, (image, text, *scaling), batch)
 
         of_loss = jax.grad(objective, argnums=(0, 1, 2), has_aux=True)
         (*of_embeds, of_scaling), metrics = of_loss(join(images), join(texts), scaling)

@@ -130,8 +130,7 @@ class _Ring:
 
     def statistics(self, pairs: Pairs, scaling: Scaling) -> tuple[Statistics, Statistics, None]:
         count = pairs.image.shape[0]
-        rows, columns = _sides(pairs, own_positions(count))
-        columns = columns._replace(embed=columns.embed.astype(self.product.dtype))
+        rows, columns = self.sides(pairs)
         kind = self.product.kind
 
         def visit(carry: Any, _: None) -> tuple[Any, None]:
@@ -146,8 +145,7 @@ class _Ring:
 
     def gradients(self, saved: Saved, scaling: Scaling) -> tuple[Gradients, Array]:
         count = saved.pull.shape[0]
-        rows, columns = _sides(saved.pairs, own_positions(count))
-        columns = columns._replace(embed=columns.embed.astype(self.product.dtype))
+        rows, columns = self.sides(saved.pairs)
 
         def visit(carry: Any, _: None) -> tuple[Any, None]:
             block, log_sums, of_block, so_far = carry
@@ -161,6 +159,11 @@ class _Ring:
         start = (columns, saved.log_sums[1], nothing, zeros)
         (_, _, of_texts, of_images), _ = jax.lax.scan(visit, start, None, length=self.size)
         return of_images, of_texts
+
+    def sides(self, pairs: Pairs) -> tuple[Side, Side]:
+        """This device's images, and its texts in the dtype that they travel in."""
+        rows, columns = _sides(pairs, own_positions(pairs.image.shape[0]))
+        return rows, columns._replace(embed=columns.embed.astype(self.product.dtype))
 
     def pass_on(self, tree: Any) -> Any:
         """Hand to the previous device, and take from the next."""
