@@ -40,16 +40,22 @@ class Dtype(enum.Enum):
 
 
 class LossKind(enum.Enum):
-    """Which contrastive loss: CLIP's `softmax` (arXiv 2103.00020, figure 3), SigLIP's `sigmoid` (arXiv 2303.15343)."""
+    """Which contrastive loss.
+
+    CLIP's `softmax` (arXiv 2103.00020, figure 3), SigLIP's `sigmoid` (arXiv 2303.15343), or `global`, a softmax against
+    the whole dataset for small batches, which remembers two numbers of every sample (FastCLIP, arXiv 2407.01445).
+    """
 
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"
+    GLOBAL = "global"
 
 
 class LossMethod(enum.Enum):
     """How devices share the global similarity matrix; the answer is the same.
 
     `gathered` collects all embeddings on every device, `ring` passes them from neighbour to neighbour, `auto` chooses.
+    Between slices, `gathered` passes them from slice to slice.
     """
 
     AUTO = "auto"
@@ -63,6 +69,13 @@ class SamePair(enum.Enum):
     NONE = "none"
     INDEX = "index"
     CAPTION = "caption"
+
+
+class GroupRole(enum.Enum):
+    """What pairs that are no negatives of each other are instead: `ignored`, or each other's `positive`."""
+
+    IGNORED = "ignored"
+    POSITIVE = "positive"
 
 
 class Crop(enum.Enum):
@@ -131,6 +144,13 @@ class LossConfig:
     dtype: Dtype = Dtype.FLOAT32  # of embeddings that move between devices and enter products; sums are float32 always
     label_smoothing: float = 0.0  # softmax only: share of the target that all pairs of the batch have in common
     same_pair: SamePair = SamePair.NONE  # what makes two pairs of a batch no negatives of each other
+    group_role: GroupRole = GroupRole.IGNORED  # what they are instead
+    distill_from: str | None = None  # a clipjax checkpoint, frozen, whose similarities are learned besides
+    distill_weight: float = 1.0  # of that part of the loss; the contrastive part counts in full
+    gamma: float = 0.2  # global only: weight of a sample's newest value in its moving average
+    gamma_decay_examples: int = 0  # global only: cosine decay from 1 to `gamma` over so many; 0: constant
+    epsilon: float = 1e-14  # global only: added to the moving average
+    rho: float | None = None  # global only: the loss is divided by the logit scale, and rho / scale added (FastCLIP-v3)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -150,8 +170,9 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MeshConfig:
-    """Devices per mesh axis; one of them may be -1 and fills up. The batch is split over `data` and `fsdp`."""
+    """Devices per mesh axis; one of them may be -1 and fills up. The batch is split over all axes but `tensor`."""
 
+    slice: int = 1  # groups of devices with slow links between them: TPU slices, or nodes of a GPU cluster
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
@@ -258,14 +279,14 @@ def steps_of(examples: int, config: Config) -> int:
     return max(1, round(examples / config.global_batch_size)) if examples else 0
 
 
-def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """Axis sizes with -1 filled in.
+def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
+    """Sizes of the axes slice, data, fsdp and tensor, with -1 filled in.
 
     Raises:
         ValueError: the sizes do not multiply to `num_devices`.
     """
-    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
-    shown = f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, mesh.tensor={mesh.tensor}"
+    sizes = [mesh.slice, mesh.data, mesh.fsdp, mesh.tensor]
+    shown = f"mesh.slice={mesh.slice}, mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, mesh.tensor={mesh.tensor}"
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         if num_devices % known:
@@ -277,7 +298,7 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[int, int, int]:
         raise ValueError(
             f"{shown} make {known} devices, but there are {num_devices}; set one axis to -1 to let it fill up"
         )
-    return sizes[0], sizes[1], sizes[2]
+    return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
 def to_dict(config: Any) -> Any:

@@ -11,13 +11,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clipjax.config import MeshConfig, resolve_mesh
 from clipjax.trees import first_match, map_with_name
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+SLICE = "slice"
+AXES = (SLICE, "data", "fsdp", "tensor")
+BATCH_AXES = (SLICE, "data", "fsdp")
 
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
@@ -45,22 +47,34 @@ PARAMETER_RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
     (r"(image|text)/ln_(pre|post|final)/(bias|scale)", (None,)),
     (r"log_logit_scale|logit_bias", ()),
     (r"samples_skipped", (None,)),
+    (r"memory", ("batch", None)),
 )
 """First match wins; the path of an optimizer moment ends in its parameter's path, so it follows the parameter."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh with the axes `data`, `fsdp`, `tensor` over all devices (or those given).
+    """Mesh with the axes `slice`, `data`, `fsdp`, `tensor` over all devices (or those given).
+
+    Devices that lie close together share a slice: a TPU slice where the hardware says so, else the devices of as many
+    processes as make one.
 
     Raises:
-        ValueError: the axis sizes do not multiply to the number of devices.
+        ValueError: the axis sizes do not multiply to the number of devices, or slices are not those of the hardware.
     """
     devices = jax.devices() if devices is None else devices
     sizes = resolve_mesh(config, len(devices))
+    types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "cpu":
-        grid = np.asarray(devices, dtype=object).reshape(sizes)
-        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        return Mesh(np.asarray(devices, dtype=object).reshape(sizes), AXES, axis_types=types)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1 and len(slices) != config.slice:
+        raise ValueError(f"mesh.slice={config.slice} must be {len(slices)}, the number of slices of these devices")
+    if config.slice == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    inner, outer = (1, *sizes[1:]), (sizes[0], 1, 1, 1)
+    by_process = len(slices) == 1
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, process_is_granule=by_process)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def partition_spec(dims: Sequence[str | None]) -> PartitionSpec:
@@ -68,14 +82,19 @@ def partition_spec(dims: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*(MESH_AXES.get(dim) if dim else None for dim in dims))
 
 
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of this mesh that split the batch; a mesh of a user's own may lack some of `BATCH_AXES`."""
+    return tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+
+
 def batch_devices(mesh: Mesh) -> int:
     """How many parts the batch is split into."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """First dimension split over the batch axes."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

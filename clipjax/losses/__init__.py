@@ -2,23 +2,52 @@
 
 The value and its gradient are those of the mean over the global batch, whatever mesh, method or tile computes it.
 `contrastive` holds the plain references; `kinds` says what each kind of loss does with a logit, `tiles` walks through a
-block of the similarity matrix, `sharded` shares the matrix out among devices.
+block of the similarity matrix, `sharded` shares the matrix out among devices, `memory` keeps what `global` remembers of
+each sample.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from clipjax.config import Config, Dtype, LossConfig, LossKind, LossMethod
+from clipjax.config import Config, Dtype, GroupRole, LossConfig, LossKind, LossMethod
 from clipjax.losses.contrastive import sigmoid_loss, softmax_loss
-from clipjax.losses.kinds import Sigmoid, Softmax
+from clipjax.losses.kinds import Distilled, Global, Kind, Positives, Sigmoid, Softmax
 from clipjax.losses.sharded import Pairs, choose_method, make_sharded_loss
 from clipjax.losses.tiles import DEFAULT_TILE, Product, Scaling
 from clipjax.sharding import batch_devices
 from clipjax.typing import Metrics
+
+DEFAULT_EPSILON = LossConfig().epsilon
+
+
+class Teacher(NamedTuple):
+    """What a frozen model makes of the same pairs.
+
+    Attributes:
+        image_embed: unit-norm; its size may differ from the student's.
+        text_embed: unit-norm.
+        logit_scale: multiplier of the teacher's similarities.
+    """
+
+    image_embed: Float[Array, "n t"]
+    text_embed: Float[Array, "n t"]
+    logit_scale: Float[Array, ""]
+
+
+class Memory(NamedTuple):
+    """What the `global` loss remembers of the pairs of a batch.
+
+    Attributes:
+        log_mean: logarithms of the moving averages of each image and each text; -inf: not seen yet.
+        gamma: weight of the new value, above 0 and at most 1.
+    """
+
+    log_mean: Float[Array, "n 2"]
+    gamma: Float[Array, ""]
 
 
 @runtime_checkable
@@ -33,6 +62,8 @@ class LossFunction(Protocol):
         logit_bias: Float[Array, ""] | None = None,
         *,
         group: Int[Array, "n"] | None = None,
+        teacher: Teacher | None = None,
+        memory: Memory | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         """Loss and metrics.
 
@@ -42,6 +73,8 @@ class LossFunction(Protocol):
             logit_scale: multiplier of the similarities.
             logit_bias: added to the logits; a softmax does not depend on it.
             group: pairs of the same group are no negatives of each other.
+            teacher: to learn from; a loss made with `distill_weight` needs it.
+            memory: of these pairs; the `global` loss needs it, and returns the new `log_mean` as `metrics["memory"]`.
         """
         ...
 
@@ -54,37 +87,60 @@ def make_loss(
     tile: int | None = None,
     dtype: Dtype | str = Dtype.FLOAT32,
     label_smoothing: float = 0.0,
+    group_role: GroupRole | str = GroupRole.IGNORED,
+    distill_weight: float | None = None,
+    epsilon: float = DEFAULT_EPSILON,
+    rho: float | None = None,
 ) -> LossFunction:
     """The loss of this kind, in tiles, on this mesh; without a mesh, on whole arrays.
 
     Args:
-        kind: `softmax` or `sigmoid`.
-        method: `gathered`, `ring` or `auto`, which chooses by the number of pairs per device.
-        mesh: has the axes `data` and `fsdp`, over which the rows of both embeddings are split.
+        kind: `softmax`, `sigmoid` or `global`.
+        method: `gathered`, `ring` or `auto`, which chooses by the number of pairs per device, memory and topology.
+        mesh: has some of the axes `slice`, `data` and `fsdp`, over which the rows of both embeddings are split.
         tile: at most so many rows and columns of the similarity matrix exist on a device at a time; None: 1,024.
         dtype: of the embeddings that move between devices and enter the products. Sums are float32.
         label_smoothing: softmax only: the share of the target that is spread evenly over the batch.
+        group_role: pairs of the same group are `ignored`, or each other's `positive`.
+        distill_weight: of the cross-entropy against a teacher, besides the loss itself; None: no teacher.
+        epsilon: global only: added to each sample's moving average.
+        rho: global only: the loss is divided by the logit scale, and rho / logit_scale added, so that the scale is
+            learned as in FastCLIP-v3; None: neither.
 
     Returns:
         A function of global arrays. Its metrics: in-batch accuracy both ways (a tie is a miss), mean similarity of the
         pairs, and mean over images of their most similar other text. Derivatives of metrics are zero.
 
     Raises:
-        ValueError: unknown kind or method.
+        ValueError: unknown kind, method, dtype or role; options that this kind would ignore. From the function: a
+            teacher, memory or groups that are missing, or that this loss would ignore.
 
     Source:
-        arXiv 2103.00020, figure 3 (softmax); arXiv 2303.15343, equation 1 (sigmoid).
+        arXiv 2103.00020, figure 3 (softmax); arXiv 2303.15343, equation 1 (sigmoid); arXiv 2407.01445 (global); arXiv
+        2004.11362, equation 2 (several positives); arXiv 2309.12314 (distillation).
 
     Cost:
         Memory per device: linear in its rows and columns, and one tile; see `losses.sharded` for what moves.
     """
-    kind, method, dtype = LossKind(kind), LossMethod(method), Dtype(dtype)
+    kind, method, dtype, group_role = LossKind(kind), LossMethod(method), Dtype(dtype), GroupRole(group_role)
+    positives = group_role is GroupRole.POSITIVE
+    if label_smoothing and (kind is not LossKind.SOFTMAX or positives):
+        raise ValueError(f"label_smoothing={label_smoothing} needs kind=softmax and group_role=ignored")
+    if kind is LossKind.GLOBAL and positives:
+        raise ValueError("group_role=positive needs kind=softmax or kind=sigmoid, not global")
+    if kind is not LossKind.GLOBAL and (rho is not None or epsilon != DEFAULT_EPSILON):
+        raise ValueError(f"rho={rho} and epsilon={epsilon} need kind=global; kind={kind.value} would ignore them")
+    rules: Kind
     match kind:
         case LossKind.SOFTMAX:
-            rules = Softmax()
+            rules = Positives() if positives else Softmax()
         case LossKind.SIGMOID:
             rules = Sigmoid()
-    product = Product(rules, DEFAULT_TILE if tile is None else tile, jnp.dtype(dtype.value))
+        case LossKind.GLOBAL:
+            rules = Global(epsilon)
+    if distill_weight is not None:
+        rules = Distilled(rules, distill_weight)
+    product = Product(rules, DEFAULT_TILE if tile is None else tile, jnp.dtype(dtype.value), positives)
     tiled = make_sharded_loss(product, method=method, mesh=mesh)
 
     def loss(
@@ -94,17 +150,39 @@ def make_loss(
         logit_bias: Float[Array, ""] | None = None,
         *,
         group: Int[Array, "n"] | None = None,
+        teacher: Teacher | None = None,
+        memory: Memory | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
-        # A softmax does not depend on the bias; what is zero here gets no gradient there.
-        bias = jnp.zeros_like(logit_scale) if kind is LossKind.SOFTMAX or logit_bias is None else logit_bias
-        value, metrics = tiled(Pairs(image_embed, text_embed, group), Scaling(logit_scale, bias))
+        _check_given("teacher", teacher, needed=distill_weight is not None)
+        _check_given("memory", memory, needed=kind is LossKind.GLOBAL)
+        if positives:
+            _check_given("group", group, needed=True)
+        # Only a sigmoid depends on the bias; what is zero here gets no gradient there.
+        bias = logit_bias if kind is LossKind.SIGMOID and logit_bias is not None else jnp.zeros_like(logit_scale)
+        pairs = Pairs(image_embed, text_embed, group)
+        scaling = Scaling(logit_scale, bias)
+        if teacher is not None:
+            pairs = pairs._replace(teacher=(teacher.image_embed, teacher.text_embed))
+            scaling = scaling._replace(teacher=teacher.logit_scale)
+        if memory is not None:
+            pairs, scaling = pairs._replace(memory=memory.log_mean), scaling._replace(gamma=memory.gamma)
+        value, metrics, new_memory = tiled(pairs, scaling)
         if label_smoothing:
             own = jnp.mean(jnp.sum(image_embed * text_embed, axis=1))
             every = jnp.vdot(jnp.mean(image_embed, axis=0), jnp.mean(text_embed, axis=0))
             value = value + label_smoothing * logit_scale * (own - every)
-        return value, metrics
+        if rho is not None:
+            value = (value + rho) / logit_scale
+        return value, metrics if new_memory is None else {**metrics, "memory": new_memory}
 
     return loss
+
+
+def _check_given(name: str, value: object, *, needed: bool) -> None:
+    if needed and value is None:
+        raise ValueError(f"this loss needs {name}=...")
+    if not needed and value is not None:
+        raise ValueError(f"this loss would ignore {name}; make it with the options that use it")
 
 
 def build_loss(config: LossConfig, mesh: Mesh) -> LossFunction:
@@ -116,16 +194,33 @@ def build_loss(config: LossConfig, mesh: Mesh) -> LossFunction:
         tile=config.tile,
         dtype=config.dtype,
         label_smoothing=config.label_smoothing,
+        group_role=config.group_role,
+        distill_weight=None if config.distill_from is None else config.distill_weight,
+        epsilon=config.epsilon,
+        rho=config.rho,
     )
 
 
 def describe_loss(config: Config, mesh: Mesh) -> str:
     """What was chosen, for the log."""
     devices, loss = batch_devices(mesh), config.loss
-    way = f"{choose_method(loss.method, mesh, config.global_batch_size).value} over {devices} devices, "
+    pair_bytes = 2 * config.model.embed_dim * jnp.dtype(loss.dtype.value).itemsize
+    method = choose_method(loss.method, mesh, config.global_batch_size, pair_bytes)
+    slices = f" in {config.mesh.slice} slices" if config.mesh.slice > 1 else ""
+    way = f"{method.value} over {devices} devices{slices}, " if devices > 1 else ""
     tile = f"tiles of at most {DEFAULT_TILE if loss.tile is None else loss.tile}"
     cached = "" if config.microbatch_size is None else f", {config.microbatch_size} pairs encoded at a time"
-    return f"loss: {loss.kind.value}, {way if devices > 1 else ''}{tile}{cached}"
+    return f"loss: {loss.kind.value}, {way}{tile}{cached}"
 
 
-__all__ = ["LossFunction", "build_loss", "choose_method", "describe_loss", "make_loss", "sigmoid_loss", "softmax_loss"]
+__all__ = [
+    "LossFunction",
+    "Memory",
+    "Teacher",
+    "build_loss",
+    "choose_method",
+    "describe_loss",
+    "make_loss",
+    "sigmoid_loss",
+    "softmax_loss",
+]

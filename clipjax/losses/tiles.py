@@ -5,7 +5,7 @@ forgotten, once for the statistics and once more for the gradients, so memory is
 The diagonal (each image with its own text) is left out here; callers treat it in closed form.
 
 Read `Side`, `Product`, `block_statistics`, `block_gradients`.
-Axes: r rows (images), c columns (texts), e embed, a rows of a tile, b columns of a tile.
+Axes: r rows (images), c columns (texts), e embed, t embed of a teacher, a rows of a tile, b columns of a tile.
 """
 
 import math
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from clipjax.losses.kinds import Kind, Statistics
+from clipjax.losses.kinds import Kind, Tile
 
 DEFAULT_TILE = 1024
 
@@ -28,18 +28,29 @@ class Side(NamedTuple):
         embed: unit-norm embeddings.
         position: place in the global batch; -1 for padding.
         group: pairs of the same group are no negatives of each other; None where every pair is a group of its own.
+        teacher: a teacher's embeddings; None without one.
     """
 
     embed: Float[Array, "n e"]
     position: Int[Array, "n"]
-    group: Int[Array, "n"] | None
+    group: Int[Array, "n"] | None = None
+    teacher: Float[Array, "n t"] | None = None
 
 
 class Scaling(NamedTuple):
-    """logit = scale * similarity + bias."""
+    """Scalars of a loss: logit = scale * similarity + bias.
+
+    Attributes:
+        scale: multiplier.
+        bias: additive.
+        teacher: multiplier of the teacher's similarities.
+        gamma: weight of a new value in the moving averages of `kinds.Global`.
+    """
 
     scale: Float[Array, ""]
     bias: Float[Array, ""]
+    teacher: Float[Array, ""] | None = None
+    gamma: Float[Array, ""] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class Product:
     kind: Kind
     tile: int
     dtype: Any = jnp.float32
+    positives: bool = False
+    """Whether pairs of the same group are positives; if not, they do not count."""
 
     def dot(self, left: Array, right: Array, contract: tuple[int, int]) -> Array:
         """Product over one dimension of each, in float32."""
@@ -63,17 +76,28 @@ class Product:
             preferred_element_type=jnp.float32,
         )
 
-    def logits(self, rows: Side, columns: Side, scaling: Scaling) -> Float[Array, "a b"]:
-        """Logits of one tile; -inf where a pair is none: on the diagonal, in padding, within a group."""
-        logits = self.dot(scaling.scale * rows.embed, columns.embed, (1, 1)) + scaling.bias
+    def compute(self, rows: Side, columns: Side, scaling: Scaling) -> Tile:
+        """One tile."""
         out = (rows.position[:, None] == columns.position[None, :]) | (columns.position < 0)[None, :]
         out |= (rows.position < 0)[:, None]
-        if rows.group is not None and columns.group is not None:
-            out |= rows.group[:, None] == columns.group[None, :]
-        return jnp.where(out, -jnp.inf, logits)
+        same = self._same(rows, columns)
+        if self.positives:
+            same = None if same is None else same & ~out
+        elif same is not None:
+            out, same = out | same, None
+        logits = self.dot(scaling.scale * rows.embed, columns.embed, (1, 1)) + scaling.bias
+        teacher = None
+        if rows.teacher is not None and columns.teacher is not None:
+            teacher = jnp.where(out, -jnp.inf, self.dot(scaling.teacher * rows.teacher, columns.teacher, (1, 1)))
+        return Tile(jnp.where(out, -jnp.inf, logits), same, teacher)
+
+    def _same(self, rows: Side, columns: Side) -> Bool[Array, "a b"] | None:
+        if rows.group is None or columns.group is None:
+            return None
+        return rows.group[:, None] == columns.group[None, :]
 
 
-def split(x: Array, size: int, fill: int = 0) -> Array:
+def _split(x: Array, size: int, fill: int = 0) -> Array:
     """Cut the leading dimension into equal tiles of at most `size`, padded with as little as that allows."""
     count = max(1, math.ceil(x.shape[0] / size))
     size = math.ceil(x.shape[0] / count)
@@ -81,9 +105,10 @@ def split(x: Array, size: int, fill: int = 0) -> Array:
     return jnp.pad(x, padding, constant_values=fill).reshape(count, size, *x.shape[1:])
 
 
-def _split_side(side: Side, size: int) -> Side:
-    group = None if side.group is None else split(side.group, size)
-    return Side(split(side.embed, size), split(side.position, size, -1), group)
+def split(tree: Any, size: int) -> Any:
+    """Cut all arrays of a tree into tiles; positions are padded with -1."""
+    tiles = jax.tree.map(lambda x: _split(x, size), tree)
+    return tiles._replace(position=_split(tree.position, size, -1)) if isinstance(tree, Side) else tiles
 
 
 def join(tiles: Any, n: int) -> Any:
@@ -91,40 +116,35 @@ def join(tiles: Any, n: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], tiles)
 
 
-def empty(n: int) -> Statistics:
-    """Statistics of nothing."""
-    return Statistics(jnp.full(n, -jnp.inf, jnp.float32), jnp.zeros(n, jnp.float32))
-
-
-def block_statistics(product: Product, rows: Side, columns: Side, scaling: Scaling) -> tuple[Statistics, Statistics]:
+def block_statistics(product: Product, rows: Side, columns: Side, scaling: Scaling) -> tuple[Any, Any]:
     """Statistics of every row and of every column of a block, from one product.
 
     Cost:
         2 r c e FLOPs; memory linear in r and c, and one tile.
     """
-    row_tiles, column_tiles = _split_side(rows, product.tile), _split_side(columns, product.tile)
+    row_tiles, column_tiles = split(rows, product.tile), split(columns, product.tile)
     count, size = column_tiles.position.shape
     kind = product.kind
 
-    def along_rows(of_columns: Statistics, row_tile: Side) -> tuple[Statistics, Statistics]:
-        def along_columns(of_rows: Statistics, column_tile: Side) -> tuple[Statistics, Statistics]:
-            logits = product.logits(row_tile, column_tile, scaling)
-            return kind.merge(of_rows, kind.reduce(logits, axis=1)), kind.reduce(logits, axis=0)
+    def along_rows(of_columns: Any, row_tile: Side) -> tuple[Any, Any]:
+        def along_columns(of_rows: Any, column_tile: Side) -> tuple[Any, Any]:
+            tile = product.compute(row_tile, column_tile, scaling)
+            return kind.merge(of_rows, kind.reduce(tile, axis=1)), kind.reduce(tile, axis=0)
 
-        of_rows, parts = jax.lax.scan(along_columns, empty(row_tile.position.shape[0]), column_tiles)
+        of_rows, parts = jax.lax.scan(along_columns, kind.empty(row_tile.position.shape[0]), column_tiles)
         return kind.merge(of_columns, parts), of_rows
 
-    nothing = Statistics(*(x.reshape(count, size) for x in empty(count * size)))
+    nothing = jax.tree.map(lambda x: x.reshape(count, size), kind.empty(count * size))
     of_columns, of_rows = jax.lax.scan(along_rows, nothing, row_tiles)
     return join(of_rows, rows.position.shape[0]), join(of_columns, columns.position.shape[0])
 
 
 class Gradients(NamedTuple):
-    """Gradients that a block gives, off the diagonal, before the weight of the mean.
+    """Gradients of a sum of losses.
 
     Attributes:
         rows: of the rows' embeddings.
-        columns: of the columns' embeddings; None where only those of the rows were asked for.
+        columns: of the columns' embeddings; None where only those of the rows are asked for.
         scale: of the logit scale, the part of every row.
         bias: of the logit bias, the part of every row.
     """
@@ -137,51 +157,54 @@ class Gradients(NamedTuple):
 
 def block_gradients(
     product: Product,
-    rows: Side,
-    columns: Side,
-    log_sums: tuple[Float[Array, "r"], Float[Array, "c"]],
+    sides: tuple[Side, Side],
+    known: tuple[Any, Any],
     scaling: Scaling,
-    columns_so_far: Float[Array, "c e"] | None,
+    *,
+    weight: Float[Array, ""],
+    so_far: Gradients,
 ) -> Gradients:
-    """Gradients by the embeddings of a block, its logits computed anew.
+    """Add the gradients that a block gives, off the diagonal, its logits computed anew.
 
     Args:
         product: how.
-        rows: the rows.
-        columns: the columns.
-        log_sums: log-sum-exps of the whole rows and whole columns that the block is part of.
+        sides: rows and columns.
+        known: what the loss knows of the whole rows and whole columns that the block is part of (`Outcome.known`).
         scaling: multiplier and bias of the logits.
-        columns_so_far: what the columns' gradient is added to; None leaves that gradient out.
+        weight: of every pair's loss.
+        so_far: what is added to, in place where the compiler can.
 
     Cost:
         4 r c e FLOPs, and 2 more with the columns' gradient; memory linear in r and c, and one tile.
     """
-    tile = product.tile
-    row_tiles, column_tiles = _split_side(rows, tile), _split_side(columns, tile)
-    row_sums, column_sums = split(log_sums[0], tile), split(log_sums[1], tile)
-    so_far = None if columns_so_far is None else split(columns_so_far, tile)
+    tile, (rows, columns) = product.tile, sides
+    row_tiles, column_tiles = split(rows, tile), split(columns, tile)
+    row_known, column_known = split(known[0], tile), split(known[1], tile)
     count = column_tiles.position.shape[0]
 
-    def along_rows(column_grad: Array | None, row: tuple[Side, Array]) -> tuple[Array | None, tuple[Array, ...]]:
-        row_tile, row_sum = row
+    def along_rows(total: Gradients, i: Array) -> tuple[Gradients, None]:
+        row_tile, row = jax.tree.map(lambda x: x[i], (row_tiles, row_known))
         scaled = scaling.scale * row_tile.embed
 
         def along_columns(carry: tuple[Any, ...], j: Array) -> tuple[tuple[Any, ...], None]:
             row_grad, column_grad, bias_grad = carry
-            column_tile, column_sum = jax.tree.map(lambda x: x[j], (column_tiles, column_sums))
-            slope = product.kind.slope(product.logits(row_tile, column_tile, scaling), row_sum, column_sum)
+            column_tile, column = jax.tree.map(lambda x: x[j], (column_tiles, column_known))
+            slope = weight * product.kind.slope(product.compute(row_tile, column_tile, scaling), row, column)
             row_grad += product.dot(slope, column_tile.embed, (1, 0))
             if column_grad is not None:
                 column_grad = column_grad.at[j].add(product.dot(slope, scaled, (0, 0)))
             return (row_grad, column_grad, bias_grad + jnp.sum(slope, axis=1)), None
 
-        start = (jnp.zeros_like(row_tile.embed, jnp.float32), column_grad, jnp.zeros_like(row_sum))
+        nothing = jnp.zeros_like(row_tile.embed, jnp.float32)
+        start = (nothing, total.columns, jnp.zeros(nothing.shape[0], jnp.float32))
         (row_grad, column_grad, bias_grad), _ = jax.lax.scan(along_columns, start, jnp.arange(count))
-        scale_grad = jnp.sum(row_grad * row_tile.embed, axis=1)
-        return column_grad, (scaling.scale * row_grad, scale_grad, bias_grad)
+        return Gradients(
+            total.rows.at[i].add(scaling.scale * row_grad),
+            column_grad,
+            total.scale.at[i].add(jnp.sum(row_grad * row_tile.embed, axis=1)),
+            total.bias.at[i].add(bias_grad),
+        ), None
 
-    column_grad, of_rows = jax.lax.scan(along_rows, so_far, (row_tiles, row_sums))
-    row_grad, scale_grad, bias_grad = join(of_rows, rows.position.shape[0])
-    if column_grad is not None:
-        column_grad = join(column_grad, columns.position.shape[0])
-    return Gradients(row_grad, column_grad, scale_grad, bias_grad)
+    total, _ = jax.lax.scan(along_rows, split(so_far, tile), jnp.arange(row_tiles.position.shape[0]))
+    of_columns = join(total.columns, columns.position.shape[0])
+    return join(total._replace(columns=None), rows.position.shape[0])._replace(columns=of_columns)
