@@ -20,6 +20,9 @@ Encode = Callable[[Params, Batch, Key], tuple[jax.Array, jax.Array, jax.Array, j
 Loss = Callable[..., tuple[jax.Array, Metrics]]
 """What `losses.make_loss` returns."""
 
+LOSS_INPUTS = ("group", "teacher", "memory")
+"""What of a batch a loss takes besides embeddings."""
+
 
 def make_grads(
     config: Config, encode: Encode, loss: Loss, mesh: Mesh
@@ -41,7 +44,7 @@ def direct(encode: Encode, loss: Loss, params: Params, batch: Batch, key: Key) -
 
 def _evaluate(loss: Loss, encoded: tuple[Any, ...], batch: Batch) -> tuple[jax.Array, Metrics]:
     """The loss of what `encode` gives for the whole batch, and its metrics with `loss` itself among them."""
-    value, metrics = loss(*encoded, group=batch.get("group"))
+    value, metrics = loss(*encoded, **{name: batch[name] for name in LOSS_INPUTS if name in batch})
     return value, {"loss": value, **metrics}
 
 

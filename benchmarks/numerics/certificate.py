@@ -1,15 +1,17 @@
 """The numerics certificate: every way to compute a loss against float64 NumPy, the largest relative errors in a table.
 
-    python -m benchmarks.numerics.certificate --output=benchmarks/results/numerics.json
+    python -m benchmarks.numerics.certificate --jobs=2 --output=benchmarks/results/numerics.json
 
-Every kind x method x tile x dtype x mesh (1, 2, 4, 8 simulated devices, every split over `data`, `fsdp`, `tensor`),
-with plain and with GradCache gradients. Errors are Euclidean norms relative to the reference's. The gradient of the
-scale is a sum whose terms cancel; so is that of the bias: their errors are relative to the sum of the terms' sizes.
+Every loss x method x tile x dtype x mesh (1, 2, 4, 8 simulated devices, every split over `data`, `fsdp`, `tensor`, and
+over slices), with plain and with GradCache gradients. Errors are Euclidean norms relative to the reference's, see
+`benchmarks.numerics.reference`.
 """
 
 import argparse
+import concurrent.futures
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -20,107 +22,118 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.numerics.reference import Truth, reference
+
 PAIRS, EMBED = 96, 64
 TILES = (None, 7)
 SCALES = (1.0, 14.3, 100.0)
 DTYPES = ("float32", "bfloat16")
+GAMMA, RHO = 0.3, 6.5
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss: its kind, the options it is made with, and what it is given besides embeddings."""
+
+    kind: str
+    positives: bool = False
+    teacher: bool = False
+    rho: float | None = None
+
+    @property
+    def bias(self) -> float:
+        """The logit bias to measure at; only a sigmoid has one."""
+        return -5.0 if self.kind == "sigmoid" else 0.0
+
+    def options(self) -> dict[str, Any]:
+        """For `make_loss`."""
+        role = "positive" if self.positives else "ignored"
+        return {"kind": self.kind, "group_role": role, "rho": self.rho, "distill_weight": 0.7 if self.teacher else None}
+
+    def given(self) -> dict[str, Any]:
+        """Groups, teacher, memory: arrays by the names that a batch has for them."""
+        rng, given = np.random.default_rng(1), {}
+        if self.positives:
+            given["group"] = np.arange(PAIRS, dtype=np.int32) // 3 * (np.arange(PAIRS) % 5 > 0)
+        if self.teacher:
+            given["teacher"] = (*inputs(seed=2, embed=48), np.float32(20))
+        if self.kind == "global":
+            log_mean = rng.normal(-3, 2, (PAIRS, 2)).astype(np.float32)
+            log_mean[::4] = -np.inf
+            given["memory"] = (log_mean, np.float32(GAMMA))
+        return given
+
+    def truth(self, image: np.ndarray, text: np.ndarray, scale: float) -> Truth:
+        """In float64."""
+        given, options = self.given(), {}
+        if self.kind == "global":
+            options = {"log_mean": given["memory"][0].astype(np.float64), "gamma": GAMMA, "epsilon": 1e-14}
+        elif self.positives:
+            options = {"positives": True}
+        return reference(
+            self.kind,
+            image,
+            text,
+            scale,
+            self.bias,
+            group=given.get("group"),
+            teacher=given.get("teacher"),
+            distill_weight=0.7,
+            rho=self.rho,
+            **options,
+        )
+
+
+LOSSES = {
+    "softmax": Loss("softmax"),
+    "sigmoid": Loss("sigmoid"),
+    "softmax, positives": Loss("softmax", positives=True),
+    "sigmoid, positives": Loss("sigmoid", positives=True),
+    "softmax, distilled": Loss("softmax", teacher=True),
+    "global": Loss("global"),
+    "global, rho": Loss("global", rho=RHO),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to compute one loss."""
+    """One way to compute one loss; the mesh is that of `sharding.make_mesh`."""
 
-    kind: str
+    loss: str
     method: str
     tile: int | None
     dtype: str
-    mesh: tuple[int, int, int]
+    mesh: tuple[int, int, int, int]
     cached: bool = False
 
     def __str__(self) -> str:
         mesh = "x".join(map(str, self.mesh))
         cached = "-cached" if self.cached else ""
-        return f"{self.kind}-{self.method}-tile{self.tile}-{self.dtype}-{mesh}{cached}"
+        return f"{self.loss}-{self.method}-tile{self.tile}-{self.dtype}-{mesh}{cached}"
 
 
-def meshes() -> Iterator[tuple[int, int, int]]:
-    """All splits of 1, 2, 4 and 8 devices over three axes."""
+def meshes() -> Iterator[tuple[int, int, int, int]]:
+    """All splits of 1, 2, 4 and 8 devices over `data`, `fsdp` and `tensor`; then some over slices."""
     for devices in (1, 2, 4, 8):
         for data, fsdp in itertools.product((1, 2, 4, 8), repeat=2):
             if devices % (data * fsdp) == 0:
-                yield data, fsdp, devices // (data * fsdp)
+                yield 1, data, fsdp, devices // (data * fsdp)
+    yield from ((2, 1, 1, 1), (2, 2, 2, 1), (4, 2, 1, 1), (2, 2, 1, 2), (8, 1, 1, 1))
 
 
-def cases() -> Iterator[Case]:
+def cases(losses: Sequence[str]) -> Iterator[Case]:
     """All of them."""
-    ways = itertools.product(("softmax", "sigmoid"), ("gathered", "ring"), TILES, DTYPES, meshes(), (False, True))
-    return itertools.starmap(Case, ways)
+    return itertools.starmap(
+        Case, itertools.product(losses, ("gathered", "ring"), TILES, DTYPES, meshes(), (False, True))
+    )
 
 
-def inputs(n: int = PAIRS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def inputs(n: int = PAIRS, seed: int = 0, embed: int = EMBED) -> tuple[np.ndarray, np.ndarray]:
     """Unit-norm pairs as a model has them halfway: similar, but not so much that the loss is next to nothing."""
     rng = np.random.default_rng(seed)
-    text = rng.normal(size=(n, EMBED))
-    image = text + 2 * rng.normal(size=(n, EMBED))
+    text = rng.normal(size=(n, embed))
+    image = text + 2 * rng.normal(size=(n, embed))
     return tuple((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (image, text))
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Loss, gradients, and the sizes that errors are relative to."""
-
-    loss: float
-    grads: dict[str, Any]
-    sizes: dict[str, float]
-
-
-def _softplus(x: np.ndarray) -> np.ndarray:
-    return np.logaddexp(0, x)
-
-
-def reference(
-    kind: str,
-    image: np.ndarray,
-    text: np.ndarray,
-    scale: float,
-    bias: float = 0.0,
-    *,
-    group: np.ndarray | None = None,
-    label_smoothing: float = 0.0,
-) -> Truth:
-    """By hand, in float64."""
-    image, text, n = image.astype(np.float64), text.astype(np.float64), len(image)
-    similarity = image @ text.T
-    logits = scale * similarity + bias
-    own = np.eye(n, dtype=bool)
-    group = np.arange(n) if group is None else group
-    out = (group[:, None] == group[None, :]) & ~own
-    logits = np.where(out, -np.inf, logits)
-    if kind == "softmax":
-        others = np.where(own, -np.inf, logits)
-        loss, slope = 0.0, np.zeros((n, n))
-        for axis in (0, 1):
-            peak = np.maximum(others.max(axis), -1e300)
-            with np.errstate(divide="ignore"):
-                excess = peak + np.log(np.exp(others - np.expand_dims(peak, axis)).sum(axis)) - np.diag(logits)
-            loss += _softplus(excess).mean() / 2
-            share = np.exp(logits - np.expand_dims(np.diag(logits) + _softplus(excess), axis))
-            slope += np.where(own, -np.expand_dims(1 / (1 + np.exp(-excess)), axis), share) / (2 * n)
-        if label_smoothing:
-            loss += label_smoothing * (np.diag(logits).mean() - logits.mean())
-            slope += label_smoothing * (own / n - 1 / n**2)
-    else:
-        loss = (_softplus(np.where(own, -np.inf, logits)).sum() + _softplus(-np.diag(logits)).sum()) / n
-        slope = np.where(own, -1 / (1 + np.exp(logits)), 1 / (1 + np.exp(-logits))) / n
-    grads = {
-        "image": scale * slope @ text,
-        "text": scale * slope.T @ image,
-        "scale": (slope * similarity).sum(),
-        "bias": slope.sum() if kind == "sigmoid" else 0.0,
-    }
-    sizes = {name: float(np.linalg.norm(grads[name])) for name in ("image", "text")}
-    sizes |= {"scale": float(np.abs(slope * similarity).sum()), "bias": float(np.abs(slope).sum())}
-    return Truth(float(loss), grads, {"loss": float(loss), **sizes})
 
 
 def errors(truth: Truth, loss: Any, grads: dict[str, Any]) -> dict[str, float]:
@@ -132,37 +145,42 @@ def errors(truth: Truth, loss: Any, grads: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def measure(case: Case, scales: Sequence[float], bias: float, image: np.ndarray, text: np.ndarray) -> dict[str, float]:
+def measure(case: Case, scales: Sequence[float] = SCALES) -> dict[str, float]:
     """The largest errors of one case over several scales."""
     import jax
     import jax.numpy as jnp
 
     from clipjax import grads, sharding
     from clipjax.config import MeshConfig
-    from clipjax.losses import make_loss
+    from clipjax.losses import Memory, Teacher, make_loss
 
-    data, fsdp, tensor = case.mesh
-    mesh = sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
-    loss = make_loss(kind=case.kind, method=case.method, tile=case.tile, dtype=case.dtype, mesh=mesh)
+    slices, data, fsdp, tensor = case.mesh
+    config = MeshConfig(slice=slices, data=data, fsdp=fsdp, tensor=tensor)
+    mesh = sharding.make_mesh(config, jax.devices()[: slices * data * fsdp * tensor])
+    chosen, (image, text) = LOSSES[case.loss], inputs()
+    loss = make_loss(method=case.method, tile=case.tile, dtype=case.dtype, mesh=mesh, **chosen.options())
 
     def encode(params: Any, batch: Any, key: Any) -> Any:
         """Embeddings that are themselves the parameters, picked by number, so that theirs are the gradients."""
         picked = (params["image"][batch["image"]], params["text"][batch["tokens"]])
         return *picked, params["scale"], params["bias"]
 
-    devices = data * fsdp
+    devices = sharding.batch_devices(mesh)
     grads_fn = grads.make_cached(len(image) // 2 // devices * devices, devices) if case.cached else grads.direct
+    given = chosen.given()
+    given |= {name: make(*given[name]) for name, make in (("teacher", Teacher), ("memory", Memory)) if name in given}
     found = []
     with jax.set_mesh(mesh):
         batch = sharding.global_batch(mesh, {name: np.arange(len(image)) for name in ("image", "tokens")})
+        batch |= jax.tree.map(jnp.asarray, given)
         key = jax.random.key(0)
         run = jax.jit(lambda params, batch: grads_fn(encode, loss, params, batch, key))
         for scale in scales:
-            params = {"image": image, "text": text, "scale": jnp.float32(scale), "bias": jnp.float32(bias)}
+            params = {"image": image, "text": text, "scale": jnp.float32(scale), "bias": jnp.float32(chosen.bias)}
             of_params, metrics = run(jax.device_put(params, sharding.replicated(mesh)), batch)
-            if case.kind == "softmax":
+            if chosen.kind != "sigmoid":
                 del of_params["bias"]
-            found.append(errors(reference(case.kind, image, text, scale, bias), metrics["loss"], of_params))
+            found.append(errors(chosen.truth(image, text, scale), metrics["loss"], of_params))
     return worst(found)
 
 
@@ -171,27 +189,36 @@ def worst(results: list[dict[str, float]]) -> dict[str, float]:
     return {name: max(result[name] for result in results) for name in results[0]}
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The largest errors by loss, dtype and way of taking gradients, in Markdown."""
+    lines = ["| loss | operands | gradients | ways | loss | image | text | scale | bias |", "|---" * 9 + "|"]
+    for loss, dtype, cached in itertools.product(LOSSES, DTYPES, (False, True)):
+        chosen = [row["errors"] for row in rows if (row["loss"], row["dtype"], row["cached"]) == (loss, dtype, cached)]
+        if chosen:
+            found, way = worst(chosen), "GradCache" if cached else "direct"
+            shown = [f"{found[name]:.1e}" if name in found else "" for name in ("loss", "image", "text", "scale", "bias")]
+            lines.append(f"| {loss} | {dtype} | {way} | {len(chosen)} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--jobs", type=int, default=1, help="cases measured at a time, each in a process")
     parser.add_argument("--output", type=pathlib.Path)
     arguments = parser.parse_args()
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     os.environ["JAX_PLATFORMS"] = "cpu"
-    import jax
-
-    image, text = inputs()
-    rows = []
-    for case in cases():
-        bias = 0.0 if case.kind == "softmax" else -5.0
-        found = measure(case, SCALES, bias, image, text)
-        rows.append({**asdict(case), "errors": found})
-        print(f"{case!s:60}", "  ".join(f"{name} {value:.1e}" for name, value in found.items()), flush=True)
-    print()
-    for kind, dtype, cached in itertools.product(("softmax", "sigmoid"), DTYPES, (False, True)):
-        chosen = [row for row in rows if (row["kind"], row["dtype"], row["cached"]) == (kind, dtype, cached)]
-        found = worst([row["errors"] for row in chosen])
-        print(f"{kind:8} {dtype:9} {'GradCache' if cached else 'direct':9} {len(chosen):4} ways ", found)
+    rows, every = [], list(cases(arguments.losses))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
+        for case, found in zip(every, pool.map(measure, every, chunksize=8), strict=True):
+            rows.append({**asdict(case), "errors": found})
+            print(f"{case!s:70}", "  ".join(f"{name} {value:.1e}" for name, value in found.items()), flush=True)
+    print("\n" + table(rows))
     if arguments.output:
+        import jax
+
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         about = {"jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()}
         record = {**about, "date": time.strftime("%Y-%m-%d"), "pairs": PAIRS, "embed": EMBED, "scales": SCALES}
