@@ -19,7 +19,9 @@ Exits with 1 where losses or norms of gradients of one kind differ, or a contest
 """
 
 import argparse
+import atexit
 import contextlib
+import functools
 import importlib.metadata
 import json
 import math
@@ -51,15 +53,13 @@ CHUNK = 1024  # rows of the matrix that open_clip HEAD's loss has at a time; as 
 TOLERANCE = {"loss": 1e-5, "gradient_norm": 1e-4}  # relative, among contestants of one kind
 OUT_OF_MEMORY = "out of memory"
 
-# Of a placed array; of images and texts to the loss and its gradients, theirs first; of waiting for others; versions.
-Contestant = tuple[Callable[[Any], Any], Callable[[Any, Any], tuple[Any, Any]], Callable[[], object], dict[str, str]]
-
 
 def kind_of(name: str) -> str:
     return name.rpartition("_")[2]
 
 
-def clipjax_contestant(name: str, arguments: argparse.Namespace) -> Contestant:
+def clipjax_contestant(name: str, arguments: argparse.Namespace) -> tuple:
+    """What places an array; the step, whose gradients begin with images' and texts'; what waits for others; versions."""
     sys.path.insert(0, str(ROOT))
     import jax
     import jax.numpy as jnp
@@ -79,7 +79,7 @@ def clipjax_contestant(name: str, arguments: argparse.Namespace) -> Contestant:
     return jnp.asarray, step, lambda: None, {"jax": jax.__version__}
 
 
-def torch_contestant(name: str, arguments: argparse.Namespace) -> Contestant:
+def torch_contestant(name: str, arguments: argparse.Namespace) -> tuple:
     import torch
     import torch.distributed
 
@@ -89,6 +89,7 @@ def torch_contestant(name: str, arguments: argparse.Namespace) -> Contestant:
     if name == "inf_cl_softmax":
         meeting, rank = f"file://{arguments.meeting}", arguments.rank
         torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
+        atexit.register(torch.distributed.destroy_process_group)  # else some exits abort
         loss_function = inf_cl_loss(arguments.inf_cl)
     elif name == "open_clip_head_sigmoid":
         loss_function = runpy.run_path(str(arguments.open_clip_head))["SigLipLoss"](chunk_size=CHUNK)
@@ -113,8 +114,9 @@ def torch_contestant(name: str, arguments: argparse.Namespace) -> Contestant:
 
 def inf_cl_loss(checkout: pathlib.Path) -> Callable[..., Any]:
     """As Inf-CLIP's `RingClipLoss`. Triton only has to be there where the kernels are defined; the ring calls none."""
-    language = types.SimpleNamespace(constexpr=int)
-    triton = types.SimpleNamespace(jit=lambda kernel: kernel, language=language)
+    triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")
+    vars(triton).update(jit=lambda kernel: kernel, language=language)
+    vars(language).update(constexpr=int)
     sys.modules.update({"triton": triton, "triton.language": language})
     sys.path.insert(0, str(checkout))
     from inf_cl import cal_ring_loss  # pyright: ignore[reportMissingImports]
@@ -123,8 +125,7 @@ def inf_cl_loss(checkout: pathlib.Path) -> Callable[..., Any]:
 
 
 def peak_bytes() -> int:
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return int(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -146,8 +147,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         return place(x[arguments.rank * own :][:own].copy() if own < pairs else x)
 
     image, text = embeddings(), embeddings()
-    seconds: list[float] = []
-    warm_ups = 2 if pairs <= 8192 else 1
+    seconds, warm_ups = [], 2 if pairs <= 8192 else 1
     for _ in range(warm_ups + arguments.repeats):
         loss = gradients = None  # or they would live on beside the next ones
         meet()
@@ -189,8 +189,8 @@ def run_contestant(name: str, pairs: int, arguments: argparse.Namespace) -> dict
     settings = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
         command.append(f"--meeting={folder}/meeting")
-        start = {"env": os.environ | settings, "stdout": subprocess.PIPE, "text": True}
-        processes = [subprocess.Popen([*command, f"--rank={r}"], **start) for r in range(PROCESSES.get(name, 1))]
+        start = functools.partial(subprocess.Popen, env=os.environ | settings, stdout=subprocess.PIPE, text=True)
+        processes = [start([*command, f"--rank={rank}"]) for rank in range(PROCESSES.get(name, 1))]
         failed = watch(processes, arguments.memory_limit_gb * 1e9)
         outputs = [process.communicate()[0] for process in processes]
     row = {"contestant": name, "pairs": pairs}
@@ -237,10 +237,9 @@ def compare(arguments: argparse.Namespace) -> dict:
         for kind in ("softmax", "sigmoid"):
             same = {name: rows for name, rows in rounds.items() if kind_of(name) == kind}
             results["summary"] += summarize(same)
-            done = [row for rows in same.values() for row in rows if "failed" not in row]
-            for quantity, most in TOLERANCE.items() if done else ():
-                values = [row[quantity] for row in done]
-                apart = (max(values) - min(values)) / max(values)
+            for quantity, most in TOLERANCE.items():
+                values = [row[quantity] for rows in same.values() for row in rows if "failed" not in row]
+                apart = (max(values) - min(values)) / max(values) if values else 0.0
                 results["agrees"] &= apart <= most
                 results["differences"].append({"pairs": pairs, "kind": kind, "of": quantity, "relative": apart})
     return results
@@ -249,9 +248,9 @@ def compare(arguments: argparse.Namespace) -> dict:
 def print_table(summary: list[dict]) -> None:
     print(f"\n{'pairs':>8} {'contestant':24} {'seconds':>9} {'/ ours':>7} {'MiB':>7}")
     for entry in summary:
-        figures = entry.get("failed") or f"{entry['seconds']:9.3f} {entry['ratio'] or math.nan:7.2f}"
-        memory = "" if "failed" in entry else f"{entry['extra_bytes'] / 2**20:7.0f}"
-        print(f"{entry['pairs']:8} {entry['contestant']:24} {figures} {memory}".rstrip())
+        mebibytes = entry.get("extra_bytes", 0) / 2**20
+        figures = entry.get("failed") or f"{entry['seconds']:9.3f} {entry['ratio'] or math.nan:7.2f} {mebibytes:7.0f}"
+        print(f"{entry['pairs']:8} {entry['contestant']:24} {figures}")
 
 
 def commit_of(path: pathlib.Path) -> str | None:

@@ -45,7 +45,7 @@ def clipjax_step(batch_size: int) -> tuple[Callable[[], float], dict]:
     tx = optim.make_tx(config, abstract_params(config.model))
     grads_fn = functools.partial(grads.direct, make_encode(clip, config.data), make_loss(mesh=mesh))
     jax.set_mesh(mesh)
-    state = jax.jit(make_init_state(config, clip.init, tx))(jax.random.key(0))
+    state = jax.jit(make_init_state(config, clip.init, tx, num_samples=1))(jax.random.key(0))
     step = jax.jit(make_train_step(config, grads_fn, tx, optim.make_schedule(config)), donate_argnums=0)
     rng = np.random.default_rng(0)
     batch = {

@@ -1,11 +1,12 @@
 """Gradients of the loss over the global batch. Both ways share one signature and give one answer.
 
 `direct` differentiates through towers and loss at once. `cached` (GradCache, arXiv 2101.06983) serves batches whose
-activations do not fit.
+activations do not fit; `Parts` cuts them.
 """
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ from clipjax.config import Config
 from clipjax.sharding import batch_devices, constrain
 from clipjax.typing import Batch, Key, Metrics, Params
 
-Encode = Callable[[Params, Batch, Key], tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]]
+Encoded = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+Encode = Callable[[Params, Batch, Key], Encoded]
 Loss = Callable[..., tuple[jax.Array, Metrics]]
 """What `losses.make_loss` returns."""
 
@@ -33,6 +35,13 @@ def make_grads(
     return functools.partial(make_cached(config.microbatch_size, batch_devices(mesh)), encode, loss)
 
 
+def make_forward(config: Config, encode: Encode, mesh: Mesh) -> Encode:
+    """`encode` for a whole batch that nobody differentiates, as many pairs at a time as the config says."""
+    if config.microbatch_size is None:
+        return encode
+    return functools.partial(Parts(config.microbatch_size, batch_devices(mesh)).encode, encode)
+
+
 def direct(encode: Encode, loss: Loss, params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
     """Gradients by one backward pass, and the loss's metrics with `loss` itself among them."""
 
@@ -46,6 +55,44 @@ def _evaluate(loss: Loss, encoded: tuple[Any, ...], batch: Batch) -> tuple[jax.A
     """The loss of what `encode` gives for the whole batch, and its metrics with `loss` itself among them."""
     value, metrics = loss(*encoded, **{name: batch[name] for name in LOSS_INPUTS if name in batch})
     return value, {"loss": value, **metrics}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A global batch in microbatches, each with as many pairs of every device.
+
+    Attributes:
+        size: pairs of a microbatch, over all devices; it divides the global batch.
+        devices: how many share the batch.
+    """
+
+    size: int
+    devices: int
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """[b, ...] -> [parts, size, ...]."""
+        parts = x.reshape(self.devices, -1, self.size // self.devices, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(parts.reshape(-1, self.size, *x.shape[1:]), None, "batch", *[None] * (x.ndim - 1))
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """Undo `cut`."""
+        parts = x.reshape(x.shape[0], self.devices, -1, *x.shape[2:]).swapaxes(0, 1)
+        return constrain(parts.reshape(-1, *x.shape[2:]), "batch", *[None] * (x.ndim - 2))
+
+    def inputs(self, batch: Batch) -> tuple[jax.Array, Batch]:
+        """Numbers of the microbatches, and what of each is encoded."""
+        microbatches = jax.tree.map(self.cut, {name: batch[name] for name in ("image", "tokens")})
+        return jnp.arange(batch["tokens"].shape[0] // self.size), microbatches
+
+    def encode(self, encode: Encode, params: Params, batch: Batch, key: Key) -> Encoded:
+        """All pairs, a microbatch at a time; microbatch i draws from `fold_in(key, i)`."""
+
+        def embed(part: tuple[jax.Array, Batch]) -> Encoded:
+            return encode(params, part[1], jax.random.fold_in(key, part[0]))
+
+        images, texts, *scaling = jax.lax.map(embed, self.inputs(batch))
+        scale, bias = jax.tree.map(lambda x: x[0], scaling)
+        return self.join(images), self.join(texts), scale, bias
 
 
 def make_cached(
@@ -67,41 +114,25 @@ def make_cached(
     Cost:
         One more forward pass than `direct`; the embeddings and their gradients of the whole batch.
     """
-
-    def cut(x: jax.Array) -> jax.Array:
-        local = microbatch_size // devices
-        parts = x.reshape(devices, -1, local, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(parts.reshape(-1, microbatch_size, *x.shape[1:]), None, "batch", *[None] * (x.ndim - 1))
-
-    def join(x: jax.Array) -> jax.Array:
-        parts = x.reshape(x.shape[0], devices, -1, *x.shape[2:]).swapaxes(0, 1)
-        return constrain(parts.reshape(-1, *x.shape[2:]), "batch", *[None] * (x.ndim - 2))
+    parts = Parts(microbatch_size, devices)
 
     def cached(encode: Encode, loss: Loss, params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
-        microbatches = jax.tree.map(cut, {name: batch[name] for name in ("image", "tokens")})
-        numbers = jnp.arange(batch["tokens"].shape[0] // microbatch_size)
-
-        def embed(_: None, part: tuple[jax.Array, Batch]) -> tuple[None, Any]:
-            return None, encode(params, part[1], jax.random.fold_in(key, part[0]))
-
-        _, (images, texts, scales, biases) = jax.lax.scan(embed, None, (numbers, microbatches))
-        scaling = jax.tree.map(lambda x: x[0], (scales, biases))
+        image, text, *scaling = parts.encode(encode, params, batch, key)
 
         def objective(image: jax.Array, text: jax.Array, scaling: Any) -> tuple[jax.Array, Metrics]:
             return _evaluate(loss, (image, text, *scaling), batch)
 
         of_loss = jax.grad(objective, argnums=(0, 1, 2), has_aux=True)
-        (*of_embeds, of_scaling), metrics = of_loss(join(images), join(texts), scaling)
+        (*of_embeds, of_scaling), metrics = of_loss(image, text, scaling)
 
         def accumulate(total: Params, part: Any) -> tuple[Params, None]:
-            number, microbatch, of_image, of_text = part
+            (number, microbatch), of_image, of_text = part
             once = jax.tree.map(lambda x: jnp.where(number == 0, x, 0), of_scaling)
             step_key = jax.random.fold_in(key, number)
             _, pull_back = jax.vjp(lambda params: encode(params, microbatch, step_key), params)
             return jax.tree.map(jnp.add, total, pull_back((of_image, of_text, *once))[0]), None
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        parts = (numbers, microbatches, *map(cut, of_embeds))
-        return jax.lax.scan(accumulate, zeros, parts)[0], metrics
+        return jax.lax.scan(accumulate, zeros, (parts.inputs(batch), *map(parts.cut, of_embeds)))[0], metrics
 
     return cached

@@ -4,23 +4,33 @@ from dataclasses import dataclass
 
 import jax
 
-from clipjax.checkpoint import SavedCheckpoint
+from clipjax.checkpoint import SavedCheckpoint, pack_tokenizer
 from clipjax.config import Config
 from clipjax.data.sources import Source, build_source
 from clipjax.data.tokenizer import Tokenizer, build_tokenizer
 from clipjax.evals.runner import Task, build_tasks
 from clipjax.models.clip import abstract_params
 from clipjax.trees import names
+from clipjax.validation import field_value
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that training reads. `initial` gives the first parameters where `init_from` names a checkpoint."""
+    """Everything that training reads.
+
+    Attributes:
+        source: the training pairs.
+        tokenizer: text to ids.
+        tasks: evaluation tasks by name.
+        initial: gives the first parameters where `init_from` names a checkpoint.
+        teacher: the model to learn from where `loss.distill_from` names a checkpoint.
+    """
 
     source: Source
     tokenizer: Tokenizer
     tasks: dict[str, Task]
     initial: SavedCheckpoint | None
+    teacher: SavedCheckpoint | None = None
 
 
 def open_inputs(config: Config, *, resumes: bool = False) -> Inputs:
@@ -45,7 +55,30 @@ def open_inputs(config: Config, *, resumes: bool = False) -> Inputs:
             f"global_batch_size={config.global_batch_size} must not exceed the {len(source)} samples of "
             f"data.train={config.data.train!r}"
         )
-    return Inputs(source, tokenizer, build_tasks(config), initial)
+    teacher = None if config.loss.distill_from is None else SavedCheckpoint(config.loss.distill_from)
+    if teacher is not None:
+        check_same_inputs(config, tokenizer, teacher)
+    return Inputs(source, tokenizer, build_tasks(config), initial, teacher)
+
+
+def check_same_inputs(config: Config, tokenizer: Tokenizer, teacher: SavedCheckpoint) -> None:
+    """Refuse a teacher that cannot see the pictures and read the tokens of this run.
+
+    Raises:
+        ValueError: everything that differs.
+    """
+    differing = [
+        f"{path}={ours} (teacher: {theirs})"
+        for path in ("model.image.image_size", "model.text.context_length")
+        if (ours := field_value(config, path)) != (theirs := field_value(teacher.config, path))
+    ]
+    if teacher.records["tokenizer"] != pack_tokenizer(tokenizer):
+        differing.append(f"data.tokenizer={config.data.tokenizer} (teacher: another)")
+    if differing:
+        raise ValueError(
+            f"loss.distill_from={config.loss.distill_from!r} takes other inputs: {', '.join(differing)}; "
+            "student and teacher see the same pixels and tokens"
+        )
 
 
 def check_same_shapes(config: Config, initial: SavedCheckpoint) -> None:

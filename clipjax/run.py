@@ -10,15 +10,15 @@ import numpy as np
 
 from clipjax import distributed
 from clipjax.checkpoint import Checkpoints, make_records
-from clipjax.config import Config, steps_of
+from clipjax.config import Config, LossKind, steps_of
 from clipjax.data.pipeline import BadSampleLimit, TrainStream, pair_groups
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import Results, run_tasks, write_results
 from clipjax.inputs import Inputs
 from clipjax.journal import Journal, results_table
 from clipjax.resume import Position
-from clipjax.step import TrainState, TrainStep, eval_params, to_groups
-from clipjax.typing import Metrics, Params
+from clipjax.step import TrainState, eval_params, to_groups
+from clipjax.typing import Batch, Metrics, Params
 
 STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices
 BATCH = ("image", "tokens", "reason")
@@ -37,7 +37,7 @@ class Run:
     checkpoints: Checkpoints
     journal: Journal
     signal: distributed.ShutdownSignal
-    train_step: TrainStep
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     make_encoder: Callable[[Params], Encoder]
     _in_flight: collections.deque[tuple[int, Metrics]] = field(default_factory=collections.deque)
 
@@ -55,7 +55,10 @@ class Run:
                 self.limit.check(step, jax.device_get(metrics["samples_skipped"]).tolist(), self.stream.latest_bad())
         batch = next(self.stream)
         group = pair_groups(batch, self.config.loss.same_pair)
-        return self.put({name: batch[name] for name in BATCH} | ({} if group is None else {"group": group}))
+        more = {} if group is None else {"group": group}
+        if self.config.loss.kind is LossKind.GLOBAL:
+            more["index"] = batch["index"].astype(np.int32)
+        return self.put({name: batch[name] for name in BATCH} | more)
 
     def follow(self, step: int, metrics: Metrics) -> None:
         """Take note of a step that has been started."""
@@ -80,7 +83,13 @@ class Run:
         self.journal.flush()
         if self.checkpoints.latest_step() == step:
             return
-        position = Position(step, evaluated=results is not None, num_samples=len(self.inputs.source))
+        teacher = self.inputs.teacher
+        position = Position(
+            step,
+            evaluated=results is not None,
+            num_samples=len(self.inputs.source),
+            teacher_step=None if teacher is None else teacher.step,
+        )
         records = make_records(self.config, self.inputs.tokenizer, asdict(position))
         best_value = None
         if self.config.checkpoint.best_metric is not None and results:

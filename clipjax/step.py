@@ -14,17 +14,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipjax.config import Config
+from clipjax.config import Config, LossKind, steps_of
 from clipjax.data.sources import REASONS
+from clipjax.losses import Memory, Teacher
+from clipjax.losses.memory import MemoryAccess, init_memory
 from clipjax.trees import global_norm
 from clipjax.typing import Batch, Key, Metrics, Params
 
-TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+TrainStep = Callable[["TrainState", Batch, Params | None], tuple["TrainState", Metrics]]
+Forward = Callable[[Params, Batch, Key], tuple[Any, ...]]
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("step", "params", "opt_state", "ema", "key", "samples_skipped"),
+    data_fields=("step", "params", "opt_state", "ema", "key", "samples_skipped", "memory"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class TrainState:
         ema: moving average of `params`, or None where none is kept.
         key: the run's PRNG key; step s draws from `fold_in(key, s)`.
         samples_skipped: unusable samples so far, of all processes, int32 by reason (`data.sources.REASONS`).
+        memory: what the `global` loss knows of every sample (`losses.memory`), or None with other losses.
     """
 
     step: jax.Array
@@ -46,12 +50,20 @@ class TrainState:
     ema: Params | None
     key: Key
     samples_skipped: jax.Array
+    memory: jax.Array | None = None
 
 
 def make_init_state(
-    config: Config, init_params: Callable[[Key], Params], tx: optax.GradientTransformation
+    config: Config, init_params: Callable[[Key], Params], tx: optax.GradientTransformation, *, num_samples: int
 ) -> Callable[[Key], TrainState]:
-    """`init_state(key)`: a fresh state. Jit it with shardings, so that no device ever holds more than its part."""
+    """`init_state(key)`: a fresh state. Jit it with shardings, so that no device ever holds more than its part.
+
+    Args:
+        config: the run.
+        init_params: key -> parameters.
+        tx: the optimizer.
+        num_samples: size of the training source.
+    """
 
     def init_state(key: Key) -> TrainState:
         params_key, run_key = jax.random.split(key)
@@ -63,6 +75,7 @@ def make_init_state(
             ema=None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, params),
             key=run_key,
             samples_skipped=jnp.zeros(len(REASONS), jnp.int32),
+            memory=init_memory(num_samples) if config.loss.kind is LossKind.GLOBAL else None,
         )
 
     return init_state
@@ -73,6 +86,9 @@ def make_train_step(
     grads_fn: Callable[[Params, Batch, Key], tuple[Params, Metrics]],
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
+    *,
+    memory: MemoryAccess | None = None,
+    teach: Forward | None = None,
 ) -> TrainStep:
     """One update: gradients, optimizer, clamp of the logit scale, moving average.
 
@@ -81,12 +97,22 @@ def make_train_step(
         grads_fn: `(params, batch, key) -> (grads, metrics)` over the global batch.
         tx: the optimizer that `schedule` belongs to.
         schedule: learning rate by step, for the metrics.
+        memory: access to the state's memory; the `global` loss needs it.
+        teach: the frozen teacher's embeddings of a batch, from the step's third argument, the teacher's parameters.
     """
     max_log_scale = math.log(config.model.max_logit_scale)
-    update_ema = _make_ema(config.optim.ema_decay)
+    update_ema, gamma = _make_ema(config.optim.ema_decay), make_gamma(config)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = grads_fn(state.params, batch, jax.random.fold_in(state.key, state.step))
+    def train_step(state: TrainState, batch: Batch, teacher: Params | None = None) -> tuple[TrainState, Metrics]:
+        key, remembered = jax.random.fold_in(state.key, state.step), state.memory
+        if memory is not None and remembered is not None:
+            batch = {**batch, "memory": Memory(memory.recall(remembered, batch["index"]), gamma(state.step))}
+        if teach is not None:
+            assert teacher is not None
+            batch = {**batch, "teacher": Teacher(*teach(teacher, batch, key)[:3])}
+        grads, metrics = grads_fn(state.params, batch, key)
+        if memory is not None and remembered is not None:
+            remembered = memory.remember(remembered, batch["index"], metrics.pop("memory"))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params: dict[str, Any] = {**optax.apply_updates(state.params, updates)}  # type: ignore[arg-type]
         params["log_logit_scale"] = jnp.minimum(params["log_logit_scale"], max_log_scale)
@@ -109,10 +135,22 @@ def make_train_step(
             ema=update_ema(state.ema, params),
             key=state.key,
             samples_skipped=samples_skipped,
+            memory=remembered,
         )
         return state, metrics
 
     return train_step
+
+
+def make_gamma(config: Config) -> Callable[[jax.Array], jax.Array]:
+    """Weight of a sample's newest value in its moving average, by step (arXiv 2407.01445, section 4)."""
+    last, steps = config.loss.gamma, steps_of(config.loss.gamma_decay_examples, config)
+
+    def gamma(step: jax.Array) -> jax.Array:
+        done = jnp.minimum(step / steps, 1) if steps else jnp.ones(())
+        return last + (1 - last) * (1 + jnp.cos(jnp.pi * done)) / 2
+
+    return gamma
 
 
 def _make_ema(decay: float | None) -> Callable[[Params | None, Params], Params | None]:
@@ -128,8 +166,9 @@ def eval_params(state: TrainState) -> Params:
 
 def to_groups(state: TrainState) -> dict[str, Any]:
     """The state as the groups of arrays that a checkpoint keeps apart, so that `params` can be read alone."""
-    names = ("step", "opt_state", "key", "samples_skipped")
-    groups = {"params": state.params, "train": {name: getattr(state, name) for name in names}}
+    names = ("step", "opt_state", "key", "samples_skipped", "memory")
+    train = {name: value for name in names if (value := getattr(state, name)) is not None}
+    groups = {"params": state.params, "train": train}
     return groups if state.ema is None else {**groups, "ema": state.ema}
 
 

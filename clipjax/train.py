@@ -12,21 +12,25 @@ from collections.abc import Callable, Sequence
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from clipjax import distributed, flags, grads, optim, sharding
 from clipjax.checkpoint import Checkpoints, newest_checkpoint
-from clipjax.config import Config, steps_of, total_steps
+from clipjax.config import Config, LossKind, steps_of, total_steps
 from clipjax.data.pipeline import BadSampleLimit, TooManyBadSamples, TrainStream
 from clipjax.data.tokenizer import TextToTokens
 from clipjax.evals.encoder import make_encoder_factory
 from clipjax.evals.runner import Results
+from clipjax.inference import load_params
 from clipjax.inputs import Inputs, open_inputs
 from clipjax.journal import Journal
 from clipjax.losses import build_loss, describe_loss
+from clipjax.losses.memory import make_memory_access
 from clipjax.models.clip import abstract_params, build_clip, make_encode
 from clipjax.resume import Position, check_same_run, start_state
 from clipjax.run import Run
-from clipjax.step import TrainState, make_init_state, make_train_step
+from clipjax.step import Forward, TrainState, make_init_state, make_train_step
+from clipjax.typing import Params
 from clipjax.validation import validate, validate_devices
 
 PROGRAM = "clipjax train"
@@ -78,14 +82,22 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
     mesh = sharding.make_mesh(config.mesh)
     clip = build_clip(config.model)
     grads_fn = grads.make_grads(config, make_encode(clip, config.data), build_loss(config.loss, mesh), mesh)
-    train_step = make_train_step(config, grads_fn, tx, optim.make_schedule(config))
+    teach, teacher = _make_teach(config, inputs, mesh)
+    train_step = make_train_step(
+        config,
+        grads_fn,
+        tx,
+        optim.make_schedule(config),
+        memory=make_memory_access(mesh) if config.loss.kind is LossKind.GLOBAL else None,
+        teach=teach,
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         signal = distributed.ShutdownSignal()
         stack.callback(signal.restore)
         checkpoints = Checkpoints(workdir, config.checkpoint)
         stack.callback(checkpoints.close)
-        init_state = make_init_state(config, clip.init, tx)
+        init_state = make_init_state(config, clip.init, tx, num_samples=len(inputs.source))
         try:
             state, start = start_state(config, inputs, checkpoints, init_state, mesh)
         except ValueError as error:  # a damaged checkpoint: not a defect, so no traceback
@@ -103,6 +115,7 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
             start_step=start.step,
         )
         stack.callback(stream.close)
+        update = jax.jit(train_step, out_shardings=(sharding.of(state), sharding.replicated(mesh)), donate_argnums=0)
         run = Run(
             config=config,
             workdir=workdir,
@@ -118,12 +131,19 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
             checkpoints=checkpoints,
             journal=journal,
             signal=signal,
-            train_step=jax.jit(
-                train_step, out_shardings=(sharding.of(state), sharding.replicated(mesh)), donate_argnums=0
-            ),
+            train_step=lambda state, batch: update(state, batch, teacher),
             make_encoder=make_encoder_factory(config, clip, mesh, inputs.tokenizer),
         )
         return _loop(run, state, start)
+
+
+def _make_teach(config: Config, inputs: Inputs, mesh: Mesh) -> tuple[Forward | None, Params | None]:
+    """How the frozen teacher embeds a batch, and its parameters; None where there is none."""
+    if inputs.teacher is None:
+        return None, None
+    theirs = inputs.teacher.config
+    encode = make_encode(build_clip(theirs.model), theirs.data)
+    return grads.make_forward(config, encode, mesh), load_params(inputs.teacher, mesh)
 
 
 def _loop(run: Run, state: TrainState, start: Position) -> int:

@@ -14,7 +14,7 @@ Params = Mapping[str, Any]
 Batch = Mapping[str, Any]
 """`image` uint8 [b, h, w, 3], `tokens` int32 [b, l], `reason` int32 [b] (why another pair stands in for this one, an
 index into `data.sources.REASONS`; -1: none does). Where configured, `group` int32 [b] (equal for pairs that are no
-negatives of each other)."""
+negatives of each other), `index` int32 [b] (of the sample in its source)."""
 
 Metrics = dict[str, Any]
 """Scalars by name."""

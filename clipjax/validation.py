@@ -8,10 +8,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from clipjax.config import Config, LossKind, SamePair, TaskKind, from_dict, resolve_mesh, to_dict
+from clipjax.config import Config, GroupRole, LossConfig, LossKind, SamePair, TaskKind, from_dict, resolve_mesh, to_dict
 
 BATCH_FIELDS = ("global_batch_size", "microbatch_size", "eval.batch_size")
 """Batches that the mesh and the processes share out."""
+
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
+
+MEMORY_UNIT = 2**12 * 3 * 5
+"""The memory of the `global` loss has room for a multiple of so many samples, so that it can be split and restored over
+any number of devices that divides this."""
 
 METRICS = {
     TaskKind.ZERO_SHOT: ("top1", "top5"),
@@ -33,7 +39,8 @@ def validate(config: Config, *, batch_fields: Sequence[str] = BATCH_FIELDS) -> N
     if not errors:
         errors = [*_batch_errors(config), *_model_errors(config), *_part_errors(config)]
         # An axis of -1 is not known yet: 1 divides everything, and `validate_devices` looks again.
-        sizes = max(1, config.mesh.data), max(1, config.mesh.fsdp), max(1, config.mesh.tensor)
+        mesh = config.mesh
+        sizes = max(1, mesh.slice), max(1, mesh.data), max(1, mesh.fsdp), max(1, mesh.tensor)
         errors += _division_errors(config, sizes, batch_fields)
     if errors:
         raise ValueError("\n".join(errors))
@@ -49,9 +56,10 @@ def validate_devices(
     """
     sizes = resolve_mesh(config.mesh, num_devices)
     errors = _division_errors(config, sizes, batch_fields)
-    if num_devices // num_processes % sizes[2]:
+    tensor = sizes[-1]
+    if num_devices // num_processes % tensor:
         errors.append(
-            f"mesh.tensor={sizes[2]} must divide the {num_devices // num_processes} devices of each process, "
+            f"mesh.tensor={tensor} must divide the {num_devices // num_processes} devices of each process, "
             "so that every process reads whole rows of the batch"
         )
     for path in batch_fields:
@@ -60,11 +68,17 @@ def validate_devices(
         raise ValueError("\n".join(errors))
 
 
-def _division_errors(config: Config, sizes: tuple[int, int, int], batch_fields: Sequence[str]) -> list[str]:
+def _division_errors(config: Config, sizes: tuple[int, int, int, int], batch_fields: Sequence[str]) -> list[str]:
     """Sizes that the mesh axes split but do not divide."""
-    (data, fsdp, tensor), errors = sizes, []
+    (slices, data, fsdp, tensor), errors = sizes, []
+    parts = f"mesh.slice={slices} * " if slices > 1 else ""
     for path in batch_fields:
-        errors += _division_error(config, path, data * fsdp, f"mesh.data={data} * mesh.fsdp={fsdp}")
+        errors += _division_error(config, path, slices * data * fsdp, f"{parts}mesh.data={data} * mesh.fsdp={fsdp}")
+    if config.loss.kind is LossKind.GLOBAL and MEMORY_UNIT % (slices * data * fsdp):
+        errors.append(
+            f"loss.kind=global keeps its memory in parts, and needs a number of devices that divides {MEMORY_UNIT} "
+            f"({parts}mesh.data={data} * mesh.fsdp={fsdp})"
+        )
     for tower in ("model.image", "model.text"):
         errors += _division_error(config, f"{tower}.num_heads", tensor, f"mesh.tensor={tensor}")
         errors += _division_error(config, f"{tower}.mlp_dim", tensor, f"mesh.tensor={tensor}")
@@ -155,12 +169,12 @@ def _range_errors(config: Config) -> list[str]:
             value = field_value(config, path)
             if isinstance(value, int | float) and not (math.isfinite(value) and holds(value)):
                 errors.append(f"{path}={value} {rule}")
-    for axis in ("data", "fsdp", "tensor"):
+    for axis in MESH_AXES:
         size = getattr(config.mesh, axis)
         if size != -1 and size < 1:
             errors.append(f"mesh.{axis}={size} must be at least 1, or -1 to fill up")
-    if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
-        errors.append("mesh: only one of data, fsdp and tensor may be -1; give the others a size")
+    if [getattr(config.mesh, axis) for axis in MESH_AXES].count(-1) > 1:
+        errors.append("mesh: only one of slice, data, fsdp and tensor may be -1; give the others a size")
     return errors
 
 
@@ -244,11 +258,37 @@ def _loss_errors(config: Config) -> list[str]:
         errors.append(f"loss.label_smoothing={loss.label_smoothing}: only loss.kind=softmax has targets to smooth")
     if loss.label_smoothing and loss.same_pair is not SamePair.NONE:
         errors.append(f"loss.label_smoothing={loss.label_smoothing} needs loss.same_pair=none")
+    errors += _loss_option_errors(loss)
     size, batch = config.microbatch_size, config.global_batch_size
     if size is not None and (size < 1 or batch % size):
         divisors = [n for n in range(1, batch + 1) if batch % n == 0]
         nearest = min(divisors, key=lambda n: abs(n - size))
         errors.append(f"microbatch_size={size} must divide global_batch_size={batch}; nearest: {nearest}")
+    return errors
+
+
+def _loss_option_errors(loss: LossConfig) -> list[str]:
+    """Options of one kind or way that another would ignore, and their ranges."""
+    errors, default = [], LossConfig()
+    if loss.group_role is GroupRole.POSITIVE and (loss.same_pair is SamePair.NONE or loss.kind is LossKind.GLOBAL):
+        errors.append(
+            f"loss.group_role=positive needs loss.same_pair=index or caption (it is {loss.same_pair.value}) and "
+            f"loss.kind=softmax or sigmoid (it is {loss.kind.value})"
+        )
+    if loss.distill_from is None and loss.distill_weight != default.distill_weight:
+        errors.append(f"loss.distill_weight={loss.distill_weight} needs loss.distill_from, a clipjax checkpoint")
+    for path, good, rule in (
+        ("distill_weight", loss.distill_weight > 0, "must be greater than 0"),
+        ("gamma", 0 < loss.gamma <= 1, "must be greater than 0 and at most 1"),
+        ("gamma_decay_examples", loss.gamma_decay_examples >= 0, "must not be negative"),
+        ("epsilon", 1e-30 <= loss.epsilon < 1, "must lie between 1e-30 and 1"),
+        ("rho", loss.rho is None or loss.rho >= 0, "must not be negative"),
+    ):
+        value = getattr(loss, path)
+        if not (good and (value is None or math.isfinite(value))):
+            errors.append(f"loss.{path}={value} {rule}")
+        if path != "distill_weight" and loss.kind is not LossKind.GLOBAL and value != getattr(default, path):
+            errors.append(f"loss.{path}={value}: loss.kind={loss.kind.value} would ignore it; only global uses it")
     return errors
 
 

@@ -109,8 +109,8 @@ def test_validate_accepts_the_defaults():
 
 
 def test_mesh_fills_up():
-    assert resolve_mesh(MeshConfig(fsdp=2, tensor=2), 8) == (2, 2, 2)
-    assert resolve_mesh(MeshConfig(data=8), 8) == (8, 1, 1)
+    assert resolve_mesh(MeshConfig(fsdp=2, tensor=2), 8) == (1, 2, 2, 2)
+    assert resolve_mesh(MeshConfig(data=8), 8) == (1, 8, 1, 1)
     with pytest.raises(ValueError, match="8 devices cannot be divided by 3"):
         resolve_mesh(MeshConfig(tensor=3), 8)
     with pytest.raises(ValueError, match="make 4 devices, but there are 8; set one axis to -1"):

@@ -39,7 +39,7 @@ def test_config_is_valid_and_its_state_has_a_place(name):
     assert from_dict(to_dict(config)) == config  # what a checkpoint keeps of it
 
     tx = optim.make_tx(config, abstract_params(config.model))
-    init = make_init_state(config, build_clip(config.model).init, tx)
+    init = make_init_state(config, build_clip(config.model).init, tx, num_samples=1)
     state = jax.eval_shape(lambda: init(jax.random.key(0)))
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     placed = sharding.placed(state, sharding.state_shardings(mesh, state))

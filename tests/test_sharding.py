@@ -20,7 +20,7 @@ SMALL = ModelConfig(
 
 def abstract_state(config: Config):
     clip = build_clip(config.model)
-    init = make_init_state(config, clip.init, optim.make_tx(config, abstract_params(config.model)))
+    init = make_init_state(config, clip.init, optim.make_tx(config, abstract_params(config.model)), num_samples=1)
     return init, jax.eval_shape(lambda: init(jax.random.key(0)))
 
 

@@ -46,7 +46,7 @@ def build(config: Config, loss=softmax_loss):
     clip = build_clip(config.model)
     tx = optim.make_tx(config, abstract_params(config.model))
     grads_fn = functools.partial(grads.direct, make_encode(clip, config.data), loss)
-    init = make_init_state(config, clip.init, tx)
+    init = make_init_state(config, clip.init, tx, num_samples=1)
     return init, grads_fn, make_train_step(config, grads_fn, tx, optim.make_schedule(config))
 
 

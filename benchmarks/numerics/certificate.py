@@ -196,7 +196,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         chosen = [row["errors"] for row in rows if (row["loss"], row["dtype"], row["cached"]) == (loss, dtype, cached)]
         if chosen:
             found, way = worst(chosen), "GradCache" if cached else "direct"
-            shown = [f"{found[name]:.1e}" if name in found else "" for name in ("loss", "image", "text", "scale", "bias")]
+            shown = [
+                f"{found[name]:.1e}" if name in found else "" for name in ("loss", "image", "text", "scale", "bias")
+            ]
             lines.append(f"| {loss} | {dtype} | {way} | {len(chosen)} | {' | '.join(shown)} |")
     return "\n".join(lines)
 

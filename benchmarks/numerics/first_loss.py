@@ -43,7 +43,7 @@ def main() -> None:
     inputs = open_inputs(config)
     clip, tokenize = build_clip(config.model), TextToTokens(inputs.tokenizer, config.model.text.context_length)
     tx = optim.make_tx(config, abstract_params(config.model))
-    params = jax.jit(make_init_state(config, clip.init, tx))(jax.random.key(config.seed)).params
+    params = jax.jit(make_init_state(config, clip.init, tx, num_samples=1))(jax.random.key(config.seed)).params
     stream = TrainStream(inputs.source, tokenize=tokenize, config=config)
     batch = next(stream)
     stream.close()

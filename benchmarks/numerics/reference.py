@@ -1,4 +1,4 @@
-"""The losses and their gradients by hand, in float64 NumPy, on whole matrices: what everything else is measured against.
+"""The losses and their gradients by hand, in float64 NumPy, on whole matrices: what all else is measured against.
 
 Axes: n pairs, e embed.
 """

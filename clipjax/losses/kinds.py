@@ -3,8 +3,8 @@
 The diagonal of the similarity matrix (each image with its own text) is kept out of the statistics. So a small loss is a
 small number computed directly, and not the difference of two large ones.
 
-Read `Tile`, `Own`, `Outcome`, `Kind`, then the kinds: `Softmax`, `Positives`, `Sigmoid`, `Global`, and `Distilled`, which
-adds a teacher to any of them.
+Read `Tile`, `Own`, `Outcome`, `Kind`, then the kinds: `Softmax`, `Positives`, `Sigmoid`, `Global`, and `Distilled`,
+which adds a teacher to any of them.
 Axes: n rows or columns, a rows of a tile, b columns of a tile.
 """
 
@@ -69,8 +69,10 @@ class Outcome(NamedTuple):
 class Kind(Protocol):
     """A kind of loss. Statistics are trees of arrays, one number per row or column in each."""
 
-    weight: float
-    """Of one pair, before the mean over the batch."""
+    @property
+    def weight(self) -> float:
+        """Of one pair, before the mean over the batch."""
+        ...
 
     def empty(self, n: int) -> Any:
         """Statistics of nothing."""

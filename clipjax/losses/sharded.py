@@ -259,7 +259,9 @@ def _forward(
     images, texts, everyone = way.statistics(pairs, scaling)
     similarity = similarity_of_pairs(pairs.image, pairs.text, dtype)
     positive = scaling.scale * similarity + scaling.bias
-    of_teacher = None if pairs.teacher is None else scaling.teacher * similarity_of_pairs(*pairs.teacher, dtype)
+    of_teacher = None
+    if pairs.teacher is not None and scaling.teacher is not None:
+        of_teacher = scaling.teacher * similarity_of_pairs(*pairs.teacher, dtype)
     outcome = kind.finish(images, texts, Own(positive, n, of_teacher, pairs.memory, scaling.gamma))
     tie, hardest = TIE * scaling.scale, kind.peak(images)
     sums = jnp.stack(

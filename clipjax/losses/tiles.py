@@ -87,7 +87,7 @@ class Product:
             out, same = out | same, None
         logits = self.dot(scaling.scale * rows.embed, columns.embed, (1, 1)) + scaling.bias
         teacher = None
-        if rows.teacher is not None and columns.teacher is not None:
+        if rows.teacher is not None and columns.teacher is not None and scaling.teacher is not None:
             teacher = jnp.where(out, -jnp.inf, self.dot(scaling.teacher * rows.teacher, columns.teacher, (1, 1)))
         return Tile(jnp.where(out, -jnp.inf, logits), same, teacher)
 
