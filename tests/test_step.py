@@ -15,7 +15,7 @@ from clipjax.config import Config, Dtype, ImageTowerConfig, MeshConfig, ModelCon
 from clipjax.data.sources import REASONS
 from clipjax.losses import make_loss, softmax_loss
 from clipjax.models.clip import abstract_params, build_clip, make_encode
-from clipjax.step import eval_params, from_groups, make_init_state, make_train_step, to_groups
+from clipjax.step import eval_params, from_groups, make_gamma, make_init_state, make_train_step, to_groups
 from clipjax.trees import map_with_name, names
 
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
@@ -173,6 +173,15 @@ def test_unusable_samples_are_counted_by_reason_over_the_global_batch():
         state, metrics = step(state, sharding.global_batch(mesh, batch()))
         step(state, sharding.global_batch(mesh, batch()))  # donates the state: the metrics have buffers of their own
     assert metrics["samples_skipped"].tolist() == [1, 0, 2] + [0] * (len(REASONS) - 3)
+
+
+def test_gamma_falls_from_one_by_a_cosine():
+    config = small_config()
+    config.loss.gamma, config.loss.gamma_decay_examples = 0.2, 160
+    gamma = make_gamma(config)
+    assert [round(float(gamma(jnp.int32(step))), 6) for step in (0, 5, 10, 99)] == [1.0, 0.6, 0.2, 0.2]
+    config.loss.gamma_decay_examples = 0
+    assert float(make_gamma(config)(jnp.int32(0))) == pytest.approx(0.2)
 
 
 def test_gradients_are_sums_in_float32_with_bfloat16_activations_too():

@@ -88,20 +88,66 @@ def test_every_leaf_of_the_state_was_trained_and_saved(finished):
     assert same == ["train['key']", "train['samples_skipped']"]  # nothing in this data is bad
 
 
-@pytest.mark.parametrize("seen", [2, 5, 10])
-def test_killed_with_sigkill_and_started_again_equals_the_undisturbed_run(tiny_config, finished, tmp_path, seen):
-    victim = start(*train_arguments(tiny_config, tmp_path))
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and victim.poll() is None:
-        path = tmp_path / "metrics.jsonl"
+def kill_after_lines(process, workdir: pathlib.Path, seen: int) -> None:
+    """`kill -9` once the log has so many lines."""
+    deadline, path = time.monotonic() + 120, workdir / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
         if path.exists() and path.read_bytes().count(b"\n") >= seen:
             break
         time.sleep(0.005)
-    victim.kill()
-    victim.communicate()
-    assert not (tmp_path / "results.json").exists()
+    process.kill()
+    process.communicate()
+    assert not (workdir / "results.json").exists()
+
+
+@pytest.mark.parametrize("seen", [2, 5, 10])
+def test_killed_with_sigkill_and_started_again_equals_the_undisturbed_run(tiny_config, finished, tmp_path, seen):
+    kill_after_lines(start(*train_arguments(tiny_config, tmp_path)), tmp_path, seen)
     run(*train_arguments(tiny_config, tmp_path))
     assert_same_run(tmp_path, finished)
+
+
+def test_memory_of_every_sample_and_a_teacher_survive_kill_and_other_devices(tiny_config, finished, tmp_path):
+    def arguments(name: str, *overrides: str) -> tuple[str, ...]:
+        return train_arguments(
+            tiny_config,
+            tmp_path / name,
+            "--config.loss.kind=global",
+            "--config.loss.gamma_decay_examples=192",
+            "--config.loss.rho=6.5",
+            f"--config.loss.distill_from={finished}",
+            "--config.microbatch_size=16",
+            *overrides,
+        )
+
+    run(*arguments("undisturbed"))
+    memory = arrays(tmp_path / "undisturbed", 12)["train['memory']"]
+    assert np.isfinite(memory).all(axis=1).sum() == 384  # every sample so far was drawn once
+    kill_after_lines(start(*arguments("killed")), tmp_path / "killed", 8)
+    run(*arguments("killed"))
+    assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "12")
+    many = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    run(*arguments("killed", "--config.mesh.slice=2", "--config.mesh.fsdp=2"), **many)
+    again = arrays(tmp_path / "killed", 12)["train['memory']"]
+    np.testing.assert_array_equal(np.isfinite(again), np.isfinite(memory))
+    np.testing.assert_allclose(again, memory, atol=0.05)  # three steps of Adam after another rounding
+    output = run(*arguments("killed", f"--config.loss.distill_from={finished}/checkpoints/9"), expect=2)
+    assert "loss.distill_from=" in output and "(checkpoint: " in output
+
+
+def test_a_teacher_with_other_inputs_is_refused(tiny_config, finished, tmp_path):
+    output = run(
+        *train_arguments(
+            tiny_config,
+            tmp_path,
+            f"--config.loss.distill_from={finished}",
+            "--config.model.image.image_size=32",
+            "--config.model.text.context_length=40",
+        ),
+        expect=2,
+    )
+    assert "model.image.image_size=32 (teacher: 16), model.text.context_length=40 (teacher: 32)" in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
