@@ -5,13 +5,17 @@ good to about 1e-6. With bfloat16 operands each number carries 2^-9, which the s
 """
 
 import itertools
-import re
+import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.collectives import KINDS, Collective, collectives, compile_loss, total
 from benchmarks.numerics.certificate import LOSSES, Case, errors, inputs, measure, meshes
 from benchmarks.numerics.reference import reference
 from clipjax.config import LossMethod, MeshConfig
@@ -180,36 +184,79 @@ def test_cotangent_scales_the_gradient():
         np.testing.assert_array_equal(quadrupled, 4 * plain)  # a power of two rounds nothing
 
 
-def moved(mesh, n: int, e: int, **options) -> dict[str, int]:
-    """Numbers that a device receives (an all-reduce: its size), by collective, forward and backward together."""
-    loss = jax.value_and_grad(make_loss(mesh=mesh, **options), argnums=(0, 1, 2), has_aux=True)
-    rows = jax.ShapeDtypeStruct((n, e), jnp.float32, sharding=batch_sharding(mesh))
-    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
-    text = jax.jit(loss).lower(rows, rows, scale).compile().as_text()
-    found: dict[str, int] = {}
-    for result, name in re.findall(
-        r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", text
-    ):
-        shapes = re.findall(r"f32\[([\d,]*)\]", result)
-        found[name] = found.get(name, 0) + sum(int(np.prod([int(d) for d in s.split(",") if d])) for s in shapes)
-    return found
+def moved(mesh, n: int, e: int, slice_devices: int | None = None, **options):
+    """Collectives of the compiled loss, forward and backward together."""
+    return collectives(compile_loss(mesh, pairs=n, embed=e, **options).as_text(), slice_devices)
 
 
 def test_gathering_moves_the_embeddings_once_and_a_few_numbers_per_pair():
     mesh, n, e = make_mesh(MeshConfig(data=4, fsdp=2)), 64, 32
     found = moved(mesh, n, e, method="gathered")
-    assert found.keys() == {"all-gather", "all-reduce"}
-    assert found["all-gather"] == 2 * n * e + 2 * n
-    assert found["all-reduce"] <= 2 * n + 8  # peaks and totals of the columns, five sums, two gradients
+    assert {c.kind for c in found} == {"all-gather", "all-reduce"}
+    assert total(found, "all-gather") == 2 * n * e + 2 * n
+    assert total(found, "all-reduce") <= 2 * n + 8  # peaks and totals of the columns, five sums, two gradients
 
 
 def test_the_ring_passes_blocks_and_sums_single_numbers_only():
     mesh, n, e = make_mesh(MeshConfig(data=4, fsdp=2)), 64, 32
     found = moved(mesh, n, e, method="ring")
-    assert found.keys() == {"collective-permute", "all-reduce"}
-    rows = n // 8  # of one step of eight: forward texts, positions, two statistics; backward texts, log-sums, gradients
-    assert found["collective-permute"] == (rows * e + 2 * rows) + (2 * rows * e + rows)
-    assert found["all-reduce"] <= 8
+    assert {c.kind for c in found} == {"collective-permute", "all-reduce"}
+    # Forward texts, positions, two statistics; backward texts, positions, log-sums, gradients.
+    assert total(found, "collective-permute") <= (n * e + 3 * n) + (2 * n * e + 2 * n)
+    assert total(found, "collective-permute") >= 3 * n * e
+    assert total(found, "all-reduce") <= 8
+
+
+def test_between_slices_a_device_passes_on_what_it_holds_and_gathers_inside():
+    mesh, n, e, slices = make_mesh(MeshConfig(slice=4, fsdp=2)), 64, 32, 4
+    found, rows = moved(mesh, n, e, 2, method="gathered"), n // 8
+    assert total(found, "all-gather", between=True) == 0
+    assert total(found, "all-gather", between=False) == 2 * n * e + 2 * n
+    assert total(found, "collective-permute", between=False) == 0
+    assert total(found, "collective-permute", between=True) == (slices - 1) * (2 * rows * e + 2 * rows)
+    assert total(found, "all-reduce", between=True) <= 2 * slices * rows + 8  # the columns' statistics; seven sums
+
+
+def test_on_64_and_256_devices_as_much_moves_and_no_more_is_kept(tmp_path):
+    output = tmp_path / "collectives.json"
+    command = [sys.executable, "-m", "benchmarks.collectives", "--devices", "64", "256", f"--output={output}"]
+    subprocess.run(command, check=True, timeout=300, cwd=pathlib.Path(__file__).parents[2])
+    rows = json.loads(output.read_text())["rows"]
+    kept = {}
+    for row in rows:
+        n, e = row["pairs"], row["embed"]
+        assert n == 128 * row["devices"]
+        count = {kind: row["inside"].get(kind, 0) + row["between"].get(kind, 0) for kind in KINDS}
+        assert count["reduce-scatter"] == count["all-to-all"] == 0
+        temporary = row["temporary_bytes"]
+        if row["method"] == "ring":
+            assert 3 * n * e <= count["collective-permute"] <= 3 * n * e + 5 * n
+            assert count["all-gather"] == 0 and count["all-reduce"] <= 8
+        else:
+            assert count["all-gather"] == 2 * n * e + 2 * n
+            assert count["all-reduce"] <= 2 * n + 2 * n + 8
+            assert row["between"].get("all-gather", 0) == 0
+            temporary -= 2 * n * e * 4  # the gathered embeddings themselves
+        kept.setdefault((row["method"], row["slices"]), []).append(temporary)
+    for method, (few, many) in kept.items():
+        assert many <= 1.3 * few, method  # a few numbers per pair of the batch
+
+
+def test_collectives_are_read_from_tpu_and_gpu_programs_too():
+    text = """
+ENTRY %main (p: f32[8,4]) -> f32[16,4] {
+  %a = (f32[8,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%p), replica_groups=[2,2]<=[4], dimensions={0}
+  %b = f32[8,4]{1,0:T(8,128)} all-reduce(%p), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
+  %c = (f32[8]{0}, f32[4,2]{1,0}) all-reduce(%q, %r), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %d = (bf16[8,4], bf16[8,4], u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}
+}
+"""
+    assert collectives(text, slice_devices=2) == [
+        Collective("all-gather", 64, 1, False),
+        Collective("all-reduce", 32, 1, True),
+        Collective("all-reduce", 16, 1, False),
+        Collective("collective-permute", 32, 1, False),
+    ]
 
 
 @pytest.mark.parametrize("method", ["gathered", "ring"])
