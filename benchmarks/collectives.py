@@ -4,8 +4,8 @@
     python -m benchmarks.collectives --tpu v5e:2x4 v5e:8x8 v5e:16x16     # needs libtpu, but no TPU
 
 Forward and backward together, 128 pairs a device. Devices are simulated on the CPU, or compiled for ahead of time.
-Numbers are counted, not bytes: of a gather, what a device ends up with; of an all-reduce, its operand; of a permute,
-what is passed on. A loop's body counts as often as it runs.
+Numbers are counted, not bytes: of a gather, what a device receives; of an all-reduce, its operand (which moves about
+twice); of a permute, what is passed on. A loop's body counts as often as it runs.
 """
 
 import argparse
@@ -68,7 +68,10 @@ def collectives(text: str, slice_devices: int | None = None) -> list[Collective]
                 else:
                     shapes = _SHAPE.findall(result)
                 numbers = sum(math.prod(int(size) for size in shape.split(",") if size) for shape in shapes)
-                found.append(Collective(kind, numbers, runs[name], _crosses(line, slice_devices)))
+                groups = _groups(line)
+                if kind == "all-gather":
+                    numbers -= numbers // len(groups[0])  # what was there already
+                found.append(Collective(kind, numbers, runs[name], _cross(groups, slice_devices)))
     return found
 
 
@@ -93,22 +96,21 @@ def _runs(bodies: dict[str, str]) -> dict[str, int]:
     return runs
 
 
-def _crosses(line: str, slice_devices: int | None) -> bool:
+def _cross(groups: list[list[int]], slice_devices: int | None) -> bool:
     """Whether a group of devices, or a pair of source and target, reaches over slices."""
-    if slice_devices is None:
-        return False
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line)
-    if listed:
-        groups = [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed.group(1))]
-    else:
-        groups = _iota_groups(line)
-    return any(len({device // slice_devices for device in group}) > 1 for group in groups)
+    return slice_devices is not None and any(len({device // slice_devices for device in group}) > 1 for group in groups)
 
 
-def _iota_groups(line: str) -> list[list[int]]:
-    """`[2,4]<=[4,2]T(1,0)`: numbers in the last shape, transposed, in rows of the first."""
+def _groups(line: str) -> list[list[int]]:
+    """Groups of devices, or pairs of source and target: all of them listed, or as rows of the numbers in order.
+
+    `[2,4]<=[4,2]T(1,0)`: numbers in the last shape, transposed, in rows of the first.
+    """
     import numpy as np
 
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line)
+    if listed:
+        return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed.group(1))]
     match = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if match is None:
         raise ValueError(f"groups are not understood: {line[:300]}")

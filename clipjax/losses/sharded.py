@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -105,6 +106,7 @@ class _Gathered:
         product: how logits are computed.
         axes: mesh axes of the batch; the first may be `slice`.
         slices: how many slices there are.
+        stages: of the gather inside a slice: axis and groups of places on it (None: all), one after the other.
 
     Cost:
         Moved per device: 2 n e numbers of embeddings and 6 n of statistics; between slices only what the device itself
@@ -114,6 +116,7 @@ class _Gathered:
     product: Product
     axes: tuple[str, ...]
     slices: int
+    stages: "Stages"
 
     @property
     def inner(self) -> tuple[str, ...]:
@@ -127,8 +130,13 @@ class _Gathered:
         for k in range(self.slices):
             if k:
                 tree = jax.tree.map(lambda x: jax.lax.ppermute(x, SLICE, to_previous), tree)
-            blocks.append(jax.tree.map(lambda x: jax.lax.all_gather(x, self.inner, axis=0, tiled=True), tree))
+            blocks.append(jax.tree.map(self._gather, tree))
         return blocks
+
+    def _gather(self, x: Array) -> Array:
+        for axis, groups in self.stages:
+            x = jax.lax.all_gather(x, axis, axis=0, tiled=True, axis_index_groups=groups)
+        return x
 
     def positions(self, k: int, count: int) -> Array:
         """Places in the global batch of the pairs in the k-th block of `count`."""
@@ -239,6 +247,37 @@ class _Ring:
 
 Way = _Whole | _Gathered | _Ring
 
+Stages = tuple[tuple[str, list[list[int]] | None], ...]
+
+
+def gather_stages(mesh: Mesh) -> Stages:
+    """How to gather over the batch axes inside a slice: the last axis first, and on a torus side by side.
+
+    The TPU compiler makes a gather over a plane or a whole torus an all-reduce, which moves twice as much; along one
+    side of it, it stays a gather.
+    """
+    stages = []
+    for axis in reversed(batch_axes(mesh)):
+        size, line = mesh.shape[axis], _line(mesh, axis)
+        if axis == SLICE or size == 1:
+            continue
+        if line == size:
+            stages.append((axis, None))
+            continue
+        stages.append((axis, [[i + j for j in range(line)] for i in range(0, size, line)]))
+        stages.append((axis, [[i + j for i in range(0, size, line)] for j in range(line)]))
+    return tuple(stages)
+
+
+def _line(mesh: Mesh, axis: str) -> int:
+    """How many devices that follow each other on an axis lie on one side of a torus; all, where there is none."""
+    devices = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0).reshape(mesh.shape[axis], -1)[:, 0]
+    places = [getattr(device, "coords", (0,)) for device in devices]
+    count = 1
+    while count < len(places) and sum(len(set(along)) > 1 for along in zip(*places[: count + 1], strict=True)) <= 1:
+        count += 1
+    return count if len(places) % count == 0 and count > 1 else len(places)
+
 
 def own_positions(axes: tuple[str, ...], rows: int) -> Int[Array, "r"]:
     """Places of this device's pairs in the global batch."""
@@ -343,7 +382,8 @@ def make_sharded_loss(
             return _Whole(product)
         n, e = image.shape
         ring = choose_method(method, mesh, n, 2 * e * jnp.dtype(product.dtype).itemsize) is LossMethod.RING
-        return _Ring(product, axes, devices) if ring else _Gathered(product, axes, slices)
+        assert mesh is not None
+        return _Ring(product, axes, devices) if ring else _Gathered(product, axes, slices, gather_stages(mesh))
 
     def on_mesh(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """Run on every device with its part of the arrays; without a mesh, as it is."""
