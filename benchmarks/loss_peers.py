@@ -26,7 +26,6 @@ import json
 import math
 import os
 import pathlib
-import platform
 import runpy
 import statistics
 import subprocess
@@ -38,6 +37,10 @@ from collections.abc import Callable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the peers' environment has no clipjax
+
+from benchmarks import machine  # noqa: E402
+
 EMBED, SCALE, BIAS = 512, 14.3, -10.0
 NEEDS = {  # contestant, its kind last: the options without which it cannot run
     "clipjax_softmax": (),
@@ -59,7 +62,6 @@ def kind_of(name: str) -> str:
 
 def clipjax_contestant(name: str, arguments: argparse.Namespace) -> tuple:
     """What places an array; the step, whose gradients begin with images' and texts'; a barrier; versions."""
-    sys.path.insert(0, str(ROOT))
     import jax
     import jax.numpy as jnp
 
@@ -75,7 +77,8 @@ def clipjax_contestant(name: str, arguments: argparse.Namespace) -> tuple:
     def step(image: Any, text: Any) -> tuple[Any, Any]:
         return jax.block_until_ready(compiled(image, text, *scalars))
 
-    return jnp.asarray, step, lambda: None, {"jax": jax.__version__}
+    # Waiting, since a copy that is still under way holds on to its source.
+    return lambda x: jax.block_until_ready(jnp.asarray(x)), step, lambda: None, {"jax": jax.__version__}
 
 
 def torch_contestant(name: str, arguments: argparse.Namespace) -> tuple:
@@ -122,10 +125,6 @@ def inf_cl_loss(checkout: pathlib.Path) -> Callable[..., Any]:
     return lambda i, t, scale: (cal_ring_loss(i, t, scale=scale) + cal_ring_loss(t, i, scale=scale)) / 2
 
 
-def peak_bytes() -> int:
-    return int(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
-
-
 def measure(arguments: argparse.Namespace) -> dict:
     """In the process of a contestant."""
     import numpy as np
@@ -135,13 +134,10 @@ def measure(arguments: argparse.Namespace) -> dict:
     place, step, meet, versions = prepare(name, arguments)
     own = pairs // PROCESSES.get(name, 1)
     rng = np.random.default_rng(0)
-    # Resets the peak: that of compilation would hide what grows up to it.
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before = peak_bytes()
+    before = machine.reset_peak()
 
     def embeddings() -> Any:
-        x = rng.standard_normal((pairs, EMBED), np.float32)
-        x /= np.sqrt(np.einsum("ne,ne->n", x, x))[:, None]
+        x = machine.unit_rows(rng, pairs, EMBED)
         return place(x[arguments.rank * own :][:own].copy() if own < pairs else x)
 
     image, text = embeddings(), embeddings()
@@ -153,7 +149,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         loss, gradients = step(image, text)
         seconds.append(time.perf_counter() - start)
     meet()  # nobody leaves while another still reads from it
-    extra = peak_bytes() - before
+    extra = machine.peak_bytes() - before
     assert loss is not None and gradients is not None, "--repeats is 0"
     norm = math.hypot(*(float(np.linalg.norm(np.asarray(x))) for x in gradients[:2]))
     results = {"seconds": seconds[warm_ups:], "extra_bytes": extra, "loss": float(loss), "gradient_norm": norm}
@@ -273,12 +269,9 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(arguments)), flush=True)
         os._exit(0)  # one in twenty regular exits aborts in a thread of gloo, whether or not its group is destroyed
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.step_speed import processor
-
     files = {"open_clip_head": arguments.open_clip_head, "inf_cl": arguments.inf_cl and arguments.inf_cl / "inf_cl"}
     results = {
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine.describe(),
         "date": time.strftime("%Y-%m-%d"),
         "inputs": {"embed": EMBED, "scale": SCALE, "bias": BIAS},
         "memory_limit_gb": arguments.memory_limit_gb,

@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,13 +20,16 @@ import time
 from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the peer's environment has no clipjax
+
+from benchmarks import machine  # noqa: E402
+
 OURS, PEER = "clipjax", "open_clip"
 SETTLE = 2  # uncounted updates at the start of a round: caches and clocks have forgotten the program
 
 
 def clipjax_step(batch_size: int) -> tuple[Callable[[], float], dict]:
     """One update by the step that `clipjax train` runs."""
-    sys.path.insert(0, str(ROOT))
     import functools
 
     import jax
@@ -167,14 +169,6 @@ def compare(arguments: argparse.Namespace) -> dict:
     return results
 
 
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer_python", help="interpreter of an environment with torch and open_clip_torch")
@@ -190,7 +184,7 @@ def main() -> None:
     if not arguments.peer_python:
         parser.error("--peer_python=PYTHON is missing: the peer has an environment of its own")
     results = {
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine.describe(),
         "date": time.strftime("%Y-%m-%d"),
         "batch_size": arguments.batch_size,
         "steps_per_round": arguments.steps,
