@@ -86,7 +86,9 @@ def child(way: str, n: int, arguments: argparse.Namespace) -> dict[str, Any]:
     options = {"child": way, "pairs": n, "repeats": arguments.repeats, "seconds": arguments.seconds}
     options |= {"dtype": arguments.dtype, "platform": arguments.platform}
     command = [sys.executable, "-m", "benchmarks.loss_cost", *(f"--{name}={value}" for name, value in options.items())]
-    settings = {"JAX_PLATFORMS": arguments.platform, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    # Large pages, as `clipjax` asks for them; and what is freed goes back at once, or it would count as in use.
+    tunables = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1048576"
+    settings = {"JAX_PLATFORMS": arguments.platform, "GLIBC_TUNABLES": tunables}
     done = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         return {"way": way, "pairs": n, "failed": done.returncode}
