@@ -280,9 +280,9 @@ def _loss_option_errors(loss: LossConfig) -> list[str]:
     for path, good, rule in (
         ("distill_weight", loss.distill_weight > 0, "must be greater than 0"),
         ("gamma", 0 < loss.gamma <= 1, "must be greater than 0 and at most 1"),
-        ("gamma_decay_examples", loss.gamma_decay_examples >= 0, "must not be negative"),
+        ("gamma_decay_examples", loss.gamma_decay_examples >= 0, "must be at least 0"),
         ("epsilon", 1e-30 <= loss.epsilon < 1, "must lie between 1e-30 and 1"),
-        ("rho", loss.rho is None or loss.rho >= 0, "must not be negative"),
+        ("rho", loss.rho is None or loss.rho >= 0, "must be at least 0"),
     ):
         value = getattr(loss, path)
         if not (good and (value is None or math.isfinite(value))):

@@ -1,6 +1,7 @@
 """Configs: plain JSON and back, what is refused and how it is worded, and that they cost nothing to import."""
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from clipjax.config import (
     Config,
+    GroupRole,
     LossKind,
     MeshConfig,
     TaskConfig,
@@ -81,6 +83,15 @@ def test_from_dict_refuses_what_it_does_not_know(values, message):
         ("loss.kind", LossKind.SIGMOID, "model.init_logit_bias=None: loss.kind=sigmoid needs a bias"),
         ("model.init_logit_bias", -10.0, "softmax would ignore it"),
         ("loss.label_smoothing", 1.0, "loss.label_smoothing=1.0 must be at least 0 and less than 1"),
+        ("loss.group_role", GroupRole.POSITIVE, "loss.group_role=positive needs loss.same_pair=index or caption"),
+        ("loss.distill_weight", 2.0, "loss.distill_weight=2.0 needs loss.distill_from, a clipjax checkpoint"),
+        ("loss.distill_weight", -1.0, "loss.distill_weight=-1.0 must be greater than 0"),
+        ("loss.gamma", 0.0, "loss.gamma=0.0 must be greater than 0 and at most 1"),
+        ("loss.gamma", 0.5, "loss.gamma=0.5: loss.kind=softmax would ignore it; only global uses it"),
+        ("loss.gamma_decay_examples", -1, "loss.gamma_decay_examples=-1 must be at least 0"),
+        ("loss.epsilon", 0.0, "loss.epsilon=0.0 must lie between 1e-30 and 1"),
+        ("loss.rho", math.nan, "loss.rho=nan must be at least 0"),
+        ("mesh.slice", 0, "mesh.slice=0 must be at least 1, or -1 to fill up"),
         ("optim.freeze", ("(",), "is no regular expression"),
         ("checkpoint.best_metric", "val:top1", "must be TASK:METRIC, one of none: no tasks"),
         ("eval.tasks", {"a": TaskConfig(source="x")}, "zero_shot needs classes and templates"),
@@ -93,6 +104,14 @@ def test_validate_names_field_value_and_rule(path, value, message):
     set_field(config, path, value)
     with pytest.raises(ValueError, match=re.escape(message)):
         validate(config)
+
+
+def test_a_memory_that_cannot_be_split_evenly_is_refused():
+    config = valid()
+    config.loss.kind, config.global_batch_size, config.eval.batch_size = LossKind.GLOBAL, 7 * 64, 7 * 64
+    validate(config)
+    with pytest.raises(ValueError, match="loss.kind=global .* needs a number of devices that divides 61440"):
+        validate_devices(config, num_devices=7, num_processes=1)
 
 
 def test_validate_lists_everything_that_is_wrong():
