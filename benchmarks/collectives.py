@@ -1,7 +1,7 @@
 """What the loss moves between devices and keeps on each, read from the compiled program; nothing is run.
 
     python -m benchmarks.collectives --devices 8 64 256 --output=benchmarks/results/collectives.json
-    python -m benchmarks.collectives --tpu v5e:2x4 v5e:8x8 v5e:16x16     # needs libtpu, but no TPU
+    python -m benchmarks.collectives --tpu v5e:8x8 v5p:4x8x8 v5e:16x16*2     # needs libtpu, but no TPU; *2: two slices
 
 Forward and backward together, 128 pairs a device. Devices are simulated on the CPU, or compiled for ahead of time.
 Numbers are counted, not bytes: of a gather, what a device receives; of an all-reduce, its operand (which moves about
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
 PAIRS_PER_DEVICE, EMBED = 128, 512
 
 
@@ -32,7 +32,8 @@ class Collective:
         kind: one of `KINDS`.
         numbers: how many it moves, each time.
         times: how often it runs.
-        between: whether it joins devices of different slices.
+        between: whether it joins devices of different slices. A TPU program that passes numbers on to another slice
+            has a `send` there.
     """
 
     kind: str
@@ -67,12 +68,19 @@ def collectives(text: str, slice_devices: int | None = None) -> list[Collective]
                     shapes = shapes[: max(1, len(shapes) // 2)] if kind == "all-reduce" else shapes[1:2]
                 else:
                     shapes = _SHAPE.findall(result)
-                numbers = sum(math.prod(int(size) for size in shape.split(",") if size) for shape in shapes)
+                numbers = sum(map(_size, shapes))
+                if kind == "send":
+                    found.append(Collective(kind, _size(shapes[0]), runs[name], True))
+                    continue
                 groups = _groups(line)
                 if kind == "all-gather":
                     numbers -= numbers // len(groups[0])  # what was there already
                 found.append(Collective(kind, numbers, runs[name], _cross(groups, slice_devices)))
     return found
+
+
+def _size(shape: str) -> int:
+    return math.prod(int(length) for length in shape.split(",") if length)
 
 
 def _computations(text: str) -> dict[str, str]:
@@ -176,7 +184,7 @@ def describe(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, nargs="*", default=[8, 64, 256], help="simulated on the CPU")
-    parser.add_argument("--tpu", nargs="*", default=[], help="topologies such as v5e:16x16")
+    parser.add_argument("--tpu", nargs="*", default=[], help="topologies such as v5e:16x16, or v5e:16x16*2: two slices")
     parser.add_argument("--output", type=pathlib.Path)
     arguments = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max([1, *arguments.devices])}"
@@ -199,9 +207,11 @@ def main() -> None:
     for topology in arguments.tpu:
         from jax.experimental import topologies
 
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-        for method in ("gathered", "ring"):
-            add(make_mesh(MeshConfig(), described.devices), method, 1, topology)
+        name, _, slices = topology.partition("*")
+        slices = int(slices or 1)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices)
+        for method in ("gathered", "ring")[: 2 if slices == 1 else 1]:
+            add(make_mesh(MeshConfig(slice=slices), described.devices), method, slices, topology)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         about = {"jax": jax.__version__, "date": time.strftime("%Y-%m-%d"), "pairs_per_device": PAIRS_PER_DEVICE}

@@ -361,10 +361,18 @@ def choose_method(method: LossMethod, mesh: Mesh | None, global_batch_size: int,
         return method
     if mesh is None or devices == 1 or mesh.shape.get(SLICE, 1) > 1:
         return LossMethod.GATHERED
-    local = mesh.local_devices
-    memory = ((local[0].memory_stats() or {}) if local else {}).get("bytes_limit", math.inf)
-    many = global_batch_size // devices >= RING_ROWS or global_batch_size * pair_bytes > GATHERED_SHARE * memory
+    share = GATHERED_SHARE * _device_bytes(mesh)
+    many = global_batch_size // devices >= RING_ROWS or global_batch_size * pair_bytes > share
     return LossMethod.RING if many else LossMethod.GATHERED
+
+
+def _device_bytes(mesh: Mesh) -> float:
+    """Memory of one device; infinite where that is not known: on a CPU, or when compiling for devices elsewhere."""
+    local = mesh.local_devices
+    try:
+        return ((local[0].memory_stats() or {}) if local else {}).get("bytes_limit", math.inf)
+    except jax.errors.JaxRuntimeError:
+        return math.inf
 
 
 def make_sharded_loss(
