@@ -101,13 +101,17 @@ class SavedCheckpoint:
 
     Args:
         path: a workdir (its newest step is taken), its `checkpoints` folder, or one step directory.
+        step: another step in the same place.
 
     Raises:
         ValueError: there is no checkpoint there, or its records are damaged.
     """
 
-    def __init__(self, path: str | pathlib.Path) -> None:
-        folder, step = find_checkpoint(pathlib.Path(path))
+    def __init__(self, path: str | pathlib.Path, *, step: int | None = None) -> None:
+        folder, newest = find_checkpoint(pathlib.Path(path))
+        step = newest if step is None else step
+        if not (folder / str(step)).is_dir():
+            raise ValueError(f"checkpoint {folder / str(step)} is needed, but no longer there; bring it back")
         self.step = step
         self.path = folder / str(step)
         self._manager = ocp.CheckpointManager(

@@ -172,7 +172,7 @@ class OptimConfig:
 class MeshConfig:
     """Devices per mesh axis; one of them may be -1 and fills up. The batch is split over all axes but `tensor`."""
 
-    slice: int = 1  # groups of devices with slow links between them: TPU slices, or nodes of a GPU cluster
+    slice: int | None = None  # groups of devices with slow links between them; None: as many as the hardware has
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
@@ -279,14 +279,14 @@ def steps_of(examples: int, config: Config) -> int:
     return max(1, round(examples / config.global_batch_size)) if examples else 0
 
 
-def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
-    """Sizes of the axes slice, data, fsdp and tensor, with -1 filled in.
+def resolve_mesh(mesh: MeshConfig, num_devices: int, num_slices: int = 1) -> tuple[int, int, int, int]:
+    """Sizes of the axes slice, data, fsdp and tensor, with None and -1 filled in.
 
     Raises:
         ValueError: the sizes do not multiply to `num_devices`.
     """
-    sizes = [mesh.slice, mesh.data, mesh.fsdp, mesh.tensor]
-    shown = f"mesh.slice={mesh.slice}, mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, mesh.tensor={mesh.tensor}"
+    sizes = [num_slices if mesh.slice is None else mesh.slice, mesh.data, mesh.fsdp, mesh.tensor]
+    shown = f"mesh.slice={sizes[0]}, mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, mesh.tensor={mesh.tensor}"
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         if num_devices % known:

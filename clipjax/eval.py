@@ -70,6 +70,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         saved.config,
         num_devices=jax.device_count(),
         num_processes=jax.process_count(),
+        num_slices=sharding.hardware_slices(jax.devices()),
         batch_fields=("eval.batch_size",),
     )
     return lambda: evaluate(saved, tasks, pathlib.Path(output) if output else None)

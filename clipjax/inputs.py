@@ -5,13 +5,16 @@ from dataclasses import dataclass
 import jax
 
 from clipjax.checkpoint import SavedCheckpoint, pack_tokenizer
-from clipjax.config import Config
+from clipjax.config import Config, LossKind
 from clipjax.data.sources import Source, build_source
 from clipjax.data.tokenizer import Tokenizer, build_tokenizer
 from clipjax.evals.runner import Task, build_tasks
 from clipjax.models.clip import abstract_params
 from clipjax.trees import names
-from clipjax.validation import field_value
+from clipjax.validation import MEMORY_UNIT, field_value
+
+MOST_SAMPLES = 2**31 - 2 * MEMORY_UNIT
+"""That int32 can count, with the spare room of the memory."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,13 @@ class Inputs:
     teacher: SavedCheckpoint | None = None
 
 
-def open_inputs(config: Config, *, resumes: bool = False) -> Inputs:
-    """Open all of it; a run that resumes has its own weights and does not need those of `init_from`.
+def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
+    """Open all of it.
+
+    Args:
+        config: the run.
+        saved: where it goes on from, if it does: it has its own weights and does not need those of `init_from`, and
+            goes on learning from the step of its teacher that it began with.
 
     Raises:
         ValueError: something is missing or does not fit the config.
@@ -46,7 +54,7 @@ def open_inputs(config: Config, *, resumes: bool = False) -> Inputs:
             f"the size of data.tokenizer={config.data.tokenizer!r}"
         )
     initial = None
-    if config.init_from is not None and not resumes:
+    if config.init_from is not None and saved is None:
         initial = SavedCheckpoint(config.init_from)
         check_same_shapes(config, initial)
     source = build_source(config.data.train, data=config.data)
@@ -55,8 +63,15 @@ def open_inputs(config: Config, *, resumes: bool = False) -> Inputs:
             f"global_batch_size={config.global_batch_size} must not exceed the {len(source)} samples of "
             f"data.train={config.data.train!r}"
         )
-    teacher = None if config.loss.distill_from is None else SavedCheckpoint(config.loss.distill_from)
-    if teacher is not None:
+    if config.loss.kind is LossKind.GLOBAL and len(source) > MOST_SAMPLES:
+        raise ValueError(
+            f"loss.kind=global remembers at most {MOST_SAMPLES} samples; data.train={config.data.train!r} has "
+            f"{len(source)}"
+        )
+    teacher = None
+    if config.loss.distill_from is not None:
+        step = None if saved is None else saved.records["data"].get("teacher_step")
+        teacher = SavedCheckpoint(config.loss.distill_from, step=step)
         check_same_inputs(config, tokenizer, teacher)
     return Inputs(source, tokenizer, build_tasks(config), initial, teacher)
 

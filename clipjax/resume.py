@@ -48,12 +48,6 @@ def check_same_run(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> No
             f"data.train={config.data.train!r} has {len(inputs.source)} samples, but the run in the workdir was "
             f"trained on {num_samples}; bring those back, or use another workdir to start anew"
         )
-    teacher_step = saved.records["data"].get("teacher_step")
-    if inputs.teacher is not None and inputs.teacher.step != teacher_step:
-        raise ValueError(
-            f"loss.distill_from={config.loss.distill_from!r} is now at step {inputs.teacher.step}, but the run in the "
-            f"workdir has learned from step {teacher_step}; name that step's directory, or use another workdir"
-        )
 
 
 def start_state(

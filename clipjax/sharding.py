@@ -52,29 +52,33 @@ PARAMETER_RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
 """First match wins; the path of an optimizer moment ends in its parameter's path, so it follows the parameter."""
 
 
+def hardware_slices(devices: Sequence[Any]) -> int:
+    """How many groups with slow links between them the hardware says that these devices form."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh with the axes `slice`, `data`, `fsdp`, `tensor` over all devices (or those given).
 
-    Devices that lie close together share a slice: a TPU slice where the hardware says so, else the devices of as many
-    processes as make one.
+    A slice of the mesh is one of the hardware where that has several, else the devices of processes that follow each
+    other.
 
     Raises:
         ValueError: the axis sizes do not multiply to the number of devices, or slices are not those of the hardware.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = resolve_mesh(config, len(devices))
-    types = (AxisType.Auto,) * len(AXES)
+    num_slices = hardware_slices(devices)
+    sizes = resolve_mesh(config, len(devices), num_slices)
+    if num_slices not in (1, sizes[0]):
+        raise ValueError(f"mesh.slice={sizes[0]} must be {num_slices}, the slices of these devices; None finds out")
     if devices[0].platform == "cpu":
-        return Mesh(np.asarray(devices, dtype=object).reshape(sizes), AXES, axis_types=types)
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    if len(slices) > 1 and len(slices) != config.slice:
-        raise ValueError(f"mesh.slice={config.slice} must be {len(slices)}, the number of slices of these devices")
-    if config.slice == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
-    inner, outer = (1, *sizes[1:]), (sizes[0], 1, 1, 1)
-    by_process = len(slices) == 1
-    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, process_is_granule=by_process)
-    return Mesh(grid, AXES, axis_types=types)
+        grid = np.asarray(devices, dtype=object).reshape(sizes)
+    else:
+        places = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
+        count = len(devices) // sizes[0]
+        parts = [places[start : start + count] for start in range(0, len(devices), count)]
+        grid = np.stack([mesh_utils.create_device_mesh(sizes[1:], devices=part) for part in parts])
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def partition_spec(dims: Sequence[str | None]) -> PartitionSpec:

@@ -30,7 +30,6 @@ from clipjax.models.clip import abstract_params, build_clip, make_encode
 from clipjax.resume import Position, check_same_run, start_state
 from clipjax.run import Run
 from clipjax.step import Forward, TrainState, make_init_state, make_train_step
-from clipjax.typing import Params
 from clipjax.validation import validate, validate_devices
 
 PROGRAM = "clipjax train"
@@ -69,11 +68,17 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     flags.require_writable(workdir)
     distributed.start()  # before anything that reads a checkpoint, which asks JAX who the processes are
     saved = newest_checkpoint(workdir)
-    inputs = open_inputs(config, resumes=saved is not None)
+    inputs = open_inputs(config, saved)
     if saved is not None:
         check_same_run(saved, config, inputs)
     tx = optim.make_tx(config, abstract_params(config.model))
-    validate_devices(config, num_devices=jax.device_count(), num_processes=jax.process_count())
+    validate_devices(
+        config,
+        num_devices=jax.device_count(),
+        num_processes=jax.process_count(),
+        num_slices=sharding.hardware_slices(jax.devices()),
+        teacher=None if inputs.teacher is None else inputs.teacher.config,
+    )
     return lambda: train(config, workdir, inputs, tx)
 
 
@@ -82,14 +87,13 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
     mesh = sharding.make_mesh(config.mesh)
     clip = build_clip(config.model)
     grads_fn = grads.make_grads(config, make_encode(clip, config.data), build_loss(config.loss, mesh), mesh)
-    teach, teacher = _make_teach(config, inputs, mesh)
     train_step = make_train_step(
         config,
         grads_fn,
         tx,
         optim.make_schedule(config),
         memory=make_memory_access(mesh) if config.loss.kind is LossKind.GLOBAL else None,
-        teach=teach,
+        teach=_make_teach(config, inputs, mesh),
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -100,6 +104,7 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
         init_state = make_init_state(config, clip.init, tx, num_samples=len(inputs.source))
         try:
             state, start = start_state(config, inputs, checkpoints, init_state, mesh)
+            teacher = None if inputs.teacher is None else load_params(inputs.teacher, mesh)
         except ValueError as error:  # a damaged checkpoint: not a defect, so no traceback
             flags.fail(PROGRAM, error)
             return 1
@@ -137,13 +142,12 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
         return _loop(run, state, start)
 
 
-def _make_teach(config: Config, inputs: Inputs, mesh: Mesh) -> tuple[Forward | None, Params | None]:
-    """How the frozen teacher embeds a batch, and its parameters; None where there is none."""
+def _make_teach(config: Config, inputs: Inputs, mesh: Mesh) -> Forward | None:
+    """How the frozen teacher embeds a batch; None where there is none."""
     if inputs.teacher is None:
-        return None, None
+        return None
     theirs = inputs.teacher.config
-    encode = make_encode(build_clip(theirs.model), theirs.data)
-    return grads.make_forward(config, encode, mesh), load_params(inputs.teacher, mesh)
+    return grads.make_forward(config, make_encode(build_clip(theirs.model), theirs.data), mesh)
 
 
 def _loop(run: Run, state: TrainState, start: Position) -> int:

@@ -13,7 +13,8 @@ from clipjax.config import Config, GroupRole, LossConfig, LossKind, SamePair, Ta
 BATCH_FIELDS = ("global_batch_size", "microbatch_size", "eval.batch_size")
 """Batches that the mesh and the processes share out."""
 
-MESH_AXES = ("slice", "data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor")
+"""Those of which one may fill up."""
 
 MEMORY_UNIT = 2**12 * 3 * 5
 """The memory of the `global` loss has room for a multiple of so many samples, so that it can be split and restored over
@@ -40,22 +41,40 @@ def validate(config: Config, *, batch_fields: Sequence[str] = BATCH_FIELDS) -> N
         errors = [*_batch_errors(config), *_model_errors(config), *_part_errors(config)]
         # An axis of -1 is not known yet: 1 divides everything, and `validate_devices` looks again.
         mesh = config.mesh
-        sizes = max(1, mesh.slice), max(1, mesh.data), max(1, mesh.fsdp), max(1, mesh.tensor)
+        sizes = mesh.slice or 1, max(1, mesh.data), max(1, mesh.fsdp), max(1, mesh.tensor)
         errors += _division_errors(config, sizes, batch_fields)
     if errors:
         raise ValueError("\n".join(errors))
 
 
 def validate_devices(
-    config: Config, *, num_devices: int, num_processes: int, batch_fields: Sequence[str] = BATCH_FIELDS
+    config: Config,
+    *,
+    num_devices: int,
+    num_processes: int,
+    num_slices: int = 1,
+    batch_fields: Sequence[str] = BATCH_FIELDS,
+    teacher: Config | None = None,
 ) -> None:
     """Check the mesh, and what it has to divide, against the machine, before a mesh exists.
+
+    Args:
+        config: the run, or what is evaluated.
+        num_devices: of all processes.
+        num_processes: that share them evenly.
+        num_slices: groups that the hardware says the devices form.
+        batch_fields: which batches there are.
+        teacher: what a frozen model was trained with that lies on the same mesh.
 
     Raises:
         ValueError: mesh sizes that do not fit, or a batch or model that cannot be shared out evenly.
     """
-    sizes = resolve_mesh(config.mesh, num_devices)
+    sizes = resolve_mesh(config.mesh, num_devices, num_slices)
     errors = _division_errors(config, sizes, batch_fields)
+    if teacher is not None:
+        errors += [f"loss.distill_from: its {error}" for error in _division_errors(teacher, sizes, ())]
+    if num_slices not in (1, sizes[0]):
+        errors.append(f"mesh.slice={sizes[0]} must be {num_slices}, the slices of the hardware; None finds out")
     tensor = sizes[-1]
     if num_devices // num_processes % tensor:
         errors.append(
@@ -74,7 +93,8 @@ def _division_errors(config: Config, sizes: tuple[int, int, int, int], batch_fie
     parts = f"mesh.slice={slices} * " if slices > 1 else ""
     for path in batch_fields:
         errors += _division_error(config, path, slices * data * fsdp, f"{parts}mesh.data={data} * mesh.fsdp={fsdp}")
-    if config.loss.kind is LossKind.GLOBAL and MEMORY_UNIT % (slices * data * fsdp):
+    trains = "global_batch_size" in batch_fields
+    if trains and config.loss.kind is LossKind.GLOBAL and MEMORY_UNIT % (slices * data * fsdp):
         errors.append(
             f"loss.kind=global keeps its memory in parts, and needs a number of devices that divides {MEMORY_UNIT} "
             f"({parts}mesh.data={data} * mesh.fsdp={fsdp})"
@@ -169,12 +189,14 @@ def _range_errors(config: Config) -> list[str]:
             value = field_value(config, path)
             if isinstance(value, int | float) and not (math.isfinite(value) and holds(value)):
                 errors.append(f"{path}={value} {rule}")
+    if config.mesh.slice is not None and config.mesh.slice < 1:
+        errors.append(f"mesh.slice={config.mesh.slice} must be at least 1, or None for those of the hardware")
     for axis in MESH_AXES:
         size = getattr(config.mesh, axis)
         if size != -1 and size < 1:
             errors.append(f"mesh.{axis}={size} must be at least 1, or -1 to fill up")
     if [getattr(config.mesh, axis) for axis in MESH_AXES].count(-1) > 1:
-        errors.append("mesh: only one of slice, data, fsdp and tensor may be -1; give the others a size")
+        errors.append("mesh: only one of data, fsdp and tensor may be -1; give the others a size")
     return errors
 
 
@@ -258,7 +280,7 @@ def _loss_errors(config: Config) -> list[str]:
         errors.append(f"loss.label_smoothing={loss.label_smoothing}: only loss.kind=softmax has targets to smooth")
     if loss.label_smoothing and loss.same_pair is not SamePair.NONE:
         errors.append(f"loss.label_smoothing={loss.label_smoothing} needs loss.same_pair=none")
-    errors += _loss_option_errors(loss)
+    errors += _loss_option_errors(config)
     size, batch = config.microbatch_size, config.global_batch_size
     if size is not None and (size < 1 or batch % size):
         divisors = [n for n in range(1, batch + 1) if batch % n == 0]
@@ -267,9 +289,9 @@ def _loss_errors(config: Config) -> list[str]:
     return errors
 
 
-def _loss_option_errors(loss: LossConfig) -> list[str]:
+def _loss_option_errors(config: Config) -> list[str]:
     """Options of one kind or way that another would ignore, and their ranges."""
-    errors, default = [], LossConfig()
+    errors, loss, default = [], config.loss, LossConfig()
     if loss.group_role is GroupRole.POSITIVE and (loss.same_pair is SamePair.NONE or loss.kind is LossKind.GLOBAL):
         errors.append(
             f"loss.group_role=positive needs loss.same_pair=index or caption (it is {loss.same_pair.value}) and "
@@ -277,6 +299,17 @@ def _loss_option_errors(loss: LossConfig) -> list[str]:
         )
     if loss.distill_from is None and loss.distill_weight != default.distill_weight:
         errors.append(f"loss.distill_weight={loss.distill_weight} needs loss.distill_from, a clipjax checkpoint")
+    if loss.distill_from is not None and not loss.distill_from:
+        errors.append("loss.distill_from='' must name a clipjax checkpoint, or be None")
+    if loss.distill_from is not None and loss.rho is not None:
+        errors.append(f"loss.rho={loss.rho} would divide what is learned from loss.distill_from too; leave one out")
+    if loss.gamma == 1 and loss.gamma_decay_examples:
+        errors.append(f"loss.gamma_decay_examples={loss.gamma_decay_examples}: with loss.gamma=1 nothing decays")
+    if loss.gamma_decay_examples > config.total_examples:
+        errors.append(
+            f"loss.gamma_decay_examples={loss.gamma_decay_examples} must not exceed "
+            f"total_examples={config.total_examples}"
+        )
     for path, good, rule in (
         ("distill_weight", loss.distill_weight > 0, "must be greater than 0"),
         ("gamma", 0 < loss.gamma <= 1, "must be greater than 0 and at most 1"),

@@ -8,8 +8,10 @@ from jax.sharding import PartitionSpec
 from clipjax import optim, sharding
 from clipjax.config import Config, ImageTowerConfig, MeshConfig, ModelConfig, TextTowerConfig
 from clipjax.models.clip import abstract_params, build_clip
+from clipjax.sharding import make_mesh
 from clipjax.step import make_init_state
 from clipjax.trees import map_with_name, names
+from clipjax.validation import validate_devices
 
 SMALL = ModelConfig(
     embed_dim=32,
@@ -65,3 +67,44 @@ def test_state_is_born_sharded_and_the_same_on_every_mesh():
 def test_constrain_without_a_mesh_is_the_identity():
     x = jnp.ones((4, 4))
     assert sharding.constrain(x, "batch", None) is x
+
+
+class FakeDevice:
+    """A device of a cluster, as far as a mesh asks."""
+
+    platform, device_kind = "gpu", "fake"
+
+    def __init__(self, number: int, process: int, slice_index: int) -> None:
+        self.id, self.process_index, self.slice_index = number, process, slice_index
+
+
+def ids(mesh) -> list:
+    return [sorted(device.id for device in part.flat) for part in mesh.devices]
+
+
+def test_slices_of_a_mesh_are_those_of_the_hardware_or_processes_in_order():
+    nodes = [FakeDevice(i, i // 2, i // 4) for i in range(8)]
+    assert ids(make_mesh(MeshConfig(), nodes)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert make_mesh(MeshConfig(fsdp=2), nodes).shape == {"slice": 2, "data": 2, "fsdp": 2, "tensor": 1}
+    with pytest.raises(ValueError, match="mesh.slice=4 must be 2, the slices of these devices"):
+        make_mesh(MeshConfig(slice=4), nodes)
+    one = [FakeDevice(i, (7 - i) // 2, 0) for i in range(8)]
+    assert ids(make_mesh(MeshConfig(), one)) == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert ids(make_mesh(MeshConfig(slice=2), one)) == [[4, 5, 6, 7], [0, 1, 2, 3]]  # the first two processes first
+
+
+def test_slices_that_the_hardware_does_not_have_are_refused_before_a_mesh_exists():
+    config = Config()
+    config.data.train, config.mesh.slice = "tfds:scenes/train", 4
+    with pytest.raises(ValueError, match="mesh.slice=4 must be 2, the slices of the hardware; None finds out"):
+        validate_devices(config, num_devices=8, num_processes=2, num_slices=2)
+    config.mesh.slice = None
+    validate_devices(config, num_devices=8, num_processes=2, num_slices=2)
+
+
+def test_a_teacher_that_the_mesh_cannot_split_is_refused():
+    config, teacher = Config(), Config()
+    config.data.train, config.mesh.tensor = "tfds:scenes/train", 4
+    teacher.model.text.num_heads = 6
+    with pytest.raises(ValueError, match="loss.distill_from: its model.text.num_heads=6 must be divisible by 4"):
+        validate_devices(config, num_devices=8, num_processes=1, teacher=teacher)

@@ -16,9 +16,10 @@ from jaxtyping import Float, Int
 from clipjax.config import Config, Dtype, GroupRole, LossConfig, LossKind, LossMethod
 from clipjax.losses.contrastive import sigmoid_loss, softmax_loss
 from clipjax.losses.kinds import Distilled, Global, Kind, Positives, Sigmoid, Softmax
-from clipjax.losses.sharded import Pairs, choose_method, make_sharded_loss
+from clipjax.losses.sharded import Pairs, make_sharded_loss
 from clipjax.losses.tiles import DEFAULT_TILE, Product, Scaling
-from clipjax.sharding import batch_devices
+from clipjax.losses.topology import choose_method
+from clipjax.sharding import SLICE, batch_devices
 from clipjax.typing import Metrics
 
 DEFAULT_EPSILON = LossConfig().epsilon
@@ -126,6 +127,16 @@ def make_loss(
     positives = group_role is GroupRole.POSITIVE
     if label_smoothing and (kind is not LossKind.SOFTMAX or positives):
         raise ValueError(f"label_smoothing={label_smoothing} needs kind=softmax and group_role=ignored")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile={tile} must be at least 1, or None for {DEFAULT_TILE}")
+    if distill_weight is not None and not distill_weight > 0:
+        raise ValueError(f"distill_weight={distill_weight} must be greater than 0, or None for no teacher")
+    if distill_weight is not None and rho is not None:
+        raise ValueError(f"rho={rho} would divide what is learned from a teacher too; leave out one of them")
+    if not 0 < epsilon < 1:
+        raise ValueError(f"epsilon={epsilon} must lie between 0 and 1")
     if kind is LossKind.GLOBAL and positives:
         raise ValueError("group_role=positive needs kind=softmax or kind=sigmoid, not global")
     if kind is not LossKind.GLOBAL and (rho is not None or epsilon != DEFAULT_EPSILON):
@@ -155,8 +166,8 @@ def make_loss(
     ) -> tuple[Float[Array, ""], Metrics]:
         _check_given("teacher", teacher, needed=distill_weight is not None)
         _check_given("memory", memory, needed=kind is LossKind.GLOBAL)
-        if positives:
-            _check_given("group", group, needed=True)
+        if positives or label_smoothing:
+            _check_given("group", group, needed=positives)
         # Only a sigmoid depends on the bias; what is zero here gets no gradient there.
         bias = logit_bias if kind is LossKind.SIGMOID and logit_bias is not None else jnp.zeros_like(logit_scale)
         pairs = Pairs(image_embed, text_embed, group)
@@ -169,7 +180,7 @@ def make_loss(
         value, metrics, new_memory = tiled(pairs, scaling)
         if label_smoothing:
             own = jnp.mean(jnp.sum(image_embed * text_embed, axis=1))
-            every = jnp.vdot(jnp.mean(image_embed, axis=0), jnp.mean(text_embed, axis=0))
+            every = jnp.sum(jnp.mean(image_embed, axis=0) * jnp.mean(text_embed, axis=0))
             value = value + label_smoothing * logit_scale * (own - every)
         if rho is not None:
             value = (value + rho) / logit_scale
@@ -206,7 +217,7 @@ def describe_loss(config: Config, mesh: Mesh) -> str:
     devices, loss = batch_devices(mesh), config.loss
     pair_bytes = 2 * config.model.embed_dim * jnp.dtype(loss.dtype.value).itemsize
     method = choose_method(loss.method, mesh, config.global_batch_size, pair_bytes)
-    slices = f" in {config.mesh.slice} slices" if config.mesh.slice > 1 else ""
+    slices = f" in {mesh.shape[SLICE]} slices" if mesh.shape[SLICE] > 1 else ""
     way = f"{method.value} over {devices} devices{slices}, " if devices > 1 else ""
     tile = f"tiles of at most {DEFAULT_TILE if loss.tile is None else loss.tile}"
     cached = "" if config.microbatch_size is None else f", {config.microbatch_size} pairs encoded at a time"

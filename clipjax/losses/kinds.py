@@ -283,8 +283,9 @@ class Sigmoid:
 class Global(Softmax):
     """Softmax against the whole dataset, whose sum each sample estimates by a moving average over its batches.
 
-    With g the mean over the negatives j of exp(logit_ij - logit_ii), and u its average over the batches that the sample
-    was in, a pair's loss is log(epsilon + u) by row and by column, and its gradient that of g / (epsilon + u).
+    With g the sum over the negatives j of exp(logit_ij - logit_ii), divided by the batch without i, and u its average
+    over the batches that the sample was in, a pair's loss is log(epsilon + u) by row and by column, and its gradient
+    that of g / (epsilon + u). A pair without negatives teaches nothing, and leaves u as it is.
 
     Source:
         arXiv 2407.01445 (FastCLIP), the loss GCL without its factor 1 / logit_scale; arXiv 2202.12387 (SogCLR).
@@ -300,7 +301,7 @@ class Global(Softmax):
         for side, old in ((images, own.memory[:, 0]), (texts, own.memory[:, 1])):
             new = log_sum(side) - own.positive - size
             average = jnp.logaddexp(jnp.log1p(-own.gamma) + old, jnp.log(own.gamma) + new)
-            average = jnp.where(old == -jnp.inf, new, average)
+            average = jnp.where(old == -jnp.inf, new, jnp.where(new == -jnp.inf, old, average))
             value = jnp.logaddexp(small, average)
             loss = loss + value
             pull = pull + jnp.exp(new - value)

@@ -58,8 +58,8 @@ def make_memory_access(mesh: Mesh) -> MemoryAccess:
 
     def recall(memory: Float[Array, "c 2"], index: Int[Array, "r"]) -> Float[Array, "r 2"]:
         count, kept = index.shape[0], memory.shape[0]
-        rows = memory.at[own_place(gather(index), kept)].get(mode="fill", fill_value=0)
-        rows = jax.lax.psum(rows, axes)  # one device has it, the others add 0
+        rows = memory.at[own_place(gather(index), kept)].get(mode="fill", fill_value=-jnp.inf)
+        rows = jax.lax.pmax(rows, axes)  # one device has it
         return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(axes) * count, count)
 
     def remember(memory: Float[Array, "c 2"], index: Int[Array, "r"], rows: Float[Array, "r 2"]) -> Float[Array, "c 2"]:

@@ -11,20 +11,19 @@ Axes: n pairs of the global batch, r pairs of one device, e embed, t embed of a 
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from clipjax.config import LossMethod
 from clipjax.losses.kinds import Own
 from clipjax.losses.tiles import Gradients, Product, Scaling, Side, block_gradients, block_statistics
+from clipjax.losses.topology import Stages, choose_method, gather_stages
 from clipjax.sharding import SLICE, batch_axes, batch_devices
 from clipjax.typing import Metrics
 
@@ -116,7 +115,7 @@ class _Gathered:
     product: Product
     axes: tuple[str, ...]
     slices: int
-    stages: "Stages"
+    stages: Stages
 
     @property
     def inner(self) -> tuple[str, ...]:
@@ -247,37 +246,6 @@ class _Ring:
 
 Way = _Whole | _Gathered | _Ring
 
-Stages = tuple[tuple[str, list[list[int]] | None], ...]
-
-
-def gather_stages(mesh: Mesh) -> Stages:
-    """How to gather over the batch axes inside a slice: the last axis first, and on a torus side by side.
-
-    The TPU compiler makes a gather over a plane or a whole torus an all-reduce, which moves twice as much; along one
-    side of it, it stays a gather.
-    """
-    stages = []
-    for axis in reversed(batch_axes(mesh)):
-        size, line = mesh.shape[axis], _line(mesh, axis)
-        if axis == SLICE or size == 1:
-            continue
-        if line == size:
-            stages.append((axis, None))
-            continue
-        stages.append((axis, [[i + j for j in range(line)] for i in range(0, size, line)]))
-        stages.append((axis, [[i + j for i in range(0, size, line)] for j in range(line)]))
-    return tuple(stages)
-
-
-def _line(mesh: Mesh, axis: str) -> int:
-    """How many devices that follow each other on an axis lie on one side of a torus; all, where there is none."""
-    devices = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0).reshape(mesh.shape[axis], -1)[:, 0]
-    places = [getattr(device, "coords", (0,)) for device in devices]
-    count = 1
-    while count < len(places) and sum(len(set(along)) > 1 for along in zip(*places[: count + 1], strict=True)) <= 1:
-        count += 1
-    return count if len(places) % count == 0 and count > 1 else len(places)
-
 
 def own_positions(axes: tuple[str, ...], rows: int) -> Int[Array, "r"]:
     """Places of this device's pairs in the global batch."""
@@ -333,53 +301,11 @@ def _backward(way: Way, n: int, cotangent: Array, saved: Saved, scaling: Scaling
     return of_images.rows.astype(image.dtype), of_texts.astype(text.dtype), of_scale, of_bias
 
 
-RING_ROWS = 1024
-"""Pairs of one device from which `auto` takes the ring. It needs 8 r n e FLOPs where gathering needs 10, and no memory
-for the embeddings of the others, but moves them in as many messages as there are devices: below, these are too small
-to hide behind the products (a TPU compiler's estimate for 256 chips puts the two even between 128 and 1,024)."""
-
-GATHERED_SHARE = 0.1
-"""Of a device's memory: the most that `auto` spends on the embeddings of all others."""
-
-
-def _devices(mesh: Mesh | None) -> int:
-    return 1 if mesh is None else batch_devices(mesh)
-
-
-def choose_method(method: LossMethod, mesh: Mesh | None, global_batch_size: int, pair_bytes: int = 0) -> LossMethod:
-    """What `auto` comes to, by topology, size and memory.
-
-    Args:
-        method: what was asked for.
-        mesh: between several slices, `auto` gathers: only that keeps most of what moves inside each.
-        global_batch_size: from `RING_ROWS` pairs per device on, `auto` takes the ring.
-        pair_bytes: of an image's and a text's embedding; if all of them took more than `GATHERED_SHARE` of a device's
-            memory, `auto` takes the ring.
-    """
-    devices = _devices(mesh)
-    if method is not LossMethod.AUTO:
-        return method
-    if mesh is None or devices == 1 or mesh.shape.get(SLICE, 1) > 1:
-        return LossMethod.GATHERED
-    share = GATHERED_SHARE * _device_bytes(mesh)
-    many = global_batch_size // devices >= RING_ROWS or global_batch_size * pair_bytes > share
-    return LossMethod.RING if many else LossMethod.GATHERED
-
-
-def _device_bytes(mesh: Mesh) -> float:
-    """Memory of one device; infinite where that is not known: on a CPU, or when compiling for devices elsewhere."""
-    local = mesh.local_devices
-    try:
-        return ((local[0].memory_stats() or {}) if local else {}).get("bytes_limit", math.inf)
-    except jax.errors.JaxRuntimeError:
-        return math.inf
-
-
 def make_sharded_loss(
     product: Product, *, method: LossMethod, mesh: Mesh | None
 ) -> Callable[[Pairs, Scaling], tuple[Array, Metrics, Array | None]]:
     """A loss of global arrays, with a gradient of its own that recomputes what it needs; and the new memory."""
-    devices = _devices(mesh)
+    devices = 1 if mesh is None else batch_devices(mesh)
     axes = () if mesh is None else batch_axes(mesh)
     split, whole = PartitionSpec(axes), PartitionSpec()
     slices = 1 if mesh is None else mesh.shape.get(SLICE, 1)

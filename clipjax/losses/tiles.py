@@ -85,10 +85,12 @@ class Product:
             same = None if same is None else same & ~out
         elif same is not None:
             out, same = out | same, None
-        logits = self.dot(scaling.scale * rows.embed, columns.embed, (1, 1)) + scaling.bias
+        # Scaled afterwards: bfloat16 operands are those of the diagonal and of the other pass, whichever side is rows.
+        logits = scaling.scale * self.dot(rows.embed, columns.embed, (1, 1)) + scaling.bias
         teacher = None
         if rows.teacher is not None and columns.teacher is not None and scaling.teacher is not None:
-            teacher = jnp.where(out, -jnp.inf, self.dot(scaling.teacher * rows.teacher, columns.teacher, (1, 1)))
+            learned = scaling.teacher * self.dot(rows.teacher, columns.teacher, (1, 1))
+            teacher = jnp.where(out, -jnp.inf, learned)
         return Tile(jnp.where(out, -jnp.inf, logits), same, teacher)
 
     def _same(self, rows: Side, columns: Side) -> Bool[Array, "a b"] | None:
@@ -184,7 +186,6 @@ def block_gradients(
 
     def along_rows(total: Gradients, i: Array) -> tuple[Gradients, None]:
         row_tile, row = jax.tree.map(lambda x: x[i], (row_tiles, row_known))
-        scaled = scaling.scale * row_tile.embed
 
         def along_columns(carry: tuple[Any, ...], j: Array) -> tuple[tuple[Any, ...], None]:
             row_grad, column_grad, bias_grad = carry
@@ -192,7 +193,8 @@ def block_gradients(
             slope = weight * product.kind.slope(product.compute(row_tile, column_tile, scaling), row, column)
             row_grad += product.dot(slope, column_tile.embed, (1, 0))
             if column_grad is not None:
-                column_grad = column_grad.at[j].add(product.dot(slope, scaled, (0, 0)))
+                of_columns = product.dot(slope, row_tile.embed, (0, 0))
+                column_grad = column_grad.at[j].add(scaling.scale * of_columns)
             return (row_grad, column_grad, bias_grad + jnp.sum(slope, axis=1)), None
 
         nothing = jnp.zeros_like(row_tile.embed, jnp.float32)

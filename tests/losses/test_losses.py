@@ -21,8 +21,8 @@ from benchmarks.numerics.certificate import LOSSES, Case, errors, inputs, measur
 from benchmarks.numerics.reference import reference
 from clipjax.config import LossMethod, MeshConfig
 from clipjax.losses import Memory, Teacher, choose_method, make_loss, sigmoid_loss, softmax_loss
-from clipjax.losses.sharded import gather_stages
-from clipjax.sharding import AXES, batch_sharding, make_mesh
+from clipjax.losses.topology import MEMORY_GB, gather_stages
+from clipjax.sharding import AXES, batch_sharding, make_mesh, replicated
 
 TOLERANCE = 2e-6
 PLAIN = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
@@ -174,6 +174,13 @@ def test_edge_cases_are_finite_and_right(kind, shape):
         assert float(metrics["image_to_text_accuracy"]) == 0  # a tie is a miss
 
 
+@pytest.mark.parametrize("scale", [14.3, 100.0])
+def test_a_tie_is_a_miss_in_bfloat16_too(scale):
+    image, text = inputs(24)
+    _, _, metrics = evaluate(make_loss(dtype="bfloat16", tile=8), image, np.repeat(text[:1], 24, axis=0), scale)
+    assert float(metrics["image_to_text_accuracy"]) == 0
+
+
 def test_cotangent_scales_the_gradient():
     mesh = make_mesh(MeshConfig(), jax.devices())
     image, text = map(jnp.asarray, inputs(16))
@@ -234,7 +241,7 @@ def test_a_torus_is_gathered_side_by_side():
 
 
 def test_gathering_by_groups_gives_the_same(monkeypatch):
-    monkeypatch.setattr("clipjax.losses.sharded._line", lambda mesh, axis: 4 if axis == "data" else 1)
+    monkeypatch.setattr("clipjax.losses.topology._line", lambda mesh, axis: 4 if axis == "data" else 1)
     mesh = make_mesh(MeshConfig())
     assert max(measure(Case("softmax", "gathered", 7, "float32", (1, 8, 1, 1)), [14.3]).values()) < TOLERANCE
     found = [c for c in moved(mesh, 64, 32, method="gathered") if c.kind == "all-gather"]
@@ -301,12 +308,15 @@ def test_no_matrix_is_kept(method):
     assert temporaries(32_768) < 4.5 * temporaries(8_192)
 
 
-def test_auto_takes_the_ring_for_many_pairs_per_device():
+def test_auto_chooses_by_pairs_per_device_memory_and_slices(monkeypatch):
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     assert choose_method(LossMethod.AUTO, mesh, 8 * 1024 - 8) is LossMethod.GATHERED
     assert choose_method(LossMethod.AUTO, mesh, 8 * 1024) is LossMethod.RING
     assert choose_method(LossMethod.GATHERED, mesh, 1 << 20) is LossMethod.GATHERED
     assert choose_method(LossMethod.AUTO, None, 1 << 20) is LossMethod.GATHERED
+    monkeypatch.setitem(MEMORY_GB, "cpu", 0.001)  # a megabyte
+    assert choose_method(LossMethod.AUTO, mesh, 80, pair_bytes=1000) is LossMethod.GATHERED
+    assert choose_method(LossMethod.AUTO, mesh, 120, pair_bytes=1000) is LossMethod.RING
     assert choose_method(LossMethod.AUTO, make_mesh(MeshConfig(slice=2)), 1 << 20) is LossMethod.GATHERED
 
 
@@ -324,6 +334,11 @@ def test_what_is_unknown_is_refused(options):
         ({"kind": "global", "group_role": "positive"}, "group_role=positive needs"),
         ({"rho": 6.5}, "rho=6.5 .* need kind=global; kind=softmax would ignore them"),
         ({"kind": "sigmoid", "epsilon": 1e-3}, "need kind=global"),
+        ({"kind": "global", "rho": 6.5, "distill_weight": 1.0}, "rho=6.5 would divide"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be at least 0 and below 1"),
+        ({"tile": 0}, "tile=0 must be at least 1"),
+        ({"distill_weight": 0.0}, "distill_weight=0.0 must be greater than 0"),
+        ({"kind": "global", "epsilon": 0.0}, "epsilon=0.0 must lie between 0 and 1"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(options, text):
@@ -343,6 +358,8 @@ def test_what_a_loss_is_given_must_be_what_it_uses():
         make_loss(kind="global")(image, text, scale)
     with pytest.raises(ValueError, match="ignore teacher"):
         make_loss()(image, text, scale, teacher=teacher)
+    with pytest.raises(ValueError, match="ignore group"):
+        make_loss(label_smoothing=0.1)(image, text, scale, group=jnp.zeros(8, jnp.int32))
     with pytest.raises(ValueError, match="ignore memory"):
         make_loss()(image, text, scale, memory=memory)
 
@@ -370,6 +387,14 @@ def test_the_global_loss_of_one_whole_dataset_in_a_batch_is_the_softmax():
     for name in ("image", "text", "scale"):
         np.testing.assert_allclose(found_grads[name], grads[name], rtol=1e-4, atol=1e-7)
     assert metrics["memory"].shape == (24, 2)
+
+
+def test_a_pair_without_negatives_keeps_its_memory():
+    image, text = map(jnp.asarray, inputs(8))
+    memory = Memory(jnp.full((8, 2), -2.0), jnp.float32(0.2))
+    loss = make_loss(kind="global")
+    _, metrics = loss(image, text, jnp.float32(10), memory=memory, group=jnp.zeros(8, jnp.int32))
+    assert (metrics["memory"] == -2).all()
 
 
 def test_a_scale_of_100_overflows_no_memory():

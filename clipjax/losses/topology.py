@@ -1,0 +1,89 @@
+"""How the devices of a mesh share the similarity matrix, by their number, their memory and what joins them."""
+
+import math
+
+import numpy as np
+from jax.sharding import Mesh
+
+from clipjax.config import LossMethod
+from clipjax.sharding import SLICE, batch_axes, batch_devices
+
+RING_ROWS = 1024
+"""Pairs of one device from which `auto` takes the ring. It needs 8 r n e FLOPs where gathering needs 10, and no memory
+for the embeddings of the others, but moves them in as many messages as there are devices: below, these are too small
+to hide behind the products (a TPU compiler's estimate for 256 chips puts the two even between 128 and 1,024)."""
+
+GATHERED_SHARE = 0.1
+"""Of a device's memory: the most that `auto` spends on the embeddings of all others."""
+
+MEMORY_GB = {
+    "NVIDIA A100-SXM4-40GB": 40,
+    "NVIDIA A100-SXM4-80GB": 80,
+    "NVIDIA A100-PCIE-40GB": 40,
+    "NVIDIA A100 80GB PCIe": 80,
+    "NVIDIA H100 80GB HBM3": 80,
+    "NVIDIA H200": 141,
+    "TPU v2": 8,
+    "TPU v3": 16,
+    "TPU v4": 32,
+    "TPU v5 lite": 16,
+    "TPU v5e": 16,
+    "TPU v5": 95,
+    "TPU v5p": 95,
+    "TPU v6 lite": 32,
+    "TPU v6e": 32,
+}
+"""Of one device, by `jax.Device.device_kind`: what all processes agree on, and what is known when compiling for devices
+elsewhere."""
+
+
+def choose_method(method: LossMethod, mesh: Mesh | None, global_batch_size: int, pair_bytes: int = 0) -> LossMethod:
+    """What `auto` comes to, by topology, size and memory.
+
+    Args:
+        method: what was asked for.
+        mesh: between several slices, `auto` gathers: only that keeps most of what moves inside each.
+        global_batch_size: from `RING_ROWS` pairs per device on, `auto` takes the ring.
+        pair_bytes: of an image's and a text's embedding; if all of them took more than `GATHERED_SHARE` of a device's
+            memory, as far as that is known, `auto` takes the ring.
+    """
+    if method is not LossMethod.AUTO:
+        return method
+    devices = 1 if mesh is None else batch_devices(mesh)
+    if mesh is None or devices == 1 or mesh.shape.get(SLICE, 1) > 1:
+        return LossMethod.GATHERED
+    memory = 1e9 * MEMORY_GB.get(mesh.devices.flat[0].device_kind, math.inf)
+    many = global_batch_size // devices >= RING_ROWS or global_batch_size * pair_bytes > GATHERED_SHARE * memory
+    return LossMethod.RING if many else LossMethod.GATHERED
+
+
+Stages = tuple[tuple[str, list[list[int]] | None], ...]
+
+
+def gather_stages(mesh: Mesh) -> Stages:
+    """How to gather over the batch axes inside a slice: the last axis first, and on a torus side by side.
+
+    The TPU compiler makes a gather over a plane or a whole torus an all-reduce, which moves twice as much; along one
+    side of it, it stays a gather.
+    """
+    stages = []
+    for axis in reversed(batch_axes(mesh)):
+        size, line = mesh.shape[axis], _line(mesh, axis)
+        if axis == SLICE or size == 1:
+            continue
+        if line == size:
+            stages.append((axis, None))
+            continue
+        stages.append((axis, [[i + j for j in range(line)] for i in range(0, size, line)]))
+        stages.append((axis, [[i + j for i in range(0, size, line)] for j in range(line)]))
+    return tuple(stages)
+
+
+def _line(mesh: Mesh, axis: str) -> int:
+    """How many devices that follow each other on an axis lie on one side of a torus; all, where there is none."""
+    devices = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0).reshape(mesh.shape[axis], -1)[:, 0]
+    places = [getattr(device, "coords", (0,)) for device in devices]
+    count = 1
+    while count < len(places) and sum(len(set(along)) > 1 for along in zip(*places[: count + 1], strict=True)) <= 1:
+        count += 1
+    return count if len(places) % count == 0 and count > 1 else len(places)
