@@ -36,7 +36,7 @@ class Loss:
     """One loss: its kind, the options it is made with, and what it is given besides embeddings."""
 
     kind: str
-    positives: bool = False
+    groups: str | None = None
     teacher: bool = False
     rho: float | None = None
 
@@ -47,13 +47,13 @@ class Loss:
 
     def options(self) -> dict[str, Any]:
         """For `make_loss`."""
-        role = "positive" if self.positives else "ignored"
-        return {"kind": self.kind, "group_role": role, "rho": self.rho, "distill_weight": 0.7 if self.teacher else None}
+        weight = 0.7 if self.teacher else None
+        return {"kind": self.kind, "group_role": self.groups or "ignored", "rho": self.rho, "distill_weight": weight}
 
     def given(self) -> dict[str, Any]:
         """Groups, teacher, memory: arrays by the names that a batch has for them."""
         rng, given = np.random.default_rng(1), {}
-        if self.positives:
+        if self.groups:
             given["group"] = np.arange(PAIRS, dtype=np.int32) // 3 * (np.arange(PAIRS) % 5 > 0)
         if self.teacher:
             given["teacher"] = (*inputs(seed=2, embed=48), np.float32(20))
@@ -68,7 +68,7 @@ class Loss:
         given, options = self.given(), {}
         if self.kind == "global":
             options = {"log_mean": given["memory"][0].astype(np.float64), "gamma": GAMMA, "epsilon": 1e-14}
-        elif self.positives:
+        elif self.groups == "positive":
             options = {"positives": True}
         return reference(
             self.kind,
@@ -87,12 +87,20 @@ class Loss:
 LOSSES = {
     "softmax": Loss("softmax"),
     "sigmoid": Loss("sigmoid"),
-    "softmax, positives": Loss("softmax", positives=True),
-    "sigmoid, positives": Loss("sigmoid", positives=True),
+    "softmax, positives": Loss("softmax", groups="positive"),
+    "sigmoid, positives": Loss("sigmoid", groups="positive"),
     "softmax, distilled": Loss("softmax", teacher=True),
     "global": Loss("global"),
     "global, rho": Loss("global", rho=RHO),
 }
+
+COMBINED = {
+    "softmax, groups": Loss("softmax", groups="ignored"),
+    "sigmoid, distilled": Loss("sigmoid", teacher=True),
+    "positives, distilled": Loss("softmax", groups="positive", teacher=True),
+    "global, groups, distilled": Loss("global", groups="ignored", teacher=True),
+}
+"""Measured in the tests only."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ def measure(case: Case, scales: Sequence[float] = SCALES) -> dict[str, float]:
     slices, data, fsdp, tensor = case.mesh
     config = MeshConfig(slice=slices, data=data, fsdp=fsdp, tensor=tensor)
     mesh = sharding.make_mesh(config, jax.devices()[: slices * data * fsdp * tensor])
-    chosen, (image, text) = LOSSES[case.loss], inputs()
+    chosen, (image, text) = (LOSSES | COMBINED)[case.loss], inputs()
     loss = make_loss(method=case.method, tile=case.tile, dtype=case.dtype, mesh=mesh, **chosen.options())
 
     def encode(params: Any, batch: Any, key: Any) -> Any:

@@ -89,13 +89,17 @@ def global_(
     return loss, slope
 
 
-def distilled(logits: np.ndarray, teacher: np.ndarray) -> tuple[float, np.ndarray]:
-    """Cross-entropy of the student's rows and columns against the teacher's, and its derivative by each logit."""
+def distilled(logits: np.ndarray, teacher: np.ndarray, out: np.ndarray) -> tuple[float, np.ndarray]:
+    """Cross-entropy of the student's rows and columns against the teacher's, and its derivative by each logit.
+
+    `out`: pairs that do not count, bool [n, n].
+    """
     loss, slope = 0.0, np.zeros(logits.shape)
+    teacher, masked = np.where(out, -np.inf, teacher), np.where(out, -np.inf, logits)
     for axis in (0, 1):
         target = _shares(teacher, axis)
-        loss += np.mean(_log_sum(logits, axis) - (target * logits).sum(axis)) / 2
-        slope += (_shares(logits, axis) - target) / (2 * len(logits))
+        loss += np.mean(_log_sum(masked, axis) - (target * logits).sum(axis)) / 2
+        slope += (_shares(masked, axis) - target) / (2 * len(logits))
     return loss, slope
 
 
@@ -129,7 +133,7 @@ def reference(
     if teacher is not None:
         of_images, of_texts, teacher_scale = teacher
         learned = teacher_scale * (of_images.astype(np.float64) @ of_texts.astype(np.float64).T)
-        more, more_slope = distilled(logits, learned)
+        more, more_slope = distilled(logits, learned, same & (not options.get("positives", False)))
         loss, slope = loss + distill_weight * more, slope + distill_weight * more_slope
     by_scale, scale_size = (slope * similarity).sum(), float(np.abs(slope * similarity).sum())
     if rho is not None:

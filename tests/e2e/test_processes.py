@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -82,6 +83,28 @@ def test_two_processes_train_as_one_with_two_devices(tiny_config, finished, tmp_
         if name.startswith("num_"):
             assert results[0]["scenes/val"][name] == value
     assert find_checkpoint(finished)[1] == LAST_STEP
+
+
+def test_two_processes_share_a_memory_and_a_teacher(tiny_config, finished, tmp_path):
+    make_tar(tmp_path / "pairs.tar", corrupt=0)  # 64 pairs: each is remembered and recalled six times
+    options = (
+        f"--config.data.train={tmp_path}/pairs.tar",
+        "--config.loss.kind=global",
+        f"--config.loss.distill_from={finished}",
+    )
+    arguments = (*train_arguments(tiny_config, tmp_path / "two"), *options)
+    with two_processes(*arguments) as processes:
+        outputs(processes, expect=0)
+    first = losses(tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / str(LAST_STEP))
+    with two_processes(*arguments) as processes:
+        outputs(processes, expect=0)
+    assert losses(tmp_path / "two") == first  # the last three steps from a memory that was restored in halves
+    one = train_arguments(tiny_config, tmp_path / "one")
+    run(*one, *options, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    again = losses(tmp_path / "one")
+    assert again[1] == pytest.approx(first[1], rel=1e-5)
+    np.testing.assert_allclose(list(again.values()), list(first.values()), rtol=5e-3)  # Adam and roundings, as above
 
 
 @pytest.mark.parametrize("signalled", [(0, 1), (1,)], ids=["both", "second"])

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh
 
 from benchmarks.collectives import KINDS, Collective, collectives, compile_loss, total
-from benchmarks.numerics.certificate import LOSSES, Case, errors, inputs, measure, meshes
+from benchmarks.numerics.certificate import COMBINED, LOSSES, Case, errors, inputs, measure, meshes
 from benchmarks.numerics.reference import reference
 from clipjax.config import LossMethod, MeshConfig
 from clipjax.losses import Memory, Teacher, choose_method, make_loss, sigmoid_loss, softmax_loss
@@ -78,12 +78,13 @@ def test_tiles_of_any_size_agree_with_float64(kind, tile):
 
 
 def some_cases() -> list[Case]:
-    """Every loss by both methods, in tiles and with GradCache; over all of them, every mesh once."""
+    """Every loss by both methods, in tiles and with GradCache, and some together; over all of them, every mesh."""
     ways = itertools.product(LOSSES, (("gathered", 7, False), ("ring", None, True), ("gathered", None, True)))
     every = list(meshes())
+    more = itertools.product(COMBINED, (("gathered", None, True), ("ring", 7, False)))
     return [
-        Case(loss, method, tile, "float32", every[(3 * i) % len(every)], cached)
-        for i, (loss, (method, tile, cached)) in enumerate([*ways, *((loss, ("ring", 7, False)) for loss in LOSSES)])
+        Case(loss, method, tile, "float32", every[(7 * i) % len(every)], cached)
+        for i, (loss, (method, tile, cached)) in enumerate([*ways, *more])
     ]
 
 
