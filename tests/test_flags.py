@@ -64,7 +64,7 @@ def test_overrides_reach_their_fields(config_file):
         ("--config.sead=1", "config.sead: the config has no field 'sead'; did you mean 'seed'?"),
         ("--config.optim.learning_rate=fast", "--config.optim.learning_rate=fast: could not convert string to float"),
         ("--config.global_batch_size=1.5", "--config.global_batch_size=1.5"),
-        ("--config.loss.kind=hinge", "--config.loss.kind=hinge: value should be one of <softmax|sigmoid>"),
+        ("--config.loss.kind=hinge", "--config.loss.kind=hinge: value should be one of <softmax|sigmoid|global>"),
         ("--config.optim=3", "--config.optim=3"),
         ("--workdr=x", "unknown option --workdr; did you mean --workdir?"),
         ("stray", "argument 'stray' is not understood"),
