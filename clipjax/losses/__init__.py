@@ -2,8 +2,8 @@
 
 The value and its gradient are those of the mean over the global batch, whatever mesh, method or tile computes it.
 `contrastive` holds the plain references; `kinds` says what each kind of loss does with a logit, `tiles` walks through a
-block of the similarity matrix, `sharded` shares the matrix out among devices, `memory` keeps what `global` remembers of
-each sample.
+block of the similarity matrix, `ways` and `topology` share the matrix out among devices, `sharded` makes a
+differentiable function of it, `memory` keeps what `global` remembers of each sample.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -16,9 +16,10 @@ from jaxtyping import Float, Int
 from clipjax.config import Config, Dtype, GroupRole, LossConfig, LossKind, LossMethod
 from clipjax.losses.contrastive import sigmoid_loss, softmax_loss
 from clipjax.losses.kinds import Distilled, Global, Kind, Positives, Sigmoid, Softmax
-from clipjax.losses.sharded import Pairs, make_sharded_loss
+from clipjax.losses.sharded import make_sharded_loss
 from clipjax.losses.tiles import DEFAULT_TILE, Product, Scaling
 from clipjax.losses.topology import choose_method
+from clipjax.losses.ways import Pairs
 from clipjax.sharding import SLICE, batch_devices
 from clipjax.typing import Metrics
 
@@ -121,7 +122,7 @@ def make_loss(
         2004.11362, equation 2 (several positives); arXiv 2309.12314 (distillation).
 
     Cost:
-        Memory per device: linear in its rows and columns, and one tile; see `losses.sharded` for what moves.
+        Memory per device: linear in its rows and columns, and one tile; see `losses.ways` for what moves.
     """
     kind, method, dtype, group_role = LossKind(kind), LossMethod(method), Dtype(dtype), GroupRole(group_role)
     positives = group_role is GroupRole.POSITIVE

@@ -74,6 +74,11 @@ class Kind(Protocol):
         """Of one pair, before the mean over the batch."""
         ...
 
+    @property
+    def single_pass(self) -> bool:
+        """Whether slopes, and the pull of the diagonal, depend on no statistics: one pass gives loss and gradients."""
+        ...
+
     def empty(self, n: int) -> Any:
         """Statistics of nothing."""
         ...
@@ -120,11 +125,6 @@ def finite(peak: Array) -> Array:
     return jnp.where(jnp.isfinite(peak), peak, 0)
 
 
-def _spread(x: Array, axis: int) -> Array:
-    """Numbers of rows (`axis` 1) or columns (0), to stand beside a tile."""
-    return jnp.expand_dims(x, axis)
-
-
 def log_sum(sums: Sums) -> Float[Array, "*n"]:
     """Log-sum-exp; -inf where there was nothing."""
     return sums.peak + jnp.log(sums.total)
@@ -133,14 +133,14 @@ def log_sum(sums: Sums) -> Float[Array, "*n"]:
 class Softmax:
     """Cross-entropy along rows and along columns, half and half (arXiv 2103.00020, figure 3)."""
 
-    weight = 0.5
+    weight, single_pass = 0.5, False
 
     def empty(self, n: int) -> Sums:
         return Sums(jnp.full(n, -jnp.inf, jnp.float32), jnp.zeros(n, jnp.float32))
 
     def reduce(self, tile: Tile, axis: int) -> Sums:
         peak = jnp.max(tile.logits, axis=axis)
-        return Sums(peak, jnp.sum(jnp.exp(tile.logits - _spread(finite(peak), axis)), axis=axis))
+        return Sums(peak, jnp.sum(jnp.exp(tile.logits - jnp.expand_dims(finite(peak), axis)), axis=axis))
 
     def merge(self, left: Sums, right: Sums) -> Sums:
         peak = jnp.maximum(left.peak, right.peak)
@@ -185,7 +185,7 @@ class PositiveSums(NamedTuple):
 class Positives:
     """Softmax whose target is shared equally by all positives of a row or column (arXiv 2004.11362, equation 2)."""
 
-    weight = 0.5
+    weight, single_pass = 0.5, False
 
     def __init__(self) -> None:
         self._softmax = Softmax()
@@ -245,7 +245,7 @@ class Sigmoid:
         arXiv 2303.15343, equation 1.
     """
 
-    weight = 1.0
+    weight, single_pass = 1.0, True
 
     def empty(self, n: int) -> Sums:
         return Softmax().empty(n)
@@ -268,11 +268,10 @@ class Sigmoid:
 
     def finish(self, images: Sums, texts: Sums, own: Own) -> Outcome:
         del texts  # the same logits once more
-        unused = jnp.zeros_like(own.positive)
         pull = jax.nn.sigmoid(-own.positive)
-        return Outcome(jax.nn.softplus(-own.positive) + images.total, (unused, unused), pull)
+        return Outcome(jax.nn.softplus(-own.positive) + images.total, (None, None), pull)
 
-    def slope(self, tile: Tile, rows: Float[Array, "a"], columns: Float[Array, "b"]) -> Float[Array, "a b"]:
+    def slope(self, tile: Tile, rows: None, columns: None) -> Float[Array, "a b"]:
         del rows, columns
         if tile.same is None:
             return jax.nn.sigmoid(tile.logits)
@@ -338,6 +337,8 @@ class Distilled:
     share: float
     """Weight of the teacher's part; the base counts in full."""
 
+    single_pass = False
+
     @property
     def weight(self) -> float:
         return self.base.weight
@@ -348,7 +349,7 @@ class Distilled:
     def reduce(self, tile: Tile, axis: int) -> Taught:
         assert tile.teacher is not None
         teacher = Softmax().reduce(Tile(tile.teacher), axis)
-        shares = jnp.exp(tile.teacher - _spread(finite(teacher.peak), axis))
+        shares = jnp.exp(tile.teacher - jnp.expand_dims(finite(teacher.peak), axis))
         cross = jnp.sum(shares * jnp.where(jnp.isfinite(tile.logits), tile.logits, 0), axis=axis)
         return Taught(self.base.reduce(tile, axis), Softmax().reduce(tile, axis), teacher, cross)
 

@@ -179,34 +179,67 @@ def block_gradients(
     Cost:
         4 r c e FLOPs, and 2 more with the columns' gradient; memory linear in r and c, and one tile.
     """
-    tile, (rows, columns) = product.tile, sides
+    return _walk(product, sides, known, scaling, weight, so_far, reduces=False)[0]
+
+
+def block_statistics_and_gradients(
+    product: Product, sides: tuple[Side, Side], scaling: Scaling, *, weight: Float[Array, ""], so_far: Gradients
+) -> tuple[Any, Any, Gradients]:
+    """What `block_statistics` and `block_gradients` give, from one product: for a kind of loss of a single pass."""
+    assert product.kind.single_pass
+    found, of_rows, of_columns = _walk(product, sides, (None, None), scaling, weight, so_far, reduces=True)
+    return of_rows, of_columns, found
+
+
+def _walk(
+    product: Product,
+    sides: tuple[Side, Side],
+    known: tuple[Any, Any],
+    scaling: Scaling,
+    weight: Float[Array, ""],
+    so_far: Gradients,
+    *,
+    reduces: bool,
+) -> tuple[Gradients, Any, Any]:
+    """Gradients of a block added to those so far, and where asked for statistics of its rows and columns."""
+    tile, kind, (rows, columns) = product.tile, product.kind, sides
     row_tiles, column_tiles = split(rows, tile), split(columns, tile)
     row_known, column_known = split(known[0], tile), split(known[1], tile)
-    count = column_tiles.position.shape[0]
+    count, size = column_tiles.position.shape
 
-    def along_rows(total: Gradients, i: Array) -> tuple[Gradients, None]:
+    def along_rows(carry: tuple[Gradients, Any], i: Array) -> tuple[tuple[Gradients, Any], Any]:
+        total, of_columns = carry
         row_tile, row = jax.tree.map(lambda x: x[i], (row_tiles, row_known))
 
-        def along_columns(carry: tuple[Any, ...], j: Array) -> tuple[tuple[Any, ...], None]:
-            row_grad, column_grad, bias_grad = carry
+        def along_columns(carry: tuple[Any, ...], j: Array) -> tuple[tuple[Any, ...], Any]:
+            row_grad, column_grad, bias_grad, of_rows = carry
             column_tile, column = jax.tree.map(lambda x: x[j], (column_tiles, column_known))
-            slope = weight * product.kind.slope(product.compute(row_tile, column_tile, scaling), row, column)
+            computed = product.compute(row_tile, column_tile, scaling)
+            slope = weight * kind.slope(computed, row, column)
             row_grad += product.dot(slope, column_tile.embed, (1, 0))
             if column_grad is not None:
-                of_columns = product.dot(slope, row_tile.embed, (0, 0))
-                column_grad = column_grad.at[j].add(scaling.scale * of_columns)
-            return (row_grad, column_grad, bias_grad + jnp.sum(slope, axis=1)), None
+                of_column = product.dot(slope, row_tile.embed, (0, 0))
+                column_grad = column_grad.at[j].add(scaling.scale * of_column)
+            bias_grad += jnp.sum(slope, axis=1)
+            if reduces:
+                of_rows = kind.merge(of_rows, kind.reduce(computed, axis=1))
+            return (row_grad, column_grad, bias_grad, of_rows), kind.reduce(computed, axis=0) if reduces else None
 
-        nothing = jnp.zeros_like(row_tile.embed, jnp.float32)
-        start = (nothing, total.columns, jnp.zeros(nothing.shape[0], jnp.float32))
-        (row_grad, column_grad, bias_grad), _ = jax.lax.scan(along_columns, start, jnp.arange(count))
-        return Gradients(
+        nothing, length = jnp.zeros_like(row_tile.embed, jnp.float32), row_tile.position.shape[0]
+        start = (nothing, total.columns, jnp.zeros(length, jnp.float32), kind.empty(length) if reduces else None)
+        (row_grad, column_grad, bias_grad, of_rows), parts = jax.lax.scan(along_columns, start, jnp.arange(count))
+        total = Gradients(
             total.rows.at[i].add(scaling.scale * row_grad),
             column_grad,
             total.scale.at[i].add(jnp.sum(row_grad * row_tile.embed, axis=1)),
             total.bias.at[i].add(bias_grad),
-        ), None
+        )
+        return (total, kind.merge(of_columns, parts) if reduces else None), of_rows
 
-    total, _ = jax.lax.scan(along_rows, split(so_far, tile), jnp.arange(row_tiles.position.shape[0]))
-    of_columns = join(total.columns, columns.position.shape[0])
-    return join(total._replace(columns=None), rows.position.shape[0])._replace(columns=of_columns)
+    empty = jax.tree.map(lambda x: x.reshape(count, size), kind.empty(count * size)) if reduces else None
+    (total, of_columns), of_rows = jax.lax.scan(
+        along_rows, (split(so_far, tile), empty), jnp.arange(row_tiles.position.shape[0])
+    )
+    columns_grad, of_columns = join((total.columns, of_columns), columns.position.shape[0])
+    total, of_rows = join((total._replace(columns=None), of_rows), rows.position.shape[0])
+    return total._replace(columns=columns_grad), of_rows, of_columns
