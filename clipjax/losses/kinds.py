@@ -251,11 +251,10 @@ class Sigmoid:
         return Softmax().empty(n)
 
     def reduce(self, tile: Tile, axis: int) -> Sums:
-        if tile.same is None:
-            return Sums(jnp.max(tile.logits, axis=axis), jnp.sum(jax.nn.softplus(tile.logits), axis=axis))
-        negatives = jnp.where(tile.same, -jnp.inf, tile.logits)
-        signed = jnp.where(tile.same, -tile.logits, tile.logits)
-        return Sums(jnp.max(negatives, axis=axis), jnp.sum(jax.nn.softplus(signed), axis=axis))
+        negatives = tile.logits if tile.same is None else jnp.where(tile.same, -jnp.inf, tile.logits)
+        signed = _signed(tile)
+        softplus = jnp.maximum(signed, 0) + jnp.log1p(jnp.exp(-jnp.abs(signed)))
+        return Sums(jnp.max(negatives, axis=axis), jnp.sum(softplus, axis=axis))
 
     def merge(self, left: Sums, right: Sums) -> Sums:
         return Sums(jnp.maximum(left.peak, right.peak), left.total + right.total)
@@ -273,9 +272,15 @@ class Sigmoid:
 
     def slope(self, tile: Tile, rows: None, columns: None) -> Float[Array, "a b"]:
         del rows, columns
-        if tile.same is None:
-            return jax.nn.sigmoid(tile.logits)
-        return jnp.where(tile.same, -jax.nn.sigmoid(-tile.logits), jax.nn.sigmoid(tile.logits))
+        signed = _signed(tile)
+        falling = jnp.exp(-jnp.abs(signed))  # also in `reduce`, so that it is computed once
+        slope = jnp.where(signed >= 0, 1, falling) / (1 + falling)
+        return slope if tile.same is None else jnp.where(tile.same, -slope, slope)
+
+
+def _signed(tile: Tile) -> Array:
+    """Logits of negatives, and minus those of positives: what a sigmoid pushes down."""
+    return tile.logits if tile.same is None else jnp.where(tile.same, -tile.logits, tile.logits)
 
 
 @dataclass(frozen=True)
