@@ -29,6 +29,7 @@ setup(
         "absl-py>=2.1",
         "array-record>=0.8.1",
         "braceexpand>=0.1.7",
+        "einops>=0.8",
         "flax>=0.12.6,<0.13",
         "ftfy>=6.3",
         "grain>=0.2.15,<0.3",

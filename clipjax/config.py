@@ -5,23 +5,52 @@ Time is given in examples (image-text pairs); the code turns it into steps (comp
 `steps`. This module imports neither JAX nor anything heavy, because every config file imports it.
 """
 
-import dataclasses
 import enum
 import math
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Activation(enum.Enum):
-    """Non-linearity of the MLP blocks. OpenAI's weights use `quick_gelu` (x * sigmoid(1.702 x)), most others `gelu`."""
+    """Non-linearity of the MLPs: OpenAI's `quick_gelu` (x * sigmoid(1.702 x)), `gelu`, or its tanh form (SigLIP)."""
 
     QUICK_GELU = "quick_gelu"
     GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+
+
+class ImagePool(enum.Enum):
+    """One vector out of an image's tokens: the class token, the mean of the patches, or attention (SigLIP's MAP)."""
+
+    CLASS = "class"
+    AVERAGE = "average"
+    ATTENTION = "attention"
+
+
+class TextPool(enum.Enum):
+    """One vector out of a text's tokens: the end-of-text token, the last place, or attention (SigLIP's MAP)."""
+
+    END = "end"
+    LAST = "last"
+    ATTENTION = "attention"
+
+
+class Positions(enum.Enum):
+    """Positions of patches: a learned table, or fixed sines and cosines of row and column."""
+
+    LEARNED = "learned"
+    SINCOS = "sincos"
+
+
+class Projection(enum.Enum):
+    """From a tower's width to the embedding: none (they are equal), a matrix, or a matrix and a bias."""
+
+    NONE = "none"
+    LINEAR = "linear"
+    AFFINE = "affine"
 
 
 class Remat(enum.Enum):
@@ -94,8 +123,10 @@ class TaskKind(enum.Enum):
 
 
 @dataclass(kw_only=True, slots=True)
-class ImageTowerConfig:
-    """Vision transformer. Lengths in pixels; `mlp_dim` None means 4 * width."""
+class ViTConfig:
+    """Vision transformer. Lengths in pixels; `mlp_dim` None means 4 * width. The defaults are OpenAI's CLIP."""
+
+    KIND: ClassVar[str] = "vit"
 
     image_size: int = 224
     patch_size: int = 32
@@ -103,11 +134,36 @@ class ImageTowerConfig:
     depth: int = 12
     num_heads: int = 12
     mlp_dim: int | None = None
+    activation: Activation = Activation.QUICK_GELU
+    layer_norm_epsilon: float = 1e-5
+    pool: ImagePool = ImagePool.CLASS
+    class_token: bool = True
+    num_registers: int = 0  # learned tokens without meaning (arXiv 2309.16588)
+    positions: Positions = Positions.LEARNED
+    patch_bias: bool = False
+    crop_to_patches: bool = False  # leave out pixels at the right and below that fill no patch (SigLIP So400m/14@384)
+    ln_pre: bool = True  # LayerNorm before the blocks
+    projection: Projection = Projection.LINEAR
+    patch_dropout: float = 0.0  # share of patches left out in training (FLIP, arXiv 2212.00794)
 
 
 @dataclass(kw_only=True, slots=True)
-class TextTowerConfig:
-    """Causal text transformer. `vocab_size` is at least the tokenizer's, whose last id is end-of-text."""
+class ResNetConfig:
+    """The paper's modified ResNet with attention pooling; `layers` are the blocks of its four stages."""
+
+    KIND: ClassVar[str] = "resnet"
+
+    image_size: int = 224
+    layers: tuple[int, ...] = (3, 4, 6, 3)
+    width: int = 64  # channels of the first stage; the last has 32 times as many
+    num_heads: int = 32  # of the attention pooling
+
+
+@dataclass(kw_only=True, slots=True)
+class TextTransformerConfig:
+    """Text transformer. `vocab_size` is at least the tokenizer's. The defaults are OpenAI's CLIP."""
+
+    KIND: ClassVar[str] = "transformer"
 
     context_length: int = 77
     vocab_size: int = 49408
@@ -115,6 +171,22 @@ class TextTowerConfig:
     depth: int = 12
     num_heads: int = 8
     mlp_dim: int | None = None
+    activation: Activation = Activation.QUICK_GELU
+    layer_norm_epsilon: float = 1e-5
+    causal: bool = True
+    pool: TextPool = TextPool.END
+    projection: Projection = Projection.LINEAR
+
+
+@dataclass(kw_only=True, slots=True)
+class CbowConfig:
+    """The paper's bag of words: the mean of the tokens' embeddings, projected."""
+
+    KIND: ClassVar[str] = "cbow"
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,9 +194,8 @@ class ModelConfig:
     """Two towers, their common embedding and how they are computed."""
 
     embed_dim: int = 512
-    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
-    text: TextTowerConfig = field(default_factory=TextTowerConfig)
-    activation: Activation = Activation.QUICK_GELU
+    image: ViTConfig | ResNetConfig = field(default_factory=ViTConfig)
+    text: TextTransformerConfig | CbowConfig = field(default_factory=TextTransformerConfig)
     compute_dtype: Dtype = Dtype.BFLOAT16  # of activations; parameters, sums and the loss are float32 always
     matmul_dtype: Dtype | None = None  # of what enters a product with a parameter; None: compute_dtype
     init_logit_bias: float | None = None  # a learned bias of the logits, for the sigmoid loss; None: no bias
@@ -259,6 +330,7 @@ class Config:
     global_batch_size: int = 256
     microbatch_size: int | None = None  # pairs encoded at a time (GradCache), over all devices; None: the whole batch
     init_from: str | None = None  # a clipjax checkpoint whose parameters start this run
+    init_match: tuple[str, ...] = ()  # regular expressions of the parameters to take from it, ("image/.*",); (): all
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -299,51 +371,3 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int, num_slices: int = 1) -> tup
             f"{shown} make {known} devices, but there are {num_devices}; set one axis to -1 to let it fill up"
         )
     return sizes[0], sizes[1], sizes[2], sizes[3]
-
-
-def to_dict(config: Any) -> Any:
-    """Plain JSON values: dataclasses as dicts, enums by value, tuples as lists."""
-    if dataclasses.is_dataclass(config):
-        return {item.name: to_dict(getattr(config, item.name)) for item in dataclasses.fields(config)}
-    if isinstance(config, dict):
-        return {key: to_dict(value) for key, value in config.items()}
-    if isinstance(config, enum.Enum):
-        return config.value
-    if isinstance(config, list | tuple):
-        return [to_dict(value) for value in config]
-    return config
-
-
-def from_dict(values: Any) -> Config:
-    """The config that `to_dict` wrote, from untrusted JSON.
-
-    Raises:
-        ValueError: an unknown field, or a value of the wrong type.
-    """
-    return _parse(Config, values, "config")
-
-
-def _parse(kind: Any, value: Any, path: str) -> Any:
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        if not isinstance(value, dict) or not set(value) <= set(hints):
-            unknown = sorted(set(value) - set(hints)) if isinstance(value, dict) else value
-            raise ValueError(f"{path}: unknown {unknown!r}; known fields: {', '.join(hints)}")
-        return kind(**{name: _parse(hints[name], item, f"{path}.{name}") for name, item in value.items()})
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        choices = [member.value for member in kind]
-        if value not in choices:
-            raise ValueError(f"{path}={value!r} must be one of {', '.join(choices)}")
-        return kind(value)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is dict and isinstance(value, dict):
-        return {str(key): _parse(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_parse(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is types.UnionType:
-        return None if value is None else _parse(arguments[0], value, path)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(kind, type) or type(value) is not kind:
-        raise ValueError(f"{path}={value!r} must be of type {getattr(kind, '__name__', kind)}")
-    return value

@@ -22,7 +22,7 @@ from clipjax.config import Config, MeshConfig
 from clipjax.data.images import resize_center_crop
 from clipjax.data.tokenizer import Tokenizer, tokenize
 from clipjax.evals.zero_shot import zero_shot_classifier
-from clipjax.models.clip import abstract_params, build_clip, normalise_pixels
+from clipjax.models.clip import abstract_model, build_clip, normalise_pixels
 from clipjax.typing import Params
 
 
@@ -143,5 +143,5 @@ def load(path: str | pathlib.Path) -> Model:
 
 def load_params(saved: SavedCheckpoint, mesh: Mesh) -> Params:
     """The parameters to evaluate, on any mesh."""
-    abstract = abstract_params(saved.config.model)
+    abstract = abstract_model(saved.config.model)
     return saved.params(sharding.placed(abstract, sharding.state_shardings(mesh, abstract)))

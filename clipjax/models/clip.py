@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from clipjax.config import DataConfig, ModelConfig
-from clipjax.models.text import TextTower
-from clipjax.models.transformer import Dtypes
-from clipjax.models.vit import ImageTower
-from clipjax.typing import Batch, Key, Params
+from clipjax.config import CbowConfig, DataConfig, ModelConfig, ResNetConfig, TextTransformerConfig, ViTConfig
+from clipjax.models.resnet import ModifiedResNet
+from clipjax.models.text import Cbow, TextTransformer
+from clipjax.models.transformer import Numerics
+from clipjax.models.vit import VisionTransformer
+from clipjax.trees import map_with_name
+from clipjax.typing import Batch, Encoded, Key, Params
 
 
 @dataclass(frozen=True)
@@ -26,27 +28,53 @@ class Clip:
 
     Attributes:
         init: key -> params, all float32.
-        encode_image: params, normalised pixels [b, h, w, 3] -> unit-norm float32 [b, e].
+        init_batch_stats: the running statistics to start with; empty for models without BatchNorm.
+        encode_image: params, normalised pixels [b, h, w, 3] -> unit-norm float32 [b, e]. For evaluation: BatchNorm uses
+            `params["batch_stats"]`, and every patch is looked at.
         encode_text: params, tokens [b, l] -> unit-norm float32 [b, e].
+        train_image: params, batch statistics, pixels, key -> unit-norm float32 [b, e] and the statistics afterwards.
     """
 
     init: Callable[[Key], Params]
+    init_batch_stats: Callable[[], Params]
     encode_image: Callable[[Params, Float[Array, "b h w c"]], Float[Array, "b e"]]
     encode_text: Callable[[Params, Int[Array, "b l"]], Float[Array, "b e"]]
+    train_image: Callable[[Params, Params, Float[Array, "b h w c"], Key], tuple[Float[Array, "b e"], Params]]
+
+
+def _towers(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+    """The image tower and the text tower."""
+    activations: Any = jnp.dtype(config.compute_dtype.value)
+    operands = activations if config.matmul_dtype is None else jnp.dtype(config.matmul_dtype.value)
+
+    def numerics(tower: Any) -> Numerics:
+        return Numerics(activations, operands, getattr(tower, "layer_norm_epsilon", 1e-5))
+
+    image: nn.Module
+    match config.image:
+        case ViTConfig():
+            image = VisionTransformer(config.image, config, numerics(config.image))
+        case ResNetConfig():
+            image = ModifiedResNet(config.image, config, numerics(config.image))
+    text: nn.Module
+    match config.text:
+        case TextTransformerConfig():
+            text = TextTransformer(config.text, config, numerics(config.text))
+        case CbowConfig():
+            text = Cbow(config.text, config, numerics(config.text))
+    return image, text
 
 
 def build_clip(config: ModelConfig) -> Clip:
     """The model that a config describes."""
-    activations: Any = jnp.dtype(config.compute_dtype.value)
-    dtypes = Dtypes(activations, activations if config.matmul_dtype is None else jnp.dtype(config.matmul_dtype.value))
-    image_tower: nn.Module = ImageTower(config, dtypes)
-    text_tower: nn.Module = TextTower(config, dtypes)
+    image_tower, text_tower = _towers(config)
+    pixels = jax.ShapeDtypeStruct((1, config.image.image_size, config.image.image_size, 3), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
 
     def init(key: Key) -> Params:
         image_key, text_key = jax.random.split(key)
-        size = config.image.image_size
-        image = image_tower.init(image_key, jnp.zeros((1, size, size, 3), jnp.float32))
-        text = text_tower.init(text_key, jnp.zeros((1, config.text.context_length), jnp.int32))
+        image = image_tower.init(image_key, jnp.zeros(pixels.shape, pixels.dtype))
+        text = text_tower.init(text_key, jnp.zeros(tokens.shape, tokens.dtype))
         params = {
             "image": dict(image["params"]),
             "text": dict(text["params"]),
@@ -56,19 +84,40 @@ def build_clip(config: ModelConfig) -> Clip:
             params["logit_bias"] = jnp.asarray(config.init_logit_bias, jnp.float32)
         return params
 
+    def init_batch_stats() -> Params:
+        shapes = jax.eval_shape(lambda: image_tower.init(jax.random.key(0), jnp.zeros(pixels.shape, pixels.dtype)))
+        ones = lambda name: float(name.endswith("variance"))  # noqa: E731
+        return map_with_name(lambda name, x: jnp.full(x.shape, ones(name), x.dtype), shapes.get("batch_stats", {}))
+
     def encode_image(params: Params, pixels: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
-        return unit_norm(image_tower.apply({"params": params["image"]}, pixels))  # type: ignore[arg-type]
+        variables = {"params": params["image"], "batch_stats": params.get("batch_stats", {})}
+        return unit_norm(image_tower.apply(variables, pixels))  # type: ignore[arg-type]
 
     def encode_text(params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
         return unit_norm(text_tower.apply({"params": params["text"]}, tokens))  # type: ignore[arg-type]
 
-    return Clip(init, encode_image, encode_text)
+    def train_image(
+        params: Params, batch_stats: Params, pixels: Float[Array, "b h w c"], key: Key
+    ) -> tuple[Float[Array, "b e"], Params]:
+        variables = {"params": params["image"], "batch_stats": batch_stats}
+        rngs, mutable = {"patch_dropout": key}, ["batch_stats"]
+        changed: dict[str, Any]
+        x, changed = image_tower.apply(variables, pixels, train=True, rngs=rngs, mutable=mutable)  # type: ignore[misc]
+        return unit_norm(x), changed.get("batch_stats") or {}
+
+    return Clip(init, init_batch_stats, encode_image, encode_text, train_image)
 
 
 def abstract_params(config: ModelConfig) -> Params:
     """Shapes and dtypes of a model's parameters; nothing is allocated, no device is touched."""
     clip = build_clip(config)
     return jax.eval_shape(lambda: clip.init(jax.random.key(0)))
+
+
+def abstract_model(config: ModelConfig) -> Params:
+    """`abstract_params`, and `batch_stats` among them where there are any: what evaluation needs."""
+    batch_stats = jax.eval_shape(build_clip(config).init_batch_stats)
+    return {**abstract_params(config), **({"batch_stats": batch_stats} if batch_stats else {})}
 
 
 def unit_norm(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
@@ -84,15 +133,27 @@ def normalise_pixels(image: UInt8[Array, "b h w c"], data: DataConfig) -> Float[
     return (image.astype(jnp.float32) / 255 - mean) / std
 
 
-def make_encode(
-    clip: Clip, data: DataConfig
-) -> Callable[[Params, Batch, Key], tuple[Array, Array, Array, Array | None]]:
-    """`encode(params, batch, key) -> (image_embed, text_embed, logit_scale, logit_bias)`, what a loss takes."""
+def make_encode(clip: Clip, data: DataConfig) -> Callable[[Params, Batch, Key], Encoded]:
+    """`encode(params, batch, key)` as training sees a batch: what a loss takes, and running statistics afterwards."""
 
-    def encode(params: Params, batch: Batch, key: Key) -> tuple[Array, Array, Array, Array | None]:
-        del key  # no tower draws random numbers yet
+    def encode(params: Params, batch: Batch, key: Key) -> Encoded:
+        pixels = normalise_pixels(batch["image"], data)
+        image_embed, batch_stats = clip.train_image(params, batch.get("batch_stats", {}), pixels, key)
+        text_embed = clip.encode_text(params, batch["tokens"])
+        return Encoded(
+            image_embed, text_embed, jnp.exp(params["log_logit_scale"]), params.get("logit_bias"), batch_stats
+        )
+
+    return encode
+
+
+def make_frozen_encode(clip: Clip, data: DataConfig) -> Callable[[Params, Batch, Key], Encoded]:
+    """`encode(params, batch, key)` as evaluation sees a batch: a teacher's."""
+
+    def encode(params: Params, batch: Batch, key: Key) -> Encoded:
+        del key
         image_embed = clip.encode_image(params, normalise_pixels(batch["image"], data))
         text_embed = clip.encode_text(params, batch["tokens"])
-        return image_embed, text_embed, jnp.exp(params["log_logit_scale"]), params.get("logit_bias")
+        return Encoded(image_embed, text_embed, jnp.exp(params["log_logit_scale"]), params.get("logit_bias"))
 
     return encode

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.config import Config, Crop, DataConfig, ImageTowerConfig, ModelConfig
+from clipjax.config import Config, Crop, DataConfig, ModelConfig, ViTConfig
 from clipjax.data.pipeline import BadSampleLimit, TooManyBadSamples, TrainStream, eval_batches
 from clipjax.data.sources import REASONS, ArraySource, BadSample, Sample
 from clipjax.data.webdataset import TarSource
@@ -28,7 +28,7 @@ def tokenize(text: str, length: int = 6) -> np.ndarray:
 
 
 def make_config(batch: int = 8, *, seed: int = 0, crop: Crop = Crop.RANDOM_RESIZED, **data) -> Config:
-    model = ModelConfig(image=ImageTowerConfig(image_size=SIZE))
+    model = ModelConfig(image=ViTConfig(image_size=SIZE))
     return Config(
         seed=seed,
         global_batch_size=batch,
