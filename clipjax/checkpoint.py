@@ -193,8 +193,8 @@ def make_records(config: Config, tokenizer: Tokenizer, data_position: Mapping[st
         "tokenizer": pack_tokenizer(tokenizer),
         "preprocessing": {
             "image_size": config.model.image.image_size,
-            "resize": "shorter side, bicubic, antialiased",
-            "crop": "center",
+            "resize": config.data.resize.value,
+            "interpolation": f"{config.data.interpolation.value}, antialiased",
             "mean": list(config.data.mean),
             "std": list(config.data.std),
         },

@@ -114,6 +114,20 @@ class Crop(enum.Enum):
     CENTER = "center"
 
 
+class Resize(enum.Enum):
+    """How evaluation makes a picture square: the `shorter_side` fits and the centre is cut out, or both sides fit."""
+
+    SHORTER_SIDE = "shorter_side"
+    SQUASH = "squash"
+
+
+class Interpolation(enum.Enum):
+    """Filter of resizing; always antialiased."""
+
+    BICUBIC = "bicubic"
+    BILINEAR = "bilinear"
+
+
 class TaskKind(enum.Enum):
     """What an evaluation task measures."""
 
@@ -264,6 +278,8 @@ class DataConfig:
     tokenizer: str = "bytes"
     crop: Crop = Crop.RANDOM_RESIZED
     min_crop_area: float = 0.9  # share of the image's area
+    resize: Resize = Resize.SHORTER_SIDE  # in evaluation, and in training with crop=center
+    interpolation: Interpolation = Interpolation.BICUBIC
     mean: tuple[float, float, float] = CLIP_MEAN  # of pixels in 0..1, subtracted on the device
     std: tuple[float, float, float] = CLIP_STD
     num_workers: int = 0  # worker processes per training process; 0 decodes in threads of the training process

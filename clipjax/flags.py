@@ -87,6 +87,21 @@ def parse(program: str, argv: Sequence[str], *, options: Mapping[str, str], conf
     return Arguments(parsed, {name: values[name].value for name in options})
 
 
+def parse_options(program: str, argv: Sequence[str], *, options: Mapping[str, str]) -> dict[str, str | None]:
+    """Parse `--OPTION=VALUE` alone; None where one is not given.
+
+    Raises:
+        ValueError: anything that cannot be understood.
+    """
+    values = flags.FlagValues()
+    for name, text in options.items():
+        flags.DEFINE_string(name, None, text, flag_values=values)
+    rest = _read(values, [program, *argv])
+    if len(rest) > 1:
+        raise ValueError(f"argument {rest[1]!r} is not understood; options look like --name=value")
+    return {name: values[name].value for name in options}
+
+
 def _check_loaded(parsed: Any) -> None:
     """ml_collections hands a stand-in for a file that it could not read; any look at its fields raises why."""
     try:
@@ -103,7 +118,8 @@ def _read(values: flags.FlagValues, argv: list[str]) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         known = [name for name in values if name != "config" and "." not in name]
         close = difflib.get_close_matches(error.flagname, [*known, "config"], n=1)
-        hint = f"did you mean --{close[0]}?" if close else f"options are --config and {', '.join(known)}"
+        config = "--config and " if "config" in values else ""
+        hint = f"did you mean --{close[0]}?" if close else f"options are {config}{', '.join(known)}"
         raise ValueError(f"unknown option --{error.flagname}; {hint}") from error
     except flags.Error as error:
         raise ValueError(str(error).removeprefix("flag ")) from error

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from clipjax import sharding
 from clipjax.checkpoint import SavedCheckpoint
 from clipjax.config import Config, MeshConfig
-from clipjax.data.images import resize_center_crop
+from clipjax.data.images import make_view
 from clipjax.data.tokenizer import Tokenizer, tokenize
 from clipjax.evals.zero_shot import zero_shot_classifier
 from clipjax.models.clip import abstract_model, build_clip, normalise_pixels
@@ -40,7 +40,7 @@ class Model:
         clip = build_clip(config.model)
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.logit_scale = float(np.exp(params["log_logit_scale"]))
-        self._batch_size = batch_size
+        self._batch_size, self._view = batch_size, make_view(config)
         self._encode_image, self._encode_text = jax.jit(clip.encode_image), jax.jit(clip.encode_text)
         self._encode_picture = jax.jit(
             lambda params, image: clip.encode_image(params, normalise_pixels(image, config.data))
@@ -55,8 +55,7 @@ class Model:
         Raises:
             ValueError: an array that is not uint8, or not of such a shape.
         """
-        size = self.config.model.image.image_size
-        pixels = [resize_center_crop(picture, size) for picture in _pictures(images)]
+        pixels = [self._view(picture) for picture in _pictures(images)]
         if not pixels:
             return np.zeros((0, self.config.model.embed_dim), np.float32)
         return self._in_batches(self._encode_picture, np.stack(pixels))

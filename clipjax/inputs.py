@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 
 from clipjax.checkpoint import SavedCheckpoint, pack_tokenizer
-from clipjax.config import Config, LossKind
+from clipjax.config import Config, LossKind, TextPool
 from clipjax.data.sources import Source, build_source
 from clipjax.data.tokenizer import Tokenizer, build_tokenizer
 from clipjax.evals.runner import Task, build_tasks
@@ -54,6 +54,11 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
         raise ValueError(
             f"model.text.vocab_size={config.model.text.vocab_size} must be at least {tokenizer.vocab_size}, "
             f"the size of data.tokenizer={config.data.tokenizer!r}"
+        )
+    if getattr(config.model.text, "pool", None) in (None, TextPool.END) and not tokenizer.ends_highest:
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer!r} does not give the end of a text the largest id, by which "
+            "model.text.pool=end and bags of words find it; use pool=last or attention, or another tokenizer"
         )
     initial = None
     if config.init_from is not None and saved is None:

@@ -183,10 +183,13 @@ def check_known(config: ModelConfig) -> None:
     kind = "SiglipModel" if is_siglip(config) else "CLIPModel"
     theirs = _SIGLIP if is_siglip(config) else _CLIP
     errors = []
-    for path, wanted in theirs.items():
-        tower = getattr(config, path.partition(".")[0])
-        name = path.partition(".")[2]
-        found = getattr(tower, name, type(tower).__name__)
+    for tower, wanted in (("image", ViTConfig), ("text", TextTransformerConfig)):
+        if not isinstance(getattr(config, tower), wanted):
+            found = type(getattr(config, tower)).__name__
+            errors.append(f"model.{tower} is a {found}: {kind} has a {wanted.__name__} there")
+    for path, wanted in {} if errors else theirs.items():
+        tower, _, name = path.partition(".")
+        found = getattr(getattr(config, tower), name)
         if found != wanted:
             errors.append(
                 f"model.{path}={getattr(found, 'value', found)}: {kind} has {getattr(wanted, 'value', wanted)} there"
@@ -223,6 +226,55 @@ _SIGLIP: dict[str, Any] = {
     "text.pool": TextPool.LAST,
     "text.projection": Projection.AFFINE,
 }
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """Their `config.json` for a model of ours.
+
+    Raises:
+        ValueError: they have no such model.
+    """
+    check_known(config)
+    image, text = config.image, config.text
+    assert isinstance(image, ViTConfig)
+    assert isinstance(text, TextTransformerConfig)
+    siglip = is_siglip(config)
+    vision = {"image_size": image.image_size, "patch_size": image.patch_size, "num_channels": 3}
+    words = {"max_position_embeddings": text.context_length, "vocab_size": text.vocab_size}
+    if siglip:
+        return {
+            "architectures": ["SiglipModel"],
+            "model_type": "siglip",
+            "text_config": {
+                "model_type": "siglip_text_model",
+                **words,
+                "projection_size": config.embed_dim,
+                **_write_blocks(text),
+            },
+            "vision_config": {"model_type": "siglip_vision_model", **vision, **_write_blocks(image)},
+        }
+    # Their text tower pools at the first end-of-text token; ours is the largest id.
+    words |= {"eos_token_id": text.vocab_size - 1, "bos_token_id": text.vocab_size - 2, "pad_token_id": 0}
+    shared = {"projection_dim": config.embed_dim}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        **shared,
+        "logit_scale_init_value": math.log(config.init_logit_scale),
+        "text_config": {"model_type": "clip_text_model", **words, **shared, **_write_blocks(text)},
+        "vision_config": {"model_type": "clip_vision_model", **vision, **shared, **_write_blocks(image)},
+    }
+
+
+def _write_blocks(tower: ViTConfig | TextTransformerConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp_dim or 4 * tower.width,
+        "num_hidden_layers": tower.depth,
+        "num_attention_heads": tower.num_heads,
+        "hidden_act": next(name for name, item in ACTIVATIONS.items() if item is tower.activation),
+        "layer_norm_eps": tower.layer_norm_epsilon,
+    }
 
 
 def table(config: ModelConfig) -> Table:

@@ -3,6 +3,7 @@
 Read: `read_config` (their JSON to ours), `table` (their names to ours), `write_config`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,15 +25,18 @@ from clipjax.convert.known import Known
 from clipjax.convert.rules import Rule, Table, heads_out, linear, norm, rule
 
 SIGLIP_TRUNKS = {
-    "vit_base_patch16_siglip": (16, 768, 12, 12, None),
-    "vit_base_patch32_siglip": (32, 768, 12, 12, None),
-    "vit_large_patch16_siglip": (16, 1024, 24, 16, None),
-    "vit_so400m_patch14_siglip": (14, 1152, 27, 16, 4304),
-    "vit_so400m_patch16_siglip": (16, 1152, 27, 16, 4304),
-    "vit_giantopt_patch16_siglip": (16, 1536, 40, 16, None),
+    "vit_base_patch16_siglip": (16, 768, 12, 12, None, Activation.GELU),
+    "vit_base_patch32_siglip": (32, 768, 12, 12, None, Activation.GELU_TANH),
+    "vit_large_patch16_siglip": (16, 1024, 24, 16, None, Activation.GELU),
+    "vit_so400m_patch14_siglip": (14, 1152, 27, 16, 4304, Activation.GELU),
+    "vit_so400m_patch16_siglip": (16, 1152, 27, 16, 4304, Activation.GELU_TANH),
+    "vit_giantopt_patch16_siglip": (16, 1536, 40, 16, None, Activation.GELU_TANH),
 }
-"""timm's image towers that open_clip names: patch size, width, depth, heads, MLP (huggingface/pytorch-image-models,
-`timm/models/vision_transformer.py`)."""
+"""timm's image towers that open_clip names: patch size, width, depth, heads, MLP, non-linearity
+(huggingface/pytorch-image-models, `timm/models/vision_transformer.py`)."""
+
+
+_TANH = {"approximate": "tanh"}
 
 
 def read_config(peer: Mapping[str, Any]) -> ModelConfig:
@@ -54,7 +58,7 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
     if bias is not None:
         config.init_logit_scale = 10.0
     if scale is not None:
-        config.init_logit_scale = float(np.exp(scale))
+        config.init_logit_scale = math.exp(scale)
     return config
 
 
@@ -67,6 +71,8 @@ def _read_image(cfg: Known, activation: Activation) -> ViTConfig | ResNetConfig:
     if isinstance(layers, list):
         cfg.take("patch_size", (int, type(None)), None)
         return ResNetConfig(image_size=size, layers=tuple(layers), width=width, num_heads=width * 32 // head_width)
+    if _is_tanh(cfg):
+        activation = Activation.GELU_TANH
     pool = cfg.choose("pool_type", {"tok": ImagePool.CLASS, "avg": ImagePool.AVERAGE}, "tok")
     positions = cfg.choose("pos_embed_type", {"learnable": Positions.LEARNED}, "learnable")
     return ViTConfig(
@@ -94,7 +100,7 @@ def _read_trunk(cfg: Known, size: int) -> ViTConfig:
     if base not in SIGLIP_TRUNKS:
         cfg.refuse("timm_model_name", name, f"must be one of {', '.join(SIGLIP_TRUNKS)}, and _SIZE")
         base = next(iter(SIGLIP_TRUNKS))
-    patch_size, width, depth, heads, mlp_dim = SIGLIP_TRUNKS[base]
+    patch_size, width, depth, heads, mlp_dim, activation = SIGLIP_TRUNKS[base]
     return ViTConfig(
         image_size=size,
         patch_size=patch_size,
@@ -102,7 +108,7 @@ def _read_trunk(cfg: Known, size: int) -> ViTConfig:
         depth=depth,
         num_heads=heads,
         mlp_dim=mlp_dim,
-        activation=Activation.GELU_TANH if base.startswith(("vit_so400m", "vit_giantopt")) else Activation.GELU,
+        activation=activation,
         layer_norm_epsilon=1e-6,
         pool=ImagePool.ATTENTION,
         class_token=False,
@@ -117,9 +123,6 @@ def _read_text(cfg: Known, activation: Activation) -> TextTransformerConfig:
     width = cfg.take("width", int, 512)
     for name in ("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "pad_id", "eos_id"):
         cfg.take(name, (str, dict, int, type(None)), None)
-    tanh = cfg.take("act_kwargs", (dict, type(None)), None)
-    if tanh not in (None, {"approximate": "tanh"}):
-        cfg.refuse("act_kwargs", tanh, 'must be {"approximate": "tanh"} or absent')
     linear = cfg.choose("proj_type", {"linear": Projection.LINEAR, "none": Projection.NONE}, "linear")
     affine = cfg.take("proj_bias", bool, False) and linear is Projection.LINEAR
     return TextTransformerConfig(
@@ -129,7 +132,7 @@ def _read_text(cfg: Known, activation: Activation) -> TextTransformerConfig:
         depth=cfg.take("layers", int, 12),
         num_heads=cfg.take("heads", int, 8),
         mlp_dim=_mlp_dim(width, cfg.take("mlp_ratio", float, 4.0)),
-        activation=Activation.GELU_TANH if tanh else activation,
+        activation=Activation.GELU_TANH if _is_tanh(cfg) else activation,
         layer_norm_epsilon=_epsilon(cfg),
         causal=not cfg.take("no_causal_mask", bool, False),
         pool=cfg.choose("pool_type", {"argmax": TextPool.END, "last": TextPool.LAST}, "argmax"),
@@ -141,8 +144,105 @@ def _mlp_dim(width: int, ratio: float) -> int | None:
     return None if ratio == 4 else int(width * ratio)
 
 
+def _is_tanh(cfg: Known) -> bool:
+    found = cfg.take("act_kwargs", (dict, type(None)), None)
+    if found not in (None, {}, _TANH):
+        cfg.refuse("act_kwargs", found, f"must be {_TANH} or absent")
+    return found == _TANH
+
+
 def _epsilon(cfg: Known) -> float:
     return float((cfg.take("norm_kwargs", (dict, type(None)), None) or {}).get("eps", 1e-5))
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """Their `model_cfg` for a model of ours.
+
+    Raises:
+        ValueError: they have no such model.
+    """
+    check_known(config)
+    image, text = config.image, config.text
+    assert isinstance(text, TextTransformerConfig)
+    quick = text.activation is Activation.QUICK_GELU
+    mine: dict[str, Any] = {"embed_dim": config.embed_dim, "quick_gelu": quick}
+    if config.init_logit_bias is not None:
+        mine |= {"init_logit_bias": config.init_logit_bias, "init_logit_scale": math.log(config.init_logit_scale)}
+    text_cfg: dict[str, Any] = {
+        "context_length": text.context_length,
+        "vocab_size": text.vocab_size,
+        "width": text.width,
+        "heads": text.num_heads,
+        "layers": text.depth,
+        **_write_ratio(text.width, text.mlp_dim),
+        **_write_numerics(text),
+        "no_causal_mask": not text.causal,
+        "pool_type": "argmax" if text.pool is TextPool.END else "last",
+        "proj_type": "none" if text.projection is Projection.NONE else "linear",
+        "proj_bias": text.projection is Projection.AFFINE,
+    }
+    return mine | {"custom_text": is_custom(config), "vision_cfg": _write_image(image), "text_cfg": text_cfg}
+
+
+def is_custom(config: ModelConfig) -> bool:
+    """Whether theirs is a `CustomTextCLIP`: their `CLIP` has only the causal tower and a projection without bias."""
+    text = config.text
+    assert isinstance(text, TextTransformerConfig)
+    return not text.causal or text.projection is not Projection.LINEAR
+
+
+def _write_image(image: ViTConfig | ResNetConfig) -> dict[str, Any]:
+    if isinstance(image, ResNetConfig):
+        head_width = image.width * 32 // image.num_heads
+        return {
+            "image_size": image.image_size,
+            "layers": list(image.layers),
+            "width": image.width,
+            "head_width": head_width,
+            "patch_size": None,
+        }
+    if image.pool is ImagePool.ATTENTION:
+        return {
+            "image_size": image.image_size,
+            "timm_model_name": f"{_trunk_name(image)}_224",
+            "timm_model_pretrained": False,
+            "timm_pool": "map",
+            "timm_proj": "none",
+        }
+    return {
+        "image_size": image.image_size,
+        "patch_size": image.patch_size,
+        "layers": image.depth,
+        "width": image.width,
+        "head_width": image.width // image.num_heads,
+        **_write_ratio(image.width, image.mlp_dim),
+        **_write_numerics(image),
+        "no_ln_pre": not image.ln_pre,
+        "pool_type": "avg" if image.pool is ImagePool.AVERAGE else "tok",
+    }
+
+
+def _write_ratio(width: int, mlp_dim: int | None) -> dict[str, float]:
+    """The MLP's ratio, from which they take the whole part of width times it."""
+    if mlp_dim is None:
+        return {}
+    ratio = mlp_dim / width
+    return {"mlp_ratio": ratio if int(width * ratio) == mlp_dim else math.nextafter(ratio, math.inf)}
+
+
+def _write_numerics(tower: ViTConfig | TextTransformerConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if tower.activation is Activation.GELU_TANH:
+        found["act_kwargs"] = _TANH
+    if tower.layer_norm_epsilon != 1e-5:
+        found["norm_kwargs"] = {"eps": tower.layer_norm_epsilon}
+    return found
+
+
+def _trunk_name(image: ViTConfig) -> str | None:
+    """timm's name of an image tower, without its size."""
+    found = (image.patch_size, image.width, image.depth, image.num_heads, image.mlp_dim, image.activation)
+    return next((name for name, sizes in SIGLIP_TRUNKS.items() if sizes == found), None)
 
 
 def table(config: ModelConfig, *, custom_text: bool) -> Table:
@@ -182,6 +282,15 @@ def check_known(config: ModelConfig) -> None:
         errors.append("model.text.pool=attention has no counterpart")
     elif (text.pool is TextPool.LAST) == text.causal:
         errors.append(f"model.text.pool={text.pool.value} with model.text.causal={text.causal} has no counterpart")
+    quick = Activation.QUICK_GELU
+    if isinstance(image, ViTConfig) and isinstance(text, TextTransformerConfig):
+        if (image.activation is quick) != (text.activation is quick):
+            errors.append("model.image.activation and model.text.activation: quick_gelu is for both or none there")
+        if image.pool is ImagePool.ATTENTION and (_trunk_name(image) is None or image.layer_norm_epsilon != 1e-6):
+            errors.append(
+                "model.image: with pool=attention only timm's named towers have a counterpart, with their own sizes, "
+                f"non-linearity and layer_norm_epsilon=1e-6: {', '.join(SIGLIP_TRUNKS)}"
+            )
     if isinstance(image, ViTConfig):
         of_trunk = (False, True, False, Projection.NONE)
         of_vit = (True, False, image.ln_pre, Projection.LINEAR)

@@ -126,6 +126,7 @@ class ClipBpe:
         self.vocab_size = 512 + len(self._ranks) + 2
         self.start_id = self.vocab_size - 2
         self.end_id = self.vocab_size - 1
+        self.pad_id, self.ends_highest = 0, True
         self._cache: dict[str, tuple[int, ...]] = {}
 
     def __reduce__(self) -> tuple[type["ClipBpe"], tuple[bytes]]:

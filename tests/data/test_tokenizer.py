@@ -17,8 +17,8 @@ from clipjax.data.tokenizer import (
     build_tokenizer,
     tokenize,
     tokenizer_from_files,
-    train_sentencepiece,
 )
+from clipjax.data.tokenizer_training import train_sentencepiece
 
 CAPTIONS = [
     f"A photo of a {color} {animal}, number {number}"
