@@ -248,6 +248,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
             "text_config": {
                 "model_type": "siglip_text_model",
                 **words,
+                **{"pad_token_id": 1, "bos_token_id": None, "eos_token_id": 1},
                 "projection_size": config.embed_dim,
                 **_write_blocks(text),
             },
