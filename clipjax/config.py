@@ -5,135 +5,30 @@ Time is given in examples (image-text pairs); the code turns it into steps (comp
 `steps`. This module imports neither JAX nor anything heavy, because every config file imports it.
 """
 
-import enum
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from clipjax.choices import (
+    Activation,
+    Crop,
+    Dtype,
+    GroupRole,
+    ImagePool,
+    Interpolation,
+    LossKind,
+    LossMethod,
+    Positions,
+    Projection,
+    Remat,
+    Resize,
+    SamePair,
+    TaskKind,
+    TextPool,
+)
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class Activation(enum.Enum):
-    """Non-linearity of the MLPs: OpenAI's `quick_gelu` (x * sigmoid(1.702 x)), `gelu`, or its tanh form (SigLIP)."""
-
-    QUICK_GELU = "quick_gelu"
-    GELU = "gelu"
-    GELU_TANH = "gelu_tanh"
-
-
-class ImagePool(enum.Enum):
-    """One vector out of an image's tokens: the class token, the mean of the patches, or attention (SigLIP's MAP)."""
-
-    CLASS = "class"
-    AVERAGE = "average"
-    ATTENTION = "attention"
-
-
-class TextPool(enum.Enum):
-    """One vector out of a text's tokens: the end-of-text token, the last place, or attention (SigLIP's MAP)."""
-
-    END = "end"
-    LAST = "last"
-    ATTENTION = "attention"
-
-
-class Positions(enum.Enum):
-    """Positions of patches: a learned table, or fixed sines and cosines of row and column."""
-
-    LEARNED = "learned"
-    SINCOS = "sincos"
-
-
-class Projection(enum.Enum):
-    """From a tower's width to the embedding: none (they are equal), a matrix, or a matrix and a bias."""
-
-    NONE = "none"
-    LINEAR = "linear"
-    AFFINE = "affine"
-
-
-class Remat(enum.Enum):
-    """What the backward pass recomputes: nothing, all but matrix products, or everything inside a block."""
-
-    NONE = "none"
-    DOTS = "dots"
-    FULL = "full"
-
-
-class Dtype(enum.Enum):
-    """Number format of the towers' computation. Parameters, logits and log-sum-exps are always float32."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-
-class LossKind(enum.Enum):
-    """Which contrastive loss.
-
-    CLIP's `softmax` (arXiv 2103.00020, figure 3), SigLIP's `sigmoid` (arXiv 2303.15343), or `global`, a softmax against
-    the whole dataset for small batches, which remembers two numbers of every sample (FastCLIP, arXiv 2407.01445).
-    """
-
-    SOFTMAX = "softmax"
-    SIGMOID = "sigmoid"
-    GLOBAL = "global"
-
-
-class LossMethod(enum.Enum):
-    """How devices share the global similarity matrix; the answer is the same.
-
-    `gathered` collects all embeddings on every device, `ring` passes them from neighbour to neighbour, `auto` chooses.
-    Between slices, `gathered` passes them from slice to slice.
-    """
-
-    AUTO = "auto"
-    GATHERED = "gathered"
-    RING = "ring"
-
-
-class SamePair(enum.Enum):
-    """What two pairs of a batch must have in common to be no negatives of each other: nothing, image, or caption."""
-
-    NONE = "none"
-    INDEX = "index"
-    CAPTION = "caption"
-
-
-class GroupRole(enum.Enum):
-    """What pairs that are no negatives of each other are instead: `ignored`, or each other's `positive`."""
-
-    IGNORED = "ignored"
-    POSITIVE = "positive"
-
-
-class Crop(enum.Enum):
-    """Training crop: `random_resized` (area share from `min_crop_area` to 1) or `center` (as in evaluation)."""
-
-    RANDOM_RESIZED = "random_resized"
-    CENTER = "center"
-
-
-class Resize(enum.Enum):
-    """How evaluation makes a picture square: the `shorter_side` fits and the centre is cut out, or both sides fit."""
-
-    SHORTER_SIDE = "shorter_side"
-    SQUASH = "squash"
-
-
-class Interpolation(enum.Enum):
-    """Filter of resizing; always antialiased."""
-
-    BICUBIC = "bicubic"
-    BILINEAR = "bilinear"
-
-
-class TaskKind(enum.Enum):
-    """What an evaluation task measures."""
-
-    ZERO_SHOT = "zero_shot"
-    RETRIEVAL = "retrieval"
-    IMAGE_RETRIEVAL = "image_retrieval"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -157,6 +52,8 @@ class ViTConfig:
     patch_bias: bool = False
     crop_to_patches: bool = False  # leave out pixels at the right and below that fill no patch (SigLIP So400m/14@384)
     ln_pre: bool = True  # LayerNorm before the blocks
+    num_queries: int = 256  # pool=queries only
+    query_heads: int = 8  # pool=queries only
     projection: Projection = Projection.LINEAR
     patch_dropout: float = 0.0  # share of patches left out in training (FLIP, arXiv 2212.00794)
 
@@ -204,12 +101,33 @@ class CbowConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DecoderConfig:
+    """A causal decoder that reads the text tower's tokens and looks at the image's: it predicts each next token."""
+
+    KIND: ClassVar[str] = "decoder"
+
+    depth: int = 12
+    num_heads: int = 8
+    mlp_dim: int | None = None
+    activation: Activation = Activation.QUICK_GELU
+    layer_norm_epsilon: float = 1e-5
+
+
+@dataclass(kw_only=True, slots=True)
+class WordsConfig:
+    """One layer that predicts from the image which tokens its caption has: the paper's bag-of-words prediction."""
+
+    KIND: ClassVar[str] = "words"
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Two towers, their common embedding and how they are computed."""
 
     embed_dim: int = 512
     image: ViTConfig | ResNetConfig = field(default_factory=ViTConfig)
     text: TextTransformerConfig | CbowConfig = field(default_factory=TextTransformerConfig)
+    caption: DecoderConfig | WordsConfig | None = None  # predicts captions; None: nothing does
     compute_dtype: Dtype = Dtype.BFLOAT16  # of activations; parameters, sums and the loss are float32 always
     matmul_dtype: Dtype | None = None  # of what enters a product with a parameter; None: compute_dtype
     init_logit_bias: float | None = None  # a learned bias of the logits, for the sigmoid loss; None: no bias
@@ -224,6 +142,10 @@ class LossConfig:
     """The contrastive loss over the global batch; its value never depends on `method` or `tile`."""
 
     kind: LossKind = LossKind.SOFTMAX  # sigmoid needs model.init_logit_bias
+    contrastive_weight: float = 1.0  # of the contrastive loss; 0 leaves it out
+    caption_weight: float = (
+        0.0  # of predicting captions, by model.caption: mean negative log-likelihood of their tokens
+    )
     method: LossMethod = LossMethod.AUTO  # how devices share the work
     tile: int | None = None  # rows and columns of the similarity matrix that exist at a time; None: 1,024
     dtype: Dtype = Dtype.FLOAT32  # of embeddings that move between devices and enter products; sums are float32 always

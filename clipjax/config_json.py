@@ -69,7 +69,7 @@ def _member(choices: Sequence[Any], value: Any, path: str) -> Any:
     """The type of a union that a value belongs to; towers carry their `kind`, and the first is meant without one."""
     known = {choice.KIND: choice for choice in choices if hasattr(choice, "KIND")}
     if not known or not isinstance(value, dict):
-        return choices[0]
+        return next(choice for choice in choices if choice is not type(None))
     kind = value.get("kind", next(iter(known)))
     if kind not in known:
         raise ValueError(f"{path}.kind={kind!r} must be one of {', '.join(known)}")

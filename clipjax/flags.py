@@ -184,7 +184,9 @@ def describe_fields(kind: Any = Config, prefix: str = "") -> list[str]:
                 lines += describe_fields(tower, f"{prefix}{name}.")
         else:
             shown = getattr(value, "value", value)
-            kind_name = getattr(hint, "__name__", str(hint)).replace("clipjax.config.", "")
+            kind_name = (
+                getattr(hint, "__name__", str(hint)).replace("clipjax.config.", "").replace("clipjax.choices.", "")
+            )
             lines.append(f"  --config.{prefix}{name}={shown!r}  ({kind_name})".replace("'", ""))
     return lines
 

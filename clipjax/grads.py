@@ -52,8 +52,17 @@ def direct(encode: Encode, loss: Loss, params: Params, batch: Batch, key: Key) -
 
 def _evaluate(loss: Loss, encoded: Encoded, batch: Batch) -> tuple[jax.Array, Metrics]:
     """The loss of what `encode` gives for the whole batch, and its metrics with `loss` itself among them."""
-    value, metrics = loss(*encoded[:4], **{name: batch[name] for name in LOSS_INPUTS if name in batch})
+    inputs = {name: batch[name] for name in LOSS_INPUTS if name in batch}
+    if encoded.nll is not None:
+        inputs |= {"nll": encoded.nll, "num_tokens": encoded.num_tokens}
+    value, metrics = loss(*encoded[:4], **inputs)
     return value, {"loss": value, **metrics, "batch_stats": encoded.batch_stats}
+
+
+def of_pairs(encoded: Encoded) -> dict[str, Any]:
+    """What has a row for every pair."""
+    names = ("image_embed", "text_embed", "nll", "num_tokens")
+    return {name: getattr(encoded, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,9 @@ class Parts:
             return encode(params, part[1], jax.random.fold_in(key, part[0]))
 
         parts = jax.lax.map(embed, self.inputs(batch))
+        joined = jax.tree.map(self.join, of_pairs(parts))
         scale, bias = jax.tree.map(lambda x: x[0], (parts.logit_scale, parts.logit_bias))
-        return Encoded(self.join(parts.image_embed), self.join(parts.text_embed), scale, bias)
+        return parts._replace(**joined, logit_scale=scale, logit_bias=bias)
 
 
 def make_cached(
@@ -121,14 +131,15 @@ def make_cached(
         of_scaling = of_loss.logit_scale, of_loss.logit_bias
 
         def accumulate(total: Params, part: Any) -> tuple[Params, None]:
-            (number, microbatch), of_image, of_text = part
-            once = jax.tree.map(lambda x: jnp.where(number == 0, x, 0), of_scaling)
+            (number, microbatch), of_part = part
+            scale, bias = jax.tree.map(lambda x: jnp.where(number == 0, x, 0), of_scaling)
             step_key = jax.random.fold_in(key, number)
             _, pull_back = jax.vjp(lambda params: encode(params, microbatch, step_key), params)
-            return jax.tree.map(jnp.add, total, pull_back(Encoded(of_image, of_text, *once))[0]), None
+            of_encoded = of_loss._replace(**of_part, logit_scale=scale, logit_bias=bias)
+            return jax.tree.map(jnp.add, total, pull_back(of_encoded)[0]), None
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        embeds = parts.cut(of_loss.image_embed), parts.cut(of_loss.text_embed)
-        return jax.lax.scan(accumulate, zeros, (parts.inputs(batch), *embeds))[0], metrics
+        of_pairs_parts = jax.tree.map(parts.cut, of_pairs(of_loss))
+        return jax.lax.scan(accumulate, zeros, (parts.inputs(batch), of_pairs_parts))[0], metrics
 
     return cached

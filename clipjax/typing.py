@@ -31,6 +31,8 @@ class Encoded(NamedTuple):
         text_embed: unit-norm float32 [b, e].
         logit_scale: multiplier of similarities, a scalar.
         logit_bias: added to logits, a scalar, or None.
+        nll: negative log-likelihood of each caption, float32 [b], or None where nothing predicts captions.
+        num_tokens: how many tokens each of them counts, float32 [b], or None.
         batch_stats: running statistics of BatchNorm after this batch; empty in other models.
     """
 
@@ -38,4 +40,6 @@ class Encoded(NamedTuple):
     text_embed: jax.Array
     logit_scale: jax.Array
     logit_bias: jax.Array | None
+    nll: jax.Array | None = None
+    num_tokens: jax.Array | None = None
     batch_stats: Params = {}  # noqa: RUF012

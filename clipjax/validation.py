@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from clipjax.config import (
     Config,
     GroupRole,
+    ImagePool,
     LossConfig,
     LossKind,
     ResNetConfig,
@@ -19,7 +20,7 @@ from clipjax.config import (
 )
 from clipjax.config_json import from_dict, to_dict
 from clipjax.fields import field_value
-from clipjax.model_validation import model_errors
+from clipjax.model_validation import caption_errors, model_errors
 
 BATCH_FIELDS = ("global_batch_size", "microbatch_size", "eval.batch_size")
 """Batches that the mesh and the processes share out."""
@@ -49,7 +50,7 @@ def validate(config: Config, *, batch_fields: Sequence[str] = BATCH_FIELDS) -> N
     """
     errors = [*_type_errors(config), *_range_errors(config)]
     if not errors:
-        errors = [*_batch_errors(config), *model_errors(config), *_part_errors(config)]
+        errors = [*_batch_errors(config), *model_errors(config), *caption_errors(config), *_part_errors(config)]
         # An axis of -1 is not known yet: 1 divides everything, and `validate_devices` looks again.
         mesh = config.mesh
         sizes = mesh.slice or 1, max(1, mesh.data), max(1, mesh.fsdp), max(1, mesh.tensor)
@@ -118,6 +119,10 @@ def _division_errors(config: Config, sizes: tuple[int, int, int, int], batch_fie
             f"mesh.fsdp={fsdp}" if half == 1 else f"2 * mesh.fsdp={fsdp}, as the first layer has half as many channels"
         )
         errors += _division_error(config, f"{tower}.width", half * fsdp, what)
+    wide = config.model.caption is not None or getattr(config.model.image, "pool", None) is ImagePool.QUERIES
+    if wide:  # a head or a pooling takes the embedding as its input
+        errors += _division_error(config, "model.embed_dim", fsdp, f"mesh.fsdp={fsdp}")
+    errors += _division_error(config, "model.caption.num_heads", tensor, f"mesh.tensor={tensor}")
     for path in ("model.embed_dim", "model.text.vocab_size"):
         errors += _division_error(config, path, tensor, f"mesh.tensor={tensor}")
     return errors

@@ -51,6 +51,8 @@ def _build_task(config: Config, task: TaskConfig) -> Task:
             num_threads=config.data.num_threads,
         )
 
+    if config.loss.contrastive_weight == 0 and task.kind is not TaskKind.ZERO_SHOT:
+        raise ValueError(f"kind={task.kind.value} needs embeddings, which loss.contrastive_weight=0 does not train")
     batches = open_batches(task.source)
     match task.kind:
         case TaskKind.ZERO_SHOT:

@@ -13,7 +13,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from clipjax.config import CbowConfig, DataConfig, ModelConfig, ResNetConfig, TextTransformerConfig, ViTConfig
+from clipjax.config import (
+    CbowConfig,
+    DataConfig,
+    DecoderConfig,
+    ModelConfig,
+    ResNetConfig,
+    TextTransformerConfig,
+    ViTConfig,
+    WordsConfig,
+)
+from clipjax.models.captions import Decoder, Words, caption_likelihood, words_likelihood
 from clipjax.models.resnet import ModifiedResNet
 from clipjax.models.text import Cbow, TextTransformer
 from clipjax.models.transformer import Numerics
@@ -24,26 +34,38 @@ from clipjax.typing import Batch, Encoded, Key, Params
 
 @dataclass(frozen=True)
 class Clip:
-    """The pure functions of one model.
+    """The pure functions of one model. Parameters are float32; embeddings are unit-norm and float32.
 
     Attributes:
-        init: key -> params, all float32.
+        init: key -> params.
         init_batch_stats: the running statistics to start with; empty for models without BatchNorm.
-        encode_image: params, normalised pixels [b, h, w, 3] -> unit-norm float32 [b, e]. For evaluation: BatchNorm uses
+        encode_image: params, normalised pixels [b, h, w, 3] -> [b, e]. For evaluation: BatchNorm uses
             `params["batch_stats"]`, and every patch is looked at.
-        encode_text: params, tokens [b, l] -> unit-norm float32 [b, e].
-        train_image: params, batch statistics, pixels, key -> unit-norm float32 [b, e] and the statistics afterwards.
+        encode_text: params, tokens [b, l] -> [b, e].
+        train: params, batch statistics, pixels, tokens, key -> `Encoded`.
+        likelihood: params, pixels [b, h, w, 3], tokens [n, l] -> log-likelihood of each text given each image [b, n].
+            Only for models that predict captions.
+        next_logits: params, pixels [b, h, w, 3], tokens [b, l] -> logits of what follows each token [b, l, v]. Only for
+            models with a decoder.
     """
 
     init: Callable[[Key], Params]
     init_batch_stats: Callable[[], Params]
     encode_image: Callable[[Params, Float[Array, "b h w c"]], Float[Array, "b e"]]
     encode_text: Callable[[Params, Int[Array, "b l"]], Float[Array, "b e"]]
-    train_image: Callable[[Params, Params, Float[Array, "b h w c"], Key], tuple[Float[Array, "b e"], Params]]
+    train: Callable[[Params, Params, Float[Array, "b h w c"], Int[Array, "b l"], Key], Encoded]
+    likelihood: Callable[[Params, Float[Array, "b h w c"], Int[Array, "n l"]], Float[Array, "b n"]]
+    next_logits: Callable[[Params, Float[Array, "b h w c"], Int[Array, "b l"]], Float[Array, "b l v"]]
 
 
-def _towers(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    """The image tower and the text tower."""
+@dataclass(frozen=True)
+class _Towers:
+    image: nn.Module
+    text: nn.Module
+    caption: nn.Module | None
+
+
+def _towers(config: ModelConfig) -> _Towers:
     activations: Any = jnp.dtype(config.compute_dtype.value)
     operands = activations if config.matmul_dtype is None else jnp.dtype(config.matmul_dtype.value)
 
@@ -62,19 +84,26 @@ def _towers(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
             text = TextTransformer(config.text, config, numerics(config.text))
         case CbowConfig():
             text = Cbow(config.text, config, numerics(config.text))
-    return image, text
+    caption: nn.Module | None = None
+    match config.caption:
+        case DecoderConfig():
+            assert isinstance(config.text, TextTransformerConfig)
+            caption = Decoder(config.caption, config.text, config, numerics(config.caption))
+        case WordsConfig():
+            caption = Words(config.text.vocab_size, numerics(config.caption))
+    return _Towers(image, text, caption)
 
 
 def build_clip(config: ModelConfig) -> Clip:
     """The model that a config describes."""
-    image_tower, text_tower = _towers(config)
-    pixels = jax.ShapeDtypeStruct((1, config.image.image_size, config.image.image_size, 3), jnp.float32)
-    tokens = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
+    towers = _towers(config)
+    size, length = config.image.image_size, config.text.context_length
+    reads_text = isinstance(config.caption, DecoderConfig)
 
     def init(key: Key) -> Params:
         image_key, text_key = jax.random.split(key)
-        image = image_tower.init(image_key, jnp.zeros(pixels.shape, pixels.dtype))
-        text = text_tower.init(text_key, jnp.zeros(tokens.shape, tokens.dtype))
+        (embed, seen), image = towers.image.init_with_output(image_key, jnp.zeros((1, size, size, 3), jnp.float32))
+        (_, words), text = towers.text.init_with_output(text_key, jnp.zeros((1, length), jnp.int32))
         params = {
             "image": dict(image["params"]),
             "text": dict(text["params"]),
@@ -82,30 +111,71 @@ def build_clip(config: ModelConfig) -> Clip:
         }
         if config.init_logit_bias is not None:
             params["logit_bias"] = jnp.asarray(config.init_logit_bias, jnp.float32)
+        if towers.caption is not None:
+            given = (words, seen) if reads_text else (embed,)
+            params["caption"] = dict(towers.caption.init(jax.random.fold_in(key, 2), *given)["params"])
         return params
 
     def init_batch_stats() -> Params:
-        shapes = jax.eval_shape(lambda: image_tower.init(jax.random.key(0), jnp.zeros(pixels.shape, pixels.dtype)))
-        ones = lambda name: float(name.endswith("variance"))  # noqa: E731
-        return map_with_name(lambda name, x: jnp.full(x.shape, ones(name), x.dtype), shapes.get("batch_stats", {}))
+        pixels = jnp.zeros((1, size, size, 3), jnp.float32)
+        shapes = jax.eval_shape(lambda: towers.image.init(jax.random.key(0), pixels))
+        start = lambda name, x: jnp.full(x.shape, float(name.endswith("variance")), x.dtype)  # noqa: E731
+        return map_with_name(start, shapes.get("batch_stats", {}))
+
+    def see(params: Params, pixels: Array) -> tuple[Array, Array]:
+        variables = {"params": params["image"], "batch_stats": params.get("batch_stats", {})}
+        return towers.image.apply(variables, pixels)  # type: ignore[return-value]
+
+    def read(params: Params, tokens: Array) -> tuple[Array, Array | None]:
+        return towers.text.apply({"params": params["text"]}, tokens)  # type: ignore[return-value]
 
     def encode_image(params: Params, pixels: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
-        variables = {"params": params["image"], "batch_stats": params.get("batch_stats", {})}
-        return unit_norm(image_tower.apply(variables, pixels))  # type: ignore[arg-type]
+        return unit_norm(see(params, pixels)[0])
 
     def encode_text(params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
-        return unit_norm(text_tower.apply({"params": params["text"]}, tokens))  # type: ignore[arg-type]
+        return unit_norm(read(params, tokens)[0])
 
-    def train_image(
-        params: Params, batch_stats: Params, pixels: Float[Array, "b h w c"], key: Key
-    ) -> tuple[Float[Array, "b e"], Params]:
+    def predict(params: Params, embed: Array, seen: Array, words: Array | None) -> Array:
+        """Logits of the next tokens, or of a bag of them."""
+        assert towers.caption is not None
+        given = (words, seen) if reads_text else (embed,)
+        return towers.caption.apply({"params": params["caption"]}, *given)  # type: ignore[return-value]
+
+    def captions(params: Params, embed: Array, seen: Array, words: Array | None, tokens: Array) -> tuple[Array, Array]:
+        """Negative log-likelihoods of captions, and how many tokens each counts."""
+        if reads_text:
+            assert words is not None
+            return caption_likelihood(predict(params, embed, seen, words[:, :-1]), tokens)
+        return words_likelihood(predict(params, embed, seen, words), tokens)
+
+    def train(
+        params: Params, batch_stats: Params, pixels: Float[Array, "b h w c"], tokens: Int[Array, "b l"], key: Key
+    ) -> Encoded:
         variables = {"params": params["image"], "batch_stats": batch_stats}
         rngs, mutable = {"patch_dropout": key}, ["batch_stats"]
-        changed: dict[str, Any]
-        x, changed = image_tower.apply(variables, pixels, train=True, rngs=rngs, mutable=mutable)  # type: ignore[misc]
-        return unit_norm(x), changed.get("batch_stats") or {}
+        out: Any = towers.image.apply(variables, pixels, train=True, rngs=rngs, mutable=mutable)
+        (embed, seen), changed = out
+        text_embed, words = read(params, tokens)
+        nll, num_tokens = (None, None) if towers.caption is None else captions(params, embed, seen, words, tokens)
+        scale, bias = jnp.exp(params["log_logit_scale"]), params.get("logit_bias")
+        stats = changed.get("batch_stats") or {}
+        return Encoded(unit_norm(embed), unit_norm(text_embed), scale, bias, nll, num_tokens, stats)
 
-    return Clip(init, init_batch_stats, encode_image, encode_text, train_image)
+    def likelihood(params: Params, pixels: Float[Array, "b h w c"], tokens: Int[Array, "n l"]) -> Float[Array, "b n"]:
+        embed, seen = see(params, pixels)
+
+        def of_text(row: Array) -> Array:
+            rows = jnp.broadcast_to(row[None], (pixels.shape[0], *row.shape))
+            return -captions(params, embed, seen, read(params, rows)[1], rows)[0]
+
+        return jax.lax.map(of_text, tokens).T
+
+    def next_logits(
+        params: Params, pixels: Float[Array, "b h w c"], tokens: Int[Array, "b l"]
+    ) -> Float[Array, "b l v"]:
+        return predict(params, *see(params, pixels), read(params, tokens)[1])
+
+    return Clip(init, init_batch_stats, encode_image, encode_text, train, likelihood, next_logits)
 
 
 def abstract_params(config: ModelConfig) -> Params:
@@ -138,11 +208,7 @@ def make_encode(clip: Clip, data: DataConfig) -> Callable[[Params, Batch, Key], 
 
     def encode(params: Params, batch: Batch, key: Key) -> Encoded:
         pixels = normalise_pixels(batch["image"], data)
-        image_embed, batch_stats = clip.train_image(params, batch.get("batch_stats", {}), pixels, key)
-        text_embed = clip.encode_text(params, batch["tokens"])
-        return Encoded(
-            image_embed, text_embed, jnp.exp(params["log_logit_scale"]), params.get("logit_bias"), batch_stats
-        )
+        return clip.train(params, batch.get("batch_stats", {}), pixels, batch["tokens"], key)
 
     return encode
 

@@ -46,6 +46,34 @@ def xavier_like(width: int) -> nn.initializers.Initializer:
     return nn.initializers.normal(width**-0.5)
 
 
+class QueryPool(nn.Module):
+    """CoCa's: learned queries attend to all tokens; as many vectors come out.
+
+    Source:
+        arXiv 2205.01917, section 3.2, as mlfoundations/open_clip's `AttentionalPooler` builds it.
+    """
+
+    num_queries: int
+    num_heads: int
+    width: int
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l w"]) -> Float[Array, "b q v"]:
+        width = self.width
+        queries = self.param("queries", nn.initializers.normal(1.0), (self.num_queries, width))
+        queries = LayerNorm(self.numerics, name="ln_q")(queries[None])
+        queries = jnp.broadcast_to(queries, (x.shape[0], *queries.shape[1:]))
+        init = BlockInit(
+            qkv=nn.initializers.normal(width**-0.5),
+            attn_out=torch_uniform(width),
+            fc_in=torch_uniform(width),
+            fc_out=torch_uniform(width),
+        )
+        attn = CrossAttention(self.num_heads, width, width, self.numerics, init, name="attn")
+        return attn(queries, LayerNorm(self.numerics, name="ln_k")(x))
+
+
 class MeanQueryPool(nn.Module):
     """The ResNets' head: the mean of all places attends to itself and to them, then a projection.
 

@@ -136,14 +136,16 @@ class Bottleneck(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """From normalised pixels to the embedding before normalisation."""
+    """From normalised pixels to the embedding before normalisation, and the places that a caption is made from."""
 
     tower: ResNetConfig
     model: ModelConfig
     numerics: Numerics
 
     @nn.compact
-    def __call__(self, pixels: Float[Array, "b h w c"], *, train: bool = False) -> Float[Array, "b e"]:
+    def __call__(
+        self, pixels: Float[Array, "b h w c"], *, train: bool = False
+    ) -> tuple[Float[Array, "b e"], Float[Array, "b k v"]]:
         width, numerics = self.tower.width, self.numerics
         x: Any = pixels
         for number, (channels, stride) in enumerate(((width // 2, 2), (width // 2, 1), (width, 1)), start=1):
@@ -167,4 +169,4 @@ class ModifiedResNet(nn.Module):
                 )
                 x, _ = rest(planes, 1, False, train, numerics, name=f"stage_{stage + 1}")(x, None)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        return MeanQueryPool(self.tower.num_heads, self.model.embed_dim, numerics, name="pool")(x)
+        return MeanQueryPool(self.tower.num_heads, self.model.embed_dim, numerics, name="pool")(x), x

@@ -4,11 +4,11 @@ paper's bag of words. Axes: b batch, l tokens, w width, e embed.
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.config import CbowConfig, ModelConfig, Projection, TextPool, TextTransformerConfig
 from clipjax.models.pool import AttentionPool
-from clipjax.models.transformer import LayerNorm, Linear, Numerics, Transformer, text_block_init
+from clipjax.models.transformer import LayerNorm, Linear, Numerics, Transformer, align, text_block_init
 from clipjax.sharding import constrain
 
 
@@ -17,26 +17,40 @@ def end_of_text(tokens: Int[Array, "b l"]) -> Int[Array, " b"]:
     return jnp.argmax(tokens, axis=-1)
 
 
+def _seen_behind_a_class_token(tokens: Int[Array, "b l"]) -> Bool[Array, "b k"]:
+    """Which of a text's tokens and the class token behind them may be attended to.
+
+    Padding (id 0) is left out, but as in open_clip's CoCa, whose weights are made for it, the mask sits one place late:
+    the first token is always seen, and place i + 1 if token i is no padding.
+    """
+    return jnp.concatenate([jnp.ones((tokens.shape[0], 1), bool), tokens != 0], axis=1)
+
+
 class TextTransformer(nn.Module):
-    """From token ids to the embedding before normalisation."""
+    """From token ids to the embedding before normalisation, and the tokens that a decoder reads."""
 
     tower: TextTransformerConfig
     model: ModelConfig
     numerics: Numerics
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b e"]:
-        del train
+    def __call__(self, tokens: Int[Array, "b l"]) -> tuple[Float[Array, "b e"], Float[Array, "b l w"]]:
         tower, width = self.tower, self.tower.width
+        normal, with_class = nn.initializers.normal(0.01), tower.pool is TextPool.CLASS
         table = self.param("token_embed", nn.initializers.normal(0.02), (tower.vocab_size, width))
         x = jnp.take(table, tokens, axis=0)
-        positions = self.param("pos_embed", nn.initializers.normal(0.01), (tower.context_length, width))
+        if with_class:
+            token = align(self.param("class_embed", normal, (width,)), x)
+            x = jnp.concatenate([x, jnp.broadcast_to(token, (x.shape[0], 1, width))], axis=1)
+        positions = self.param("pos_embed", normal, (tower.context_length + with_class, width))
         x = constrain((x + positions[None]).astype(self.numerics.activations), "batch", None, None)
         init = text_block_init(width, tower.depth)
-        x = Transformer(tower, tower.causal, self.model, self.numerics, init, name="transformer")(x)
+        seen = _seen_behind_a_class_token(tokens) if with_class else None
+        x = Transformer(tower, tower.causal, self.model, self.numerics, init, name="transformer")(x, seen)
+        words = x[:, : tokens.shape[1]]
         x = self._pool(x, tokens)
         if tower.projection is Projection.NONE:
-            return x
+            return x, words
         kernel_init, bias = nn.initializers.normal(width**-0.5), nn.initializers.zeros
         return Linear(
             (width,),
@@ -45,15 +59,15 @@ class TextTransformer(nn.Module):
             kernel_init,
             bias if tower.projection is Projection.AFFINE else None,
             name="proj",
-        )(x)
+        )(x), words
 
-    def _pool(self, x: Float[Array, "b l w"], tokens: Int[Array, "b l"]) -> Float[Array, "b w"]:
+    def _pool(self, x: Float[Array, "b m w"], tokens: Int[Array, "b l"]) -> Float[Array, "b w"]:
         tower = self.tower
         norm = LayerNorm(self.numerics, name="ln_final")
         match tower.pool:
             case TextPool.END:
                 return norm(jnp.take_along_axis(x, end_of_text(tokens)[:, None, None], axis=1)[:, 0])
-            case TextPool.LAST:
+            case TextPool.LAST | TextPool.CLASS:
                 return norm(x[:, -1])
             case TextPool.ATTENTION:
                 mlp_dim = tower.mlp_dim or 4 * tower.width
@@ -72,12 +86,11 @@ class Cbow(nn.Module):
     numerics: Numerics
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b e"]:
-        del train
+    def __call__(self, tokens: Int[Array, "b l"]) -> tuple[Float[Array, "b e"], None]:
         width = self.tower.width
         table = self.param("token_embed", nn.initializers.normal(0.02), (self.tower.vocab_size, width))
         end = end_of_text(tokens)[:, None]
         inside = (jnp.arange(tokens.shape[1])[None] <= end)[:, :, None]
         x = jnp.where(inside, jnp.take(table, tokens, axis=0), 0).sum(1) / (end + 1)
         kernel_init = nn.initializers.normal(width**-0.5)
-        return Linear((width,), (self.model.embed_dim,), self.numerics, kernel_init, None, name="proj")(x)
+        return Linear((width,), (self.model.embed_dim,), self.numerics, kernel_init, None, name="proj")(x), None

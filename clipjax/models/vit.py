@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from clipjax.config import ImagePool, ModelConfig, Positions, Projection, ViTConfig
-from clipjax.models.pool import AttentionPool
+from clipjax.models.pool import AttentionPool, QueryPool
 from clipjax.models.positions import sincos
 from clipjax.models.transformer import (
     LayerNorm,
@@ -46,14 +46,16 @@ def drop_patches(x: Float[Array, "b l w"], kept: int, key: jax.Array) -> Float[A
 
 
 class VisionTransformer(nn.Module):
-    """From normalised pixels to the embedding before normalisation."""
+    """From normalised pixels to the embedding before normalisation, and the tokens that a caption is made from."""
 
     tower: ViTConfig
     model: ModelConfig
     numerics: Numerics
 
     @nn.compact
-    def __call__(self, pixels: Float[Array, "b h w c"], *, train: bool = False) -> Float[Array, "b e"]:
+    def __call__(
+        self, pixels: Float[Array, "b h w c"], *, train: bool = False
+    ) -> tuple[Float[Array, "b e"], Float[Array, "b k v"]]:
         tower, width = self.tower, self.tower.width
         x = self._embed(pixels, train)
         if tower.ln_pre:
@@ -61,18 +63,18 @@ class VisionTransformer(nn.Module):
         x = constrain(x.astype(self.numerics.activations), "batch", None, None)
         init = image_block_init(width, tower.mlp_dim or 4 * width)
         x = Transformer(tower, False, self.model, self.numerics, init, name="transformer")(x)
-        x = self._pool(x)
+        pooled, tokens = self._pool(x)
         if tower.projection is Projection.NONE:
-            return x
+            return pooled, tokens
         kernel_init, bias = nn.initializers.normal(width**-0.5), nn.initializers.zeros
         return Linear(
-            (width,),
+            (pooled.shape[-1],),
             (self.model.embed_dim,),
             self.numerics,
             kernel_init,
             bias if tower.projection is Projection.AFFINE else None,
             name="proj",
-        )(x)
+        )(pooled), tokens
 
     def _embed(self, pixels: Float[Array, "b h w c"], train: bool) -> Float[Array, "b l e"]:
         """Tokens with their positions, float32."""
@@ -100,13 +102,20 @@ class VisionTransformer(nn.Module):
         rows = [jnp.broadcast_to(token[None], (x.shape[0], *token.shape)) for token in prefix]
         return jnp.concatenate([*rows, x], axis=1)
 
-    def _pool(self, x: Float[Array, "b l e"]) -> Float[Array, "b e"]:
-        tower = self.tower
+    def _pool(self, x: Float[Array, "b l e"]) -> tuple[Float[Array, "b v"], Float[Array, "b k v"]]:
+        tower, norm = self.tower, LayerNorm(self.numerics, name="ln_post")
         prefix = int(tower.class_token) + tower.num_registers
-        if tower.pool is ImagePool.CLASS:
-            return LayerNorm(self.numerics, name="ln_post")(x[:, 0])
-        x = LayerNorm(self.numerics, name="ln_post")(x)
-        if tower.pool is ImagePool.AVERAGE:
-            return x[:, prefix:].astype(jnp.float32).mean(1).astype(x.dtype)
-        mlp_dim = tower.mlp_dim or 4 * tower.width
-        return AttentionPool(tower.num_heads, mlp_dim, tower.activation, self.numerics, name="pool")(x)
+        match tower.pool:
+            case ImagePool.CLASS:
+                return norm(x[:, 0]), norm(x[:, prefix:])
+            case ImagePool.AVERAGE:
+                x = norm(x)[:, prefix:]
+                return x.astype(jnp.float32).mean(1).astype(x.dtype), x
+            case ImagePool.ATTENTION:
+                x, mlp_dim = norm(x), tower.mlp_dim or 4 * tower.width
+                pool = AttentionPool(tower.num_heads, mlp_dim, tower.activation, self.numerics, name="pool")
+                return pool(x), x[:, prefix:]
+            case ImagePool.QUERIES:
+                pool = QueryPool(tower.num_queries, tower.query_heads, self.model.embed_dim, self.numerics, name="pool")
+                x = norm(pool(x))
+                return x[:, 0], x[:, 1:]

@@ -87,8 +87,8 @@ def test_every_parameter_matters_and_speed_options_change_nothing(name: str):
 
     def run(clip):
         def objective(params):
-            image, _ = clip.train_image(params, stats, pixels, jax.random.key(2))
-            text = clip.encode_text(params, tokens)
+            encoded = clip.train(params, stats, pixels, tokens, jax.random.key(2))
+            image, text = encoded.image_embed, encoded.text_embed
             np.testing.assert_array_equal((image.shape, text.shape), ((4, 32), (4, 32)))
             return jnp.sum(image * aim) + jnp.sum(text * aim[::-1])
 
@@ -164,9 +164,9 @@ def test_patch_dropout_keeps_a_fixed_number_and_only_in_training():
     assert counts.min() > 65 and counts.max() < 135  # 100 each, five standard deviations
     clip, whole = build_clip(half), build_clip(config)
     params = jax.jit(clip.init)(jax.random.key(0))
-    pixels, _ = inputs(config)
+    pixels, tokens = inputs(config)
     np.testing.assert_array_equal(clip.encode_image(params, pixels), whole.encode_image(params, pixels))
-    one, other, again = (clip.train_image(params, {}, pixels, jax.random.key(seed))[0] for seed in (0, 1, 0))
+    one, other, again = (clip.train(params, {}, pixels, tokens, jax.random.key(seed)).image_embed for seed in (0, 1, 0))
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 1e-3
 
@@ -224,8 +224,11 @@ def test_batch_norm_is_over_the_global_batch_on_any_mesh(devices: int):
     params, stats = jax.jit(clip.init)(jax.random.key(0)), clip.init_batch_stats()
     pixels = jax.random.normal(jax.random.key(5), (8, 32, 32, 3)) * jnp.arange(1.0, 9.0).reshape(8, 1, 1, 1)
 
+    tokens = jnp.tile(jnp.asarray([[61, 5, 63, 0, 0, 0, 0, 0]], jnp.int32), (8, 1))
+
     def train(pixels):
-        return clip.train_image(params, stats, pixels, jax.random.key(0))
+        encoded = clip.train(params, stats, pixels, tokens, jax.random.key(0))
+        return encoded.image_embed, encoded.batch_stats
 
     expected = jax.jit(train)(pixels)
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
