@@ -7,11 +7,11 @@ import zipfile
 
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
 import clipjax
 from clipjax.weights import main_convert, main_export
 
-safetensors = pytest.importorskip("safetensors.numpy")
 FOLDERS = {
     "openclip-vit-gelu": "open_clip",
     "openclip-rn-gelu": "open_clip",

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
 from clipjax.config import Dtype, ModelConfig
 from clipjax.convert import huggingface, open_clip
@@ -22,7 +23,6 @@ from clipjax.losses import sigmoid_loss, softmax_loss
 from clipjax.models.clip import abstract_model, build_clip
 from clipjax.trees import from_flat, to_flat
 
-safetensors = pytest.importorskip("safetensors.numpy")
 TOLERANCE = 2e-5
 FOLDERS = ("openclip-vit-gelu", "openclip-vit-quickgelu", "openclip-rn-gelu", "hf-clip-quickgelu", "hf-siglip")
 
