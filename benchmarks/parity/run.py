@@ -99,7 +99,9 @@ def compare(python: pathlib.Path, kind: str, name: str) -> dict:
 def captions(count: int = 100_000) -> list[str]:
     """Words, odd Unicode, HTML entities and texts that are too long, by a fixed seed."""
     rng = random.Random(0)
-    words = ["a", "photo", "of", "the", "red", "Dog's", "", "café", "naïve", "東京", "😀", "🏳️\u200d🌈", "don't", "we'll", "3,141", "&amp;", "&lt;b&gt;", "&#39;", "é", "\u200d", "ﬁ", "½", "ЩУКА"]
+    plain = ["a", "photo", "of", "the", "red", "Dog's", "", "café", "naïve", "don't", "we'll", "3,141", "½"]
+    odd_words = ["東京", "😀", "🏳️\u200d🌈", "&amp;", "&lt;b&gt;", "&#39;", "é", "\u200d", "ﬁ", "ЩУКА"]
+    words = plain + odd_words
     odd = [chr(rng.randrange(32, 0x2FFFF)) for _ in range(4_000)]
     odd = [char for char in odd if not 0xD800 <= ord(char) < 0xE000]
     return [

@@ -57,6 +57,10 @@ class Tokenizer(Protocol):
         """Ids of a caption, without start and end."""
         ...
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; start and end are left out."""
+        ...
+
     def files(self) -> dict[str, bytes]:
         """Everything that `tokenizer_from_files` needs to rebuild the tokenizer, by file name."""
         ...
@@ -192,6 +196,10 @@ class BytesTokenizer:
         """Ids of a caption, without start and end."""
         return [byte + 1 for byte in text.encode("utf-8", "replace")]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; start and end are left out."""
+        return bytes(i - 1 for i in ids if 0 < i <= 256).decode("utf-8", "replace")
+
     def files(self) -> dict[str, bytes]:
         """Nothing: the kind says it all."""
         return {}
@@ -230,6 +238,10 @@ class SentencePieceTokenizer:
         """Ids of a caption, without start and end."""
         return self._processor.encode(without_surrogates(text))
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; start and end are left out."""
+        return self._processor.decode([i for i in ids if i < self.start_id])
+
     def files(self) -> dict[str, bytes]:
         """Everything needed to rebuild the tokenizer: the model."""
         return {_SENTENCEPIECE_FILE: self._model}
@@ -267,6 +279,10 @@ class HuggingFaceTokenizer:
         ids = self._tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids
         return [i for i in ids if i < self.start_id]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; start and end are left out."""
+        return self._tokenizer.decode([i for i in ids if i < self.start_id])
+
     def files(self) -> dict[str, bytes]:
         """Everything needed to rebuild the tokenizer: `tokenizer.json`."""
         return {_HUGGINGFACE_FILE: self._content}
@@ -302,6 +318,10 @@ class SiglipTokenizer:
         """Ids of a caption, without the end."""
         bare = without_surrogates(text).translate(_NO_PUNCTUATION)
         return self._processor.encode(" ".join(bare.split()).lower())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; start and end are left out."""
+        return self._processor.decode([i for i in ids if i != self.end_id])
 
     def files(self) -> dict[str, bytes]:
         """Everything needed to rebuild the tokenizer: the model."""
@@ -340,6 +360,10 @@ class Siglip2Tokenizer:
         ids = self._tokenizer.encode(without_surrogates(text).lower(), add_special_tokens=False).ids
         return [i for i in ids if i not in (self.pad_id, self.end_id)]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; start and end are left out."""
+        return self._tokenizer.decode([i for i in ids if i not in (self.pad_id, self.end_id)])
+
     def files(self) -> dict[str, bytes]:
         """Everything needed to rebuild the tokenizer: `tokenizer.json`."""
         return {_HUGGINGFACE_FILE: self._content}
@@ -364,6 +388,10 @@ class NoTokenizer:
             f"The model came without its tokenizer, so {text[:40]!r} cannot be read; convert it again with "
             "--tokenizer=KIND:PATH, or give token ids."
         )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; start and end are left out."""
+        raise ValueError("The model came without its tokenizer, so no text can be made of token ids.")
 
     def files(self) -> dict[str, bytes]:
         """Nothing."""

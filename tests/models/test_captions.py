@@ -132,7 +132,7 @@ def test_a_decoder_sees_what_came_before_and_the_image():
     params = jax.jit(clip.init)(jax.random.key(0))
     pixels = jax.random.normal(jax.random.key(2), (1, 16, 16, 3))
     row = jnp.asarray([[START, 5, 6, 7, 8, 9, 10, END]], jnp.int32)
-    next_logits = jax.jit(clip.next_logits)
+    next_logits = jax.jit(lambda params, pixels, row: clip.next_logits(params, clip.look(params, pixels), row))
     before = next_logits(params, pixels, row)
     assert before.shape == (1, 8, 64)
     after = next_logits(params, pixels, row.at[0, 4].set(20))
