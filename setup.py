@@ -12,7 +12,6 @@ TEST = [
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.3",
     "ruff>=0.11",
-    "safetensors>=0.5",
 ]
 
 setup(
@@ -29,6 +28,7 @@ setup(
         "absl-py>=2.1",
         "array-record>=0.8.1",
         "braceexpand>=0.1.7",
+        "einops>=0.8",
         "flax>=0.12.6,<0.13",
         "ftfy>=6.3",
         "grain>=0.2.15,<0.3",
@@ -42,6 +42,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
         "regex>=2024.11",
+        "safetensors>=0.5",
         "sentencepiece>=0.2.1,<0.3",
         "simplejpeg>=1.8",
         "tensorboardX>=2.6.2",

@@ -1,8 +1,8 @@
 """Checkpoints: arrays, data position, config, tokenizer and preprocessing, all in one step directory.
 
-`WORKDIR/checkpoints/STEP/` holds groups of arrays (`params`, `ema` where one is kept, `train`) and the records
-`config`, `data`, `tokenizer`, `preprocessing` as JSON. Orbax writes in the background into a temporary directory and
-renames it when all of it is there, so a step directory is complete or absent. Nothing is ever unpickled.
+`WORKDIR/checkpoints/STEP/` holds groups of arrays (`params`, `train`, where there are any `ema` and `batch_stats`) and
+the records `config`, `data`, `tokenizer`, `preprocessing` as JSON. Orbax writes in the background into a temporary
+directory and renames it when all of it is there, so a step directory is complete or absent. Nothing is ever unpickled.
 """
 
 import base64
@@ -14,7 +14,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from clipjax.config import CheckpointConfig, Config, from_dict, to_dict
+from clipjax.config import CheckpointConfig, Config
+from clipjax.config_json import from_dict, to_dict
 from clipjax.data.tokenizer import Tokenizer, tokenizer_from_files
 
 FOLDER = "checkpoints"
@@ -130,9 +131,14 @@ class SavedCheckpoint:
         return "ema" if (self.path / "ema").is_dir() else "params"
 
     def params(self, abstract_params: Any) -> Any:
-        """The parameters to evaluate, placed as the shardings of `abstract_params` say."""
-        group = self.params_group
-        return _restore(self._manager, self.step, {group: abstract_params})[group]
+        """The parameters to evaluate, placed as the shardings of `abstract_params` say.
+
+        BatchNorm's statistics are among them, as `batch_stats`, where they are among those.
+        """
+        group, wanted = self.params_group, dict(abstract_params)
+        groups = {"batch_stats": wanted.pop("batch_stats")} if "batch_stats" in wanted else {}
+        restored = _restore(self._manager, self.step, {group: wanted, **groups})
+        return {**restored[group], **{name: restored[name] for name in groups}}
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that was saved."""
@@ -187,8 +193,8 @@ def make_records(config: Config, tokenizer: Tokenizer, data_position: Mapping[st
         "tokenizer": pack_tokenizer(tokenizer),
         "preprocessing": {
             "image_size": config.model.image.image_size,
-            "resize": "shorter side, bicubic, antialiased",
-            "crop": "center",
+            "resize": config.data.resize.value,
+            "interpolation": f"{config.data.interpolation.value}, antialiased",
             "mean": list(config.data.mean),
             "std": list(config.data.std),
         },

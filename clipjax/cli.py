@@ -12,6 +12,9 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
   clipjax eval    evaluate a checkpoint: zero-shot classification, retrieval
   clipjax sweep   train over a grid or random draws of config fields
   clipjax data    make the embedded dataset, train a tokenizer, look into a source
+  clipjax presets list the known models: parameters, FLOPs, source
+  clipjax convert open a peer's weights as a clipjax checkpoint
+  clipjax export  write a checkpoint as a peer's own loader opens it
 
 `clipjax COMMAND --help` tells more. Start with:
 
@@ -20,6 +23,7 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
 """
 
 
+COMMANDS = ("train", "eval", "sweep", "data", "presets", "convert", "export")
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -48,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from clipjax.sweep import main as run
         case "data":
             from clipjax.data.__main__ import main as run
+        case "presets":
+            from clipjax.model_table import main as run
+        case "convert":
+            from clipjax.weights import main_convert as run
+        case "export":
+            from clipjax.weights import main_export as run
         case "--version":
             print(__version__)
             return 0
@@ -55,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(HELP)
             return 0
         case _:
-            print(f"clipjax: error: unknown command {command!r}; known: train, eval, sweep, data", file=sys.stderr)
+            print(f"clipjax: error: unknown command {command!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
             return 2
     return run(rest)
 

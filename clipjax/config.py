@@ -5,97 +5,37 @@ Time is given in examples (image-text pairs); the code turns it into steps (comp
 `steps`. This module imports neither JAX nor anything heavy, because every config file imports it.
 """
 
-import dataclasses
-import enum
 import math
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
+
+from clipjax.choices import (
+    Activation,
+    Crop,
+    Dtype,
+    GroupRole,
+    ImagePool,
+    Interpolation,
+    LossKind,
+    LossMethod,
+    Positions,
+    Projection,
+    Remat,
+    Resize,
+    SamePair,
+    TaskKind,
+    TextPool,
+)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class Activation(enum.Enum):
-    """Non-linearity of the MLP blocks. OpenAI's weights use `quick_gelu` (x * sigmoid(1.702 x)), most others `gelu`."""
-
-    QUICK_GELU = "quick_gelu"
-    GELU = "gelu"
-
-
-class Remat(enum.Enum):
-    """What the backward pass recomputes: nothing, all but matrix products, or everything inside a block."""
-
-    NONE = "none"
-    DOTS = "dots"
-    FULL = "full"
-
-
-class Dtype(enum.Enum):
-    """Number format of the towers' computation. Parameters, logits and log-sum-exps are always float32."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-
-class LossKind(enum.Enum):
-    """Which contrastive loss.
-
-    CLIP's `softmax` (arXiv 2103.00020, figure 3), SigLIP's `sigmoid` (arXiv 2303.15343), or `global`, a softmax against
-    the whole dataset for small batches, which remembers two numbers of every sample (FastCLIP, arXiv 2407.01445).
-    """
-
-    SOFTMAX = "softmax"
-    SIGMOID = "sigmoid"
-    GLOBAL = "global"
-
-
-class LossMethod(enum.Enum):
-    """How devices share the global similarity matrix; the answer is the same.
-
-    `gathered` collects all embeddings on every device, `ring` passes them from neighbour to neighbour, `auto` chooses.
-    Between slices, `gathered` passes them from slice to slice.
-    """
-
-    AUTO = "auto"
-    GATHERED = "gathered"
-    RING = "ring"
-
-
-class SamePair(enum.Enum):
-    """What two pairs of a batch must have in common to be no negatives of each other: nothing, image, or caption."""
-
-    NONE = "none"
-    INDEX = "index"
-    CAPTION = "caption"
-
-
-class GroupRole(enum.Enum):
-    """What pairs that are no negatives of each other are instead: `ignored`, or each other's `positive`."""
-
-    IGNORED = "ignored"
-    POSITIVE = "positive"
-
-
-class Crop(enum.Enum):
-    """Training crop: `random_resized` (area share from `min_crop_area` to 1) or `center` (as in evaluation)."""
-
-    RANDOM_RESIZED = "random_resized"
-    CENTER = "center"
-
-
-class TaskKind(enum.Enum):
-    """What an evaluation task measures."""
-
-    ZERO_SHOT = "zero_shot"
-    RETRIEVAL = "retrieval"
-    IMAGE_RETRIEVAL = "image_retrieval"
-
-
 @dataclass(kw_only=True, slots=True)
-class ImageTowerConfig:
-    """Vision transformer. Lengths in pixels; `mlp_dim` None means 4 * width."""
+class ViTConfig:
+    """Vision transformer. Lengths in pixels; `mlp_dim` None means 4 * width. The defaults are OpenAI's CLIP."""
+
+    KIND: ClassVar[str] = "vit"
 
     image_size: int = 224
     patch_size: int = 32
@@ -103,11 +43,38 @@ class ImageTowerConfig:
     depth: int = 12
     num_heads: int = 12
     mlp_dim: int | None = None
+    activation: Activation = Activation.QUICK_GELU
+    layer_norm_epsilon: float = 1e-5
+    pool: ImagePool = ImagePool.CLASS
+    class_token: bool = True
+    num_registers: int = 0  # learned tokens without meaning (arXiv 2309.16588)
+    positions: Positions = Positions.LEARNED
+    patch_bias: bool = False
+    crop_to_patches: bool = False  # leave out pixels at the right and below that fill no patch (SigLIP So400m/14@384)
+    ln_pre: bool = True  # LayerNorm before the blocks
+    num_queries: int = 256  # pool=queries only
+    query_heads: int = 8  # pool=queries only
+    projection: Projection = Projection.LINEAR
+    patch_dropout: float = 0.0  # share of patches left out in training (FLIP, arXiv 2212.00794)
 
 
 @dataclass(kw_only=True, slots=True)
-class TextTowerConfig:
-    """Causal text transformer. `vocab_size` is at least the tokenizer's, whose last id is end-of-text."""
+class ResNetConfig:
+    """The paper's modified ResNet with attention pooling; `layers` are the blocks of its four stages."""
+
+    KIND: ClassVar[str] = "resnet"
+
+    image_size: int = 224
+    layers: tuple[int, ...] = (3, 4, 6, 3)
+    width: int = 64  # channels of the first stage; the last has 32 times as many
+    num_heads: int = 32  # of the attention pooling
+
+
+@dataclass(kw_only=True, slots=True)
+class TextTransformerConfig:
+    """Text transformer. `vocab_size` is at least the tokenizer's. The defaults are OpenAI's CLIP."""
+
+    KIND: ClassVar[str] = "transformer"
 
     context_length: int = 77
     vocab_size: int = 49408
@@ -115,6 +82,42 @@ class TextTowerConfig:
     depth: int = 12
     num_heads: int = 8
     mlp_dim: int | None = None
+    activation: Activation = Activation.QUICK_GELU
+    layer_norm_epsilon: float = 1e-5
+    causal: bool = True
+    pool: TextPool = TextPool.END
+    projection: Projection = Projection.LINEAR
+
+
+@dataclass(kw_only=True, slots=True)
+class CbowConfig:
+    """The paper's bag of words: the mean of the tokens' embeddings, projected."""
+
+    KIND: ClassVar[str] = "cbow"
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+
+
+@dataclass(kw_only=True, slots=True)
+class DecoderConfig:
+    """A causal decoder that reads the text tower's tokens and looks at the image's: it predicts each next token."""
+
+    KIND: ClassVar[str] = "decoder"
+
+    depth: int = 12
+    num_heads: int = 8
+    mlp_dim: int | None = None
+    activation: Activation = Activation.QUICK_GELU
+    layer_norm_epsilon: float = 1e-5
+
+
+@dataclass(kw_only=True, slots=True)
+class WordsConfig:
+    """One layer that predicts from the image which tokens its caption has: the paper's bag-of-words prediction."""
+
+    KIND: ClassVar[str] = "words"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,9 +125,9 @@ class ModelConfig:
     """Two towers, their common embedding and how they are computed."""
 
     embed_dim: int = 512
-    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
-    text: TextTowerConfig = field(default_factory=TextTowerConfig)
-    activation: Activation = Activation.QUICK_GELU
+    image: ViTConfig | ResNetConfig = field(default_factory=ViTConfig)
+    text: TextTransformerConfig | CbowConfig = field(default_factory=TextTransformerConfig)
+    caption: DecoderConfig | WordsConfig | None = None  # predicts captions; None: nothing does
     compute_dtype: Dtype = Dtype.BFLOAT16  # of activations; parameters, sums and the loss are float32 always
     matmul_dtype: Dtype | None = None  # of what enters a product with a parameter; None: compute_dtype
     init_logit_bias: float | None = None  # a learned bias of the logits, for the sigmoid loss; None: no bias
@@ -139,6 +142,10 @@ class LossConfig:
     """The contrastive loss over the global batch; its value never depends on `method` or `tile`."""
 
     kind: LossKind = LossKind.SOFTMAX  # sigmoid needs model.init_logit_bias
+    contrastive_weight: float = 1.0  # of the contrastive loss; 0 leaves it out
+    caption_weight: float = (
+        0.0  # of predicting captions, by model.caption: mean negative log-likelihood of their tokens
+    )
     method: LossMethod = LossMethod.AUTO  # how devices share the work
     tile: int | None = None  # rows and columns of the similarity matrix that exist at a time; None: 1,024
     dtype: Dtype = Dtype.FLOAT32  # of embeddings that move between devices and enter products; sums are float32 always
@@ -193,6 +200,8 @@ class DataConfig:
     tokenizer: str = "bytes"
     crop: Crop = Crop.RANDOM_RESIZED
     min_crop_area: float = 0.9  # share of the image's area
+    resize: Resize = Resize.SHORTER_SIDE  # in evaluation, and in training with crop=center
+    interpolation: Interpolation = Interpolation.BICUBIC
     mean: tuple[float, float, float] = CLIP_MEAN  # of pixels in 0..1, subtracted on the device
     std: tuple[float, float, float] = CLIP_STD
     num_workers: int = 0  # worker processes per training process; 0 decodes in threads of the training process
@@ -259,6 +268,7 @@ class Config:
     global_batch_size: int = 256
     microbatch_size: int | None = None  # pairs encoded at a time (GradCache), over all devices; None: the whole batch
     init_from: str | None = None  # a clipjax checkpoint whose parameters start this run
+    init_match: tuple[str, ...] = ()  # regular expressions of the parameters to take from it, ("image/.*",); (): all
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -299,51 +309,3 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int, num_slices: int = 1) -> tup
             f"{shown} make {known} devices, but there are {num_devices}; set one axis to -1 to let it fill up"
         )
     return sizes[0], sizes[1], sizes[2], sizes[3]
-
-
-def to_dict(config: Any) -> Any:
-    """Plain JSON values: dataclasses as dicts, enums by value, tuples as lists."""
-    if dataclasses.is_dataclass(config):
-        return {item.name: to_dict(getattr(config, item.name)) for item in dataclasses.fields(config)}
-    if isinstance(config, dict):
-        return {key: to_dict(value) for key, value in config.items()}
-    if isinstance(config, enum.Enum):
-        return config.value
-    if isinstance(config, list | tuple):
-        return [to_dict(value) for value in config]
-    return config
-
-
-def from_dict(values: Any) -> Config:
-    """The config that `to_dict` wrote, from untrusted JSON.
-
-    Raises:
-        ValueError: an unknown field, or a value of the wrong type.
-    """
-    return _parse(Config, values, "config")
-
-
-def _parse(kind: Any, value: Any, path: str) -> Any:
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        if not isinstance(value, dict) or not set(value) <= set(hints):
-            unknown = sorted(set(value) - set(hints)) if isinstance(value, dict) else value
-            raise ValueError(f"{path}: unknown {unknown!r}; known fields: {', '.join(hints)}")
-        return kind(**{name: _parse(hints[name], item, f"{path}.{name}") for name, item in value.items()})
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        choices = [member.value for member in kind]
-        if value not in choices:
-            raise ValueError(f"{path}={value!r} must be one of {', '.join(choices)}")
-        return kind(value)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is dict and isinstance(value, dict):
-        return {str(key): _parse(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_parse(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is types.UnionType:
-        return None if value is None else _parse(arguments[0], value, path)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(kind, type) or type(value) is not kind:
-        raise ValueError(f"{path}={value!r} must be of type {getattr(kind, '__name__', kind)}")
-    return value

@@ -22,14 +22,18 @@ from clipjax.validation import validate, validate_devices
 PROGRAM = "clipjax eval"
 OPTIONS = {
     "checkpoint": "a workdir (its newest step is taken) or one of its checkpoints/STEP directories",
+    "tasks_from": "a config file whose eval.tasks are run instead of the checkpoint's own, with its data.tfds_* fields",
     "tasks": "names of the config's eval.tasks, separated by commas; all of them if left out",
     "output": "JSON file for the results",
 }
+TASK_DATA = ("tfds_dir", "tfds_image_key", "tfds_caption_key")
 HELP = f"""Evaluate a checkpoint on the tasks of its config.
 
-  {PROGRAM} --checkpoint=WORKDIR_OR_STEP [--tasks=A,B] [--output=results.json] [--config.FIELD=VALUE ...]
+  {PROGRAM} --checkpoint=WORKDIR_OR_STEP [--tasks_from=FILE[:ARG]] [--tasks=A,B] [--output=results.json]
+      [--config.FIELD=VALUE ...]
 
   --checkpoint  {OPTIONS["checkpoint"]}
+  --tasks_from  {OPTIONS["tasks_from"]}
   --tasks       {OPTIONS["tasks"]}
   --output      {OPTIONS["output"]}
 
@@ -59,6 +63,11 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     distributed.start()  # before the checkpoint is opened, which asks JAX who the processes are
     saved = SavedCheckpoint(path)
     saved.config.mesh = MeshConfig()
+    if tasks_from := _option(argv, "tasks_from"):
+        other = flags.parse(PROGRAM, [f"--config={tasks_from}"], options={}).config
+        saved.config.eval.tasks = other.eval.tasks
+        for name in TASK_DATA:
+            setattr(saved.config.data, name, getattr(other.data, name))
     arguments = flags.parse(PROGRAM, argv, options=OPTIONS, config=saved.config)
     output = arguments.options["output"]
     if output:

@@ -12,13 +12,14 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from clipjax.config import Config
+from clipjax.fields import field_type, members, path_parts
 
 USAGE_ERROR = 2
 
@@ -86,6 +87,21 @@ def parse(program: str, argv: Sequence[str], *, options: Mapping[str, str], conf
     return Arguments(parsed, {name: values[name].value for name in options})
 
 
+def parse_options(program: str, argv: Sequence[str], *, options: Mapping[str, str]) -> dict[str, str | None]:
+    """Parse `--OPTION=VALUE` alone; None where one is not given.
+
+    Raises:
+        ValueError: anything that cannot be understood.
+    """
+    values = flags.FlagValues()
+    for name, text in options.items():
+        flags.DEFINE_string(name, None, text, flag_values=values)
+    rest = _read(values, [program, *argv])
+    if len(rest) > 1:
+        raise ValueError(f"argument {rest[1]!r} is not understood; options look like --name=value")
+    return {name: values[name].value for name in options}
+
+
 def _check_loaded(parsed: Any) -> None:
     """ml_collections hands a stand-in for a file that it could not read; any look at its fields raises why."""
     try:
@@ -102,7 +118,8 @@ def _read(values: flags.FlagValues, argv: list[str]) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         known = [name for name in values if name != "config" and "." not in name]
         close = difflib.get_close_matches(error.flagname, [*known, "config"], n=1)
-        hint = f"did you mean --{close[0]}?" if close else f"options are --config and {', '.join(known)}"
+        config = "--config and " if "config" in values else ""
+        hint = f"did you mean --{close[0]}?" if close else f"options are {config}{', '.join(known)}"
         raise ValueError(f"unknown option --{error.flagname}; {hint}") from error
     except flags.Error as error:
         raise ValueError(str(error).removeprefix("flag ")) from error
@@ -114,30 +131,12 @@ def _read(values: flags.FlagValues, argv: list[str]) -> list[str]:
 
 def _unknown_field(argv: Sequence[str]) -> str | None:
     """What is wrong with the first override whose path does not exist, and the nearest name that does."""
-    found = (re.match(r"--?config\.([^=]+)", argument) for argument in argv)
-    for path in (match[1] for match in found if match):
-        kind: Any = Config
-        parts = _path_parts(path)
-        for depth, part in enumerate(parts):
-            hints = _members(kind)
-            if hints is None:
-                break
-            if part not in hints:
-                close = difflib.get_close_matches(part, list(hints), n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"fields there: {', '.join(hints)}"
-                where = ".".join(parts[:depth]) or "the config"
-                return f"config.{path}: {where} has no field {part!r}; {hint}"
-            kind = hints[part]
+    for path in (match[1] for argument in argv if (match := re.match(r"--?config\.([^=]+)", argument))):
+        try:
+            field_type(Config, path)
+        except ValueError as error:
+            return f"config.{error}"
     return None
-
-
-def _path_parts(path: str) -> list[str]:
-    """Names of a path such as `eval.tasks['scenes/val'].source`."""
-    return [name or quoted for name, quoted in re.findall(r"([^.\[\]]+)|\[['\"]([^'\"]+)['\"]\]", path)]
-
-
-def _members(kind: Any) -> dict[str, Any] | None:
-    return typing.get_type_hints(kind) if isinstance(kind, type) and is_dataclass(kind) else None
 
 
 def _split_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -153,20 +152,17 @@ def _split_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _is_optional(path: str) -> bool:
-    kind: Any = Config
-    for part in _path_parts(path):
-        hints = _members(kind)
-        if hints is None or part not in hints:
-            return False
-        kind = hints[part]
-    return typing.get_origin(kind) is types.UnionType and type(None) in typing.get_args(kind)
+    try:
+        return types.NoneType in typing.get_args(field_type(Config, path))
+    except ValueError:
+        return False
 
 
 def _set_none(config: Any, path: str) -> None:
-    *parents, last = _path_parts(path)
-    for part in parents:
-        config = getattr(config, part)
-    setattr(config, last, None)
+    parent, (last, _) = config, path_parts(path)[-1]
+    for name, is_key in path_parts(path)[:-1]:
+        parent = parent[name] if is_key else getattr(parent, name)
+    setattr(parent, last, None)
 
 
 def wants_help(argv: Sequence[str]) -> bool:
@@ -178,15 +174,20 @@ def describe_fields(kind: Any = Config, prefix: str = "") -> list[str]:
     """Every config field with its type and default, a line each, for help."""
     lines = []
     default = kind()
-    hints = typing.get_type_hints(kind)
-    for item in fields(kind):
-        value = getattr(default, item.name)
+    for name, hint in members(kind).items():
+        value = getattr(default, name)
         if is_dataclass(value):
-            lines += describe_fields(type(value), f"{prefix}{item.name}.")
+            towers = [choice for choice in (typing.get_args(hint) or (hint,)) if is_dataclass(choice)]
+            for tower in towers:
+                if len(towers) > 1:
+                    lines.append(f"  {prefix}{name} as {getattr(tower, '__name__', tower)}:")
+                lines += describe_fields(tower, f"{prefix}{name}.")
         else:
             shown = getattr(value, "value", value)
-            kind_name = getattr(hints[item.name], "__name__", str(hints[item.name])).replace("clipjax.config.", "")
-            lines.append(f"  --config.{prefix}{item.name}={shown!r}  ({kind_name})".replace("'", ""))
+            kind_name = (
+                getattr(hint, "__name__", str(hint)).replace("clipjax.config.", "").replace("clipjax.choices.", "")
+            )
+            lines.append(f"  --config.{prefix}{name}={shown!r}  ({kind_name})".replace("'", ""))
     return lines
 
 

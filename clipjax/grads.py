@@ -15,9 +15,8 @@ from jax.sharding import Mesh
 
 from clipjax.config import Config
 from clipjax.sharding import batch_devices, constrain
-from clipjax.typing import Batch, Key, Metrics, Params
+from clipjax.typing import Batch, Encoded, Key, Metrics, Params
 
-Encoded = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 Encode = Callable[[Params, Batch, Key], Encoded]
 Loss = Callable[..., tuple[jax.Array, Metrics]]
 """What `losses.make_loss` returns."""
@@ -43,7 +42,7 @@ def make_forward(config: Config, encode: Encode, mesh: Mesh) -> Encode:
 
 
 def direct(encode: Encode, loss: Loss, params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
-    """Gradients by one backward pass, and the loss's metrics with `loss` itself among them."""
+    """Gradients by one backward pass, and the loss's metrics with `loss` and `batch_stats` among them."""
 
     def objective(params: Params) -> tuple[jax.Array, Metrics]:
         return _evaluate(loss, encode(params, batch, key), batch)
@@ -51,10 +50,19 @@ def direct(encode: Encode, loss: Loss, params: Params, batch: Batch, key: Key) -
     return jax.grad(objective, has_aux=True)(params)
 
 
-def _evaluate(loss: Loss, encoded: tuple[Any, ...], batch: Batch) -> tuple[jax.Array, Metrics]:
+def _evaluate(loss: Loss, encoded: Encoded, batch: Batch) -> tuple[jax.Array, Metrics]:
     """The loss of what `encode` gives for the whole batch, and its metrics with `loss` itself among them."""
-    value, metrics = loss(*encoded, **{name: batch[name] for name in LOSS_INPUTS if name in batch})
-    return value, {"loss": value, **metrics}
+    inputs = {name: batch[name] for name in LOSS_INPUTS if name in batch}
+    if encoded.nll is not None:
+        inputs |= {"nll": encoded.nll, "num_tokens": encoded.num_tokens}
+    value, metrics = loss(*encoded[:4], **inputs)
+    return value, {"loss": value, **metrics, "batch_stats": encoded.batch_stats}
+
+
+def of_pairs(encoded: Encoded) -> dict[str, Any]:
+    """What has a row for every pair."""
+    names = ("image_embed", "text_embed", "nll", "num_tokens")
+    return {name: getattr(encoded, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -90,9 +98,10 @@ class Parts:
         def embed(part: tuple[jax.Array, Batch]) -> Encoded:
             return encode(params, part[1], jax.random.fold_in(key, part[0]))
 
-        images, texts, *scaling = jax.lax.map(embed, self.inputs(batch))
-        scale, bias = jax.tree.map(lambda x: x[0], scaling)
-        return self.join(images), self.join(texts), scale, bias
+        parts = jax.lax.map(embed, self.inputs(batch))
+        joined = jax.tree.map(self.join, of_pairs(parts))
+        scale, bias = jax.tree.map(lambda x: x[0], (parts.logit_scale, parts.logit_bias))
+        return parts._replace(**joined, logit_scale=scale, logit_bias=bias)
 
 
 def make_cached(
@@ -117,22 +126,20 @@ def make_cached(
     parts = Parts(microbatch_size, devices)
 
     def cached(encode: Encode, loss: Loss, params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
-        image, text, *scaling = parts.encode(encode, params, batch, key)
-
-        def objective(image: jax.Array, text: jax.Array, scaling: Any) -> tuple[jax.Array, Metrics]:
-            return _evaluate(loss, (image, text, *scaling), batch)
-
-        of_loss = jax.grad(objective, argnums=(0, 1, 2), has_aux=True)
-        (*of_embeds, of_scaling), metrics = of_loss(image, text, scaling)
+        encoded = parts.encode(encode, params, batch, key)
+        of_loss, metrics = jax.grad(lambda encoded: _evaluate(loss, encoded, batch), has_aux=True)(encoded)
+        of_scaling = of_loss.logit_scale, of_loss.logit_bias
 
         def accumulate(total: Params, part: Any) -> tuple[Params, None]:
-            (number, microbatch), of_image, of_text = part
-            once = jax.tree.map(lambda x: jnp.where(number == 0, x, 0), of_scaling)
+            (number, microbatch), of_part = part
+            scale, bias = jax.tree.map(lambda x: jnp.where(number == 0, x, 0), of_scaling)
             step_key = jax.random.fold_in(key, number)
             _, pull_back = jax.vjp(lambda params: encode(params, microbatch, step_key), params)
-            return jax.tree.map(jnp.add, total, pull_back((of_image, of_text, *once))[0]), None
+            of_encoded = of_loss._replace(**of_part, logit_scale=scale, logit_bias=bias)
+            return jax.tree.map(jnp.add, total, pull_back(of_encoded)[0]), None
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(accumulate, zeros, (parts.inputs(batch), *map(parts.cut, of_embeds)))[0], metrics
+        of_pairs_parts = jax.tree.map(parts.cut, of_pairs(of_loss))
+        return jax.lax.scan(accumulate, zeros, (parts.inputs(batch), of_pairs_parts))[0], metrics
 
     return cached

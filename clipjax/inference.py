@@ -18,11 +18,12 @@ from jaxtyping import Float, Int
 
 from clipjax import sharding
 from clipjax.checkpoint import SavedCheckpoint
-from clipjax.config import Config, MeshConfig
-from clipjax.data.images import resize_center_crop
+from clipjax.config import Config, DecoderConfig, MeshConfig
+from clipjax.data.images import make_view
 from clipjax.data.tokenizer import Tokenizer, tokenize
 from clipjax.evals.zero_shot import zero_shot_classifier
-from clipjax.models.clip import abstract_params, build_clip, normalise_pixels
+from clipjax.generation import Frame, beam_search, generate, greedy, make_top_k
+from clipjax.models.clip import abstract_model, build_clip, normalise_pixels
 from clipjax.typing import Params
 
 
@@ -40,7 +41,7 @@ class Model:
         clip = build_clip(config.model)
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.logit_scale = float(np.exp(params["log_logit_scale"]))
-        self._batch_size = batch_size
+        self._batch_size, self._view = batch_size, make_view(config)
         self._encode_image, self._encode_text = jax.jit(clip.encode_image), jax.jit(clip.encode_text)
         self._encode_picture = jax.jit(
             lambda params, image: clip.encode_image(params, normalise_pixels(image, config.data))
@@ -55,8 +56,7 @@ class Model:
         Raises:
             ValueError: an array that is not uint8, or not of such a shape.
         """
-        size = self.config.model.image.image_size
-        pixels = [resize_center_crop(picture, size) for picture in _pictures(images)]
+        pixels = [self._view(picture) for picture in _pictures(images)]
         if not pixels:
             return np.zeros((0, self.config.model.embed_dim), np.float32)
         return self._in_batches(self._encode_picture, np.stack(pixels))
@@ -65,6 +65,44 @@ class Model:
         """Unit-norm embeddings of texts; longer ones are cut at the context length."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         return self.embed_tokens(tokenize(self.tokenizer, texts, self.config.model.text.context_length))
+
+    def caption(
+        self, images: Any, *, method: str = "beam", num_beams: int = 4, top_k: int = 10, seed: int = 0
+    ) -> list[str]:
+        """Captions that the model writes; it needs a decoder (`model.caption`).
+
+        Args:
+            images: as for `encode_image`.
+            method: `greedy`, `top_k` (each token drawn from the likeliest ones) or `beam`.
+            num_beams: texts that are followed at a time; `beam` only.
+            top_k: how many tokens are drawn from; `top_k` only.
+            seed: of the draws; `top_k` only.
+
+        Raises:
+            ValueError: the model has no decoder, or another method.
+        """
+        start_id = self.tokenizer.start_id
+        if not isinstance(self.config.model.caption, DecoderConfig) or start_id is None:
+            raise ValueError("this model writes no captions: it needs model.caption=DecoderConfig and a start of texts")
+        if method not in ("greedy", "top_k", "beam"):
+            raise ValueError(f"method={method!r} must be greedy, top_k or beam")
+        pixels = np.stack([self._view(picture) for picture in _pictures(images)])
+        clip, length = build_clip(self.config.model), self.config.model.text.context_length
+        frame = Frame(start_id, self.tokenizer.end_id, self.tokenizer.pad_id, length)
+
+        @jax.jit
+        def write(params: Params, image: jax.Array, key: jax.Array) -> jax.Array:
+            seen = clip.look(params, normalise_pixels(image, self.config.data))
+            if method == "beam":
+                many = jnp.repeat(seen, num_beams, axis=0)
+                step = lambda tokens: clip.next_logits(params, many, tokens)  # noqa: E731
+                return beam_search(step, image.shape[0], frame, num_beams=num_beams)
+            step = lambda tokens: clip.next_logits(params, seen, tokens)  # noqa: E731
+            return generate(step, image.shape[0], frame, greedy if method == "greedy" else make_top_k(top_k), key)
+
+        rows = np.asarray(write(self.params, jnp.asarray(pixels), jax.random.key(seed)))
+        ends = (rows == frame.end_id).argmax(axis=1)
+        return [self.tokenizer.decode(row[1:end].tolist()) for row, end in zip(rows, ends, strict=True)]
 
     def zero_shot_classifier(
         self, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
@@ -143,5 +181,5 @@ def load(path: str | pathlib.Path) -> Model:
 
 def load_params(saved: SavedCheckpoint, mesh: Mesh) -> Params:
     """The parameters to evaluate, on any mesh."""
-    abstract = abstract_params(saved.config.model)
+    abstract = abstract_model(saved.config.model)
     return saved.params(sharding.placed(abstract, sharding.state_shardings(mesh, abstract)))

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 import jax
 
 from clipjax.checkpoint import SavedCheckpoint, pack_tokenizer
-from clipjax.config import Config, LossKind
+from clipjax.config import Config, LossKind, TextPool
 from clipjax.data.sources import Source, build_source
 from clipjax.data.tokenizer import Tokenizer, build_tokenizer
 from clipjax.evals.runner import Task, build_tasks
+from clipjax.fields import field_value
 from clipjax.models.clip import abstract_params
-from clipjax.trees import names
-from clipjax.validation import MEMORY_UNIT, field_value
+from clipjax.models.positions import fit_positions
+from clipjax.trees import match_any, names
+from clipjax.validation import MEMORY_UNIT
 
 MOST_SAMPLES = 2**31 - 2 * MEMORY_UNIT
 """That int32 can count, with the spare room of the memory."""
@@ -52,6 +54,11 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
         raise ValueError(
             f"model.text.vocab_size={config.model.text.vocab_size} must be at least {tokenizer.vocab_size}, "
             f"the size of data.tokenizer={config.data.tokenizer!r}"
+        )
+    if getattr(config.model.text, "pool", None) in (None, TextPool.END) and not tokenizer.ends_highest:
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer!r} does not give the end of a text the largest id, by which "
+            "model.text.pool=end and bags of words find it; use pool=last or attention, or another tokenizer"
         )
     initial = None
     if config.init_from is not None and saved is None:
@@ -97,19 +104,24 @@ def check_same_inputs(config: Config, tokenizer: Tokenizer, teacher: SavedCheckp
 
 
 def check_same_shapes(config: Config, initial: SavedCheckpoint) -> None:
-    """Refuse first weights of another shape.
+    """Refuse first weights of another shape; positions are fitted to another image size or context length.
 
     Raises:
-        ValueError: every parameter that differs.
+        ValueError: every parameter that differs, or a pattern of `init_match` that matches none.
     """
+    old, new = initial.config.model, config.model
+    given = jax.eval_shape(lambda params: fit_positions(params, old, new), abstract_params(old))
     ours, theirs = (
         dict(zip(names(tree), (leaf.shape for leaf in jax.tree.leaves(tree)), strict=True))
-        for tree in (abstract_params(config.model), abstract_params(initial.config.model))
+        for tree in (abstract_params(new), given)
     )
+    for pattern in config.init_match:
+        if not any(match_any([pattern], name) for name in ours):
+            raise ValueError(f"init_match={pattern!r} matches no parameter; paths look like {next(iter(ours))!r}")
     differing = [
         f"{name} {ours.get(name)} (checkpoint: {theirs.get(name)})"
         for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
+        if ours.get(name) != theirs.get(name) and match_any(config.init_match or (".*",), name)
     ]
     if differing:
         raise ValueError(f"init_from={config.init_from!r} holds another model: {', '.join(differing)}")

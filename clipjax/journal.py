@@ -13,7 +13,8 @@ import numpy as np
 
 from clipjax.config import Config, total_steps
 from clipjax.data.sources import REASONS
-from clipjax.metrics import PEAK_TFLOPS, MetricsWriter, Progress, StepClock, format_table, mfu, model_flops
+from clipjax.flops import model_flops
+from clipjax.metrics import PEAK_TFLOPS, MetricsWriter, Progress, StepClock, format_table, mfu
 from clipjax.typing import Metrics
 
 

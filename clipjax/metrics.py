@@ -1,6 +1,6 @@
 """What a run reports: metric files, the step clock, model FLOPs and MFU, the progress line, text tables.
 
-Reading order: `MetricsWriter` (files), `StepClock` (rates), `model_flops` to `mfu` (arithmetic), `Progress` and
+Reading order: `MetricsWriter` (files), `StepClock` (rates), `mfu` (arithmetic), `Progress` and
 `format_table` (terminal). Nothing here knows JAX: values are numbers or anything scalar with `.item()`.
 """
 
@@ -15,8 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TextIO
-
-from clipjax.config import ModelConfig
 
 PEAK_TFLOPS = {
     "NVIDIA A100-SXM4-40GB": 312.0,
@@ -242,30 +240,6 @@ class StepClock:
             yield
         finally:
             self._paused_seconds += self._now() - start
-
-
-def model_flops(config: ModelConfig) -> int:
-    """FLOPs of one forward pass of one image-text pair.
-
-    A multiply-add is 2 FLOPs; attention is counted dense, the causal half of the text tower too; patch embedding and
-    both projections are included, look-ups, norms, softmax and the loss are not. The convention of open_clip's
-    `docs/model_profile.csv`.
-    """
-    image, text = config.image, config.text
-    patches = (image.image_size // image.patch_size) ** 2
-    embedding = 2 * patches * 3 * image.patch_size**2 * image.width
-    projections = 2 * (image.width + text.width) * config.embed_dim
-    return (
-        embedding
-        + projections
-        + _transformer_flops(patches + 1, image.width, image.depth, image.mlp_dim)
-        + _transformer_flops(text.context_length, text.width, text.depth, text.mlp_dim)
-    )
-
-
-def _transformer_flops(length: int, width: int, depth: int, mlp_dim: int | None) -> int:
-    weights = 4 * width**2 + 2 * width * (mlp_dim or 4 * width)
-    return depth * (2 * length * weights + 4 * length**2 * width)
 
 
 def mfu(examples_per_second: float, flops_per_pair: int, num_devices: int, peak_tflops: float) -> float:

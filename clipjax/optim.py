@@ -12,7 +12,7 @@ from clipjax.config import Config, OptimConfig, steps_of, total_steps
 from clipjax.trees import map_with_name, match_any, names
 from clipjax.typing import Params
 
-DECAYED = ("kernel", "token_embed", "pos_embed")
+DECAYED = ("kernel", "token_embed", "pos_embed", "registers", "probe", "queries")
 """Last names of the parameters that decay: those with two or more dimensions, as in open_clip (no gain or bias)."""
 
 

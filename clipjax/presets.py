@@ -1,35 +1,154 @@
 """Sizes of known models as data, each row with its source."""
 
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass
 
-from clipjax.config import ImageTowerConfig, ModelConfig, TextTowerConfig
+from clipjax.config import (
+    Activation,
+    ImagePool,
+    ModelConfig,
+    Projection,
+    ResNetConfig,
+    TextPool,
+    TextTransformerConfig,
+    ViTConfig,
+)
 
-_BASE_TEXT = TextTowerConfig(width=512, depth=12, num_heads=8)
-_LARGE_TEXT = TextTowerConfig(width=768, depth=12, num_heads=12)
+CLIP = "arXiv 2103.00020, tables 19 and 20"
+OPEN_CLIP = "mlfoundations/open_clip, src/open_clip/model_configs"
+SIGLIP = "arXiv 2303.15343; google-research/big_vision, README_siglip2.md and SigLIP_demo.ipynb"
+BIG_VISION = "google-research/big_vision, models/vit.py, decode_variant"
 
-MODELS: dict[str, ModelConfig] = {
-    # arXiv 2103.00020, table 20
-    "ViT-B/32": ModelConfig(
-        embed_dim=512,
-        image=ImageTowerConfig(image_size=224, patch_size=32, width=768, depth=12, num_heads=12),
-        text=_BASE_TEXT,
-    ),
-    "ViT-B/16": ModelConfig(
-        embed_dim=512,
-        image=ImageTowerConfig(image_size=224, patch_size=16, width=768, depth=12, num_heads=12),
-        text=_BASE_TEXT,
-    ),
-    "ViT-L/14": ModelConfig(
-        embed_dim=768,
-        image=ImageTowerConfig(image_size=224, patch_size=14, width=1024, depth=24, num_heads=16),
-        text=_LARGE_TEXT,
-    ),
-    "ViT-L/14@336px": ModelConfig(
-        embed_dim=768,
-        image=ImageTowerConfig(image_size=336, patch_size=14, width=1024, depth=24, num_heads=16),
-        text=_LARGE_TEXT,
-    ),
-}
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and where its sizes come from."""
+
+    config: ModelConfig
+    source: str
+
+
+def _text(width: int, depth: int, num_heads: int, activation: Activation) -> TextTransformerConfig:
+    return TextTransformerConfig(width=width, depth=depth, num_heads=num_heads, activation=activation)
+
+
+def _vit(
+    name: str, size: tuple[int, int, int, int], image: tuple[int, int], text: tuple[int, int, int], source: str
+) -> tuple[str, Preset]:
+    """A CLIP with a ViT: (width, depth, heads, MLP), (image size, patch), the text's (width, depth, heads).
+
+    The embedding is as wide as the text tower; OpenAI's models have QuickGELU, the others GELU.
+    """
+    activation = Activation.QUICK_GELU if source is CLIP else Activation.GELU
+    width, depth, heads, mlp_dim = size
+    tower = ViTConfig(
+        image_size=image[0],
+        patch_size=image[1],
+        width=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_dim=None if mlp_dim == 4 * width else mlp_dim,
+        activation=activation,
+    )
+    return name, Preset(ModelConfig(embed_dim=text[0], image=tower, text=_text(*text, activation)), source)
+
+
+def _resnet(
+    name: str, embed_dim: int, tower: tuple[int, tuple[int, ...], int], text: tuple[int, int, int]
+) -> tuple[str, Preset]:
+    """A CLIP with a ResNet: (image size, blocks, width), the text's (width, depth, heads)."""
+    size, layers, width = tower
+    image = ResNetConfig(image_size=size, layers=layers, width=width, num_heads=width * 32 // 64)
+    return name, Preset(ModelConfig(embed_dim=embed_dim, image=image, text=_text(*text, Activation.QUICK_GELU)), CLIP)
+
+
+def _siglip(
+    name: str,
+    image: tuple[int, int, int, int],
+    size: tuple[int, int],
+    text: tuple[int, int, int, int],
+    vocab_size: int,
+    context_length: int = 64,
+) -> tuple[str, Preset]:
+    """A SigLIP: both towers as (width, depth, heads, MLP), (image size, patch)."""
+    common = {"activation": Activation.GELU_TANH, "layer_norm_epsilon": 1e-6}
+    width, depth, heads, mlp_dim = image
+    image_tower = ViTConfig(
+        image_size=size[0],
+        patch_size=size[1],
+        width=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_dim=None if mlp_dim == 4 * width else mlp_dim,
+        pool=ImagePool.ATTENTION,
+        class_token=False,
+        patch_bias=True,
+        crop_to_patches=size[0] % size[1] > 0,
+        ln_pre=False,
+        projection=Projection.NONE,
+        **common,
+    )
+    text_width, depth, heads, mlp_dim = text
+    text_tower = TextTransformerConfig(
+        context_length=context_length,
+        vocab_size=vocab_size,
+        width=text_width,
+        depth=depth,
+        num_heads=heads,
+        mlp_dim=None if mlp_dim == 4 * text_width else mlp_dim,
+        causal=False,
+        pool=TextPool.LAST,
+        projection=Projection.AFFINE,
+        **common,
+    )
+    config = ModelConfig(
+        embed_dim=width, image=image_tower, text=text_tower, init_logit_scale=10.0, init_logit_bias=-10.0
+    )
+    return name, Preset(config, SIGLIP)
+
+
+_TI, _S, _M = (192, 12, 3, 768), (384, 12, 6, 1536), (512, 12, 8, 2048)
+_B, _L, _H = (768, 12, 12, 3072), (1024, 24, 16, 4096), (1280, 32, 16, 5120)
+_G, _BIG_G, _E = (1408, 40, 16, 6144), (1664, 48, 16, 8192), (1792, 56, 16, 15360)
+_SO400M, _G_OPT = (1152, 27, 16, 4304), (1536, 40, 16, 6144)
+_SENTENCEPIECE, _GEMMA = 32_000, 256_000
+
+MODELS: dict[str, Preset] = dict(
+    (
+        _resnet("RN50", 1024, (224, (3, 4, 6, 3), 64), (512, 12, 8)),
+        _resnet("RN101", 512, (224, (3, 4, 23, 3), 64), (512, 12, 8)),
+        _resnet("RN50x4", 640, (288, (4, 6, 10, 6), 80), (640, 12, 10)),
+        _resnet("RN50x16", 768, (384, (6, 8, 18, 8), 96), (768, 12, 12)),
+        _resnet("RN50x64", 1024, (448, (3, 15, 36, 10), 128), (1024, 12, 16)),
+        _vit("ViT-B/32", _B, (224, 32), (512, 12, 8), CLIP),
+        _vit("ViT-B/16", _B, (224, 16), (512, 12, 8), CLIP),
+        _vit("ViT-L/14", _L, (224, 14), (768, 12, 12), CLIP),
+        _vit("ViT-L/14@336px", _L, (336, 14), (768, 12, 12), CLIP),
+        _vit("ViT-Ti/16", _TI, (224, 16), (192, 12, 3), BIG_VISION),
+        _vit("ViT-S/32", _S, (224, 32), (384, 12, 6), OPEN_CLIP),
+        _vit("ViT-S/16", _S, (224, 16), (384, 12, 6), OPEN_CLIP),
+        _vit("ViT-M/32", _M, (224, 32), (512, 12, 8), OPEN_CLIP),
+        _vit("ViT-M/16", _M, (224, 16), (512, 12, 8), OPEN_CLIP),
+        _vit("ViT-B/32@256px", _B, (256, 32), (512, 12, 8), OPEN_CLIP),
+        _vit("ViT-L/16", _L, (224, 16), (768, 12, 12), OPEN_CLIP),
+        _vit("ViT-H/14", _H, (224, 14), (1024, 24, 16), OPEN_CLIP),
+        _vit("ViT-H/14@378px", _H, (378, 14), (1024, 24, 16), OPEN_CLIP),
+        _vit("ViT-H/16", _H, (224, 16), (1024, 24, 16), OPEN_CLIP),
+        _vit("ViT-g/14", _G, (224, 14), (1024, 24, 16), OPEN_CLIP),
+        _vit("ViT-bigG/14", _BIG_G, (224, 14), (1280, 32, 20), OPEN_CLIP),
+        _vit("ViT-e/14", _E, (224, 14), (1280, 36, 20), OPEN_CLIP),
+        *(_siglip(f"SigLIP-B/16@{size}px", _B, (size, 16), _B, _SENTENCEPIECE) for size in (224, 256, 384, 512)),
+        *(_siglip(f"SigLIP-L/16@{size}px", _L, (size, 16), _L, _SENTENCEPIECE) for size in (256, 384)),
+        _siglip("SigLIP-So400m/14@224px", _SO400M, (224, 14), _SO400M, _SENTENCEPIECE, context_length=16),
+        _siglip("SigLIP-So400m/14@384px", _SO400M, (384, 14), _SO400M, _SENTENCEPIECE),
+        _siglip("SigLIP2-B/32@256px", _B, (256, 32), _B, _GEMMA),
+        *(_siglip(f"SigLIP2-B/16@{size}px", _B, (size, 16), _B, _GEMMA) for size in (224, 256, 384, 512)),
+        *(_siglip(f"SigLIP2-L/16@{size}px", _L, (size, 16), _L, _GEMMA) for size in (256, 384, 512)),
+        *(_siglip(f"SigLIP2-So400m/14@{size}px", _SO400M, (size, 14), _SO400M, _GEMMA) for size in (224, 378)),
+        *(_siglip(f"SigLIP2-So400m/16@{size}px", _SO400M, (size, 16), _SO400M, _GEMMA) for size in (256, 384, 512)),
+        *(_siglip(f"SigLIP2-g-opt/16@{size}px", _G_OPT, (size, 16), _SO400M, _GEMMA) for size in (256, 384)),
+    )
+)
 
 
 def model(name: str) -> ModelConfig:
@@ -40,5 +159,4 @@ def model(name: str) -> ModelConfig:
     """
     if name not in MODELS:
         raise ValueError(f"model preset {name!r} is unknown; known: {', '.join(MODELS)}")
-    preset = MODELS[name]
-    return replace(preset, image=replace(preset.image), text=replace(preset.text))
+    return deepcopy(MODELS[name].config)

@@ -9,8 +9,11 @@ from jax.sharding import Mesh
 from clipjax import sharding
 from clipjax.checkpoint import Checkpoints, SavedCheckpoint, check_resumable, pack_tokenizer
 from clipjax.config import Config
+from clipjax.inference import load_params
 from clipjax.inputs import Inputs
+from clipjax.models.positions import fit_positions
 from clipjax.step import TrainState, from_groups, to_groups
+from clipjax.trees import map_with_name, match_any, names
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,21 @@ def start_state(
         return from_groups(groups), Position(**records["data"])
     state = jax.jit(init, out_shardings=shardings)()
     if inputs.initial is not None:
-        params = inputs.initial.params(placed.params)
-        state = replace(state, params=params, ema=None if state.ema is None else jax.tree.map(jax.numpy.copy, params))
+        state = _take(state, inputs.initial, config, mesh)
     return state, Position()
+
+
+def _take(state: TrainState, initial: SavedCheckpoint, config: Config, mesh: Mesh) -> TrainState:
+    """The state with what `init_match` names of another run's parameters; BatchNorm's statistics follow their tower."""
+    given = dict(load_params(initial, mesh))
+    batch_stats = given.pop("batch_stats", None)
+    where = sharding.of(state.params)
+    fit = jax.jit(lambda given: fit_positions(given, initial.config.model, config.model))
+    theirs = dict(zip(names(given), jax.tree.leaves(fit(given)), strict=True))
+    taken = [name for name in names(state.params) if match_any(config.init_match or (".*",), name)]
+    params = map_with_name(lambda name, ours: theirs[name] if name in taken else ours, state.params)
+    params = jax.device_put(params, where)
+    if batch_stats is None or not all(name in taken for name in names({"image": state.params["image"]})):
+        batch_stats = state.batch_stats
+    ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
+    return replace(state, params=params, ema=ema, batch_stats=batch_stats)

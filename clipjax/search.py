@@ -4,18 +4,16 @@ A sweep file defines `get_sweep() -> Sweep`; `clipjax sweep` runs it. Fields are
 "optim.learning_rate". The same definition gives the same trials on every machine and Python version.
 """
 
-import dataclasses
-import difflib
 import enum
 import itertools
 import math
 import random
-import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
+
+from clipjax.fields import field_type, without_none
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +192,7 @@ def check_override(config_type: type, path: str, value: Any) -> None:
         ValueError: There is no such field, or the value has another type.
     """
     annotation = field_type(config_type, path)
-    expected = _without_none(annotation)
+    expected = without_none(annotation)
     if value is None and expected is not annotation:
         return
     if not _fits(value, expected):
@@ -204,44 +202,9 @@ def check_override(config_type: type, path: str, value: Any) -> None:
         raise ValueError(f"{path}={value!r} is {type(value).__name__} and must be {name}")
 
 
-def field_type(config_type: type, path: str) -> Any:
-    """The annotated type of the field at a path such as `a.b`, or `a["key"].b` into a dict.
-
-    Raises:
-        ValueError: There is no such field (the message proposes a near one), or it is a group of fields.
-    """
-    current: Any = config_type
-    annotation: Any = config_type
-    walked = "the config"
-    for key, name in re.findall(r"""\[["'](.+?)["']\]|([^.\[\]]+)""", path):
-        if typing.get_origin(current) is dict:
-            annotation = typing.get_args(current)[1]
-        else:
-            known = typing.get_type_hints(current) if dataclasses.is_dataclass(current) else {}
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
-                raise ValueError(f"{path}: {walked} has no field {name or key}; {remedy}")
-            annotation = known[name]
-        current, walked = _without_none(annotation), name or key
-    if dataclasses.is_dataclass(current) or typing.get_origin(current) is dict:
-        members = (
-            [field.name for field in dataclasses.fields(current)] if dataclasses.is_dataclass(current) else ["NAME"]
-        )
-        raise ValueError(f"{path} is a group of fields; name one in it: {', '.join(members)}")
-    return annotation
-
-
 def format_value(value: Any) -> str:
     """A value as `--config.FIELD=VALUE` takes it."""
     return value.name if isinstance(value, enum.Enum) else str(value)
-
-
-def _without_none(annotation: Any) -> Any:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        inner = [member for member in typing.get_args(annotation) if member is not types.NoneType]
-        return inner[0] if len(inner) == 1 else annotation
-    return annotation
 
 
 def _is_enum(annotation: Any) -> TypeGuard[type[enum.Enum]]:

@@ -27,7 +27,7 @@ Forward = Callable[[Params, Batch, Key], tuple[Any, ...]]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("step", "params", "opt_state", "ema", "key", "samples_skipped", "memory"),
+    data_fields=("step", "params", "opt_state", "ema", "key", "samples_skipped", "memory", "batch_stats"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class TrainState:
         key: the run's PRNG key; step s draws from `fold_in(key, s)`.
         samples_skipped: unusable samples so far, of all processes, int32 by reason (`data.sources.REASONS`).
         memory: what the `global` loss knows of every sample (`losses.memory`), or None with other losses.
+        batch_stats: running statistics of BatchNorm, or None in models without.
     """
 
     step: jax.Array
@@ -51,10 +52,16 @@ class TrainState:
     key: Key
     samples_skipped: jax.Array
     memory: jax.Array | None = None
+    batch_stats: Params | None = None
 
 
 def make_init_state(
-    config: Config, init_params: Callable[[Key], Params], tx: optax.GradientTransformation, *, num_samples: int
+    config: Config,
+    init_params: Callable[[Key], Params],
+    tx: optax.GradientTransformation,
+    *,
+    num_samples: int,
+    init_batch_stats: Callable[[], Params] = dict,
 ) -> Callable[[Key], TrainState]:
     """`init_state(key)`: a fresh state. Jit it with shardings, so that no device ever holds more than its part.
 
@@ -63,6 +70,7 @@ def make_init_state(
         init_params: key -> parameters.
         tx: the optimizer.
         num_samples: size of the training source.
+        init_batch_stats: the model's running statistics to start with.
     """
 
     def init_state(key: Key) -> TrainState:
@@ -76,6 +84,7 @@ def make_init_state(
             key=run_key,
             samples_skipped=jnp.zeros(len(REASONS), jnp.int32),
             memory=init_memory(num_samples) if config.loss.kind is LossKind.GLOBAL else None,
+            batch_stats=init_batch_stats() or None,
         )
 
     return init_state
@@ -110,7 +119,8 @@ def make_train_step(
         if teach is not None:
             assert teacher is not None
             batch = {**batch, "teacher": Teacher(*teach(teacher, batch, key)[:3])}
-        grads, metrics = grads_fn(state.params, batch, key)
+        grads, metrics = grads_fn(state.params, {**batch, "batch_stats": state.batch_stats or {}}, key)
+        batch_stats = metrics.pop("batch_stats", None) or None
         if memory is not None and remembered is not None:
             remembered = memory.remember(remembered, batch["index"], metrics.pop("memory"))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -136,6 +146,7 @@ def make_train_step(
             key=state.key,
             samples_skipped=samples_skipped,
             memory=remembered,
+            batch_stats=batch_stats,
         )
         return state, metrics
 
@@ -160,18 +171,20 @@ def _make_ema(decay: float | None) -> Callable[[Params | None, Params], Params |
 
 
 def eval_params(state: TrainState) -> Params:
-    """The parameters to evaluate: the moving average where there is one."""
-    return state.params if state.ema is None else state.ema
+    """The parameters to evaluate: the moving average where there is one; BatchNorm's statistics among them."""
+    params = state.params if state.ema is None else state.ema
+    return params if state.batch_stats is None else {**params, "batch_stats": state.batch_stats}
 
 
 def to_groups(state: TrainState) -> dict[str, Any]:
     """The state as the groups of arrays that a checkpoint keeps apart, so that `params` can be read alone."""
     names = ("step", "opt_state", "key", "samples_skipped", "memory")
     train = {name: value for name in names if (value := getattr(state, name)) is not None}
-    groups = {"params": state.params, "train": train}
-    return groups if state.ema is None else {**groups, "ema": state.ema}
+    groups = {"params": state.params, "train": train, "ema": state.ema, "batch_stats": state.batch_stats}
+    return {name: group for name, group in groups.items() if group is not None}
 
 
 def from_groups(groups: Mapping[str, Any]) -> TrainState:
     """The state that `to_groups` took apart."""
-    return TrainState(params=groups["params"], ema=groups.get("ema"), **groups["train"])
+    others = {name: groups.get(name) for name in ("params", "ema", "batch_stats")}
+    return TrainState(**others, **groups["train"])

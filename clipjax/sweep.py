@@ -27,8 +27,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from clipjax.config import Config
+from clipjax.fields import field_type
 from clipjax.metrics import format_duration
-from clipjax.search import Sweep, check_override, field_type
+from clipjax.search import Sweep, check_override
 from clipjax.trials import Trial, formatted, pairs, read_json, write_leaderboard
 
 TRAIN_COMMAND = (sys.executable, "-m", "clipjax.train")

@@ -26,7 +26,7 @@ from clipjax.inputs import Inputs, open_inputs
 from clipjax.journal import Journal
 from clipjax.losses import build_loss, describe_loss
 from clipjax.losses.memory import make_memory_access
-from clipjax.models.clip import abstract_params, build_clip, make_encode
+from clipjax.models.clip import abstract_params, build_clip, make_encode, make_frozen_encode
 from clipjax.resume import Position, check_same_run, start_state
 from clipjax.run import Run
 from clipjax.step import Forward, TrainState, make_init_state, make_train_step
@@ -101,7 +101,9 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
         stack.callback(signal.restore)
         checkpoints = Checkpoints(workdir, config.checkpoint)
         stack.callback(checkpoints.close)
-        init_state = make_init_state(config, clip.init, tx, num_samples=len(inputs.source))
+        init_state = make_init_state(
+            config, clip.init, tx, num_samples=len(inputs.source), init_batch_stats=clip.init_batch_stats
+        )
         try:
             state, start = start_state(config, inputs, checkpoints, init_state, mesh)
             teacher = None if inputs.teacher is None else load_params(inputs.teacher, mesh)
@@ -147,7 +149,7 @@ def _make_teach(config: Config, inputs: Inputs, mesh: Mesh) -> Forward | None:
     if inputs.teacher is None:
         return None
     theirs = inputs.teacher.config
-    return grads.make_forward(config, make_encode(build_clip(theirs.model), theirs.data), mesh)
+    return grads.make_forward(config, make_frozen_encode(build_clip(theirs.model), theirs.data), mesh)
 
 
 def _loop(run: Run, state: TrainState, start: Position) -> int:

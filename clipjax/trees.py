@@ -5,7 +5,7 @@ A path is the keys joined by "/", e.g. `image/blocks/attn/qkv/kernel`; attribute
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -46,3 +46,20 @@ def global_norm(tree: Any) -> jax.Array:
     """Euclidean norm over all leaves, float32."""
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+
+
+def to_flat(tree: Any) -> dict[str, Any]:
+    """Leaves by name."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def from_flat(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict whose leaves have these names."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        inside = tree
+        for parent in parents:
+            inside = inside.setdefault(parent, {})
+        inside[last] = leaf
+    return tree

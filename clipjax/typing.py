@@ -4,7 +4,7 @@ Axes: b batch (global unless said otherwise), h height, w width (of images), l t
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,10 +14,32 @@ Params = Mapping[str, Any]
 Batch = Mapping[str, Any]
 """`image` uint8 [b, h, w, 3], `tokens` int32 [b, l], `reason` int32 [b] (why another pair stands in for this one, an
 index into `data.sources.REASONS`; -1: none does). Where configured, `group` int32 [b] (equal for pairs that are no
-negatives of each other), `index` int32 [b] (of the sample in its source)."""
+negatives of each other), `index` int32 [b] (of the sample in its source). In training also `batch_stats`."""
 
 Metrics = dict[str, Any]
 """Scalars by name."""
 
 Key = jax.Array
 """A typed JAX PRNG key."""
+
+
+class Encoded(NamedTuple):
+    """What encoding a batch gives.
+
+    Attributes:
+        image_embed: unit-norm float32 [b, e].
+        text_embed: unit-norm float32 [b, e].
+        logit_scale: multiplier of similarities, a scalar.
+        logit_bias: added to logits, a scalar, or None.
+        nll: negative log-likelihood of each caption, float32 [b], or None where nothing predicts captions.
+        num_tokens: how many tokens each of them counts, float32 [b], or None.
+        batch_stats: running statistics of BatchNorm after this batch; empty in other models.
+    """
+
+    image_embed: jax.Array
+    text_embed: jax.Array
+    logit_scale: jax.Array
+    logit_bias: jax.Array | None
+    nll: jax.Array | None = None
+    num_tokens: jax.Array | None = None
+    batch_stats: Params = {}  # noqa: RUF012

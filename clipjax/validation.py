@@ -6,9 +6,21 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
-from clipjax.config import Config, GroupRole, LossConfig, LossKind, SamePair, TaskKind, from_dict, resolve_mesh, to_dict
+from clipjax.config import (
+    Config,
+    GroupRole,
+    ImagePool,
+    LossConfig,
+    LossKind,
+    ResNetConfig,
+    SamePair,
+    TaskKind,
+    resolve_mesh,
+)
+from clipjax.config_json import from_dict, to_dict
+from clipjax.fields import field_value
+from clipjax.model_validation import caption_errors, model_errors
 
 BATCH_FIELDS = ("global_batch_size", "microbatch_size", "eval.batch_size")
 """Batches that the mesh and the processes share out."""
@@ -38,7 +50,7 @@ def validate(config: Config, *, batch_fields: Sequence[str] = BATCH_FIELDS) -> N
     """
     errors = [*_type_errors(config), *_range_errors(config)]
     if not errors:
-        errors = [*_batch_errors(config), *_model_errors(config), *_part_errors(config)]
+        errors = [*_batch_errors(config), *model_errors(config), *caption_errors(config), *_part_errors(config)]
         # An axis of -1 is not known yet: 1 divides everything, and `validate_devices` looks again.
         mesh = config.mesh
         sizes = mesh.slice or 1, max(1, mesh.data), max(1, mesh.fsdp), max(1, mesh.tensor)
@@ -102,7 +114,15 @@ def _division_errors(config: Config, sizes: tuple[int, int, int, int], batch_fie
     for tower in ("model.image", "model.text"):
         errors += _division_error(config, f"{tower}.num_heads", tensor, f"mesh.tensor={tensor}")
         errors += _division_error(config, f"{tower}.mlp_dim", tensor, f"mesh.tensor={tensor}")
-        errors += _division_error(config, f"{tower}.width", fsdp, f"mesh.fsdp={fsdp}")
+        half = 2 if tower == "model.image" and isinstance(config.model.image, ResNetConfig) else 1
+        what = (
+            f"mesh.fsdp={fsdp}" if half == 1 else f"2 * mesh.fsdp={fsdp}, as the first layer has half as many channels"
+        )
+        errors += _division_error(config, f"{tower}.width", half * fsdp, what)
+    wide = config.model.caption is not None or getattr(config.model.image, "pool", None) is ImagePool.QUERIES
+    if wide:  # a head or a pooling takes the embedding as its input
+        errors += _division_error(config, "model.embed_dim", fsdp, f"mesh.fsdp={fsdp}")
+    errors += _division_error(config, "model.caption.num_heads", tensor, f"mesh.tensor={tensor}")
     for path in ("model.embed_dim", "model.text.vocab_size"):
         errors += _division_error(config, path, tensor, f"mesh.tensor={tensor}")
     return errors
@@ -110,7 +130,11 @@ def _division_errors(config: Config, sizes: tuple[int, int, int, int], batch_fie
 
 def _division_error(config: Config, path: str, divisor: int, what: str) -> list[str]:
     value = field_value(config, path)
-    if path.endswith(".mlp_dim") and value is None:
+    if (
+        path.endswith(".mlp_dim")
+        and value is None
+        and field_value(config, path.replace("mlp_dim", "depth")) is not None
+    ):
         value = 4 * field_value(config, path.replace("mlp_dim", "width"))
     if value is None or value % divisor == 0:
         return []
@@ -170,13 +194,6 @@ _FRACTION = ("data.min_crop_area", "data.max_bad_fraction")
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.ema_decay")
 
 
-def field_value(config: Any, path: str) -> Any:
-    """The value at a dotted path such as `optim.learning_rate`."""
-    for name in path.split("."):
-        config = config[name] if isinstance(config, dict) else getattr(config, name)
-    return config
-
-
 def _range_errors(config: Config) -> list[str]:
     errors = []
     for paths, holds, rule in (
@@ -212,29 +229,6 @@ def _batch_errors(config: Config) -> list[str]:
     return errors
 
 
-def _model_errors(config: Config) -> list[str]:
-    errors = []
-    model = config.model
-    if model.image.image_size % model.image.patch_size:
-        errors.append(
-            f"model.image.image_size={model.image.image_size} must be a multiple of "
-            f"model.image.patch_size={model.image.patch_size}"
-        )
-    for path, tower in (("model.image", model.image), ("model.text", model.text)):
-        if tower.width % tower.num_heads:
-            errors.append(f"{path}.width={tower.width} must be a multiple of {path}.num_heads={tower.num_heads}")
-    if model.text.context_length < 3:
-        errors.append(
-            f"model.text.context_length={model.text.context_length} must hold start, a token and end: at least 3"
-        )
-    if model.init_logit_scale > model.max_logit_scale:
-        errors.append(
-            f"model.init_logit_scale={model.init_logit_scale} must not exceed "
-            f"model.max_logit_scale={model.max_logit_scale}"
-        )
-    return errors
-
-
 def _part_errors(config: Config) -> list[str]:
     errors = []
     errors += _loss_errors(config)
@@ -245,11 +239,14 @@ def _part_errors(config: Config) -> list[str]:
             f"data.mean={config.data.mean} and data.std={config.data.std} must have three numbers, for red, green and "
             "blue, and a standard deviation must be greater than 0"
         )
-    for pattern in config.optim.freeze:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            errors.append(f"optim.freeze={pattern!r} is no regular expression: {error}")
+    for path in ("optim.freeze", "init_match"):
+        for pattern in field_value(config, path):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                errors.append(f"{path}={pattern!r} is no regular expression: {error}")
+    if config.init_match and config.init_from is None:
+        errors.append(f"init_match={config.init_match} needs init_from, a clipjax checkpoint")
     for name, task in config.eval.tasks.items():
         if not task.source:
             errors.append(f"eval.tasks.{name}.source='' must name a source")

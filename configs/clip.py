@@ -15,13 +15,13 @@ from clipjax.config import (
     Crop,
     DataConfig,
     Dtype,
-    ImageTowerConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
     Remat,
-    TextTowerConfig,
+    TextTransformerConfig,
+    ViTConfig,
 )
 
 BATCH = 32_768
@@ -58,8 +58,8 @@ def _tiny() -> Config:
     config = _run(
         ModelConfig(
             embed_dim=64,
-            image=ImageTowerConfig(image_size=32, patch_size=16, width=64, depth=1, num_heads=2),
-            text=TextTowerConfig(context_length=48, vocab_size=260, width=64, depth=1, num_heads=2),
+            image=ViTConfig(image_size=32, patch_size=16, width=64, depth=1, num_heads=2),
+            text=TextTransformerConfig(context_length=48, vocab_size=260, width=64, depth=1, num_heads=2),
             compute_dtype=Dtype.FLOAT32,
             matmul_dtype=Dtype.BFLOAT16,
         ),

@@ -13,13 +13,13 @@ from clipjax.config import (
     DataConfig,
     Dtype,
     EvalConfig,
-    ImageTowerConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
     TaskConfig,
     TaskKind,
-    TextTowerConfig,
+    TextTransformerConfig,
+    ViTConfig,
 )
 
 
@@ -33,8 +33,8 @@ def get_config(root: str = "../shared") -> Config:
         global_batch_size=128,
         model=ModelConfig(
             embed_dim=128,
-            image=ImageTowerConfig(image_size=64, patch_size=8, width=128, depth=6, num_heads=4),
-            text=TextTowerConfig(context_length=32, width=128, depth=6, num_heads=4),
+            image=ViTConfig(image_size=64, patch_size=8, width=128, depth=6, num_heads=4),
+            text=TextTransformerConfig(context_length=32, width=128, depth=6, num_heads=4),
             compute_dtype=Dtype.FLOAT32,
             matmul_dtype=Dtype.BFLOAT16,
             scan_layers=False,

@@ -6,7 +6,7 @@
 The argument is a path, glob or brace pattern of tars. For one accelerator; raise `global_batch_size` on more.
 """
 
-from clipjax.config import Config, DataConfig, ImageTowerConfig, ModelConfig, OptimConfig, TextTowerConfig
+from clipjax.config import Config, DataConfig, ModelConfig, OptimConfig, TextTransformerConfig, ViTConfig
 
 
 def get_config(shards: str = "data/pairs/*.tar") -> Config:
@@ -17,8 +17,8 @@ def get_config(shards: str = "data/pairs/*.tar") -> Config:
         global_batch_size=1024,
         model=ModelConfig(
             embed_dim=384,
-            image=ImageTowerConfig(image_size=224, patch_size=16, width=384, depth=12, num_heads=6),
-            text=TextTowerConfig(context_length=77, vocab_size=8192, width=384, depth=12, num_heads=6),
+            image=ViTConfig(image_size=224, patch_size=16, width=384, depth=12, num_heads=6),
+            text=TextTransformerConfig(context_length=77, vocab_size=8192, width=384, depth=12, num_heads=6),
         ),
         optim=OptimConfig(learning_rate=1e-3, max_grad_norm=1.0),
         data=DataConfig(train=shards, tokenizer="sentencepiece:data/pairs.model", num_workers=4),

@@ -14,13 +14,13 @@ from clipjax.config import (
     DataConfig,
     Dtype,
     EvalConfig,
-    ImageTowerConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
     TaskConfig,
     TaskKind,
-    TextTowerConfig,
+    TextTransformerConfig,
+    ViTConfig,
 )
 
 
@@ -32,8 +32,8 @@ def get_config() -> Config:
         global_batch_size=64,
         model=ModelConfig(
             embed_dim=128,
-            image=ImageTowerConfig(image_size=32, patch_size=8, width=128, depth=3, num_heads=4),
-            text=TextTowerConfig(context_length=24, vocab_size=304, width=128, depth=1, num_heads=4),
+            image=ViTConfig(image_size=32, patch_size=8, width=128, depth=3, num_heads=4),
+            text=TextTransformerConfig(context_length=24, vocab_size=304, width=128, depth=1, num_heads=4),
             compute_dtype=Dtype.FLOAT32,
             matmul_dtype=Dtype.BFLOAT16,
             scan_layers=False,

@@ -309,7 +309,7 @@ def test_a_damaged_tokenizer_record_is_refused(record):
 def test_records_say_how_a_picture_becomes_the_input():
     record = make_records(config(), TOKENIZER, {"step": 1})["preprocessing"]
     assert record["image_size"] == 224
-    assert (record["resize"], record["crop"]) == ("shorter side, bicubic, antialiased", "center")
+    assert (record["resize"], record["interpolation"]) == ("shorter_side", "bicubic, antialiased")
     assert record["mean"] == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-4)
 
 

@@ -14,13 +14,13 @@ from clipjax.config import (
     LossKind,
     MeshConfig,
     TaskConfig,
-    from_dict,
     resolve_mesh,
     steps_of,
-    to_dict,
     total_steps,
 )
-from clipjax.validation import field_value, validate, validate_devices
+from clipjax.config_json import from_dict, to_dict
+from clipjax.fields import field_value
+from clipjax.validation import validate, validate_devices
 
 
 def valid() -> Config:

@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from clipjax import optim, sharding
-from clipjax.config import Config, MeshConfig, from_dict, to_dict, total_steps
+from clipjax.config import Config, MeshConfig, total_steps
+from clipjax.config_json import from_dict, to_dict
 from clipjax.models.clip import abstract_params, build_clip
 from clipjax.search import Sweep
 from clipjax.step import make_init_state

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from clipjax import grads, sharding
-from clipjax.config import Config, Dtype, ImageTowerConfig, MeshConfig, ModelConfig, TextTowerConfig
+from clipjax.config import Config, Dtype, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.losses import make_loss
 from clipjax.models.clip import build_clip, make_encode
 from clipjax.trees import names
+from clipjax.typing import Encoded
 
 PAIRS = 16
 
@@ -20,8 +21,8 @@ def small_config(kind: str) -> Config:
     return Config(
         model=ModelConfig(
             embed_dim=16,
-            image=ImageTowerConfig(image_size=16, patch_size=8, width=16, depth=2, num_heads=2),
-            text=TextTowerConfig(context_length=8, vocab_size=64, width=16, depth=1, num_heads=2),
+            image=ViTConfig(image_size=16, patch_size=8, width=16, depth=2, num_heads=2),
+            text=TextTransformerConfig(context_length=8, vocab_size=64, width=16, depth=1, num_heads=2),
             compute_dtype=Dtype.FLOAT32,
             init_logit_bias=-3.0 if kind == "sigmoid" else None,
         )
@@ -75,7 +76,7 @@ def test_both_passes_draw_the_same_random_numbers():
         keep = jax.random.bernoulli(key, 0.5, part["image"].shape)
         embeds = [jnp.where(keep, part[name], 0) @ params["weight"] for name in ("image", "tokens")]
         unit = [x / jnp.linalg.norm(x + 1e-3, axis=1, keepdims=True) for x in embeds]
-        return *unit, jnp.float32(5.0), None
+        return Encoded(*unit, jnp.float32(5.0), None)
 
     def whole(params, data, key):
         parts = [
@@ -83,7 +84,7 @@ def test_both_passes_draw_the_same_random_numbers():
             for i in range(PAIRS // size)
         ]
         image, text = (jnp.concatenate([part[j] for part in parts]) for j in (0, 1))
-        return image, text, jnp.float32(5.0), None
+        return Encoded(image, text, jnp.float32(5.0), None)
 
     loss = make_loss()
     expected, _ = grads.direct(whole, loss, params, data, key)

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax.config import Config, ImageTowerConfig, LogConfig, ModelConfig, TextTowerConfig
+from clipjax.config import Config, LogConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.data.sources import REASONS
+from clipjax.flops import model_flops
 from clipjax.journal import Journal, results_table
-from clipjax.metrics import model_flops
 
 RESULTS = {"val": {"top1": 0.125, "num_examples": 64}, "pairs": {"image_to_text_r1": 0.5}}
 
@@ -20,8 +20,8 @@ def make_config(peak_tflops: float | None = None) -> Config:
         global_batch_size=32,
         model=ModelConfig(
             embed_dim=8,
-            image=ImageTowerConfig(image_size=16, patch_size=8, width=8, depth=1, num_heads=2),
-            text=TextTowerConfig(context_length=8, vocab_size=64, width=8, depth=1, num_heads=2),
+            image=ViTConfig(image_size=16, patch_size=8, width=8, depth=1, num_heads=2),
+            text=TextTransformerConfig(context_length=8, vocab_size=64, width=8, depth=1, num_heads=2),
         ),
         log=LogConfig(tensorboard=False, peak_tflops=peak_tflops),
     )

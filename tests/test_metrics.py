@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from clipjax import metrics
-from clipjax.config import ImageTowerConfig, ModelConfig, TextTowerConfig
-from clipjax.metrics import MetricsWriter, Progress, StepClock, format_duration, format_table, mfu, model_flops
+from clipjax.config import ModelConfig, TextTransformerConfig, ViTConfig
+from clipjax.flops import model_flops
+from clipjax.metrics import MetricsWriter, Progress, StepClock, format_duration, format_table, mfu
 
 
 def lines_of(workdir: pathlib.Path) -> list[dict]:
@@ -223,10 +224,8 @@ def vit(image_width: int, patch_size: int, *, image_size: int = 224) -> ModelCon
     large = image_width == 1024
     return ModelConfig(
         embed_dim=768 if large else 512,
-        image=ImageTowerConfig(
-            image_size=image_size, patch_size=patch_size, width=image_width, depth=24 if large else 12
-        ),
-        text=TextTowerConfig(width=768 if large else 512),
+        image=ViTConfig(image_size=image_size, patch_size=patch_size, width=image_width, depth=24 if large else 12),
+        text=TextTransformerConfig(width=768 if large else 512),
     )
 
 
@@ -248,8 +247,8 @@ def test_flops_match_open_clips_table(config, published_gflops, exact):
 def test_flops_by_hand():
     config = ModelConfig(
         embed_dim=5,
-        image=ImageTowerConfig(image_size=8, patch_size=4, width=6, depth=2, num_heads=1, mlp_dim=7),
-        text=TextTowerConfig(context_length=3, vocab_size=11, width=4, depth=1, num_heads=1),
+        image=ViTConfig(image_size=8, patch_size=4, width=6, depth=2, num_heads=1, mlp_dim=7),
+        text=TextTransformerConfig(context_length=3, vocab_size=11, width=4, depth=1, num_heads=1),
     )
     image = 4 * (2 * 48 * 6) + 2 * (5 * (2 * 4 * 36 + 2 * 2 * 6 * 7) + 2 * (2 * 25 * 6)) + 2 * 6 * 5
     text = 3 * (2 * 4 * 16 + 2 * 2 * 4 * 16) + 2 * (2 * 9 * 4) + 2 * 4 * 5

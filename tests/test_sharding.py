@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from clipjax import optim, sharding
-from clipjax.config import Config, ImageTowerConfig, MeshConfig, ModelConfig, TextTowerConfig
+from clipjax.config import Config, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.models.clip import abstract_params, build_clip
 from clipjax.sharding import make_mesh
 from clipjax.step import make_init_state
@@ -15,8 +15,8 @@ from clipjax.validation import validate_devices
 
 SMALL = ModelConfig(
     embed_dim=32,
-    image=ImageTowerConfig(image_size=16, patch_size=8, width=64, depth=2, num_heads=4),
-    text=TextTowerConfig(context_length=8, vocab_size=64, width=64, depth=2, num_heads=4),
+    image=ViTConfig(image_size=16, patch_size=8, width=64, depth=2, num_heads=4),
+    text=TextTransformerConfig(context_length=8, vocab_size=64, width=64, depth=2, num_heads=4),
 )
 
 

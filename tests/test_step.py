@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clipjax import grads, optim, sharding
-from clipjax.config import Config, Dtype, ImageTowerConfig, MeshConfig, ModelConfig, TextTowerConfig
+from clipjax.config import Config, Dtype, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.data.sources import REASONS
 from clipjax.losses import make_loss, softmax_loss
 from clipjax.models.clip import abstract_params, build_clip, make_encode
@@ -25,8 +25,8 @@ def small_config(**optim_fields) -> Config:
     config = Config(total_examples=1600, warmup_examples=0, global_batch_size=16)
     config.model = ModelConfig(
         embed_dim=32,
-        image=ImageTowerConfig(image_size=16, patch_size=8, width=64, depth=2, num_heads=4),
-        text=TextTowerConfig(context_length=8, vocab_size=64, width=64, depth=2, num_heads=4),
+        image=ViTConfig(image_size=16, patch_size=8, width=64, depth=2, num_heads=4),
+        text=TextTransformerConfig(context_length=8, vocab_size=64, width=64, depth=2, num_heads=4),
         compute_dtype=Dtype.FLOAT32,
     )
     for name, value in optim_fields.items():

@@ -71,7 +71,7 @@ def _captions(source: Source) -> Iterator[str]:
 
 
 def _tokenizer(arguments: argparse.Namespace) -> int:
-    from clipjax.data.tokenizer import train_sentencepiece
+    from clipjax.data.tokenizer_training import train_sentencepiece
 
     output = pathlib.Path(arguments.output)
     model = train_sentencepiece(_captions(_open(arguments)), arguments.vocab_size)

@@ -9,6 +9,7 @@ import html
 import json
 import pathlib
 import zlib
+from collections.abc import Sequence
 
 import ftfy
 import regex
@@ -101,6 +102,7 @@ def _byte_symbols() -> list[str]:
 
 
 _BYTE_SYMBOLS = _byte_symbols()
+_SYMBOL_BYTES = {symbol: byte for byte, symbol in enumerate(_BYTE_SYMBOLS)}
 
 
 class ClipBpe:
@@ -126,6 +128,8 @@ class ClipBpe:
         self.vocab_size = 512 + len(self._ranks) + 2
         self.start_id = self.vocab_size - 2
         self.end_id = self.vocab_size - 1
+        self.pad_id, self.ends_highest = 0, True
+        self._tokens = {i: token for token, i in self.vocabulary.items()}
         self._cache: dict[str, tuple[int, ...]] = {}
 
     def __reduce__(self) -> tuple[type["ClipBpe"], tuple[bytes]]:
@@ -134,6 +138,12 @@ class ClipBpe:
     def files(self) -> dict[str, bytes]:
         """Everything needed to rebuild the tokenizer: `merges.txt`."""
         return {MERGES_FILE: self._merges}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; start and end are left out."""
+        tokens = [token for i in ids if i < self.start_id and (token := self._tokens.get(int(i))) is not None]
+        content = bytes(_SYMBOL_BYTES[symbol] for symbol in "".join(tokens).replace(_WORD_END, "\u0120"))
+        return content.decode("utf-8", "replace").strip()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a caption, without start and end."""

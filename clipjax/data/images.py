@@ -5,9 +5,12 @@ Axes: h height, w width. Pixels stay uint8 up to the device, which normalises th
 
 import io
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from clipjax.config import Config, Interpolation, Resize
 from clipjax.data.sources import BadSample
 
 _FORMATS = ("PNG", "WEBP")
@@ -74,14 +77,22 @@ def _decode_other(image: bytes, max_pixels: int) -> np.ndarray:
         return np.asarray(flat.convert("RGB"))
 
 
-def random_resized_crop(image: np.ndarray, size: int, *, min_area: float, rng: np.random.Generator) -> np.ndarray:
-    """Crops a random part and resizes it, bicubic with antialiasing.
+def random_resized_crop(
+    image: np.ndarray,
+    size: int,
+    *,
+    min_area: float,
+    rng: np.random.Generator,
+    interpolation: Interpolation = Interpolation.BICUBIC,
+) -> np.ndarray:
+    """Crops a random part and resizes it, antialiased.
 
     Args:
         image: uint8 [h, w, 3].
         size: side of the result in pixels.
         min_area: smallest share of the image's area, in (0, 1].
         rng: source of the randomness.
+        interpolation: filter of resizing.
 
     Returns:
         uint8 [size, size, 3].
@@ -93,7 +104,7 @@ def random_resized_crop(image: np.ndarray, size: int, *, min_area: float, rng: n
 
     top, left, height, width = _crop_box(image.shape[0], image.shape[1], min_area, rng)
     box = (left, top, left + width, top + height)
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.asarray(Image.fromarray(image).resize((size, size), _filter(interpolation), box=box))
 
 
 def _crop_box(height: int, width: int, min_area: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -112,12 +123,44 @@ def _crop_box(height: int, width: int, min_area: float, rng: np.random.Generator
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def resize_center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """CLIP's evaluation preprocessing: resizes the short side to `size`, bicubic, and crops the centre.
+@dataclass(frozen=True, slots=True)
+class View:
+    """How evaluation looks at a picture: uint8 [h, w, 3] of any size to uint8 [size, size, 3]."""
+
+    size: int
+    resize: Resize = Resize.SHORTER_SIDE
+    interpolation: Interpolation = Interpolation.BICUBIC
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """The square picture that the model gets."""
+        if self.resize is Resize.SHORTER_SIDE:
+            return resize_center_crop(image, self.size, self.interpolation)
+        from PIL import Image
+
+        size = (self.size, self.size)
+        return np.asarray(Image.fromarray(image).resize(size, _filter(self.interpolation)))
+
+
+def make_view(config: Config) -> View:
+    """The view that a config asks for."""
+    return View(config.model.image.image_size, config.data.resize, config.data.interpolation)
+
+
+def _filter(interpolation: Interpolation) -> Any:
+    from PIL import Image
+
+    return Image.Resampling[interpolation.name]
+
+
+def resize_center_crop(
+    image: np.ndarray, size: int, interpolation: Interpolation = Interpolation.BICUBIC
+) -> np.ndarray:
+    """CLIP's evaluation preprocessing: resizes the short side to `size` and crops the centre.
 
     Args:
         image: uint8 [h, w, 3].
         size: side of the result in pixels.
+        interpolation: filter of resizing.
 
     Returns:
         uint8 [size, size, 3].
@@ -135,5 +178,5 @@ def resize_center_crop(image: np.ndarray, size: int) -> np.ndarray:
         height, width = image.shape[:2]
     new_width, new_height = (size if side == short else int(size * side / short) for side in (width, height))
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-    resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
+    resized = Image.fromarray(image).resize((new_width, new_height), _filter(interpolation))
     return np.asarray(resized.crop((left, top, left + size, top + size)))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.config import Config, Crop, SamePair
-from clipjax.data.images import decode, random_resized_crop, resize_center_crop
+from clipjax.data.images import View, decode, make_view, random_resized_crop
 from clipjax.data.sources import REASONS, BadSample, Source
 
 _GOOD = -1
@@ -83,16 +83,18 @@ class _Augment:
     """Draws a caption and a crop. Grain keys `rng` by the seed and the sample's global position."""
 
     tokenize: Callable[[str], np.ndarray]
-    image_size: int
+    view: View
     crop: Crop
     min_area: float
 
     def __call__(self, pair: _Pair, rng: np.random.Generator) -> dict[str, Any]:
         caption = pair.captions[int(rng.integers(len(pair.captions)))]
         if self.crop is Crop.RANDOM_RESIZED:
-            image = random_resized_crop(pair.image, self.image_size, min_area=self.min_area, rng=rng)
+            image = random_resized_crop(
+                pair.image, self.view.size, min_area=self.min_area, rng=rng, interpolation=self.view.interpolation
+            )
         else:
-            image = resize_center_crop(pair.image, self.image_size)
+            image = self.view(pair.image)
         return {
             "image": image,
             "tokens": self.tokenize(caption),
@@ -157,7 +159,7 @@ class TrainStream:
                 f"global_batch_size={batch_size} is larger than the {len(source)} samples of data.train={data.train!r};"
                 f" set global_batch_size to at most {len(source)} or give more data"
             )
-        augment = _Augment(tokenize, config.model.image.image_size, data.crop, data.min_crop_area)
+        augment = _Augment(tokenize, make_view(config), data.crop, data.min_crop_area)
         samples = grain.MapDataset.source(_UsableSamples(source, data.max_image_pixels)).seed(config.seed).shuffle()
         epoch_size = len(source) - len(source) % batch_size
         epoch = samples.slice(slice(epoch_size)).repeat()
@@ -277,7 +279,7 @@ def _mark_flags_as_parsed() -> None:
 def eval_batches(
     source: Source,
     *,
-    image_size: int,
+    view: View,
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
@@ -285,14 +287,14 @@ def eval_batches(
     max_image_pixels: int,
     num_threads: int,
 ) -> Iterator[dict[str, Any]]:
-    """Goes once through a source, in its order, with resize and centre crop; every process gets as many batches.
+    """Goes once through a source, in its order; every process gets as many batches.
 
     Process p's part of global batch g is positions g * batch_size + p, + p + process_count, and so on. Bad samples
     and the padding of the last batch are rows of zeros with a false `mask`.
 
     Args:
         source: samples; they need no captions and no labels.
-        image_size: side of the images in pixels.
+        view: what becomes of the images.
         batch_size: over all processes.
         process_index: which of `process_count` processes this one is.
         process_count: how many processes share each batch.
@@ -315,13 +317,13 @@ def eval_batches(
 
     def read(index: int) -> dict[str, Any]:
         if index >= total:
-            return _eval_row(image_size, index=-1)
+            return _eval_row(view.size, index=-1)
         try:
             sample = source[index]
-            image = resize_center_crop(decode(sample.image, max_pixels=max_image_pixels), image_size)
+            image = view(decode(sample.image, max_pixels=max_image_pixels))
         except BadSample as bad:
-            return _eval_row(image_size, index=index, reason=REASONS.index(bad.reason))
-        return _eval_row(image_size, index=index) | {
+            return _eval_row(view.size, index=index, reason=REASONS.index(bad.reason))
+        return _eval_row(view.size, index=index) | {
             "image": image,
             "label": sample.label,
             "mask": True,

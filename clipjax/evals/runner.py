@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 
 from clipjax.config import Config, TaskConfig, TaskKind
+from clipjax.data.images import make_view
 from clipjax.data.pipeline import eval_batches
 from clipjax.data.sources import build_source
 from clipjax.evals.encoder import Encoder
@@ -41,7 +42,7 @@ def _build_task(config: Config, task: TaskConfig) -> Task:
         source = build_source(spec, data=config.data, label_key=task.tfds_label_key)
         return lambda: eval_batches(
             source,
-            image_size=config.model.image.image_size,
+            view=make_view(config),
             batch_size=config.eval.batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -50,6 +51,8 @@ def _build_task(config: Config, task: TaskConfig) -> Task:
             num_threads=config.data.num_threads,
         )
 
+    if config.loss.contrastive_weight == 0 and task.kind is not TaskKind.ZERO_SHOT:
+        raise ValueError(f"kind={task.kind.value} needs embeddings, which loss.contrastive_weight=0 does not train")
     batches = open_batches(task.source)
     match task.kind:
         case TaskKind.ZERO_SHOT:

@@ -10,13 +10,31 @@ import numpy as np
 from clipjax.evals.encoder import Encoder
 
 
+def prompts_of(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """All templates of the first class, then of the second, and so on."""
+    return [template.replace("{}", name) for name in names for template in templates]
+
+
 def zero_shot_classifier(
     embed_texts: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], templates: Sequence[str]
 ) -> np.ndarray:
     """One unit-norm row per class: the mean of its prompts' embeddings. Float32 `[k, e]`."""
-    prompts = [template.replace("{}", name) for name in names for template in templates]
-    embed = embed_texts(prompts).reshape(len(names), len(templates), -1).mean(axis=1)
+    embed = embed_texts(prompts_of(names, templates)).reshape(len(names), len(templates), -1).mean(axis=1)
     return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float32)
+
+
+def _make_score(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
+    """`score(images) -> [n, k]`, larger for likelier classes."""
+    if encoder.likelihood is None:
+        classifier = zero_shot_classifier(encoder.embed_texts, names, templates)
+        return lambda images: encoder.embed_images(images) @ classifier.T
+    prompts, likelihood = prompts_of(names, templates), encoder.likelihood
+
+    def score(images: np.ndarray) -> np.ndarray:
+        rows = likelihood(images, prompts)
+        return rows.reshape(len(rows), len(names), len(templates)).mean(axis=2)
+
+    return score
 
 
 def zero_shot(
@@ -24,20 +42,22 @@ def zero_shot(
 ) -> dict[str, float]:
     """`top1`, `top5` (where there are more than 5 classes) and `num_examples`; samples without a label are left out.
 
+    A model without embeddings ranks classes by the mean log-likelihood of their prompts given the image.
+
     Raises:
         ValueError: a label beyond the class names, or no labelled sample at all.
     """
-    classifier = zero_shot_classifier(encoder.embed_texts, names, templates)
+    score = _make_score(encoder, names, templates)
     depth = min(5, len(names))
     hits = np.zeros(depth, np.int64)
     total = 0
     for batch in batches:
         label = encoder.gather(np.where(batch["mask"], batch["label"], -1).astype(np.int32))
-        embed = encoder.embed_images(batch["image"])
+        scores = score(batch["image"])
         kept = label >= 0
         if label.max(initial=-1) >= len(names):
             raise ValueError(f"label {label.max()} has no class name: there are {len(names)}; check `classes`")
-        best = np.argsort(-(embed[kept] @ classifier.T), axis=1, kind="stable")[:, :depth]
+        best = np.argsort(-scores[kept], axis=1, kind="stable")[:, :depth]
         hits += (best == label[kept][:, None]).sum(axis=0)
         total += int(kept.sum())
     if total == 0:

@@ -6,7 +6,7 @@ block of the similarity matrix, `ways` and `topology` share the matrix out among
 differentiable function of it, `memory` keeps what `global` remembers of each sample.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -198,7 +198,38 @@ def _check_given(name: str, value: object, *, needed: bool) -> None:
 
 
 def build_loss(config: LossConfig, mesh: Mesh) -> LossFunction:
-    """The loss that a config describes."""
+    """The loss that a config describes: contrastive, of captions, or both."""
+    contrastive = _build_contrastive(config, mesh) if config.contrastive_weight else None
+    if contrastive is not None and not config.caption_weight and config.contrastive_weight == 1:
+        return contrastive
+    return with_captions(contrastive, config.contrastive_weight, config.caption_weight)
+
+
+def with_captions(contrastive: LossFunction | None, contrastive_weight: float, caption_weight: float) -> LossFunction:
+    """Weighted sum of a contrastive loss (None: without) and the mean negative log-likelihood of captions' tokens.
+
+    What it returns also takes `nll` and `num_tokens` [n]; the mean is over all tokens of the global batch.
+
+    Source:
+        arXiv 2205.01917, equation 3.
+    """
+
+    def loss(*embeds: Any, nll: Any = None, num_tokens: Any = None, **options: Any) -> tuple[Any, Metrics]:
+        value, metrics = jnp.zeros((), jnp.float32), {}
+        if contrastive is not None:
+            of_pairs, metrics = contrastive(*embeds, **options)
+            value = contrastive_weight * of_pairs
+            metrics["contrastive_loss"] = of_pairs
+        if caption_weight:
+            of_captions = jnp.sum(nll) / jnp.sum(num_tokens)
+            value = value + caption_weight * of_captions
+            metrics["caption_loss"] = of_captions
+        return value, metrics
+
+    return loss
+
+
+def _build_contrastive(config: LossConfig, mesh: Mesh) -> LossFunction:
     return make_loss(
         kind=config.kind,
         method=config.method,

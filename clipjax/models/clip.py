@@ -13,40 +13,99 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from clipjax.config import DataConfig, ModelConfig
-from clipjax.models.text import TextTower
-from clipjax.models.transformer import Dtypes
-from clipjax.models.vit import ImageTower
-from clipjax.typing import Batch, Key, Params
+from clipjax.config import (
+    CbowConfig,
+    DataConfig,
+    DecoderConfig,
+    ModelConfig,
+    ResNetConfig,
+    TextTransformerConfig,
+    ViTConfig,
+    WordsConfig,
+)
+from clipjax.models.captions import Decoder, Words, caption_likelihood, words_likelihood
+from clipjax.models.resnet import ModifiedResNet
+from clipjax.models.text import Cbow, TextTransformer
+from clipjax.models.transformer import Numerics
+from clipjax.models.vit import VisionTransformer
+from clipjax.trees import map_with_name
+from clipjax.typing import Batch, Encoded, Key, Params
 
 
 @dataclass(frozen=True)
 class Clip:
-    """The pure functions of one model.
+    """The pure functions of one model. Parameters are float32; embeddings are unit-norm and float32.
 
     Attributes:
-        init: key -> params, all float32.
-        encode_image: params, normalised pixels [b, h, w, 3] -> unit-norm float32 [b, e].
-        encode_text: params, tokens [b, l] -> unit-norm float32 [b, e].
+        init: key -> params.
+        init_batch_stats: the running statistics to start with; empty for models without BatchNorm.
+        encode_image: params, normalised pixels [b, h, w, 3] -> [b, e]. For evaluation: BatchNorm uses
+            `params["batch_stats"]`, and every patch is looked at.
+        encode_text: params, tokens [b, l] -> [b, e].
+        train: params, batch statistics, pixels, tokens, key -> `Encoded`.
+        likelihood: params, pixels [b, h, w, 3], tokens [n, l] -> log-likelihood of each text given each image [b, n].
+            Only for models that predict captions.
+        look: params, pixels [b, h, w, 3] -> what a decoder sees of each image [b, k, w].
+        next_logits: params, what is seen [b, k, w], tokens [b, l] -> logits of what follows each token [b, l, v]. Only
+            for models with a decoder.
     """
 
     init: Callable[[Key], Params]
+    init_batch_stats: Callable[[], Params]
     encode_image: Callable[[Params, Float[Array, "b h w c"]], Float[Array, "b e"]]
     encode_text: Callable[[Params, Int[Array, "b l"]], Float[Array, "b e"]]
+    train: Callable[[Params, Params, Float[Array, "b h w c"], Int[Array, "b l"], Key], Encoded]
+    likelihood: Callable[[Params, Float[Array, "b h w c"], Int[Array, "n l"]], Float[Array, "b n"]]
+    look: Callable[[Params, Float[Array, "b h w c"]], Float[Array, "b k w"]]
+    next_logits: Callable[[Params, Float[Array, "b k w"], Int[Array, "b l"]], Float[Array, "b l v"]]
+
+
+@dataclass(frozen=True)
+class _Towers:
+    image: nn.Module
+    text: nn.Module
+    caption: nn.Module | None
+
+
+def _towers(config: ModelConfig) -> _Towers:
+    activations: Any = jnp.dtype(config.compute_dtype.value)
+    operands = activations if config.matmul_dtype is None else jnp.dtype(config.matmul_dtype.value)
+
+    def numerics(tower: Any) -> Numerics:
+        return Numerics(activations, operands, getattr(tower, "layer_norm_epsilon", 1e-5))
+
+    image: nn.Module
+    match config.image:
+        case ViTConfig():
+            image = VisionTransformer(config.image, config, numerics(config.image))
+        case ResNetConfig():
+            image = ModifiedResNet(config.image, config, numerics(config.image))
+    text: nn.Module
+    match config.text:
+        case TextTransformerConfig():
+            text = TextTransformer(config.text, config, numerics(config.text))
+        case CbowConfig():
+            text = Cbow(config.text, config, numerics(config.text))
+    caption: nn.Module | None = None
+    match config.caption:
+        case DecoderConfig():
+            assert isinstance(config.text, TextTransformerConfig)
+            caption = Decoder(config.caption, config.text, config, numerics(config.caption))
+        case WordsConfig():
+            caption = Words(config.text.vocab_size, numerics(config.caption))
+    return _Towers(image, text, caption)
 
 
 def build_clip(config: ModelConfig) -> Clip:
     """The model that a config describes."""
-    activations: Any = jnp.dtype(config.compute_dtype.value)
-    dtypes = Dtypes(activations, activations if config.matmul_dtype is None else jnp.dtype(config.matmul_dtype.value))
-    image_tower: nn.Module = ImageTower(config, dtypes)
-    text_tower: nn.Module = TextTower(config, dtypes)
+    towers = _towers(config)
+    size, length = config.image.image_size, config.text.context_length
+    reads_text = isinstance(config.caption, DecoderConfig)
 
     def init(key: Key) -> Params:
         image_key, text_key = jax.random.split(key)
-        size = config.image.image_size
-        image = image_tower.init(image_key, jnp.zeros((1, size, size, 3), jnp.float32))
-        text = text_tower.init(text_key, jnp.zeros((1, config.text.context_length), jnp.int32))
+        (embed, seen), image = towers.image.init_with_output(image_key, jnp.zeros((1, size, size, 3), jnp.float32))
+        (_, words), text = towers.text.init_with_output(text_key, jnp.zeros((1, length), jnp.int32))
         params = {
             "image": dict(image["params"]),
             "text": dict(text["params"]),
@@ -54,21 +113,84 @@ def build_clip(config: ModelConfig) -> Clip:
         }
         if config.init_logit_bias is not None:
             params["logit_bias"] = jnp.asarray(config.init_logit_bias, jnp.float32)
+        if towers.caption is not None:
+            given = (words, seen) if reads_text else (embed,)
+            params["caption"] = dict(towers.caption.init(jax.random.fold_in(key, 2), *given)["params"])
         return params
 
+    def init_batch_stats() -> Params:
+        pixels = jnp.zeros((1, size, size, 3), jnp.float32)
+        shapes = jax.eval_shape(lambda: towers.image.init(jax.random.key(0), pixels))
+        start = lambda name, x: jnp.full(x.shape, float(name.endswith("variance")), x.dtype)  # noqa: E731
+        return map_with_name(start, shapes.get("batch_stats", {}))
+
+    def see(params: Params, pixels: Array) -> tuple[Array, Array]:
+        variables = {"params": params["image"], "batch_stats": params.get("batch_stats", {})}
+        return towers.image.apply(variables, pixels)  # type: ignore[return-value]
+
+    def read(params: Params, tokens: Array) -> tuple[Array, Array | None]:
+        return towers.text.apply({"params": params["text"]}, tokens)  # type: ignore[return-value]
+
     def encode_image(params: Params, pixels: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
-        return unit_norm(image_tower.apply({"params": params["image"]}, pixels))  # type: ignore[arg-type]
+        return unit_norm(see(params, pixels)[0])
 
     def encode_text(params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
-        return unit_norm(text_tower.apply({"params": params["text"]}, tokens))  # type: ignore[arg-type]
+        return unit_norm(read(params, tokens)[0])
 
-    return Clip(init, encode_image, encode_text)
+    def predict(params: Params, embed: Array, seen: Array, words: Array | None) -> Array:
+        """Logits of the next tokens, or of a bag of them."""
+        assert towers.caption is not None
+        given = (words, seen) if reads_text else (embed,)
+        return towers.caption.apply({"params": params["caption"]}, *given)  # type: ignore[return-value]
+
+    def captions(params: Params, embed: Array, seen: Array, words: Array | None, tokens: Array) -> tuple[Array, Array]:
+        """Negative log-likelihoods of captions, and how many tokens each counts."""
+        if reads_text:
+            assert words is not None
+            return caption_likelihood(predict(params, embed, seen, words[:, :-1]), tokens)
+        return words_likelihood(predict(params, embed, seen, words), tokens)
+
+    def train(
+        params: Params, batch_stats: Params, pixels: Float[Array, "b h w c"], tokens: Int[Array, "b l"], key: Key
+    ) -> Encoded:
+        variables = {"params": params["image"], "batch_stats": batch_stats}
+        rngs, mutable = {"patch_dropout": key}, ["batch_stats"]
+        out: Any = towers.image.apply(variables, pixels, train=True, rngs=rngs, mutable=mutable)
+        (embed, seen), changed = out
+        text_embed, words = read(params, tokens)
+        nll, num_tokens = (None, None) if towers.caption is None else captions(params, embed, seen, words, tokens)
+        scale, bias = jnp.exp(params["log_logit_scale"]), params.get("logit_bias")
+        stats = changed.get("batch_stats") or {}
+        return Encoded(unit_norm(embed), unit_norm(text_embed), scale, bias, nll, num_tokens, stats)
+
+    def likelihood(params: Params, pixels: Float[Array, "b h w c"], tokens: Int[Array, "n l"]) -> Float[Array, "b n"]:
+        embed, seen = see(params, pixels)
+
+        def of_text(row: Array) -> Array:
+            rows = jnp.broadcast_to(row[None], (pixels.shape[0], *row.shape))
+            return -captions(params, embed, seen, read(params, rows)[1], rows)[0]
+
+        return jax.lax.map(of_text, tokens).T
+
+    def look(params: Params, pixels: Float[Array, "b h w c"]) -> Float[Array, "b k w"]:
+        return see(params, pixels)[1]
+
+    def next_logits(params: Params, seen: Float[Array, "b k w"], tokens: Int[Array, "b l"]) -> Float[Array, "b l v"]:
+        return predict(params, seen, seen, read(params, tokens)[1])
+
+    return Clip(init, init_batch_stats, encode_image, encode_text, train, likelihood, look, next_logits)
 
 
 def abstract_params(config: ModelConfig) -> Params:
     """Shapes and dtypes of a model's parameters; nothing is allocated, no device is touched."""
     clip = build_clip(config)
     return jax.eval_shape(lambda: clip.init(jax.random.key(0)))
+
+
+def abstract_model(config: ModelConfig) -> Params:
+    """`abstract_params`, and `batch_stats` among them where there are any: what evaluation needs."""
+    batch_stats = jax.eval_shape(build_clip(config).init_batch_stats)
+    return {**abstract_params(config), **({"batch_stats": batch_stats} if batch_stats else {})}
 
 
 def unit_norm(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
@@ -84,15 +206,23 @@ def normalise_pixels(image: UInt8[Array, "b h w c"], data: DataConfig) -> Float[
     return (image.astype(jnp.float32) / 255 - mean) / std
 
 
-def make_encode(
-    clip: Clip, data: DataConfig
-) -> Callable[[Params, Batch, Key], tuple[Array, Array, Array, Array | None]]:
-    """`encode(params, batch, key) -> (image_embed, text_embed, logit_scale, logit_bias)`, what a loss takes."""
+def make_encode(clip: Clip, data: DataConfig) -> Callable[[Params, Batch, Key], Encoded]:
+    """`encode(params, batch, key)` as training sees a batch: what a loss takes, and running statistics afterwards."""
 
-    def encode(params: Params, batch: Batch, key: Key) -> tuple[Array, Array, Array, Array | None]:
-        del key  # no tower draws random numbers yet
+    def encode(params: Params, batch: Batch, key: Key) -> Encoded:
+        pixels = normalise_pixels(batch["image"], data)
+        return clip.train(params, batch.get("batch_stats", {}), pixels, batch["tokens"], key)
+
+    return encode
+
+
+def make_frozen_encode(clip: Clip, data: DataConfig) -> Callable[[Params, Batch, Key], Encoded]:
+    """`encode(params, batch, key)` as evaluation sees a batch: a teacher's."""
+
+    def encode(params: Params, batch: Batch, key: Key) -> Encoded:
+        del key
         image_embed = clip.encode_image(params, normalise_pixels(batch["image"], data))
         text_embed = clip.encode_text(params, batch["tokens"])
-        return image_embed, text_embed, jnp.exp(params["log_logit_scale"]), params.get("logit_bias")
+        return Encoded(image_embed, text_embed, jnp.exp(params["log_logit_scale"]), params.get("logit_bias"))
 
     return encode

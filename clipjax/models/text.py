@@ -1,45 +1,96 @@
-"""The text tower: OpenAI CLIP's causal transformer, read out at the end-of-text token (arXiv 2103.00020, section 2.4).
-
-Axes: b batch, l tokens, e embed.
+"""Text towers: a transformer, causal as OpenAI's (arXiv 2103.00020, section 2.4) or bidirectional as SigLIP's, and the
+paper's bag of words. Axes: b batch, l tokens, w width, e embed.
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from clipjax.config import ModelConfig
-from clipjax.models.transformer import Dtypes, LayerNorm, Projection, Transformer, text_block_init
+from clipjax.config import CbowConfig, ModelConfig, Projection, TextPool, TextTransformerConfig
+from clipjax.models.pool import AttentionPool
+from clipjax.models.transformer import LayerNorm, Linear, Numerics, Transformer, align, text_block_init
 from clipjax.sharding import constrain
 
 
-class TextTower(nn.Module):
-    """Causal transformer from token ids to the embedding before normalisation.
+def end_of_text(tokens: Int[Array, "b l"]) -> Int[Array, " b"]:
+    """Where each text ends: every tokenizer gives end-of-text its largest id, so at the first maximum of the row."""
+    return jnp.argmax(tokens, axis=-1)
 
-    Every tokenizer gives end-of-text its largest id, so the place to read out is the first maximum of the row.
+
+def _seen_behind_a_class_token(tokens: Int[Array, "b l"]) -> Bool[Array, "b k"]:
+    """Which of a text's tokens and the class token behind them may be attended to.
+
+    Padding (id 0) is left out, but as in open_clip's CoCa, whose weights are made for it, the mask sits one place late:
+    the first token is always seen, and place i + 1 if token i is no padding.
     """
+    return jnp.concatenate([jnp.ones((tokens.shape[0], 1), bool), tokens != 0], axis=1)
 
-    config: ModelConfig
-    dtypes: Dtypes
+
+class TextTransformer(nn.Module):
+    """From token ids to the embedding before normalisation, and the tokens that a decoder reads."""
+
+    tower: TextTransformerConfig
+    model: ModelConfig
+    numerics: Numerics
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
-        tower, width = self.config.text, self.config.text.width
+    def __call__(self, tokens: Int[Array, "b l"]) -> tuple[Float[Array, "b e"], Float[Array, "b l w"]]:
+        tower, width = self.tower, self.tower.width
+        normal, with_class = nn.initializers.normal(0.01), tower.pool is TextPool.CLASS
         table = self.param("token_embed", nn.initializers.normal(0.02), (tower.vocab_size, width))
         x = jnp.take(table, tokens, axis=0)
-        positions = self.param("pos_embed", nn.initializers.normal(0.01), (tower.context_length, width))
-        x = constrain((x + positions[None]).astype(self.dtypes.activations), "batch", None, None)
-        x = Transformer(
-            depth=tower.depth,
-            num_heads=tower.num_heads,
-            mlp_dim=tower.mlp_dim or 4 * width,
-            causal=True,
-            model=self.config,
-            dtypes=self.dtypes,
-            init=text_block_init(width, tower.depth),
-            name="transformer",
-        )(x)
-        end = jnp.argmax(tokens, axis=-1)
-        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        x = LayerNorm(self.dtypes, name="ln_final")(x)
+        if with_class:
+            token = align(self.param("class_embed", normal, (width,)), x)
+            x = jnp.concatenate([x, jnp.broadcast_to(token, (x.shape[0], 1, width))], axis=1)
+        positions = self.param("pos_embed", normal, (tower.context_length + with_class, width))
+        x = constrain((x + positions[None]).astype(self.numerics.activations), "batch", None, None)
+        init = text_block_init(width, tower.depth)
+        seen = _seen_behind_a_class_token(tokens) if with_class else None
+        x = Transformer(tower, tower.causal, self.model, self.numerics, init, name="transformer")(x, seen)
+        words = x[:, : tokens.shape[1]]
+        x = self._pool(x, tokens)
+        if tower.projection is Projection.NONE:
+            return x, words
+        kernel_init, bias = nn.initializers.normal(width**-0.5), nn.initializers.zeros
+        return Linear(
+            (width,),
+            (self.model.embed_dim,),
+            self.numerics,
+            kernel_init,
+            bias if tower.projection is Projection.AFFINE else None,
+            name="proj",
+        )(x), words
+
+    def _pool(self, x: Float[Array, "b m w"], tokens: Int[Array, "b l"]) -> Float[Array, "b w"]:
+        tower = self.tower
+        norm = LayerNorm(self.numerics, name="ln_final")
+        match tower.pool:
+            case TextPool.END:
+                return norm(jnp.take_along_axis(x, end_of_text(tokens)[:, None, None], axis=1)[:, 0])
+            case TextPool.LAST | TextPool.CLASS:
+                return norm(x[:, -1])
+            case TextPool.ATTENTION:
+                mlp_dim = tower.mlp_dim or 4 * tower.width
+                return AttentionPool(tower.num_heads, mlp_dim, tower.activation, self.numerics, name="pool")(norm(x))
+
+
+class Cbow(nn.Module):
+    """The mean of the embeddings of a text's tokens, start and end among them, then a projection.
+
+    Source:
+        arXiv 2103.00020, section 2.3.
+    """
+
+    tower: CbowConfig
+    model: ModelConfig
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "b l"]) -> tuple[Float[Array, "b e"], None]:
+        width = self.tower.width
+        table = self.param("token_embed", nn.initializers.normal(0.02), (self.tower.vocab_size, width))
+        end = end_of_text(tokens)[:, None]
+        inside = (jnp.arange(tokens.shape[1])[None] <= end)[:, :, None]
+        x = jnp.where(inside, jnp.take(table, tokens, axis=0), 0).sum(1) / (end + 1)
         kernel_init = nn.initializers.normal(width**-0.5)
-        return Projection((width,), (self.config.embed_dim,), self.dtypes, kernel_init, None, name="proj")(x)
+        return Linear((width,), (self.model.embed_dim,), self.numerics, kernel_init, None, name="proj")(x), None

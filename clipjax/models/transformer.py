@@ -1,6 +1,6 @@
-"""The pre-norm transformer that both towers share: attention, MLP, block, and the stack of blocks.
+"""The pre-norm transformer that all towers share: attention, MLP, block, and the stack of blocks.
 
-Read bottom up from `Transformer`. Axes: b batch, l tokens, w width, n heads, d head dim, m MLP dim.
+Read bottom up from `Transformer`. Axes: b batch, l tokens, k tokens attended to, w width, n heads, d head dim.
 Parameters of all blocks are stacked along a leading layer axis, whether the stack is scanned or unrolled, so a
 checkpoint does not depend on that choice.
 """
@@ -12,13 +12,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from clipjax.config import Activation, ModelConfig, Remat
+from clipjax.config import Activation, ModelConfig, Remat, TextTransformerConfig, ViTConfig
 from clipjax.sharding import constrain
 
 Initializer = Any
-LAYER_NORM_EPSILON = 1e-5
+BROADCAST: Any = nn.broadcast
+"""What every layer of a scan gets alike."""
 
 
 def torch_uniform(fan_in: int) -> Initializer:
@@ -101,40 +102,42 @@ product.defvjp(_product, _product_backward)
 
 
 @dataclass(frozen=True)
-class Dtypes:
+class Numerics:
     """What a tower computes in.
 
     Attributes:
         activations: what blocks hand to each other; sums and normalisations are float32 whatever it is.
         operands: of matrix products with parameters.
+        epsilon: added to a variance before its root is taken.
     """
 
     activations: Any
     operands: Any
+    epsilon: float = 1e-5
 
 
-class Projection(nn.Module):
+class Linear(nn.Module):
     """Tensor product of the last axes of the input with a kernel, and a bias."""
 
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
-    dtypes: Dtypes
+    numerics: Numerics
     kernel_init: Initializer
     bias_init: Initializer | None = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel = self.param("kernel", self.kernel_init, (*self.in_shape, *self.out_shape))
-        y: Any = product(x, kernel, len(self.in_shape), self.dtypes.operands)
+        y: Any = product(x, kernel, len(self.in_shape), self.numerics.operands)
         if self.bias_init is not None:
             y = y + align(self.param("bias", self.bias_init, self.out_shape), y)
-        return y.astype(self.dtypes.activations)
+        return y.astype(self.numerics.activations)
 
 
 class LayerNorm(nn.Module):
     """Layer normalisation in float32, returned as activations."""
 
-    dtypes: Dtypes
+    numerics: Numerics
 
     @nn.compact
     def __call__(self, x: Float[Array, "... w"]) -> Float[Array, "... w"]:
@@ -143,42 +146,80 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        normalised = centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
-        return (normalised * align(scale, x) + align(bias, x)).astype(self.dtypes.activations)
+        normalised = centred * jax.lax.rsqrt(variance + self.numerics.epsilon)
+        return (normalised * align(scale, x) + align(bias, x)).astype(self.numerics.activations)
 
 
 def activation(kind: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """QuickGELU (openai/CLIP `model.py`) or the exact GELU (arXiv 1606.08415)."""
+    """QuickGELU (openai/CLIP `model.py`), or GELU, exact or by tanh (arXiv 1606.08415, section 2)."""
     match kind:
         case Activation.QUICK_GELU:
             return x * jax.nn.sigmoid(1.702 * x)
         case Activation.GELU:
             return jax.nn.gelu(x, approximate=False)
+        case Activation.GELU_TANH:
+            return jax.nn.gelu(x, approximate=True)
+
+
+def attend(
+    query: Float[Array, "b n l d"],
+    key: Float[Array, "b n k d"],
+    value: Float[Array, "b n k d"],
+    visible: Bool[Array, "#b #n #l k"] | None = None,
+) -> Float[Array, "b l n d"]:
+    """Softmax attention; logits and softmax in float32."""
+    logits = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    if visible is not None:
+        logits = jnp.where(visible, logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bnqk,bnkd->bnqd", weights, value).transpose(0, 2, 1, 3)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; logits and softmax in float32."""
+    """Multi-head self-attention."""
 
     num_heads: int
     causal: bool
-    dtypes: Dtypes
+    numerics: Numerics
     init: BlockInit
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l w"]) -> Float[Array, "b l w"]:
+    def __call__(self, x: Float[Array, "b l w"], seen: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
         length, width = x.shape[1:]
-        head_dim = width // self.num_heads
-        heads = (3, self.num_heads, head_dim)
-        qkv = Projection((width,), heads, self.dtypes, self.init.qkv, name="qkv")(x)
+        heads = (3, self.num_heads, width // self.num_heads)
+        qkv = Linear((width,), heads, self.numerics, self.init.qkv, name="qkv")(x)
         # Batched matrix products want heads outside tokens; on the CPU this order is 2.5 times as fast.
         query, key, value = jnp.transpose(qkv, (2, 0, 3, 1, 4))  # each [b, n, l, d]
-        logits = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
-        if self.causal:
-            visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
-            logits = jnp.where(visible, logits, -jnp.inf)
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtypes.activations)
-        mixed = jnp.einsum("bnqk,bnkd->bnqd", weights, value).transpose(0, 2, 1, 3)
-        return Projection(heads[1:], (width,), self.dtypes, self.init.attn_out, name="out")(mixed)
+        visible = jnp.tril(jnp.ones((length, length), bool))[None, None] if self.causal else None
+        if seen is not None:
+            among = seen[:, None, None]
+            visible = among if visible is None else visible & among
+        mixed = attend(query, key, value, visible)
+        return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, name="out")(mixed)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from some tokens to others; both may have widths of their own.
+
+    `out_dim` is the width of the result.
+    """
+
+    num_heads: int
+    width: int
+    out_dim: int
+    numerics: Numerics
+    init: BlockInit
+
+    @nn.compact
+    def __call__(self, queries: Float[Array, "b l v"], x: Float[Array, "b k w"]) -> Float[Array, "b l o"]:
+        heads = (self.num_heads, self.width // self.num_heads)
+
+        def project(name: str, tokens: Float[Array, "b l w"]) -> Float[Array, "b n l d"]:
+            linear = Linear((tokens.shape[-1],), heads, self.numerics, self.init.qkv, name=name)
+            return linear(tokens).transpose(0, 2, 1, 3)
+
+        mixed = attend(project("q", queries), project("k", x), project("v", x))
+        return Linear(heads, (self.out_dim,), self.numerics, self.init.attn_out, name="out")(mixed)
 
 
 class Mlp(nn.Module):
@@ -186,74 +227,78 @@ class Mlp(nn.Module):
 
     mlp_dim: int
     kind: Activation
-    dtypes: Dtypes
+    numerics: Numerics
     init: BlockInit
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l w"]) -> Float[Array, "b l w"]:
         width = x.shape[-1]
-        hidden = Projection(
-            (width,), (self.mlp_dim,), self.dtypes, self.init.fc_in, torch_uniform(width), name="fc_in"
-        )(x)
+        hidden = Linear((width,), (self.mlp_dim,), self.numerics, self.init.fc_in, torch_uniform(width), name="fc_in")(
+            x
+        )
         hidden = constrain(activation(self.kind, hidden), "batch", None, "mlp")
-        return Projection(
-            (self.mlp_dim,), (width,), self.dtypes, self.init.fc_out, torch_uniform(self.mlp_dim), name="fc_out"
+        return Linear(
+            (self.mlp_dim,), (width,), self.numerics, self.init.fc_out, torch_uniform(self.mlp_dim), name="fc_out"
         )(hidden)
 
 
 class Block(nn.Module):
-    """One pre-norm residual block, in the form that `nn.scan` wants: carry in, (carry, None) out."""
+    """One pre-norm residual block, in the form that `nn.scan` wants: carry in, (carry, None) out.
+
+    `seen`: tokens that may be attended to; None: all of them.
+    """
 
     num_heads: int
     mlp_dim: int
     causal: bool
     kind: Activation
-    dtypes: Dtypes
+    numerics: Numerics
     init: BlockInit
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l w"], _: None) -> tuple[Float[Array, "b l w"], None]:
-        x = x + Attention(self.num_heads, self.causal, self.dtypes, self.init, name="attn")(
-            LayerNorm(self.dtypes, name="ln_1")(x)
+    def __call__(self, x: Float[Array, "b l w"], seen: Bool[Array, "b l"] | None) -> tuple[Float[Array, "b l w"], None]:
+        x = x + Attention(self.num_heads, self.causal, self.numerics, self.init, name="attn")(
+            LayerNorm(self.numerics, name="ln_1")(x), seen
         )
         x = constrain(x, "batch", None, None)
-        x = x + Mlp(self.mlp_dim, self.kind, self.dtypes, self.init, name="mlp")(LayerNorm(self.dtypes, name="ln_2")(x))
+        x = x + Mlp(self.mlp_dim, self.kind, self.numerics, self.init, name="mlp")(
+            LayerNorm(self.numerics, name="ln_2")(x)
+        )
         return constrain(x, "batch", None, None), None
 
 
-def remat_block(policy: Remat, *, scanned: bool) -> type[nn.Module]:
-    """The block class under a rematerialisation policy; a loop keeps recomputation from being merged away by itself."""
+def remat_block(block: type[nn.Module], policy: Remat, *, scanned: bool) -> type[nn.Module]:
+    """A block under a rematerialisation policy; a loop keeps recomputation from being merged away by itself."""
     match policy:
         case Remat.NONE:
-            return Block
+            return block
         case Remat.DOTS:
             saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            return nn.remat(Block, policy=saved, prevent_cse=not scanned)
+            return nn.remat(block, policy=saved, prevent_cse=not scanned)
         case Remat.FULL:
-            return nn.remat(Block, prevent_cse=not scanned)
+            return nn.remat(block, prevent_cse=not scanned)
 
 
 class Transformer(nn.Module):
     """A stack of blocks whose parameters are stacked along the first axis."""
 
-    depth: int
-    num_heads: int
-    mlp_dim: int
+    tower: ViTConfig | TextTransformerConfig
     causal: bool
     model: ModelConfig
-    dtypes: Dtypes
+    numerics: Numerics
     init: BlockInit
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l w"]) -> Float[Array, "b l w"]:
+    def __call__(self, x: Float[Array, "b l w"], seen: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
+        tower = self.tower
         stack = nn.scan(
-            remat_block(self.model.remat, scanned=self.model.scan_layers),
+            remat_block(Block, self.model.remat, scanned=self.model.scan_layers),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            length=self.depth,
-            unroll=1 if self.model.scan_layers else self.depth,
+            in_axes=BROADCAST,
+            length=tower.depth,
+            unroll=1 if self.model.scan_layers else tower.depth,
         )
-        blocks = stack(
-            self.num_heads, self.mlp_dim, self.causal, self.model.activation, self.dtypes, self.init, name="blocks"
-        )
-        return blocks(x, None)[0]
+        mlp_dim = tower.mlp_dim or 4 * tower.width
+        blocks = stack(tower.num_heads, mlp_dim, self.causal, tower.activation, self.numerics, self.init, name="blocks")
+        return blocks(x, seen)[0]

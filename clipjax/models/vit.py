@@ -1,18 +1,21 @@
-"""The image tower: a vision transformer as OpenAI's CLIP computes it (arXiv 2103.00020, section 2.4).
+"""The image tower as a vision transformer: OpenAI's CLIP (arXiv 2103.00020, section 2.4) and its successors.
 
-Patches without bias, class token first, LayerNorm before and after the blocks, projection without bias.
-Axes: b batch, h height, w width (of the image), c channels, e embed.
+Tokens are the class token if there is one, registers if there are any, then patches row by row.
+Axes: b batch, h height, w width (of the image), c channels, l patches, e embed.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from clipjax.config import ModelConfig
+from clipjax.config import ImagePool, ModelConfig, Positions, Projection, ViTConfig
+from clipjax.models.pool import AttentionPool, QueryPool
+from clipjax.models.positions import sincos
 from clipjax.models.transformer import (
-    Dtypes,
     LayerNorm,
-    Projection,
+    Linear,
+    Numerics,
     Transformer,
     align,
     image_block_init,
@@ -22,43 +25,97 @@ from clipjax.sharding import constrain
 
 
 def patchify(pixels: Float[Array, "b h w c"], size: int) -> Float[Array, "b l size size c"]:
-    """Cut an image into square patches, row by row."""
+    """Cut an image into square patches, row by row; what fills no patch is left out."""
     b, h, w, c = pixels.shape
+    pixels = pixels[:, : h // size * size, : w // size * size]
     grid = pixels.reshape(b, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
     return grid.reshape(b, (h // size) * (w // size), size, size, c)
 
 
-class ImageTower(nn.Module):
-    """Vision transformer from normalised pixels to the embedding before normalisation."""
+def kept_patches(tower: ViTConfig) -> int:
+    """Patches that training looks at: a fixed number, so that shapes are static."""
+    patches = (tower.image_size // tower.patch_size) ** 2
+    return max(1, int(patches * (1 - tower.patch_dropout)))
 
-    config: ModelConfig
-    dtypes: Dtypes
+
+def drop_patches(x: Float[Array, "b l w"], kept: int, key: jax.Array) -> Float[Array, "b k w"]:
+    """`kept` patches of every image, drawn without replacement (FLIP, arXiv 2212.00794, section 3)."""
+    noise = jax.random.uniform(key, x.shape[:2])
+    chosen = jax.lax.top_k(noise, kept)[1]
+    return jnp.take_along_axis(x, chosen[:, :, None], axis=1)
+
+
+class VisionTransformer(nn.Module):
+    """From normalised pixels to the embedding before normalisation, and the tokens that a caption is made from."""
+
+    tower: ViTConfig
+    model: ModelConfig
+    numerics: Numerics
 
     @nn.compact
-    def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
-        tower, width = self.config.image, self.config.image.width
-        mlp_dim = tower.mlp_dim or 4 * width
-        patch = (tower.patch_size, tower.patch_size, pixels.shape[-1])
-        fan_in = patch[0] * patch[1] * patch[2]
-        scaled_normal = nn.initializers.normal(width**-0.5)
+    def __call__(
+        self, pixels: Float[Array, "b h w c"], *, train: bool = False
+    ) -> tuple[Float[Array, "b e"], Float[Array, "b k v"]]:
+        tower, width = self.tower, self.tower.width
+        x = self._embed(pixels, train)
+        if tower.ln_pre:
+            x = LayerNorm(self.numerics, name="ln_pre")(x)
+        x = constrain(x.astype(self.numerics.activations), "batch", None, None)
+        init = image_block_init(width, tower.mlp_dim or 4 * width)
+        x = Transformer(tower, False, self.model, self.numerics, init, name="transformer")(x)
+        pooled, tokens = self._pool(x)
+        if tower.projection is Projection.NONE:
+            return pooled, tokens
+        kernel_init, bias = nn.initializers.normal(width**-0.5), nn.initializers.zeros
+        return Linear(
+            (pooled.shape[-1],),
+            (self.model.embed_dim,),
+            self.numerics,
+            kernel_init,
+            bias if tower.projection is Projection.AFFINE else None,
+            name="proj",
+        )(pooled), tokens
 
-        patches = patchify(pixels, tower.patch_size)
-        x = Projection(patch, (width,), self.dtypes, torch_uniform(fan_in), None, name="patch_embed")(patches)
-        class_embed = align(self.param("class_embed", scaled_normal, (width,)), x)
-        class_embed = jnp.broadcast_to(class_embed, (x.shape[0], 1, width)).astype(x.dtype)
-        x = jnp.concatenate([class_embed, x], axis=1)
+    def _embed(self, pixels: Float[Array, "b h w c"], train: bool) -> Float[Array, "b l e"]:
+        """Tokens with their positions, float32."""
+        tower, width = self.tower, self.tower.width
+        normal = nn.initializers.normal(width**-0.5)
+        patch = (tower.patch_size, tower.patch_size, pixels.shape[-1])
+        init = torch_uniform(patch[0] * patch[1] * patch[2])
+        bias = init if tower.patch_bias else None
+        x = Linear(patch, (width,), self.numerics, init, bias, name="patch_embed")(patchify(pixels, tower.patch_size))
         # Added in float32, and so its gradient, a sum over the batch, is float32 too.
-        x = x.astype(jnp.float32) + self.param("pos_embed", scaled_normal, x.shape[1:])[None]
-        x = constrain(LayerNorm(self.dtypes, name="ln_pre")(x), "batch", None, None)
-        x = Transformer(
-            depth=tower.depth,
-            num_heads=tower.num_heads,
-            mlp_dim=mlp_dim,
-            causal=False,
-            model=self.config,
-            dtypes=self.dtypes,
-            init=image_block_init(width, mlp_dim),
-            name="transformer",
-        )(x)
-        x = LayerNorm(self.dtypes, name="ln_post")(x[:, 0])
-        return Projection((width,), (self.config.embed_dim,), self.dtypes, scaled_normal, None, name="proj")(x)
+        x = x.astype(jnp.float32)
+        prefix = []
+        if tower.class_token:
+            prefix.append(self.param("class_embed", normal, (width,)).reshape(1, width))
+        if tower.positions is Positions.LEARNED:
+            positions = self.param("pos_embed", normal, (len(prefix) + x.shape[1], width))
+            prefix = [token + positions[:1] for token in prefix]
+            x = x + positions[len(prefix) :][None]
+        else:
+            x = x + align(jnp.asarray(sincos(tower.image_size // tower.patch_size, width)), x)
+        if train and tower.patch_dropout:
+            x = drop_patches(x, kept_patches(tower), self.make_rng("patch_dropout"))
+        if tower.num_registers:
+            prefix.append(self.param("registers", normal, (tower.num_registers, width)))
+        rows = [jnp.broadcast_to(token[None], (x.shape[0], *token.shape)) for token in prefix]
+        return jnp.concatenate([*rows, x], axis=1)
+
+    def _pool(self, x: Float[Array, "b l e"]) -> tuple[Float[Array, "b v"], Float[Array, "b k v"]]:
+        tower, norm = self.tower, LayerNorm(self.numerics, name="ln_post")
+        prefix = int(tower.class_token) + tower.num_registers
+        match tower.pool:
+            case ImagePool.CLASS:
+                return norm(x[:, 0]), norm(x[:, prefix:])
+            case ImagePool.AVERAGE:
+                x = norm(x)[:, prefix:]
+                return x.astype(jnp.float32).mean(1).astype(x.dtype), x
+            case ImagePool.ATTENTION:
+                x, mlp_dim = norm(x), tower.mlp_dim or 4 * tower.width
+                pool = AttentionPool(tower.num_heads, mlp_dim, tower.activation, self.numerics, name="pool")
+                return pool(x), x[:, prefix:]
+            case ImagePool.QUERIES:
+                pool = QueryPool(tower.num_queries, tower.query_heads, self.model.embed_dim, self.numerics, name="pool")
+                x = norm(pool(x))
+                return x[:, 0], x[:, 1:]

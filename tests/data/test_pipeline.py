@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.config import Config, Crop, DataConfig, ImageTowerConfig, ModelConfig
+from clipjax.config import Config, Crop, DataConfig, ModelConfig, ViTConfig
+from clipjax.data.images import View
 from clipjax.data.pipeline import BadSampleLimit, TooManyBadSamples, TrainStream, eval_batches
 from clipjax.data.sources import REASONS, ArraySource, BadSample, Sample
 from clipjax.data.webdataset import TarSource
@@ -28,7 +29,7 @@ def tokenize(text: str, length: int = 6) -> np.ndarray:
 
 
 def make_config(batch: int = 8, *, seed: int = 0, crop: Crop = Crop.RANDOM_RESIZED, **data) -> Config:
-    model = ModelConfig(image=ImageTowerConfig(image_size=SIZE))
+    model = ModelConfig(image=ViTConfig(image_size=SIZE))
     return Config(
         seed=seed,
         global_batch_size=batch,
@@ -384,7 +385,7 @@ def test_planted_flaws_in_a_tar_are_counted_exactly(flawed_tar):
 def evaluate(source, **options) -> list[dict]:
     return list(
         eval_batches(
-            source, **{"image_size": SIZE, "batch_size": 16, "max_image_pixels": 1000, "num_threads": 2} | options
+            source, **{"view": View(SIZE), "batch_size": 16, "max_image_pixels": 1000, "num_threads": 2} | options
         )
     )
 
@@ -444,12 +445,12 @@ def test_eval_limits():
     assert len(evaluate(make_source(), max_examples=1000)) == 3
     assert evaluate(make_source(), max_examples=0) == []
     with pytest.raises(ValueError, match="batch_size=6 must be divisible by 4 processes; nearest: 8"):
-        eval_batches(make_source(), image_size=8, batch_size=6, process_count=4, max_image_pixels=9, num_threads=1)
+        eval_batches(make_source(), view=View(8), batch_size=6, process_count=4, max_image_pixels=9, num_threads=1)
 
 
 def test_eval_reads_a_bounded_way_ahead_and_stops_when_dropped():
     source = CountingSource(make_source(4000))
-    batches = eval_batches(source, image_size=SIZE, batch_size=16, max_image_pixels=1000, num_threads=2)
+    batches = eval_batches(source, view=View(SIZE), batch_size=16, max_image_pixels=1000, num_threads=2)
     next(batches)
     batches.close()
     assert source.reads <= 32

@@ -17,8 +17,8 @@ from clipjax.data.tokenizer import (
     build_tokenizer,
     tokenize,
     tokenizer_from_files,
-    train_sentencepiece,
 )
+from clipjax.data.tokenizer_training import train_sentencepiece
 
 CAPTIONS = [
     f"A photo of a {color} {animal}, number {number}"
@@ -220,3 +220,53 @@ def test_huggingface_drops_special_words_of_the_model() -> None:
     content["model"]["vocab"] = {"[UNK]": 0, "dog": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
     tokenizer = HuggingFaceTokenizer(json.dumps(content).encode())
     assert (tokenizer.vocab_size, tokenizer.encode("dog <|endoftext|> dog")) == (4, [1, 1])
+
+
+def test_ids_become_text_again():
+    text = "a photo of a red dog, number 7"
+    for tokenizer in (BytesTokenizer(), SentencePieceTokenizer(train_sentencepiece(CAPTIONS, 60))):
+        row = tokenize(tokenizer, [text], 64)[0].tolist()
+        assert tokenizer.decode(row[1 : row.index(tokenizer.end_id)]) == text
+    assert BytesTokenizer().decode([257, 98, 258, 0]) == "a"
+
+
+def test_siglips_tokenizer_ends_and_pads_with_the_same_piece():
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS), model_writer=model, vocab_size=60, model_type="bpe",
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = tokenizer_from_files("siglip", {"sentencepiece.model": model.getvalue()})
+    assert (tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id, tokenizer.vocab_size) == (None, 1, 1, 60)
+    rows = tokenize(tokenizer, ["A photo of a RED dog!", "a photo of a red dog", "dog " * 50], 16)
+    np.testing.assert_array_equal(rows[0], rows[1])  # neither case nor punctuation counts
+    assert rows[0, -1] == 1 and rows[2, -1] == 1 and (rows[2, :-1] != 1).all()
+    assert tokenizer.decode(rows[1].tolist()) == "a photo of a red dog"
+    again = pickle.loads(pickle.dumps(tokenizer))
+    np.testing.assert_array_equal(tokenize(again, ["a dog"], 8), tokenize(tokenizer, ["a dog"], 8))
+    with pytest.raises(ValueError, match="no end-of-text piece"):
+        tokenizer_from_files("siglip", {"sentencepiece.model": train_sentencepiece(CAPTIONS, 60)})
+
+
+def test_siglip_2s_tokenizer_is_lower_case_with_its_own_padding():
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, "a": 3, "red": 4, "dog": 5}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
+    content = json.dumps(
+        {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
+    ).encode()
+    tokenizer = tokenizer_from_files("siglip2", {"tokenizer.json": content})
+    assert tokenize(tokenizer, ["A Red DOG"], 6).tolist() == [[3, 4, 5, 1, 0, 0]]
+    with pytest.raises(ValueError, match="lacks <pad> or <eos>"):
+        tokenizer_from_files("siglip2", {"tokenizer.json": content.replace(b"<eos>", b"<end>")})
+
+
+def test_a_model_without_a_tokenizer_says_so():
+    tokenizer = tokenizer_from_files("none", {})
+    with pytest.raises(ValueError, match="came without its tokenizer"):
+        tokenize(tokenizer, ["a dog"], 8)
+    with pytest.raises(ValueError, match="must be one of"):
+        build_tokenizer("none")

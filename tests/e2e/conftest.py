@@ -20,8 +20,8 @@ def get_config():
         global_batch_size=32,
         model=ModelConfig(
             embed_dim=16,
-            image=ImageTowerConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2),
-            text=TextTowerConfig(context_length=32, vocab_size=260, width=16, depth=1, num_heads=2),
+            image=ViTConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2),
+            text=TextTransformerConfig(context_length=32, vocab_size=260, width=16, depth=1, num_heads=2),
             compute_dtype=Dtype.FLOAT32,
         ),
         optim=OptimConfig(learning_rate=1e-3, ema_decay=0.9),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clipjax import presets
-from clipjax.config import Config, DataConfig, Dtype, ImageTowerConfig, ModelConfig, Remat, TextTowerConfig
+from clipjax.config import Config, DataConfig, Dtype, ModelConfig, Remat, TextTransformerConfig, ViTConfig
 from clipjax.losses import softmax_loss
 from clipjax.models.clip import abstract_params, build_clip, make_encode, normalise_pixels
 from clipjax.models.vit import patchify
@@ -19,14 +19,14 @@ from clipjax.models.vit import patchify
 END = 63
 SMALL = ModelConfig(
     embed_dim=32,
-    image=ImageTowerConfig(image_size=16, patch_size=8, width=64, depth=2, num_heads=4),
-    text=TextTowerConfig(context_length=8, vocab_size=64, width=64, depth=2, num_heads=4),
+    image=ViTConfig(image_size=16, patch_size=8, width=64, depth=2, num_heads=4),
+    text=TextTransformerConfig(context_length=8, vocab_size=64, width=64, depth=2, num_heads=4),
     compute_dtype=Dtype.FLOAT32,
 )
 WIDE = ModelConfig(
     embed_dim=96,
-    image=ImageTowerConfig(image_size=64, patch_size=8, width=128, depth=4, num_heads=4, mlp_dim=256),
-    text=TextTowerConfig(context_length=64, vocab_size=256, width=96, depth=4, num_heads=4),
+    image=ViTConfig(image_size=64, patch_size=8, width=128, depth=4, num_heads=4, mlp_dim=256),
+    text=TextTransformerConfig(context_length=64, vocab_size=256, width=96, depth=4, num_heads=4),
 )
 
 
@@ -223,7 +223,7 @@ def test_logits_and_exponentials_are_float32_even_in_bfloat16(params):
     encode = make_encode(clip, DataConfig())
 
     def loss(params, batch):
-        return softmax_loss(*encode(params, batch, jax.random.key(0)))[0]
+        return softmax_loss(*encode(params, batch, jax.random.key(0))[:4])[0]
 
     batch = {"image": jnp.zeros((2, 16, 16, 3), jnp.uint8), "tokens": tokens()}
     found = list(equations(jax.make_jaxpr(loss)(params, batch).jaxpr))

@@ -1,0 +1,357 @@
+"""Hugging Face's `CLIPModel` and `SiglipModel` (huggingface/transformers). SigLIP 2 of fixed resolution is the latter.
+
+Read: `read_config` (their `config.json` to ours), `table` (their names to ours), `write_config`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clipjax.config import (
+    Activation,
+    ImagePool,
+    ModelConfig,
+    Positions,
+    Projection,
+    TextPool,
+    TextTransformerConfig,
+    ViTConfig,
+)
+from clipjax.convert.known import Known
+from clipjax.convert.rules import Rule, Table, heads_out, linear, norm, rule
+
+ACTIVATIONS = {
+    "quick_gelu": Activation.QUICK_GELU,
+    "gelu": Activation.GELU,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+}
+MODEL_TYPES = ("clip", "siglip")
+_SILENT = (
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "attention_dropout",
+    "dropout",
+    "initializer_range",
+    "initializer_factor",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "_name_or_path",
+    "model_type",
+    "num_channels",
+    "_attn_implementation_autoset",
+    "use_bfloat16",
+    "text_config_dict",
+    "vision_config_dict",
+    "gradient_checkpointing",
+    "use_cache",
+    "add_cross_attention",
+    "cross_attention_hidden_size",
+    "tie_word_embeddings",
+    "tie_encoder_decoder",
+    "is_decoder",
+    "pruned_heads",
+    "finetuning_task",
+    "tokenizer_class",
+    "prefix",
+    "task_specific_params",
+    "tf_legacy_loss",
+    "torchscript",
+    "begin_suppress_tokens",
+    "suppress_tokens",
+    "bad_words_ids",
+    "do_sample",
+    "early_stopping",
+    "max_length",
+    "min_length",
+    "num_beams",
+    "num_beam_groups",
+    "diversity_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "repetition_penalty",
+    "length_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "sep_token_id",
+    "num_return_sequences",
+    "output_scores",
+    "return_dict_in_generate",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "remove_invalid_values",
+    "exponential_decay_length_penalty",
+    "decoder_start_token_id",
+)
+"""Fields that say nothing about what the model computes without dropout."""
+
+
+def read_config(peer: Mapping[str, Any]) -> ModelConfig:
+    """The model that their `config.json` describes.
+
+    Raises:
+        ValueError: everything in it that clipjax has no model for.
+    """
+    known = Known(peer, "config")
+    model_type = known.choose("model_type", {name: name for name in MODEL_TYPES})
+    vision, text = known.group("vision_config"), known.group("text_config")
+    known.skip(*_SILENT)
+    if model_type == "clip":
+        embed_dim = known.take("projection_dim", int, 512)
+        scale, bias = known.take("logit_scale_init_value", float, math.log(1 / 0.07)), None
+    else:
+        embed_dim, scale, bias = 0, math.log(10), -10.0
+    image_tower = _read_image(vision, siglip=model_type == "siglip")
+    text_tower = _read_text(text, siglip=model_type == "siglip")
+    known.finish()
+    return ModelConfig(
+        embed_dim=embed_dim or image_tower.width,
+        image=image_tower,
+        text=text_tower,
+        init_logit_scale=math.exp(scale),
+        init_logit_bias=bias,
+    )
+
+
+def _read_image(cfg: Known, *, siglip: bool) -> ViTConfig:
+    cfg.skip(*_SILENT, "projection_dim")
+    width = cfg.take("hidden_size", int, 768)
+    size, patch_size = cfg.take("image_size", int, 224), cfg.take("patch_size", int, 16 if siglip else 32)
+    common: dict[str, Any] = _read_blocks(cfg, width, siglip=siglip)
+    if not siglip:
+        return ViTConfig(image_size=size, patch_size=patch_size, **common)
+    cfg.choose("vision_use_head", {True: True}, True)
+    return ViTConfig(
+        image_size=size,
+        patch_size=patch_size,
+        pool=ImagePool.ATTENTION,
+        class_token=False,
+        patch_bias=True,
+        crop_to_patches=size % patch_size > 0,
+        ln_pre=False,
+        projection=Projection.NONE,
+        **common,
+    )
+
+
+def _read_text(cfg: Known, *, siglip: bool) -> TextTransformerConfig:
+    cfg.skip(*_SILENT, "projection_dim", "projection_size")
+    width = cfg.take("hidden_size", int, 768 if siglip else 512)
+    length = cfg.take("max_position_embeddings", int, 64 if siglip else 77)
+    vocab_size = cfg.take("vocab_size", int, 32000 if siglip else 49408)
+    common: dict[str, Any] = _read_blocks(cfg, width, siglip=siglip, heads=12 if siglip else 8)
+    if siglip:
+        common |= {"causal": False, "pool": TextPool.LAST, "projection": Projection.AFFINE}
+    return TextTransformerConfig(context_length=length, vocab_size=vocab_size, **common)
+
+
+def _read_blocks(cfg: Known, width: int, *, siglip: bool, heads: int = 12) -> dict[str, Any]:
+    mlp_dim = cfg.take("intermediate_size", int, 3072 if siglip or width == 768 else 2048)
+    return {
+        "width": width,
+        "depth": cfg.take("num_hidden_layers", int, 12),
+        "num_heads": cfg.take("num_attention_heads", int, heads),
+        "mlp_dim": None if mlp_dim == 4 * width else mlp_dim,
+        "activation": cfg.choose("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh" if siglip else "quick_gelu"),
+        "layer_norm_epsilon": cfg.take("layer_norm_eps", float, 1e-6 if siglip else 1e-5),
+    }
+
+
+def is_siglip(config: ModelConfig) -> bool:
+    """Which of their two classes is meant."""
+    return isinstance(config.image, ViTConfig) and config.image.pool is ImagePool.ATTENTION
+
+
+def check_known(config: ModelConfig) -> None:
+    """Refuse what neither of their classes computes.
+
+    Raises:
+        ValueError: all of it, a line each.
+    """
+    kind = "SiglipModel" if is_siglip(config) else "CLIPModel"
+    theirs = _SIGLIP if is_siglip(config) else _CLIP
+    errors = []
+    for tower, wanted in (("image", ViTConfig), ("text", TextTransformerConfig)):
+        if not isinstance(getattr(config, tower), wanted):
+            found = type(getattr(config, tower)).__name__
+            errors.append(f"model.{tower} is a {found}: {kind} has a {wanted.__name__} there")
+    for path, wanted in {} if errors else theirs.items():
+        tower, _, name = path.partition(".")
+        found = getattr(getattr(config, tower), name)
+        if found != wanted:
+            errors.append(
+                f"model.{path}={getattr(found, 'value', found)}: {kind} has {getattr(wanted, 'value', wanted)} there"
+            )
+    if (config.init_logit_bias is not None) != is_siglip(config):
+        errors.append(
+            f"model.init_logit_bias={config.init_logit_bias}: {kind} has {'a' if is_siglip(config) else 'no'} bias"
+        )
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+_CLIP: dict[str, Any] = {
+    "image.pool": ImagePool.CLASS,
+    "image.class_token": True,
+    "image.num_registers": 0,
+    "image.positions": Positions.LEARNED,
+    "image.patch_bias": False,
+    "image.ln_pre": True,
+    "image.projection": Projection.LINEAR,
+    "text.causal": True,
+    "text.pool": TextPool.END,
+    "text.projection": Projection.LINEAR,
+}
+_SIGLIP: dict[str, Any] = {
+    "image.pool": ImagePool.ATTENTION,
+    "image.class_token": False,
+    "image.num_registers": 0,
+    "image.positions": Positions.LEARNED,
+    "image.patch_bias": True,
+    "image.ln_pre": False,
+    "image.projection": Projection.NONE,
+    "text.causal": False,
+    "text.pool": TextPool.LAST,
+    "text.projection": Projection.AFFINE,
+}
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """Their `config.json` for a model of ours.
+
+    Raises:
+        ValueError: they have no such model.
+    """
+    check_known(config)
+    image, text = config.image, config.text
+    assert isinstance(image, ViTConfig)
+    assert isinstance(text, TextTransformerConfig)
+    siglip = is_siglip(config)
+    vision = {"image_size": image.image_size, "patch_size": image.patch_size, "num_channels": 3}
+    words = {"max_position_embeddings": text.context_length, "vocab_size": text.vocab_size}
+    if siglip:
+        return {
+            "architectures": ["SiglipModel"],
+            "model_type": "siglip",
+            "text_config": {
+                "model_type": "siglip_text_model",
+                **words,
+                **{"pad_token_id": 1, "bos_token_id": None, "eos_token_id": 1},
+                "projection_size": config.embed_dim,
+                **_write_blocks(text),
+            },
+            "vision_config": {"model_type": "siglip_vision_model", **vision, **_write_blocks(image)},
+        }
+    # Their text tower pools at the first end-of-text token; ours is the largest id.
+    words |= {"eos_token_id": text.vocab_size - 1, "bos_token_id": text.vocab_size - 2, "pad_token_id": 0}
+    shared = {"projection_dim": config.embed_dim}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        **shared,
+        "logit_scale_init_value": math.log(config.init_logit_scale),
+        "text_config": {"model_type": "clip_text_model", **words, **shared, **_write_blocks(text)},
+        "vision_config": {"model_type": "clip_vision_model", **vision, **shared, **_write_blocks(image)},
+    }
+
+
+def _write_blocks(tower: ViTConfig | TextTransformerConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp_dim or 4 * tower.width,
+        "num_hidden_layers": tower.depth,
+        "num_attention_heads": tower.num_heads,
+        "hidden_act": next(name for name, item in ACTIVATIONS.items() if item is tower.activation),
+        "layer_norm_eps": tower.layer_norm_epsilon,
+    }
+
+
+def table(config: ModelConfig) -> Table:
+    """Which of their arrays is which of ours.
+
+    Raises:
+        ValueError: they have no such model.
+    """
+    check_known(config)
+    image, text = config.image, config.text
+    assert isinstance(image, ViTConfig)
+    assert isinstance(text, TextTransformerConfig)
+    sizes = {"three": 3, "n": image.num_heads, "m": text.num_heads}
+    ours = "transformer/blocks"
+    vision, words = "vision_model.embeddings", "text_model.embeddings"
+    found = [
+        rule(f"{vision}.patch_embedding.weight", "image/patch_embed/kernel", "o c h w -> h w c o"),
+        rule(f"{vision}.position_embedding.weight", "image/pos_embed", "p w -> p w"),
+        *_blocks("vision_model.encoder.layers", f"image/{ours}", range(image.depth), "n"),
+        *norm("vision_model.post_layernorm", "image/ln_post"),
+        rule(f"{words}.token_embedding.weight", "text/token_embed", "v w -> v w"),
+        rule(f"{words}.position_embedding.weight", "text/pos_embed", "p w -> p w"),
+        *_blocks("text_model.encoder.layers", f"text/{ours}", range(text.depth), "m"),
+        *norm("text_model.final_layer_norm", "text/ln_final"),
+    ]
+    if is_siglip(config):
+        found += [
+            rule(f"{vision}.patch_embedding.bias", "image/patch_embed/bias", "o -> o"),
+            *_head("vision_model.head", "image/pool"),
+            *linear("text_model.head", "text/proj"),
+            rule("logit_scale", "log_logit_scale", "1 ->"),
+            rule("logit_bias", "logit_bias", "1 ->"),
+        ]
+    else:
+        found += [
+            rule(f"{vision}.class_embedding", "image/class_embed", "w -> w"),
+            *norm("vision_model.pre_layrnorm", "image/ln_pre"),
+            rule("visual_projection.weight", "image/proj/kernel", "e w -> w e"),
+            rule("text_projection.weight", "text/proj/kernel", "e w -> w e"),
+            rule("logit_scale", "log_logit_scale", "->"),
+        ]
+    positions = (f"{vision}.position_ids", f"{words}.position_ids")
+    return Table(found, sizes, dict.fromkeys(positions))
+
+
+def _blocks(theirs: str, ours: str, layers: Sequence[int], n: str) -> list[Rule]:
+    block = f"{theirs}.{{layer}}"
+    attn = f"{block}.self_attn"
+    return [
+        *norm(f"{block}.layer_norm1", f"{ours}/ln_1", layers),
+        *norm(f"{block}.layer_norm2", f"{ours}/ln_2", layers),
+        rule(
+            [f"{attn}.{name}_proj.weight" for name in "qkv"],
+            f"{ours}/attn/qkv/kernel",
+            f"l t ({n} d) w -> l w t {n} d",
+            layers,
+        ),
+        rule(
+            [f"{attn}.{name}_proj.bias" for name in "qkv"], f"{ours}/attn/qkv/bias", f"l t ({n} d) -> l t {n} d", layers
+        ),
+        *heads_out(f"{attn}.out_proj", f"{ours}/attn/out", n, layers),
+        *linear(f"{block}.mlp.fc1", f"{ours}/mlp/fc_in", layers),
+        *linear(f"{block}.mlp.fc2", f"{ours}/mlp/fc_out", layers),
+    ]
+
+
+def _head(theirs: str, ours: str) -> list[Rule]:
+    """Attention pooling."""
+    kernels = [f"{ours}/attn/{name}/kernel" for name in "qkv"]
+    biases = [f"{ours}/attn/{name}/bias" for name in "qkv"]
+    return [
+        rule(f"{theirs}.probe", f"{ours}/probe", "1 q w -> q w"),
+        rule(f"{theirs}.attention.in_proj_weight", kernels, "(three n d) w -> three w n d"),
+        rule(f"{theirs}.attention.in_proj_bias", biases, "(three n d) -> three n d"),
+        *heads_out(f"{theirs}.attention.out_proj", f"{ours}/attn/out", "n"),
+        *norm(f"{theirs}.layernorm", f"{ours}/ln"),
+        *linear(f"{theirs}.mlp.fc1", f"{ours}/mlp/fc_in"),
+        *linear(f"{theirs}.mlp.fc2", f"{ours}/mlp/fc_out"),
+    ]

@@ -1,0 +1,102 @@
+"""How peers look at pictures: their JSON to the fields of `DataConfig`, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from clipjax.config import CLIP_MEAN, CLIP_STD, DataConfig, Interpolation, Resize
+from clipjax.convert.known import Known
+
+HALF = (0.5, 0.5, 0.5)
+_RESAMPLE = {2: Interpolation.BILINEAR, 3: Interpolation.BICUBIC}
+"""Pillow's numbers."""
+
+
+def default(*, siglip: bool) -> DataConfig:
+    """What a family does when its files do not say."""
+    if siglip:
+        return DataConfig(mean=HALF, std=HALF, resize=Resize.SQUASH)
+    return DataConfig(mean=CLIP_MEAN, std=CLIP_STD)
+
+
+def read_open_clip(peer: Mapping[str, Any], *, siglip: bool) -> DataConfig:
+    """From the `preprocess_cfg` of `open_clip_config.json`.
+
+    Raises:
+        ValueError: what clipjax does not do.
+    """
+    data = default(siglip=siglip)
+    known = Known(peer, "preprocess_cfg")
+    data.mean = _triple(known, "mean", data.mean)
+    data.std = _triple(known, "std", data.std)
+    known.skip("size", "mode", "fill_color")
+    data.interpolation = known.choose("interpolation", {item.value: item for item in Interpolation}, "bicubic")
+    modes = {"shortest": Resize.SHORTER_SIDE, "squash": Resize.SQUASH}
+    data.resize = known.choose("resize_mode", modes, "squash" if siglip else "shortest")
+    known.finish()
+    return data
+
+
+def write_open_clip(data: DataConfig) -> dict[str, Any]:
+    """For `open_clip_config.json`."""
+    return {
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "interpolation": data.interpolation.value,
+        "resize_mode": "squash" if data.resize is Resize.SQUASH else "shortest",
+    }
+
+
+def read_huggingface(peer: Mapping[str, Any], image_size: int, *, siglip: bool) -> DataConfig:
+    """From `preprocessor_config.json`.
+
+    Raises:
+        ValueError: what clipjax does not do, or a size that is not the model's.
+    """
+    data = default(siglip=siglip)
+    known = Known(peer, "preprocessor_config")
+    known.skip("image_processor_type", "processor_class", "feature_extractor_type", "do_convert_rgb", "crop_size")
+    known.skip("default_to_square", "disable_grouping", "input_data_format", "data_format", "device", "return_tensors")
+    known.skip("do_pad", "pad_size", "image_seq_length", "size_divisor", "use_fast", "_valid_processor_keys")
+    data.mean = _triple(known, "image_mean", data.mean)
+    data.std = _triple(known, "image_std", data.std)
+    data.interpolation = known.choose("resample", _RESAMPLE, 3)
+    known.choose("do_resize", {True: True}, True)
+    known.choose("do_rescale", {True: True}, True)
+    known.choose("do_normalize", {True: True}, True)
+    if abs(known.take("rescale_factor", float, 1 / 255) - 1 / 255) > 1e-6:
+        known.refuse("rescale_factor", "another", "must be 1/255")
+    crop = known.choose("do_center_crop", {True: True, False: False, None: False}, not siglip)
+    data.resize = Resize.SHORTER_SIDE if crop else Resize.SQUASH
+    size = known.take("size", (dict, int), {"shortest_edge": image_size})
+    sides = set(size.values()) if isinstance(size, dict) else {size}
+    if sides != {image_size}:
+        known.refuse("size", size, f"must be the model's {image_size}")
+    known.finish()
+    return data
+
+
+def write_huggingface(data: DataConfig, image_size: int, *, siglip: bool) -> dict[str, Any]:
+    """For `preprocessor_config.json`."""
+    squash = data.resize is Resize.SQUASH
+    square = {"height": image_size, "width": image_size}
+    return {
+        "image_processor_type": "SiglipImageProcessor" if siglip else "CLIPImageProcessor",
+        "do_resize": True,
+        "size": square if squash else {"shortest_edge": image_size},
+        "resample": next(number for number, item in _RESAMPLE.items() if item is data.interpolation),
+        **({} if siglip else {"do_center_crop": not squash, "crop_size": square}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(data.mean),
+        "image_std": list(data.std),
+        "do_convert_rgb": True,
+    }
+
+
+def _triple(known: Known, name: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
+    value = known.take(name, list, list(default))
+    if len(value) != 3 or not all(isinstance(item, int | float) for item in value):
+        known.refuse(name, value, "must be three numbers")
+        return default
+    return float(value[0]), float(value[1]), float(value[2])

@@ -1,0 +1,200 @@
+"""Tables of weights, and how they are applied in both directions.
+
+A rule says that some of the peer's arrays are some of ours, and how their axes are arranged, as an einops pattern.
+Where a name holds `{layer}`, all layers are stacked along a leading axis `l`; where a side has several names, they are
+stacked along an axis of its own. A pattern only rearranges, so every rule can be read backwards and no bit changes.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+FLOATS = ("float32", "float16", "bfloat16")
+"""What a weight may come as; float32 holds all of them exactly."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Some arrays of the peer and the same numbers as some arrays of ours.
+
+    Attributes:
+        theirs: names, with `{layer}` where every layer has such an array.
+        ours: paths.
+        pattern: einops, from theirs (layers, several names, then their own axes) to ours (several names first).
+        layers: numbers of the layers.
+    """
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    pattern: str
+    layers: Sequence[int] = ()
+
+    def their_names(self) -> list[list[str]]:
+        """Names by layer (one, unnamed, where there are none), then by part."""
+        if not self.layers:
+            return [list(self.theirs)]
+        return [[name.format(layer=layer) for name in self.theirs] for layer in self.layers]
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rules of one model of one peer.
+
+    Attributes:
+        rules: which arrays are which.
+        sizes: of axes that patterns split, such as heads `n`.
+        ignored: patterns of peer's names that hold nothing to keep, with what to write there on the way out (None:
+            nothing).
+    """
+
+    rules: Sequence[Rule]
+    sizes: Mapping[str, int]
+    ignored: Mapping[str, Callable[[], np.ndarray] | None] = field(default_factory=dict)
+
+
+def rule(theirs: str | Iterable[str], ours: str | Iterable[str], pattern: str, layers: Sequence[int] = ()) -> Rule:
+    """A rule; single names may be given as they are."""
+    theirs, ours = ((side,) if isinstance(side, str) else tuple(side) for side in (theirs, ours))
+    return Rule(theirs, ours, pattern, layers)
+
+
+def norm(theirs: str, ours: str, layers: Sequence[int] = ()) -> list[Rule]:
+    """A LayerNorm."""
+    lead = "l " if layers else ""
+    return [
+        rule(f"{theirs}.{name}", f"{ours}/{mine}", f"{lead}w -> {lead}w", layers)
+        for name, mine in (("weight", "scale"), ("bias", "bias"))
+    ]
+
+
+def linear(theirs: str, ours: str, layers: Sequence[int] = ()) -> list[Rule]:
+    """A linear layer: PyTorch's [out, in] to [in, out]."""
+    lead = "l " if layers else ""
+    return [
+        rule(f"{theirs}.weight", f"{ours}/kernel", f"{lead}o i -> {lead}i o", layers),
+        rule(f"{theirs}.bias", f"{ours}/bias", f"{lead}o -> {lead}o", layers),
+    ]
+
+
+def heads_out(theirs: str, ours: str, n: str, layers: Sequence[int] = ()) -> list[Rule]:
+    """The way out of an attention; `n` is its heads' axis."""
+    lead = "l " if layers else ""
+    return [
+        rule(f"{theirs}.weight", f"{ours}/kernel", f"{lead}w ({n} d) -> {lead}{n} d w", layers),
+        rule(f"{theirs}.bias", f"{ours}/bias", f"{lead}w -> {lead}w", layers),
+    ]
+
+
+def to_ours(table: Table, weights: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Our arrays by path, all float32.
+
+    Args:
+        table: the peer's.
+        weights: the peer's arrays by name.
+        shapes: of our arrays by path; exactly these come out.
+
+    Raises:
+        ValueError: everything that is missing, left over, misshapen, not finite or of a strange dtype, a line each.
+    """
+    errors, ours, used = [], {}, set()
+    for item in table.rules:
+        names = item.their_names()
+        used |= {name for layer in names for name in layer}
+        found = _gather(weights, item)
+        errors += found.errors
+        if found.arrays is None:
+            continue
+        try:
+            arranged = rearrange(found.arrays, item.pattern, **_sizes(item.pattern, table))
+        except Exception as error:  # einops raises its own kind, with the shape and the pattern in its text
+            errors.append(f"{names[0][0]}: shape {_shape(weights[names[0][0]])} does not fit: {_first_line(error)}")
+            continue
+        parts = [arranged] if len(item.ours) == 1 else list(arranged)
+        for path, array in zip(item.ours, parts, strict=True):
+            ours[path] = np.array(array, order="C")
+            if shapes.get(path) != array.shape:
+                errors.append(f"{names[0][0]}: {path} would have shape {array.shape}, but needs {shapes.get(path)}")
+    errors += [f"{name}: no rule for it" for name in sorted(weights.keys() - used) if not _is_ignored(name, table)]
+    covered = {path for item in table.rules for path in item.ours}
+    errors += [f"{path}: no rule gives it" for path in sorted(shapes.keys() - covered)]
+    if errors:
+        raise ValueError("\n".join(errors))
+    return ours
+
+
+def to_theirs(table: Table, ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The peer's arrays by name.
+
+    Raises:
+        ValueError: arrays of ours that no rule takes, all of them.
+    """
+    covered = {path for item in table.rules for path in item.ours}
+    if left := sorted(ours.keys() - covered):
+        raise ValueError("\n".join(f"{path}: the other format has no place for it" for path in left))
+    theirs: dict[str, np.ndarray] = {}
+    for item in table.rules:
+        before, after = (side.strip() for side in item.pattern.split("->"))
+        arrays = [ours[path] for path in item.ours]
+        whole = arrays[0] if len(arrays) == 1 else np.stack(arrays)
+        whole = rearrange(whole, f"{after} -> {before}")
+        by_layer = list(whole) if item.layers else [whole]
+        for names, layer in zip(item.their_names(), by_layer, strict=True):
+            parts = [layer] if len(names) == 1 else list(layer)
+            theirs |= {name: np.array(part, order="C") for name, part in zip(names, parts, strict=True)}
+    for name, make in table.ignored.items():
+        if make is not None:
+            theirs[name] = make()
+    return theirs
+
+
+@dataclass(frozen=True)
+class _Found:
+    arrays: np.ndarray | None
+    errors: list[str]
+
+
+def _gather(weights: Mapping[str, np.ndarray], item: Rule) -> _Found:
+    """The arrays of a rule, stacked by layer and part as float32, or what is wrong with them."""
+    errors, rows = [], []
+    for layer in item.their_names():
+        row = []
+        for name in layer:
+            if name not in weights:
+                errors.append(f"{name}: missing")
+                continue
+            array = weights[name]
+            if array.dtype.name not in FLOATS:
+                errors.append(f"{name}: dtype {array.dtype.name} must be one of {', '.join(FLOATS)}")
+                continue
+            array = array.astype(np.float32)
+            if not np.isfinite(array).all():
+                errors.append(f"{name}: holds NaN or infinity")
+            row.append(array)
+        rows.append(row)
+    shapes = {array.shape for row in rows for array in row}
+    if not errors and len(shapes) > 1:
+        errors.append(f"{item.theirs[0]}: shapes differ: {', '.join(map(str, sorted(shapes)))}")
+    if errors:
+        return _Found(None, errors)
+    layers = [row[0] if len(row) == 1 else np.stack(row) for row in rows]
+    return _Found(np.stack(layers) if item.layers else layers[0], [])
+
+
+def _sizes(pattern: str, table: Table) -> dict[str, int]:
+    axes = pattern.replace("(", " ").replace(")", " ").split()
+    return {name: size for name, size in table.sizes.items() if name in axes}
+
+
+def _is_ignored(name: str, table: Table) -> bool:
+    return name in table.ignored
+
+
+def _shape(array: np.ndarray) -> str:
+    return str(tuple(array.shape))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()

@@ -1,0 +1,127 @@
+"""What predicts captions: CoCa's decoder, and the paper's two baselines of the figure on efficiency.
+
+Both give the negative log-likelihood of every caption of a batch, so that a loss can average over all devices.
+Axes: b batch, l tokens, k image tokens, w width, v vocabulary, e embed.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from clipjax.config import DecoderConfig, ModelConfig, TextTransformerConfig
+from clipjax.models.text import end_of_text
+from clipjax.models.transformer import (
+    BROADCAST,
+    Block,
+    CrossAttention,
+    LayerNorm,
+    Linear,
+    Mlp,
+    Numerics,
+    remat_block,
+    text_block_init,
+)
+from clipjax.sharding import constrain
+
+
+class DecoderLayer(nn.Module):
+    """A causal block, then a block that attends to the image, in the form that `nn.scan` wants."""
+
+    tower: DecoderConfig
+    width: int
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l w"], image: Float[Array, "b k i"]) -> tuple[Float[Array, "b l w"], None]:
+        tower, width, numerics = self.tower, self.width, self.numerics
+        init, mlp_dim = text_block_init(width, tower.depth), tower.mlp_dim or 4 * width
+        x, _ = Block(tower.num_heads, mlp_dim, True, tower.activation, numerics, init, name="text")(x, None)
+        seen = LayerNorm(numerics, name="ln_image")(image)
+        cross = CrossAttention(tower.num_heads, width, width, numerics, init, name="cross_attn")
+        x = x + cross(LayerNorm(numerics, name="ln_1")(x), seen)
+        x = constrain(x, "batch", None, None)
+        x = x + Mlp(mlp_dim, tower.activation, numerics, init, name="mlp")(LayerNorm(numerics, name="ln_2")(x))
+        return constrain(x, "batch", None, None), None
+
+
+class Decoder(nn.Module):
+    """Logits of each next token, from the text tower's tokens and the image's.
+
+    Source:
+        arXiv 2205.01917, section 3.2, as mlfoundations/open_clip's `MultimodalTransformer` builds it.
+    """
+
+    tower: DecoderConfig
+    text: TextTransformerConfig
+    model: ModelConfig
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l w"], image: Float[Array, "b k i"]) -> Float[Array, "b l v"]:
+        tower, width = self.tower, self.text.width
+        stack = nn.scan(
+            remat_block(DecoderLayer, self.model.remat, scanned=self.model.scan_layers),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=BROADCAST,
+            length=tower.depth,
+            unroll=1 if self.model.scan_layers else tower.depth,
+        )
+        x, _ = stack(tower, width, self.numerics, name="layers")(x, image)
+        x = LayerNorm(self.numerics, name="ln_final")(x)
+        kernel_init = nn.initializers.normal(width**-0.5)
+        return Linear((width,), (self.text.vocab_size,), self.numerics, kernel_init, None, name="proj")(x)
+
+
+def next_tokens(tokens: Int[Array, "b l"]) -> tuple[Int[Array, "b m"], Bool[Array, "b m"]]:
+    """What follows each token but the last, and which of that belongs to the caption: all up to its end."""
+    inside = jnp.arange(1, tokens.shape[1])[None] <= end_of_text(tokens)[:, None]
+    return tokens[:, 1:], inside
+
+
+def caption_likelihood(
+    logits: Float[Array, "b m v"], tokens: Int[Array, "b l"]
+) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """Negative log-likelihood of each caption, in nats, and how many tokens were predicted; both float32."""
+    labels, inside = next_tokens(tokens)
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    chosen = jnp.take_along_axis(log_p, labels[:, :, None], axis=-1)[:, :, 0]
+    return -jnp.where(inside, chosen, 0).sum(1), inside.sum(1).astype(jnp.float32)
+
+
+class Words(nn.Module):
+    """Logits of the tokens that a caption may have, from the image's features.
+
+    Source:
+        arXiv 2103.00020, section 2.3; arXiv 1511.02251, section 3.
+    """
+
+    vocab_size: int
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b e"]) -> Float[Array, "b v"]:
+        x, width = constrain(x, "batch", None), x.shape[-1]
+        init = nn.initializers.normal(width**-0.5)
+        logits = Linear((width,), (self.vocab_size,), self.numerics, init, nn.initializers.zeros, name="proj")(x)
+        return constrain(logits, "batch", "vocab")
+
+
+def bag_of(tokens: Int[Array, "b l"], vocab_size: int) -> Float[Array, "b v"]:
+    """The set of a caption's tokens as a distribution, uniform over them; start and end are not among them."""
+    end = end_of_text(tokens)[:, None]
+    places = jnp.arange(tokens.shape[1])[None]
+    inside = (places > 0) & (places < end)
+    rows = jnp.broadcast_to(jnp.arange(tokens.shape[0])[:, None], tokens.shape)
+    present = jnp.zeros((tokens.shape[0], vocab_size)).at[rows, tokens].max(inside.astype(jnp.float32))
+    return present / jnp.maximum(present.sum(1, keepdims=True), 1)
+
+
+def words_likelihood(
+    logits: Float[Array, "b v"], tokens: Int[Array, "b l"]
+) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """Cross-entropy of each caption's bag of tokens, in nats, and 1 for each caption; both float32."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    bag = bag_of(tokens, logits.shape[-1])
+    return -(bag * log_p).sum(1), jnp.ones(tokens.shape[0], jnp.float32)

@@ -1,0 +1,98 @@
+"""One vector out of many tokens, by attention. Axes: b batch, l tokens, w width, e embed."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from clipjax.config import Activation
+from clipjax.models.transformer import (
+    BlockInit,
+    CrossAttention,
+    LayerNorm,
+    Mlp,
+    Numerics,
+    torch_uniform,
+)
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's head (MAP): a learned token attends to all others, then an MLP beside it.
+
+    Source:
+        arXiv 2106.04560, section 3.3; google-research/big_vision `models/vit.py`, `MAPHead`.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    activation: Activation
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l w"]) -> Float[Array, "b w"]:
+        width = x.shape[-1]
+        xavier = nn.initializers.xavier_uniform()
+        probe = self.param("probe", nn.initializers.normal(width**-0.5), (1, width))
+        probe = jnp.broadcast_to(probe[None], (x.shape[0], 1, width)).astype(self.numerics.activations)
+        init = BlockInit(
+            qkv=nn.initializers.normal(width**-0.5), attn_out=xavier_like(width), fc_in=xavier, fc_out=xavier
+        )
+        x = CrossAttention(self.num_heads, width, width, self.numerics, init, name="attn")(probe, x)
+        y = LayerNorm(self.numerics, name="ln")(x)
+        return (x + Mlp(self.mlp_dim, self.activation, self.numerics, init, name="mlp")(y))[:, 0]
+
+
+def xavier_like(width: int) -> nn.initializers.Initializer:
+    """Xavier's variance for a square matrix of this width, whatever shape the kernel is kept in."""
+    return nn.initializers.normal(width**-0.5)
+
+
+class QueryPool(nn.Module):
+    """CoCa's: learned queries attend to all tokens; as many vectors come out.
+
+    Source:
+        arXiv 2205.01917, section 3.2, as mlfoundations/open_clip's `AttentionalPooler` builds it.
+    """
+
+    num_queries: int
+    num_heads: int
+    width: int
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l w"]) -> Float[Array, "b q v"]:
+        width = self.width
+        queries = self.param("queries", nn.initializers.normal(1.0), (self.num_queries, width))
+        queries = LayerNorm(self.numerics, name="ln_q")(queries[None])
+        queries = jnp.broadcast_to(queries, (x.shape[0], *queries.shape[1:]))
+        init = BlockInit(
+            qkv=nn.initializers.normal(width**-0.5),
+            attn_out=torch_uniform(width),
+            fc_in=torch_uniform(width),
+            fc_out=torch_uniform(width),
+        )
+        attn = CrossAttention(self.num_heads, width, width, self.numerics, init, name="attn")
+        return attn(queries, LayerNorm(self.numerics, name="ln_k")(x))
+
+
+class MeanQueryPool(nn.Module):
+    """The ResNets' head: the mean of all places attends to itself and to them, then a projection.
+
+    Source:
+        arXiv 2103.00020, section 2.4; openai/CLIP `model.py`, `AttentionPool2d`.
+    """
+
+    num_heads: int
+    embed_dim: int
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l w"]) -> Float[Array, "b e"]:
+        width = x.shape[-1]
+        normal = nn.initializers.normal(width**-0.5)
+        init = BlockInit(qkv=normal, attn_out=normal, fc_in=torch_uniform(width), fc_out=torch_uniform(width))
+        x = x.astype(jnp.float32)
+        x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
+        x = x + self.param("pos_embed", normal, x.shape[1:])[None]
+        x = x.astype(self.numerics.activations)
+        attn = CrossAttention(self.num_heads, width, self.embed_dim, self.numerics, init, name="attn")
+        return attn(x[:, :1], x)[:, 0]

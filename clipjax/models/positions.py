@@ -1,0 +1,65 @@
+"""Positions of tokens: fixed sines and cosines, and learned tables fitted to another number of places.
+
+Axes: l places, w width.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from clipjax.config import ModelConfig, ResNetConfig, ViTConfig
+from clipjax.typing import Params
+
+
+def sincos(side: int, width: int) -> Float[np.ndarray, "l w"]:
+    """Positions of a square grid, row by row: sines and cosines of the column, then of the row.
+
+    Source:
+        arXiv 2104.02057, section 4; google-research/big_vision `models/vit.py`, `posemb_sincos_2d`.
+    """
+    rows, columns = np.mgrid[:side, :side]
+    frequencies = 1 / 10_000 ** (np.arange(width // 4) / (width // 4 - 1))
+    x, y = columns.reshape(-1, 1) * frequencies, rows.reshape(-1, 1) * frequencies
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
+
+
+def image_places(tower: ViTConfig | ResNetConfig) -> tuple[int, int]:
+    """Places before the grid that have a position of their own, and the grid's side."""
+    if isinstance(tower, ResNetConfig):
+        return 1, tower.image_size // 32
+    return int(tower.class_token), tower.image_size // tower.patch_size
+
+
+def resize_grid(table: Float[Array, "l w"], prefix: int, side: int) -> Float[Array, "m w"]:
+    """A table of positions for a grid of another side: bicubic and antialiased; the `prefix` places stay."""
+    kept, grid = table[:prefix], table[prefix:]
+    old = math.isqrt(grid.shape[0])
+    if old == side:
+        return table
+    square = grid.reshape(old, old, -1)
+    resized = jax.image.resize(square, (side, side, square.shape[-1]), "cubic", antialias=True)
+    return jnp.concatenate([kept, resized.reshape(side * side, -1)])
+
+
+def resize_text(table: Float[Array, "l w"], length: int) -> Float[Array, "m w"]:
+    """A table of positions for texts of another length: cut at the end, or stretched linearly."""
+    if length <= table.shape[0]:
+        return table[:length]
+    return jax.image.resize(table, (length, table.shape[1]), "linear", antialias=False)
+
+
+def fit_positions(params: Params, old: ModelConfig, new: ModelConfig) -> Params:
+    """Parameters for images of another size or texts of another length; all but positions stay as they are."""
+    image, text = dict(params["image"]), dict(params["text"])
+    prefix, side = image_places(new.image)
+    if image_places(old.image) != (prefix, side):
+        if "pos_embed" in image:
+            image["pos_embed"] = resize_grid(image["pos_embed"], prefix, side)
+        elif "pos_embed" in image.get("pool", {}):
+            image["pool"] = image["pool"] | {"pos_embed": resize_grid(image["pool"]["pos_embed"], prefix, side)}
+    if old.text.context_length != new.text.context_length and "pos_embed" in text:
+        text["pos_embed"] = resize_text(text["pos_embed"], new.text.context_length)
+    return {**params, "image": image, "text": text}

@@ -1,0 +1,238 @@
+"""Weights in and out: `clipjax convert` and `clipjax export`.
+
+A converted model is a checkpoint like any other (`checkpoint.py`), at step 0 and without a training state. Reading
+order: `convert` (peer's directory to checkpoint), `export` (checkpoint to peer's directory).
+"""
+
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from clipjax import flags, presets, sharding
+from clipjax.checkpoint import Checkpoints, SavedCheckpoint, make_records
+from clipjax.config import CheckpointConfig, Config, DataConfig, Dtype, LossKind, MeshConfig, ModelConfig
+from clipjax.convert import big_vision, files, huggingface, open_clip, preprocessing, tokenizers
+from clipjax.convert.rules import Table, to_ours, to_theirs
+from clipjax.data.tokenizer import NoTokenizer, Tokenizer, build_tokenizer
+from clipjax.inference import load_params
+from clipjax.models.clip import abstract_model
+from clipjax.trees import from_flat, to_flat
+
+SOURCES = ("openai", "open_clip", "huggingface", "big_vision")
+TARGETS = ("open_clip", "huggingface")
+CONVERT = "clipjax convert"
+EXPORT = "clipjax export"
+CONVERT_OPTIONS = {
+    "from": f"whose weights: {', '.join(SOURCES)}",
+    "input": "a directory with *.safetensors or *.npz and the peer's config, or one such file",
+    "output": "the directory to make; clipjax.load, eval and config.init_from open it",
+    "model": "a preset (`clipjax presets`) where there is no config beside the weights",
+    "tokenizer": "clip:PATH, siglip:PATH, ... where the input holds no tokenizer",
+}
+EXPORT_OPTIONS = {
+    "to": f"whose format: {', '.join(TARGETS)}",
+    "checkpoint": "a workdir or one step of it",
+    "output": "the directory to make",
+}
+
+
+def main_convert(argv: Sequence[str] | None = None) -> int:
+    """The front door of `clipjax convert`; returns the exit code."""
+    return _front_door(
+        CONVERT, "Open a peer's weights as a clipjax checkpoint.", CONVERT_OPTIONS, _prepare_convert, argv
+    )
+
+
+def main_export(argv: Sequence[str] | None = None) -> int:
+    """The front door of `clipjax export`; returns the exit code."""
+    return _front_door(
+        EXPORT, "Write a checkpoint as a peer's own loader opens it.", EXPORT_OPTIONS, _prepare_export, argv
+    )
+
+
+def _front_door(
+    program: str,
+    about: str,
+    options: Mapping[str, str],
+    prepare: Callable[[Mapping[str, str | None]], Callable[[], int]],
+    argv: Sequence[str] | None,
+) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if flags.wants_help(argv):
+        lines = [f"  --{name:<10} {text}" for name, text in options.items()]
+        print(f"{about}\n\n  {program} " + " ".join(f"--{name}=..." for name in options) + "\n\n" + "\n".join(lines))
+        return 0
+    return flags.front_door(program, lambda: prepare(flags.parse_options(program, argv, options=options)))
+
+
+def _needed(options: Mapping[str, str | None], name: str, known: Sequence[str] = ()) -> str:
+    value = options[name]
+    if not value:
+        raise ValueError(f"--{name} is missing" + (f"; one of {', '.join(known)}" if known else ""))
+    if known and value not in known:
+        raise ValueError(f"--{name}={value} must be one of {', '.join(known)}")
+    return value
+
+
+def _prepare_convert(options: Mapping[str, str | None]) -> Callable[[], int]:
+    source, path = _needed(options, "from", SOURCES), pathlib.Path(_needed(options, "input"))
+    output = pathlib.Path(_needed(options, "output"))
+    peer = read_peer(source, path, model=options["model"], tokenizer=options["tokenizer"])
+
+    def work() -> int:
+        save(peer, output)
+        print(f"{source} {path} -> {output}: {peer.num_params / 1e6:.1f} million parameters, {peer.told}")
+        return 0
+
+    return work
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A peer's model, read.
+
+    Attributes:
+        config: what a checkpoint of it records.
+        params: our arrays by path, `batch_stats/...` among them.
+        tokenizer: its tokenizer, or `NoTokenizer`.
+    """
+
+    config: Config
+    params: Mapping[str, np.ndarray]
+    tokenizer: Tokenizer
+
+    @property
+    def num_params(self) -> int:
+        """Without running statistics."""
+        return sum(array.size for name, array in self.params.items() if not name.startswith("batch_stats"))
+
+    @property
+    def told(self) -> str:
+        """The tokenizer, in words."""
+        if isinstance(self.tokenizer, NoTokenizer):
+            return "no tokenizer found (texts cannot be read; --tokenizer=KIND:PATH adds one)"
+        return f"tokenizer {self.tokenizer.name} with {self.tokenizer.vocab_size} ids"
+
+
+def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, tokenizer: str | None = None) -> Peer:
+    """Read a peer's weights, config, preprocessing and tokenizer.
+
+    Raises:
+        ValueError: everything that is wrong with one of them.
+    """
+    folder = path if path.is_dir() else path.parent
+    weights = files.read_weights(path)
+    model_config, data = _read_config(source, path, model)
+    model_config.compute_dtype = Dtype.FLOAT32
+    shapes = {name: tuple(leaf.shape) for name, leaf in to_flat(abstract_model(model_config)).items()}
+    params = to_ours(_table(source, model_config, weights), weights, shapes)
+    found = build_tokenizer(tokenizer) if tokenizer else tokenizers.find(folder if path.is_dir() else None)
+    if found.vocab_size > model_config.text.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {found.vocab_size} ids, but the model knows {model_config.text.vocab_size}: it belongs "
+            "to another model"
+        )
+    config = Config(model=model_config, data=data)
+    config.data.tokenizer = tokenizer or found.name
+    config.data.train = f"converted from {source}"
+    if model_config.init_logit_bias is not None:
+        config.loss.kind = LossKind.SIGMOID
+    return Peer(config, params, found)
+
+
+def _read_config(source: str, path: pathlib.Path, model: str | None) -> tuple[ModelConfig, DataConfig]:
+    """The model and how it looks at pictures."""
+    found = None
+    if path.is_dir():
+        names = ("open_clip_config.json", "config.json") if source in ("openai", "open_clip") else ("config.json",)
+        found = next((path / name for name in names if (path / name).is_file()), None)
+    if (found is None or source == "big_vision") == (model is None):
+        raise ValueError(
+            f"--model={model}: give a preset exactly where there is no config of {source} beside the weights"
+            f" ({found or 'none found'}); presets: {', '.join(presets.MODELS)}"
+        )
+    if model is not None:
+        config = presets.model(model)
+        return config, preprocessing.default(siglip=config.init_logit_bias is not None)
+    assert found is not None
+    peer = files.read_json(found)
+    inside = peer.get("config", peer) if isinstance(peer, dict) else peer
+    if not isinstance(inside, dict):
+        raise ValueError(f"{found}: must be a JSON object")
+    if source == "huggingface":
+        config = huggingface.read_config(inside)
+        siglip, picture = huggingface.is_siglip(config), path / "preprocessor_config.json"
+        if picture.is_file():
+            size = config.image.image_size
+            return config, preprocessing.read_huggingface(files.read_json(picture), size, siglip=siglip)
+        return config, preprocessing.default(siglip=siglip)
+    config = open_clip.read_config(inside)
+    siglip = config.init_logit_bias is not None
+    return config, preprocessing.read_open_clip(inside.get("preprocess_cfg", {}), siglip=siglip)
+
+
+def _table(source: str, config: ModelConfig, weights: Mapping[str, np.ndarray]) -> Table:
+    match source:
+        case "huggingface":
+            return huggingface.table(config)
+        case "big_vision":
+            return big_vision.table(config, stacked=any("/encoderblock/" in name for name in weights))
+        case _:
+            return open_clip.table(config, custom_text=any(name.startswith("text.") for name in weights))
+
+
+def save(peer: Peer, output: pathlib.Path) -> None:
+    """A checkpoint at step 0, there as a whole or not at all."""
+    tree = from_flat(peer.params)
+    batch_stats = tree.pop("batch_stats", None)
+    arrays = {"params": tree, **({} if batch_stats is None else {"batch_stats": batch_stats})}
+    with files.new_directory(output) as folder:
+        checkpoints = Checkpoints(folder, CheckpointConfig())
+        checkpoints.save(0, jax.tree.map(jax.numpy.asarray, arrays), make_records(peer.config, peer.tokenizer, {}))
+        checkpoints.close()
+
+
+def _prepare_export(options: Mapping[str, str | None]) -> Callable[[], int]:
+    target, output = _needed(options, "to", TARGETS), pathlib.Path(_needed(options, "output"))
+    saved = SavedCheckpoint(_needed(options, "checkpoint"))
+    config = saved.config
+    written = (
+        huggingface.write_config(config.model) if target == "huggingface" else open_clip.write_config(config.model)
+    )
+
+    def work() -> int:
+        export(saved, target, written, output)
+        print(f"{saved.path} ({saved.params_group}) -> {target} {output}")
+        return 0
+
+    return work
+
+
+def export(saved: SavedCheckpoint, target: str, config: dict[str, Any], output: pathlib.Path) -> None:
+    """A directory that the peer's own loader opens."""
+    model, data = saved.config.model, saved.config.data
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    params = {name: np.asarray(leaf) for name, leaf in to_flat(load_params(saved, mesh)).items()}
+    with files.new_directory(output) as folder:
+        if target == "huggingface":
+            siglip = huggingface.is_siglip(model)
+            files.write_weights(folder / "model.safetensors", to_theirs(huggingface.table(model), params))
+            files.write_json(folder / "config.json", config)
+            picture = preprocessing.write_huggingface(data, model.image.image_size, siglip=siglip)
+            files.write_json(folder / "preprocessor_config.json", picture)
+        else:
+            table = open_clip.table(model, custom_text=open_clip.is_custom(model))
+            files.write_weights(folder / "open_clip_model.safetensors", to_theirs(table, params))
+            whole = {"model_cfg": config, "preprocess_cfg": preprocessing.write_open_clip(data)}
+            files.write_json(folder / "open_clip_config.json", whole)
+        for name, content in tokenizers.write(saved.tokenizer(), model.text.context_length).items():
+            (folder / name).write_bytes(content)
+
+
+if __name__ == "__main__":
+    sys.exit(main_convert())

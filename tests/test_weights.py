@@ -1,0 +1,141 @@
+"""`clipjax convert` and `clipjax export`: there and back on every reference, and what they refuse."""
+
+import json
+import pathlib
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+import clipjax
+from clipjax.weights import main_convert, main_export
+
+FOLDERS = {
+    "openclip-vit-gelu": "open_clip",
+    "openclip-rn-gelu": "open_clip",
+    "hf-clip-quickgelu": "huggingface",
+    "hf-siglip": "huggingface",
+}
+
+
+def convert(source: str, path: pathlib.Path, output: pathlib.Path, *more: str) -> int:
+    return main_convert([f"--from={source}", f"--input={path}", f"--output={output}", *more])
+
+
+def export(target: str, path: pathlib.Path, output: pathlib.Path) -> int:
+    return main_export([f"--to={target}", f"--checkpoint={path}", f"--output={output}"])
+
+
+def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_there_and_back(shared: pathlib.Path, tmp_path: pathlib.Path, folder: str):
+    root, source = shared / "reference" / folder, FOLDERS[folder]
+    assert convert(source, root, tmp_path / "ours") == 0
+    model, target = clipjax.load(tmp_path / "ours"), np.load(root / "reference.npz", allow_pickle=False)
+    assert relative_error(model.embed_pixels(target["images"].transpose(0, 2, 3, 1)), target["image_features"]) < 2e-5
+    assert relative_error(model.embed_tokens(target["tokens"].astype(np.int32)), target["text_features"]) < 2e-5
+    assert export(source, tmp_path / "ours", tmp_path / "theirs") == 0
+    [written] = (tmp_path / "theirs").glob("*.safetensors")
+    before, after = safetensors.load_file(root / "weights.safetensors"), safetensors.load_file(written)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    # Their config, as written, is read as the same model, and the weights once more.
+    assert convert(source, tmp_path / "theirs", tmp_path / "again") == 0
+    again = clipjax.load(tmp_path / "again")
+    assert again.config.model == model.config.model
+
+
+def test_openai_names_are_open_clips(shared: pathlib.Path, tmp_path: pathlib.Path):
+    root = shared / "reference" / "openclip-vit-quickgelu"
+    assert convert("openai", root, tmp_path / "ours") == 0
+    assert export("huggingface", tmp_path / "ours", tmp_path / "hf") == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vision_config"]["hidden_act"] == "quick_gelu"
+    assert convert("huggingface", tmp_path / "hf", tmp_path / "again") == 0
+    target = np.load(root / "reference.npz", allow_pickle=False)
+    pixels = target["images"].transpose(0, 2, 3, 1)
+    assert relative_error(clipjax.load(tmp_path / "again").embed_pixels(pixels), target["image_features"]) < 2e-5
+
+
+def damaged(shared: pathlib.Path, tmp_path: pathlib.Path, folder: str = "hf-siglip") -> pathlib.Path:
+    shutil.copytree(shared / "reference" / folder, tmp_path / "in")
+    return tmp_path / "in"
+
+
+def test_everything_wrong_with_weights_is_one_error(shared, tmp_path, capsys):
+    root = damaged(shared, tmp_path)
+    weights = safetensors.load_file(root / "weights.safetensors")
+    del weights["text_model.head.bias"]
+    weights["more"] = np.zeros(2, np.float32)
+    weights["vision_model.head.probe"] = np.full((1, 1, 64), np.nan, np.float32)
+    weights["text_model.head.weight"] = np.zeros((64, 63), np.float32)
+    root.joinpath("weights.safetensors").unlink()
+    safetensors.save_file(weights, root / "weights.safetensors")
+    assert convert("huggingface", root, tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    for text in (
+        "text_model.head.bias: missing",
+        "more: no rule for it",
+        "vision_model.head.probe: holds NaN or infinity",
+        "text_model.head.weight: text/proj/kernel would have shape (63, 64), but needs (64, 64)",
+    ):
+        assert text in told
+    assert not (tmp_path / "out").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_truncated_file_is_told(shared, tmp_path, capsys):
+    root = damaged(shared, tmp_path)
+    content = (root / "weights.safetensors").read_bytes()
+    (root / "weights.safetensors").unlink()
+    (root / "weights.safetensors").write_bytes(content[: len(content) // 2])
+    assert convert("huggingface", root, tmp_path / "out") == 2
+    assert "weights.safetensors is damaged or no safetensors file" in capsys.readouterr().err
+
+
+def test_an_array_of_objects_is_not_opened(tmp_path, capsys):
+    np.savez(tmp_path / "evil.npz", **{"params/t": np.asarray([print], dtype=object)})
+    arguments = ("--model=SigLIP-B/16@224px",)
+    assert convert("big_vision", tmp_path / "evil.npz", tmp_path / "out", *arguments) == 2
+    assert "is damaged or no .npz of plain arrays" in capsys.readouterr().err
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
+        archive.writestr("params/t.npy", b"\x93NUMPY")
+    assert convert("big_vision", tmp_path / "short.npz", tmp_path / "out", *arguments) == 2
+
+
+def test_a_pickle_is_not_opened(tmp_path, capsys):
+    (tmp_path / "model.pt").write_bytes(b"\x80\x04")
+    assert convert("openai", tmp_path / "model.pt", tmp_path / "out", "--model=ViT-B/32") == 2
+    assert "a pickle can run any code" in capsys.readouterr().err
+
+
+def test_another_familys_weights_are_told(shared, tmp_path, capsys):
+    assert convert("huggingface", shared / "reference" / "openclip-vit-gelu", tmp_path / "out") == 2
+    assert "config.model_type" in capsys.readouterr().err
+    root = damaged(shared, tmp_path, "hf-clip-quickgelu")
+    peer = json.loads((root / "config.json").read_text())["config"]
+    peer["vision_config"]["hidden_act"], peer["vision_config"]["novelty"] = "relu", 3
+    root.joinpath("config.json").unlink()
+    (root / "config.json").write_text(json.dumps(peer))
+    assert convert("huggingface", root, tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert "config.vision_config.hidden_act='relu' must be 'quick_gelu', 'gelu', 'gelu_pytorch_tanh'" in told
+    assert "config.vision_config.novelty=3 is nothing that clipjax has" in told
+
+
+def test_arguments_are_checked(shared, tmp_path, capsys):
+    root = shared / "reference" / "openclip-rn-gelu"
+    assert main_convert([]) == 2
+    assert "--from is missing; one of openai" in capsys.readouterr().err
+    assert convert("torch", root, tmp_path / "out") == 2
+    assert "--from=torch must be one of" in capsys.readouterr().err
+    assert convert("open_clip", root, tmp_path / "out", "--model=RN50") == 2
+    assert "give a preset exactly where there is no config" in capsys.readouterr().err
+    assert convert("open_clip", tmp_path / "absent", tmp_path / "out") == 2
+    assert "no such file or directory" in capsys.readouterr().err
+    assert convert("open_clip", root, tmp_path / "out") == 0
+    assert export("huggingface", tmp_path / "out", tmp_path / "hf") == 2
+    assert "model.image is a ResNetConfig: CLIPModel has a ViTConfig there" in capsys.readouterr().err
