@@ -16,7 +16,7 @@ import numpy as np
 from clipjax import flags, presets, sharding
 from clipjax.checkpoint import Checkpoints, SavedCheckpoint, make_records
 from clipjax.config import CheckpointConfig, Config, DataConfig, Dtype, LossKind, MeshConfig, ModelConfig
-from clipjax.convert import big_vision, files, huggingface, open_clip, preprocessing, tokenizers
+from clipjax.convert import big_vision, files, huggingface, open_clip, open_clip_config, preprocessing, tokenizers
 from clipjax.convert.rules import Table, to_ours, to_theirs
 from clipjax.data.tokenizer import NoTokenizer, Tokenizer, build_tokenizer
 from clipjax.inference import load_params
@@ -25,6 +25,8 @@ from clipjax.trees import from_flat, to_flat
 
 SOURCES = ("openai", "open_clip", "huggingface", "big_vision")
 TARGETS = ("open_clip", "huggingface")
+CAPTION_WEIGHT = 2.0
+"""Of a converted CoCa's captioning loss (arXiv 2205.01917, section 4.1)."""
 CONVERT = "clipjax convert"
 EXPORT = "clipjax export"
 CONVERT_OPTIONS = {
@@ -142,6 +144,8 @@ def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, toke
     config.data.train = f"converted from {source}"
     if model_config.init_logit_bias is not None:
         config.loss.kind = LossKind.SIGMOID
+    if model_config.caption is not None:
+        config.loss.caption_weight = CAPTION_WEIGHT
     return Peer(config, params, found)
 
 
@@ -171,7 +175,7 @@ def _read_config(source: str, path: pathlib.Path, model: str | None) -> tuple[Mo
             size = config.image.image_size
             return config, preprocessing.read_huggingface(files.read_json(picture), size, siglip=siglip)
         return config, preprocessing.default(siglip=siglip)
-    config = open_clip.read_config(inside)
+    config = open_clip_config.read_config(inside)
     siglip = config.init_logit_bias is not None
     return config, preprocessing.read_open_clip(inside.get("preprocess_cfg", {}), siglip=siglip)
 
@@ -202,7 +206,9 @@ def _prepare_export(options: Mapping[str, str | None]) -> Callable[[], int]:
     saved = SavedCheckpoint(_needed(options, "checkpoint"))
     config = saved.config
     written = (
-        huggingface.write_config(config.model) if target == "huggingface" else open_clip.write_config(config.model)
+        huggingface.write_config(config.model)
+        if target == "huggingface"
+        else open_clip_config.write_config(config.model)
     )
 
     def work() -> int:
@@ -226,7 +232,7 @@ def export(saved: SavedCheckpoint, target: str, config: dict[str, Any], output: 
             picture = preprocessing.write_huggingface(data, model.image.image_size, siglip=siglip)
             files.write_json(folder / "preprocessor_config.json", picture)
         else:
-            table = open_clip.table(model, custom_text=open_clip.is_custom(model))
+            table = open_clip.table(model, custom_text=open_clip_config.is_custom(model))
             files.write_weights(folder / "open_clip_model.safetensors", to_theirs(table, params))
             whole = {"model_cfg": config, "preprocess_cfg": preprocessing.write_open_clip(data)}
             files.write_json(folder / "open_clip_config.json", whole)

@@ -194,6 +194,8 @@ def check_known(config: ModelConfig) -> None:
             errors.append(
                 f"model.{path}={getattr(found, 'value', found)}: {kind} has {getattr(wanted, 'value', wanted)} there"
             )
+    if config.caption is not None:
+        errors.append(f"model.caption is a {type(config.caption).__name__}: {kind} has no decoder")
     if (config.init_logit_bias is not None) != is_siglip(config):
         errors.append(
             f"model.init_logit_bias={config.init_logit_bias}: {kind} has {'a' if is_siglip(config) else 'no'} bias"

@@ -17,7 +17,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 from clipjax.config import Dtype, ModelConfig
-from clipjax.convert import huggingface, open_clip
+from clipjax.convert import huggingface, open_clip, open_clip_config
 from clipjax.convert.rules import Table, to_ours, to_theirs
 from clipjax.losses import sigmoid_loss, softmax_loss
 from clipjax.models.clip import abstract_model, build_clip
@@ -53,7 +53,7 @@ def open_reference(shared: pathlib.Path, folder: str) -> Reference:
         config = huggingface.read_config(peer)
         table = huggingface.table(config)
     else:
-        config = open_clip.read_config(peer)
+        config = open_clip_config.read_config(peer)
         table = open_clip.table(config, custom_text=False)
     config.compute_dtype = Dtype.FLOAT32
     weights = safetensors.load_file(root / "weights.safetensors")

@@ -1,0 +1,130 @@
+"""open_clip's config and names: every model of ours that it can describe goes there and back; others are refused."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from clipjax import presets
+from clipjax.config import (
+    Activation,
+    CbowConfig,
+    DecoderConfig,
+    ImagePool,
+    ModelConfig,
+    Projection,
+    ResNetConfig,
+    TextPool,
+    TextTransformerConfig,
+    ViTConfig,
+)
+from clipjax.convert import huggingface, open_clip, open_clip_config
+from clipjax.convert.rules import to_ours, to_theirs
+from clipjax.models.clip import abstract_model
+from clipjax.trees import to_flat
+
+VIT = {"image_size": 16, "patch_size": 8, "width": 128, "depth": 2, "num_heads": 2}
+TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "depth": 2, "num_heads": 2}
+
+
+def model_config(name: str) -> ModelConfig:
+    image, text = ViTConfig(**VIT), TextTransformerConfig(**TEXT)
+    config = ModelConfig(embed_dim=64, image=image, text=text)
+    match name:
+        case "average, an odd MLP, tanh, no first norm":
+            image.pool, image.mlp_dim, image.ln_pre = ImagePool.AVERAGE, 383, False
+            image.activation = text.activation = Activation.GELU_TANH
+            image.layer_norm_epsilon = 1e-6
+        case "bidirectional text":
+            text.causal, text.pool, text.projection = False, TextPool.LAST, Projection.AFFINE
+        case "resnet":
+            config.image = ResNetConfig(image_size=32, layers=(1, 2, 1, 3), width=8, num_heads=4)
+        case "coca" | "coca as wide as its embedding":
+            image.pool, image.num_queries, image.query_heads = ImagePool.QUERIES, 5, 4
+            text.pool, config.caption = TextPool.CLASS, DecoderConfig(depth=3, num_heads=4)
+            if name != "coca":
+                image.width = 64
+    return config
+
+
+NAMES = (
+    "plain",
+    "average, an odd MLP, tanh, no first norm",
+    "bidirectional text",
+    "resnet",
+    "coca",
+    "coca as wide as its embedding",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_and_weights_go_there_and_back(name: str):
+    config = model_config(name)
+    written = open_clip_config.write_config(config)
+    assert open_clip_config.read_config({"model_cfg": written}) == config
+    shapes = {path: leaf.shape for path, leaf in to_flat(abstract_model(config)).items()}
+    rng = np.random.default_rng(0)
+    ours = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    table = open_clip.table(config, custom_text=open_clip_config.is_custom(config))
+    theirs = to_theirs(table, ours)
+    assert written["custom_text"] == any(path.startswith("text.") for path in theirs)
+    back = to_ours(table, theirs, shapes)
+    for path, array in ours.items():
+        np.testing.assert_array_equal(back[path], array, err_msg=path)
+
+
+@pytest.mark.parametrize("name", presets.MODELS)
+def test_presets_have_their_counterparts(name: str):
+    """Every CLIP goes to open_clip and back; of SigLIPs those whose non-linearity timm's towers share."""
+    config = presets.model(name)
+    if not name.startswith("SigLIP"):
+        assert open_clip_config.read_config(open_clip_config.write_config(config)) == config
+    if not name.startswith("RN"):
+        again = huggingface.read_config(huggingface.write_config(config))
+        same = dataclasses.replace(again, init_logit_scale=config.init_logit_scale)
+        assert same == config and again.init_logit_scale == pytest.approx(config.init_logit_scale)
+
+
+def bag_of_words(config: ModelConfig) -> None:
+    config.text = CbowConfig(context_length=8, vocab_size=64, width=16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (bag_of_words, "a bag of words"),
+        (lambda c: setattr(c.image, "num_registers", 2), "model.image.num_registers=2 has no counterpart"),
+        (lambda c: setattr(c.image, "patch_bias", True), "model.image.patch_bias=True has no counterpart with"),
+        (lambda c: setattr(c.image, "activation", Activation.GELU), "quick_gelu is for both or none"),
+        (lambda c: setattr(c.text, "pool", TextPool.CLASS), "a CoCa has all of these, a CLIP none"),
+        (lambda c: setattr(c, "caption", DecoderConfig(depth=1, num_heads=2)), "a CoCa has all of these"),
+    ],
+)
+def test_what_open_clip_cannot_compute_is_refused(change, message: str):
+    config = model_config("plain")
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        open_clip_config.write_config(config)
+
+
+def test_every_weight_of_a_coca_is_named_as_open_clip_names_it():
+    config = model_config("coca")
+    theirs = to_theirs(
+        open_clip.table(config, custom_text=True),
+        {path: np.zeros(leaf.shape, np.float32) for path, leaf in to_flat(abstract_model(config)).items()},
+    )
+    assert jax.tree.map(np.shape, {name: theirs[name] for name in theirs if "attn_pool" in name or "cls" in name}) == {
+        "text.cls_emb": (64,),
+        "visual.attn_pool.query": (5, 64),
+        "visual.attn_pool.attn.q_proj_weight": (64, 64),
+        "visual.attn_pool.attn.k_proj_weight": (64, 128),
+        "visual.attn_pool.attn.v_proj_weight": (64, 128),
+        "visual.attn_pool.attn.in_proj_bias": (192,),
+        "visual.attn_pool.attn.out_proj.weight": (64, 64),
+        "visual.attn_pool.attn.out_proj.bias": (64,),
+        "visual.attn_pool.ln_q.weight": (64,),
+        "visual.attn_pool.ln_q.bias": (64,),
+        "visual.attn_pool.ln_k.weight": (128,),
+        "visual.attn_pool.ln_k.bias": (128,),
+    }
