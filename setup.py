@@ -29,6 +29,7 @@ setup(
         "array-record>=0.8.1",
         "braceexpand>=0.1.7",
         "einops>=0.8",
+        "flatbuffers>=24.3",  # jax.export serialises with it, but does not ask for it
         "flax>=0.12.6,<0.13",
         "ftfy>=6.3",
         "grain>=0.2.15,<0.3",

@@ -8,7 +8,6 @@ import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +15,16 @@ import numpy as np
 from clipjax import flags, presets, sharding
 from clipjax.checkpoint import Checkpoints, SavedCheckpoint, make_records
 from clipjax.config import CheckpointConfig, Config, DataConfig, Dtype, LossKind, MeshConfig, ModelConfig
-from clipjax.convert import big_vision, files, huggingface, open_clip, open_clip_config, preprocessing, tokenizers
+from clipjax.convert import (
+    big_vision,
+    files,
+    huggingface,
+    open_clip,
+    open_clip_config,
+    preprocessing,
+    stablehlo,
+    tokenizers,
+)
 from clipjax.convert.rules import Table, to_ours, to_theirs
 from clipjax.data.tokenizer import NoTokenizer, Tokenizer, build_tokenizer
 from clipjax.inference import load_params
@@ -24,7 +32,7 @@ from clipjax.models.clip import abstract_model
 from clipjax.trees import from_flat, to_flat
 
 SOURCES = ("openai", "open_clip", "huggingface", "big_vision")
-TARGETS = ("open_clip", "huggingface")
+TARGETS = ("open_clip", "huggingface", "stablehlo")
 CAPTION_WEIGHT = 2.0
 """Of a converted CoCa's captioning loss (arXiv 2205.01917, section 4.1)."""
 CONVERT = "clipjax convert"
@@ -84,6 +92,7 @@ def _needed(options: Mapping[str, str | None], name: str, known: Sequence[str] =
 def _prepare_convert(options: Mapping[str, str | None]) -> Callable[[], int]:
     source, path = _needed(options, "from", SOURCES), pathlib.Path(_needed(options, "input"))
     output = pathlib.Path(_needed(options, "output"))
+    files.check_new(output)
     peer = read_peer(source, path, model=options["model"], tokenizer=options["tokenizer"])
 
     def work() -> int:
@@ -204,40 +213,54 @@ def save(peer: Peer, output: pathlib.Path) -> None:
 def _prepare_export(options: Mapping[str, str | None]) -> Callable[[], int]:
     target, output = _needed(options, "to", TARGETS), pathlib.Path(_needed(options, "output"))
     saved = SavedCheckpoint(_needed(options, "checkpoint"))
-    config = saved.config
-    written = (
-        huggingface.write_config(config.model)
-        if target == "huggingface"
-        else open_clip_config.write_config(config.model)
-    )
+    files.check_new(output)
+    match target:  # what the peer cannot compute is refused here
+        case "huggingface":
+            huggingface.check_known(saved.config.model)
+        case "open_clip":
+            open_clip_config.check_known(saved.config.model)
 
     def work() -> int:
-        export(saved, target, written, output)
+        export(saved, target, output)
         print(f"{saved.path} ({saved.params_group}) -> {target} {output}")
         return 0
 
     return work
 
 
-def export(saved: SavedCheckpoint, target: str, config: dict[str, Any], output: pathlib.Path) -> None:
+def export(saved: SavedCheckpoint, target: str, output: pathlib.Path) -> None:
     """A directory that the peer's own loader opens."""
-    model, data = saved.config.model, saved.config.data
+    config, tokenizer = saved.config, saved.tokenizer()
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     params = {name: np.asarray(leaf) for name, leaf in to_flat(load_params(saved, mesh)).items()}
     with files.new_directory(output) as folder:
-        if target == "huggingface":
-            siglip = huggingface.is_siglip(model)
-            files.write_weights(folder / "model.safetensors", to_theirs(huggingface.table(model), params))
-            files.write_json(folder / "config.json", config)
-            picture = preprocessing.write_huggingface(data, model.image.image_size, siglip=siglip)
-            files.write_json(folder / "preprocessor_config.json", picture)
-        else:
-            table = open_clip.table(model, custom_text=open_clip_config.is_custom(model))
-            files.write_weights(folder / "open_clip_model.safetensors", to_theirs(table, params))
-            whole = {"model_cfg": config, "preprocess_cfg": preprocessing.write_open_clip(data)}
-            files.write_json(folder / "open_clip_config.json", whole)
-        for name, content in tokenizers.write(saved.tokenizer(), model.text.context_length).items():
+        match target:
+            case "huggingface":
+                _write_huggingface(config, params, folder)
+            case "open_clip":
+                _write_open_clip(config, params, folder)
+            case _:
+                stablehlo.write(config, params, folder)
+                files.write_json(folder / "preprocessing.json", saved.records["preprocessing"])
+        for name, content in tokenizers.write(tokenizer, config.model.text.context_length).items():
             (folder / name).write_bytes(content)
+
+
+def _write_huggingface(config: Config, params: Mapping[str, np.ndarray], folder: pathlib.Path) -> None:
+    model, size = config.model, config.model.image.image_size
+    files.write_weights(folder / "model.safetensors", to_theirs(huggingface.table(model), params))
+    files.write_json(folder / "config.json", huggingface.write_config(model))
+    picture = preprocessing.write_huggingface(config.data, size, siglip=huggingface.is_siglip(model))
+    files.write_json(folder / "preprocessor_config.json", picture)
+
+
+def _write_open_clip(config: Config, params: Mapping[str, np.ndarray], folder: pathlib.Path) -> None:
+    model = config.model
+    table = open_clip.table(model, custom_text=open_clip_config.is_custom(model))
+    files.write_weights(folder / "open_clip_model.safetensors", to_theirs(table, params))
+    picture = preprocessing.write_open_clip(config.data)
+    whole = {"model_cfg": open_clip_config.write_config(model), "preprocess_cfg": picture}
+    files.write_json(folder / "open_clip_config.json", whole)
 
 
 if __name__ == "__main__":

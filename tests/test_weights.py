@@ -1,8 +1,11 @@
 """`clipjax convert` and `clipjax export`: there and back on every reference, and what they refuse."""
 
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 import clipjax
+from clipjax.convert import stablehlo
 from clipjax.weights import main_convert, main_export
 
 FOLDERS = {
@@ -139,3 +143,46 @@ def test_arguments_are_checked(shared, tmp_path, capsys):
     assert convert("open_clip", root, tmp_path / "out") == 0
     assert export("huggingface", tmp_path / "out", tmp_path / "hf") == 2
     assert "model.image is a ResNetConfig: CLIPModel has a ViTConfig there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["openclip-rn-gelu", "hf-siglip"])
+def test_stablehlo_needs_no_model_code(shared: pathlib.Path, tmp_path: pathlib.Path, folder: str):
+    assert convert(FOLDERS[folder], shared / "reference" / folder, tmp_path / "ours") == 0
+    assert export("stablehlo", tmp_path / "ours", tmp_path / "programs") == 0
+    model = clipjax.load(tmp_path / "ours")
+    size, length = model.config.model.image.image_size, model.config.model.text.context_length
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (5, size, size, 3), np.uint8)
+    tokens = rng.integers(0, 512, (3, length)).astype(np.int32)
+    np.savez(tmp_path / "inputs.npz", pixels=pixels, tokens=tokens)
+    # A process that cannot import the models reads and runs the programs.
+    code = f"""
+import sys
+sys.modules["flax"] = None
+import jax, numpy as np
+from jax import export
+from safetensors.numpy import load_file
+data = np.load("{tmp_path}/inputs.npz")
+weights = load_file("{tmp_path}/programs/model.safetensors")
+for name, rows in (("image", data["pixels"]), ("text", data["tokens"])):
+    program = export.deserialize(bytearray(open("{tmp_path}/programs/" + name + ".stablehlo", "rb").read()))
+    np.save("{tmp_path}/" + name, program.call(weights, rows))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "XLA_FLAGS": ""})
+    np.testing.assert_allclose(np.load(tmp_path / "image.npy"), model.encode_image(pixels), atol=2e-6)
+    np.testing.assert_allclose(np.load(tmp_path / "text.npy"), model.embed_tokens(tokens), atol=2e-6)
+    programs = stablehlo.read(tmp_path / "programs")
+    for count in (1, 5):  # any batch size
+        found = np.asarray(programs.encode_image(pixels[:count]))
+        np.testing.assert_allclose(found, model.encode_image(pixels[:count]), atol=2e-6)
+    (tmp_path / "programs" / "text.stablehlo").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"text.stablehlo is damaged or absent"):
+        stablehlo.read(tmp_path / "programs")
+
+
+def test_nothing_is_written_over(shared: pathlib.Path, tmp_path: pathlib.Path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    assert convert("open_clip", shared / "reference" / "openclip-vit-gelu", tmp_path / "out") == 2
+    assert "is not empty; choose another" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine").read_text() == "precious"

@@ -94,6 +94,16 @@ def _read_npz(file: pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{file} is damaged or no .npz of plain arrays: {error}") from error
 
 
+def check_new(path: pathlib.Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        ValueError: there is something of that name already.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"--output={path} is not empty; choose another, or remove it")
+
+
 @contextmanager
 def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A directory to fill, which takes its name only when all of it is there.
@@ -101,8 +111,7 @@ def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
         ValueError: there is something of that name already, or it cannot be made.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"--output={path} is not empty; choose another, or remove it")
+    check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -1,0 +1,80 @@
+"""Both towers as StableHLO programs that need nothing of clipjax's model code: weights beside them, any batch size.
+
+`IMAGE_FILE` maps weights and uint8 pixels [b, s, s, 3] to unit-norm embeddings [b, e], `TEXT_FILE` weights and token
+ids [b, l]. Both are what `jax.export` serialises; the weights are a dict of arrays by name, in `WEIGHTS_FILE`.
+"""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from clipjax.config import Config
+from clipjax.convert import files
+from clipjax.models.clip import build_clip, normalise_pixels
+from clipjax.trees import from_flat
+
+IMAGE_FILE, TEXT_FILE, WEIGHTS_FILE = "image.stablehlo", "text.stablehlo", "model.safetensors"
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def write(config: Config, params: Mapping[str, np.ndarray], folder: pathlib.Path) -> None:
+    """The three files.
+
+    Args:
+        config: the model, and how it normalises pixels.
+        params: all arrays by path, `batch_stats/...` among them.
+        folder: where they go.
+    """
+    clip, size = build_clip(config.model), config.model.image.image_size
+
+    def encode_image(weights: Mapping[str, jax.Array], pixels: jax.Array) -> jax.Array:
+        return clip.encode_image(from_flat(weights), normalise_pixels(pixels, config.data))
+
+    def encode_text(weights: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
+        return clip.encode_text(from_flat(weights), tokens)
+
+    weights = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in params.items()}
+    pixels = jax.ShapeDtypeStruct(export.symbolic_shape(f"b, {size}, {size}, 3"), jnp.uint8)
+    tokens = jax.ShapeDtypeStruct(export.symbolic_shape(f"b, {config.model.text.context_length}"), jnp.int32)
+    for name, function, example in ((IMAGE_FILE, encode_image, pixels), (TEXT_FILE, encode_text, tokens)):
+        exported = export.export(jax.jit(function), platforms=PLATFORMS)(weights, example)
+        (folder / name).write_bytes(exported.serialize())
+    files.write_weights(folder / WEIGHTS_FILE, params)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What `write` wrote, ready to run.
+
+    Attributes:
+        encode_image: uint8 pixels [b, s, s, 3] -> unit-norm embeddings [b, e].
+        encode_text: int32 token ids [b, l] -> unit-norm embeddings [b, e].
+    """
+
+    encode_image: Callable[[Any], jax.Array]
+    encode_text: Callable[[Any], jax.Array]
+
+
+def read(folder: pathlib.Path) -> Programs:
+    """Open the three files.
+
+    Raises:
+        ValueError: one of them is missing or damaged.
+    """
+    weights = jax.device_put(files.read_weights(folder / WEIGHTS_FILE))
+
+    def program(name: str) -> Callable[[Any], jax.Array]:
+        try:
+            exported = export.deserialize(bytearray((folder / name).read_bytes()))
+        except Exception as error:  # flatbuffers and MLIR raise their own kinds
+            raise ValueError(f"{folder / name} is damaged or absent: {error}") from error
+        run = jax.jit(exported.call)
+        return lambda rows: run(weights, rows)
+
+    return Programs(program(IMAGE_FILE), program(TEXT_FILE))
