@@ -161,6 +161,7 @@ def measure(case: Case, scales: Sequence[float] = SCALES) -> dict[str, float]:
     from clipjax import grads, sharding
     from clipjax.config import MeshConfig
     from clipjax.losses import Memory, Teacher, make_loss
+    from clipjax.typing import Encoded
 
     slices, data, fsdp, tensor = case.mesh
     config = MeshConfig(slice=slices, data=data, fsdp=fsdp, tensor=tensor)
@@ -168,10 +169,10 @@ def measure(case: Case, scales: Sequence[float] = SCALES) -> dict[str, float]:
     chosen, (image, text) = (LOSSES | COMBINED)[case.loss], inputs()
     loss = make_loss(method=case.method, tile=case.tile, dtype=case.dtype, mesh=mesh, **chosen.options())
 
-    def encode(params: Any, batch: Any, key: Any) -> Any:
+    def encode(params: Any, batch: Any, key: Any) -> "Encoded":
         """Embeddings that are themselves the parameters, picked by number, so that theirs are the gradients."""
         picked = (params["image"][batch["image"]], params["text"][batch["tokens"]])
-        return *picked, params["scale"], params["bias"]
+        return Encoded(*picked, params["scale"], params["bias"])
 
     devices = sharding.batch_devices(mesh)
     grads_fn = grads.make_cached(len(image) // 2 // devices * devices, devices) if case.cached else grads.direct
