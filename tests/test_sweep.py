@@ -238,14 +238,14 @@ def test_a_trial_in_use_is_not_started(bench, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("search", "more", "message"),
     [
-        ('Grid({"optim.lr": [1], "sed": [2]})', (), "optim has no field lr; it has learning_rate, "),
-        ('Grid({"optim.lr": [1], "sed": [2]})', (), "the config has no field sed; did you mean seed?"),
+        ('Grid({"optim.lr": [1], "sed": [2]})', (), "optim has no field 'lr'; it has learning_rate, "),
+        ('Grid({"optim.lr": [1], "sed": [2]})', (), "the config has no field 'sed'; did you mean 'seed'?"),
         ('Grid({"seed": [1, 2.5]})', (), "seed=2.5 is float and must be int"),
         ('Grid({"seed": []})', (), "sweep.py:3: ValueError: Grid: seed=[] must be a list"),
         ("undefined", (), "sweep.py:3: NameError: name 'undefined' is not defined"),
         ("(", (), "SyntaxError"),
         (GRID, ("--config.optim.learning_rate=1",), "is both in the sweep and on the command line"),
-        (GRID, ("--config.optim.lr=1",), "optim has no field lr"),
+        (GRID, ("--config.optim.lr=1",), "optim has no field 'lr'"),
         (GRID, ("--config.seed", "3"), "unknown argument --config.seed; fields of the config are set by"),
         (GRID, ("--job=2",), "unknown argument --job=2"),
         (GRID, ("--jobs=0",), "--jobs=0 must be at least 1"),

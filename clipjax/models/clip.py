@@ -45,8 +45,8 @@ class Clip:
         train: params, batch statistics, pixels, tokens, key -> `Encoded`.
         likelihood: params, pixels [b, h, w, 3], tokens [n, l] -> log-likelihood of each text given each image [b, n].
             Only for models that predict captions.
-        look: params, pixels [b, h, w, 3] -> what a decoder sees of each image [b, k, w].
-        next_logits: params, what is seen [b, k, w], tokens [b, l] -> logits of what follows each token [b, l, v]. Only
+        look: params, pixels [b, h, w, 3] -> what a decoder sees of each image [b, k, v].
+        next_logits: params, what is seen [b, k, v], tokens [b, l] -> logits of what follows each token [b, l, t]. Only
             for models with a decoder.
     """
 
@@ -56,8 +56,8 @@ class Clip:
     encode_text: Callable[[Params, Int[Array, "b l"]], Float[Array, "b e"]]
     train: Callable[[Params, Params, Float[Array, "b h w c"], Int[Array, "b l"], Key], Encoded]
     likelihood: Callable[[Params, Float[Array, "b h w c"], Int[Array, "n l"]], Float[Array, "b n"]]
-    look: Callable[[Params, Float[Array, "b h w c"]], Float[Array, "b k w"]]
-    next_logits: Callable[[Params, Float[Array, "b k w"], Int[Array, "b l"]], Float[Array, "b l v"]]
+    look: Callable[[Params, Float[Array, "b h w c"]], Float[Array, "b k v"]]
+    next_logits: Callable[[Params, Float[Array, "b k v"], Int[Array, "b l"]], Float[Array, "b l t"]]
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,10 @@ def build_clip(config: ModelConfig) -> Clip:
 
         return jax.lax.map(of_text, tokens).T
 
-    def look(params: Params, pixels: Float[Array, "b h w c"]) -> Float[Array, "b k w"]:
+    def look(params: Params, pixels: Float[Array, "b h w c"]) -> Float[Array, "b k v"]:
         return see(params, pixels)[1]
 
-    def next_logits(params: Params, seen: Float[Array, "b k w"], tokens: Int[Array, "b l"]) -> Float[Array, "b l v"]:
+    def next_logits(params: Params, seen: Float[Array, "b k v"], tokens: Int[Array, "b l"]) -> Float[Array, "b l t"]:
         return predict(params, seen, seen, read(params, tokens)[1])
 
     return Clip(init, init_batch_stats, encode_image, encode_text, train, likelihood, look, next_logits)

@@ -108,14 +108,19 @@ def test_every_parameter_matters_and_speed_options_change_nothing(name: str):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bfloat16_stays_near_and_every_weight_has_a_rule(name: str):
-    config = model_config(name, compute_dtype=Dtype.FLOAT32)
+def test_every_weight_has_a_rule(name: str):
+    config = model_config(name)
     validate(Config(model=config, data=DataConfig(train="x")))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     abstract = abstract_model(config)
     shardings = to_flat(state_shardings(mesh, abstract))
     for path, leaf in to_flat(abstract).items():
         shardings[path].shard_shape(leaf.shape)  # raises where an axis does not divide
+
+
+@pytest.mark.parametrize("name", ["image attention", "image resnet", "text bag of words"])
+def test_bfloat16_stays_near(name: str):
+    config = model_config(name, compute_dtype=Dtype.FLOAT32)
     clip, narrow = build_clip(config), build_clip(dataclasses.replace(config, compute_dtype=Dtype.BFLOAT16))
     params = {**jax.jit(clip.init)(jax.random.key(0)), "batch_stats": clip.init_batch_stats()}
     pixels, tokens = inputs(config)
@@ -220,6 +225,7 @@ def test_a_model_sees_larger_pictures_and_longer_texts(name: str):
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_batch_norm_is_over_the_global_batch_on_any_mesh(devices: int):
     config = model_config("image resnet", compute_dtype=Dtype.FLOAT32)
+    config.image = dataclasses.replace(RESNET, layers=(1, 1, 1, 1))
     clip = build_clip(config)
     params, stats = jax.jit(clip.init)(jax.random.key(0)), clip.init_batch_stats()
     pixels = jax.random.normal(jax.random.key(5), (8, 32, 32, 3)) * jnp.arange(1.0, 9.0).reshape(8, 1, 1, 1)
