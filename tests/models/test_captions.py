@@ -54,7 +54,12 @@ def config_of(name: str) -> Config:
     return Config(global_batch_size=8, model=model, loss=loss, data=DataConfig(train="x"), optim=OptimConfig())
 
 
-NAMES = ("coca", "caption", "caption of a resnet", "bag of words")
+NAMES = (
+    "coca",
+    "bag of words",
+    pytest.param("caption", marks=pytest.mark.slow),
+    pytest.param("caption of a resnet", marks=pytest.mark.slow),
+)
 
 
 def tokens() -> jax.Array:

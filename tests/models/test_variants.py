@@ -77,7 +77,13 @@ def inputs(config: ModelConfig, batch: int = 4) -> tuple[jax.Array, jax.Array]:
     return jax.random.normal(jax.random.key(3), (batch, size, size, 3)), tokens[:batch].astype(jnp.int32)
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("image registers", "image attention", "image resnet", "text attention", "text bag of words")
+"""The others share their code with these; all of them run in `make test-all`."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def test_every_parameter_matters_and_speed_options_change_nothing(name: str):
     config = model_config(name, compute_dtype=Dtype.FLOAT32)
     clip = build_clip(config)
@@ -222,7 +228,7 @@ def test_a_model_sees_larger_pictures_and_longer_texts(name: str):
     assert changed in ({"image/pos_embed", "text/pos_embed"}, {"image/pool/pos_embed", "text/pos_embed"})
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4, 8])
 def test_batch_norm_is_over_the_global_batch_on_any_mesh(devices: int):
     config = model_config("image resnet", compute_dtype=Dtype.FLOAT32)
     config.image = dataclasses.replace(RESNET, layers=(1, 1, 1, 1))
