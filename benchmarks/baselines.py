@@ -40,7 +40,7 @@ def main() -> int:
     arguments.output.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
     draw(rows, arguments.plot)
     for objective in OBJECTIVES:
-        print(objective, {task: f"{100 * best(rows, objective, task):.1f} %" for task in TASKS})
+        print(objective, {task: f"{100 * final(rows, objective, task):.1f} %" for task in TASKS})
     return 0
 
 
@@ -68,7 +68,7 @@ def curve(rows: list[dict], objective: str, task: str) -> dict[int, list[float]]
     return dict(sorted(found.items()))
 
 
-def best(rows: list[dict], objective: str, task: str) -> float:
+def final(rows: list[dict], objective: str, task: str) -> float:
     last = list(curve(rows, objective, task).values())[-1]
     return sum(last) / len(last)
 

@@ -47,6 +47,23 @@ def front_door(program: str, prepare: Callable[[], Callable[[], int]]) -> int:
     return work()
 
 
+def options_door(
+    program: str,
+    about: str,
+    options: Mapping[str, str],
+    prepare: Callable[[Mapping[str, str | None]], Callable[[], int]],
+    argv: Sequence[str] | None,
+) -> int:
+    """The front door of a command that takes options and no config: help, or `prepare(options)` and the work."""
+    argv = sys.argv[1:] if argv is None else argv
+    if wants_help(argv):
+        usage = " ".join([program, *(f"--{name}=..." for name in options)])
+        lines = [f"  --{name:<10} {text}" for name, text in options.items()]
+        print("\n".join([about, "", f"  {usage}", *([""] if lines else []), *lines]))
+        return 0
+    return front_door(program, lambda: prepare(parse_options(program, argv, options=options)))
+
+
 def fail(program: str, error: Exception) -> None:
     """Print an error's message for a person, a line per finding."""
     for line in str(error).splitlines() or [repr(error)]:
@@ -65,9 +82,7 @@ def parse(program: str, argv: Sequence[str], *, options: Mapping[str, str], conf
     Raises:
         ValueError: anything that cannot be understood, with field, value, rule and remedy.
     """
-    values = flags.FlagValues()
-    for name, text in options.items():
-        flags.DEFINE_string(name, None, text, flag_values=values)
+    values = _define(options)
     argv, cleared = _split_none(argv)
     if config is not None:
         config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=[program, *argv])
@@ -75,9 +90,7 @@ def parse(program: str, argv: Sequence[str], *, options: Mapping[str, str], conf
         if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
             raise ValueError("--config=FILE[:ARG] is missing; see configs/, for example --config=configs/quickstart.py")
         config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False, sys_argv=[program, *argv])
-    rest = _read(values, [program, *argv])
-    if len(rest) > 1:
-        raise ValueError(f"argument {rest[1]!r} is not understood; options look like --name=value")
+    _read(values, [program, *argv])
     parsed = values["config"].value
     _check_loaded(parsed)
     if not isinstance(parsed, Config):
@@ -87,18 +100,21 @@ def parse(program: str, argv: Sequence[str], *, options: Mapping[str, str], conf
     return Arguments(parsed, {name: values[name].value for name in options})
 
 
+def _define(options: Mapping[str, str]) -> flags.FlagValues:
+    values = flags.FlagValues()
+    for name, text in options.items():
+        flags.DEFINE_string(name, None, text, flag_values=values)
+    return values
+
+
 def parse_options(program: str, argv: Sequence[str], *, options: Mapping[str, str]) -> dict[str, str | None]:
     """Parse `--OPTION=VALUE` alone; None where one is not given.
 
     Raises:
         ValueError: anything that cannot be understood.
     """
-    values = flags.FlagValues()
-    for name, text in options.items():
-        flags.DEFINE_string(name, None, text, flag_values=values)
-    rest = _read(values, [program, *argv])
-    if len(rest) > 1:
-        raise ValueError(f"argument {rest[1]!r} is not understood; options look like --name=value")
+    values = _define(options)
+    _read(values, [program, *argv])
     return {name: values[name].value for name in options}
 
 
@@ -111,10 +127,10 @@ def _check_loaded(parsed: Any) -> None:
         raise ValueError(f"--config: {lines[-1]}") from error
 
 
-def _read(values: flags.FlagValues, argv: list[str]) -> list[str]:
-    """Parse, and reword what absl and ml_collections raise."""
+def _read(values: flags.FlagValues, argv: list[str]) -> None:
+    """Parse, reword what absl and ml_collections raise, and refuse what is left over."""
     try:
-        return values(argv)
+        rest = values(argv)
     except flags.UnrecognizedFlagError as error:
         known = [name for name in values if name != "config" and "." not in name]
         close = difflib.get_close_matches(error.flagname, [*known, "config"], n=1)
@@ -127,6 +143,8 @@ def _read(values: flags.FlagValues, argv: list[str]) -> list[str]:
         raise ValueError(_unknown_field(argv) or f"config: {error}") from error
     except OSError as error:
         raise ValueError(f"--config: {error}") from error
+    if len(rest) > 1:
+        raise ValueError(f"argument {rest[1]!r} is not understood; options look like --name=value")
 
 
 def _unknown_field(argv: Sequence[str]) -> str | None:

@@ -38,7 +38,8 @@ class Model:
     """
 
     def __init__(self, config: Config, params: Params, tokenizer: Tokenizer, *, batch_size: int = 256) -> None:
-        clip = build_clip(config.model)
+        self._clip = clip = build_clip(config.model)
+        self._writers: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.logit_scale = float(np.exp(params["log_logit_scale"]))
         self._batch_size, self._view = batch_size, make_view(config)
@@ -87,22 +88,32 @@ class Model:
         if method not in ("greedy", "top_k", "beam"):
             raise ValueError(f"method={method!r} must be greedy, top_k or beam")
         pixels = np.stack([self._view(picture) for picture in _pictures(images)])
-        clip, length = build_clip(self.config.model), self.config.model.text.context_length
-        frame = Frame(start_id, self.tokenizer.end_id, self.tokenizer.pad_id, length)
-
-        @jax.jit
-        def write(params: Params, image: jax.Array, key: jax.Array) -> jax.Array:
-            seen = clip.look(params, normalise_pixels(image, self.config.data))
-            if method == "beam":
-                many = jnp.repeat(seen, num_beams, axis=0)
-                step = lambda tokens: clip.next_logits(params, many, tokens)  # noqa: E731
-                return beam_search(step, image.shape[0], frame, num_beams=num_beams)
-            step = lambda tokens: clip.next_logits(params, seen, tokens)  # noqa: E731
-            return generate(step, image.shape[0], frame, greedy if method == "greedy" else make_top_k(top_k), key)
-
+        frame = Frame(start_id, self.tokenizer.end_id, self.tokenizer.pad_id, self.config.model.text.context_length)
+        options = {"greedy": (), "top_k": (top_k,), "beam": (num_beams,)}[method]
+        if (method, *options) not in self._writers:
+            self._writers[method, *options] = jax.jit(self._make_writer(frame, method, *options))
+        write = self._writers[method, *options]
         rows = np.asarray(write(self.params, jnp.asarray(pixels), jax.random.key(seed)))
         ends = (rows == frame.end_id).argmax(axis=1)
         return [self.tokenizer.decode(row[1:end].tolist()) for row, end in zip(rows, ends, strict=True)]
+
+    def _make_writer(
+        self, frame: Frame, method: str, *count: int
+    ) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
+        """`write(params, images, key) -> tokens`; `count` is of beams, or of the tokens that are drawn from."""
+        clip, config = self._clip, self.config
+
+        def write(params: Params, image: jax.Array, key: jax.Array) -> jax.Array:
+            seen = clip.look(params, normalise_pixels(image, config.data))
+            if method == "beam":
+                seen = jnp.repeat(seen, *count, axis=0)
+            step = lambda tokens: clip.next_logits(params, seen, tokens)  # noqa: E731
+            if method == "beam":
+                return beam_search(step, image.shape[0], frame, num_beams=count[0])
+            choose = make_top_k(*count) if method == "top_k" else greedy
+            return generate(step, image.shape[0], frame, choose, key)
+
+        return write
 
     def zero_shot_classifier(
         self, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)

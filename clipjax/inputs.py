@@ -103,6 +103,11 @@ def check_same_inputs(config: Config, tokenizer: Tokenizer, teacher: SavedCheckp
         )
 
 
+def is_taken(config: Config, name: str) -> bool:
+    """Whether `init_from` gives this parameter."""
+    return not config.init_match or match_any(config.init_match, name)
+
+
 def check_same_shapes(config: Config, initial: SavedCheckpoint) -> None:
     """Refuse first weights of another shape; positions are fitted to another image size or context length.
 
@@ -121,7 +126,7 @@ def check_same_shapes(config: Config, initial: SavedCheckpoint) -> None:
     differing = [
         f"{name} {ours.get(name)} (checkpoint: {theirs.get(name)})"
         for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name) and match_any(config.init_match or (".*",), name)
+        if ours.get(name) != theirs.get(name) and is_taken(config, name)
     ]
     if differing:
         raise ValueError(f"init_from={config.init_from!r} holds another model: {', '.join(differing)}")

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 
@@ -21,16 +21,7 @@ def count_params(name: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The front door; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if flags.wants_help(argv):
-        print(f"List the known models.\n\n  {PROGRAM}")
-        return 0
-    return flags.front_door(PROGRAM, lambda: _prepare(argv))
-
-
-def _prepare(argv: Sequence[str]) -> Callable[[], int]:
-    flags.parse_options(PROGRAM, argv, options={})
-    return _print
+    return flags.options_door(PROGRAM, "List the known models.", {}, lambda _: _print, argv)
 
 
 def _print() -> int:

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 from clipjax.config import (
     Activation,
@@ -32,6 +33,13 @@ def _text(width: int, depth: int, num_heads: int, activation: Activation) -> Tex
     return TextTransformerConfig(width=width, depth=depth, num_heads=num_heads, activation=activation)
 
 
+def _sizes(size: tuple[int, int, int, int]) -> dict[str, Any]:
+    """(width, depth, heads, MLP) as fields of a tower."""
+    width, depth, num_heads, mlp_dim = size
+    mlp = None if mlp_dim == 4 * width else mlp_dim
+    return {"width": width, "depth": depth, "num_heads": num_heads, "mlp_dim": mlp}
+
+
 def _vit(
     name: str, size: tuple[int, int, int, int], image: tuple[int, int], text: tuple[int, int, int], source: str
 ) -> tuple[str, Preset]:
@@ -40,16 +48,7 @@ def _vit(
     The embedding is as wide as the text tower; OpenAI's models have QuickGELU, the others GELU.
     """
     activation = Activation.QUICK_GELU if source is CLIP else Activation.GELU
-    width, depth, heads, mlp_dim = size
-    tower = ViTConfig(
-        image_size=image[0],
-        patch_size=image[1],
-        width=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_dim=None if mlp_dim == 4 * width else mlp_dim,
-        activation=activation,
-    )
+    tower = ViTConfig(image_size=image[0], patch_size=image[1], **_sizes(size), activation=activation)
     return name, Preset(ModelConfig(embed_dim=text[0], image=tower, text=_text(*text, activation)), source)
 
 
@@ -71,15 +70,11 @@ def _siglip(
     context_length: int = 64,
 ) -> tuple[str, Preset]:
     """A SigLIP: both towers as (width, depth, heads, MLP), (image size, patch)."""
-    common = {"activation": Activation.GELU_TANH, "layer_norm_epsilon": 1e-6}
-    width, depth, heads, mlp_dim = image
+    common: dict[str, Any] = {"activation": Activation.GELU_TANH, "layer_norm_epsilon": 1e-6}
     image_tower = ViTConfig(
         image_size=size[0],
         patch_size=size[1],
-        width=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_dim=None if mlp_dim == 4 * width else mlp_dim,
+        **_sizes(image),
         pool=ImagePool.ATTENTION,
         class_token=False,
         patch_bias=True,
@@ -88,21 +83,17 @@ def _siglip(
         projection=Projection.NONE,
         **common,
     )
-    text_width, depth, heads, mlp_dim = text
     text_tower = TextTransformerConfig(
         context_length=context_length,
         vocab_size=vocab_size,
-        width=text_width,
-        depth=depth,
-        num_heads=heads,
-        mlp_dim=None if mlp_dim == 4 * text_width else mlp_dim,
+        **_sizes(text),
         causal=False,
         pool=TextPool.LAST,
         projection=Projection.AFFINE,
         **common,
     )
     config = ModelConfig(
-        embed_dim=width, image=image_tower, text=text_tower, init_logit_scale=10.0, init_logit_bias=-10.0
+        embed_dim=image_tower.width, image=image_tower, text=text_tower, init_logit_scale=10.0, init_logit_bias=-10.0
     )
     return name, Preset(config, SIGLIP)
 

@@ -10,10 +10,10 @@ from clipjax import sharding
 from clipjax.checkpoint import Checkpoints, SavedCheckpoint, check_resumable, pack_tokenizer
 from clipjax.config import Config
 from clipjax.inference import load_params
-from clipjax.inputs import Inputs
+from clipjax.inputs import Inputs, is_taken
 from clipjax.models.positions import fit_positions
 from clipjax.step import TrainState, from_groups, to_groups
-from clipjax.trees import map_with_name, match_any, names
+from clipjax.trees import map_with_name, names
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,9 @@ def _take(state: TrainState, initial: SavedCheckpoint, config: Config, mesh: Mes
     where = sharding.of(state.params)
     fit = jax.jit(lambda given: fit_positions(given, initial.config.model, config.model))
     theirs = dict(zip(names(given), jax.tree.leaves(fit(given)), strict=True))
-    taken = [name for name in names(state.params) if match_any(config.init_match or (".*",), name)]
-    params = map_with_name(lambda name, ours: theirs[name] if name in taken else ours, state.params)
+    params = map_with_name(lambda name, ours: theirs[name] if is_taken(config, name) else ours, state.params)
     params = jax.device_put(params, where)
-    if batch_stats is None or not all(name in taken for name in names({"image": state.params["image"]})):
+    if batch_stats is None or not all(is_taken(config, f"image/{name}") for name in names(state.params["image"])):
         batch_stats = state.batch_stats
     ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
     return replace(state, params=params, ema=ema, batch_stats=batch_stats)

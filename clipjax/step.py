@@ -132,10 +132,7 @@ def make_train_step(
             **metrics,
             "logit_scale": jnp.exp(state.params["log_logit_scale"]),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "grad_norm": global_norm(grads),
-            "grad_norm_image": global_norm(grads["image"]),
-            "grad_norm_text": global_norm(grads["text"]),
-            "param_norm": global_norm(params),
+            **_norms(grads, params),
             "samples_skipped": samples_skipped,
         }
         state = TrainState(
@@ -151,6 +148,15 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def _norms(grads: Params, params: Params) -> Metrics:
+    return {
+        "grad_norm": global_norm(grads),
+        "grad_norm_image": global_norm(grads["image"]),
+        "grad_norm_text": global_norm(grads["text"]),
+        "param_norm": global_norm(params),
+    }
 
 
 def make_gamma(config: Config) -> Callable[[jax.Array], jax.Array]:

@@ -53,31 +53,16 @@ EXPORT_OPTIONS = {
 
 def main_convert(argv: Sequence[str] | None = None) -> int:
     """The front door of `clipjax convert`; returns the exit code."""
-    return _front_door(
+    return flags.options_door(
         CONVERT, "Open a peer's weights as a clipjax checkpoint.", CONVERT_OPTIONS, _prepare_convert, argv
     )
 
 
 def main_export(argv: Sequence[str] | None = None) -> int:
     """The front door of `clipjax export`; returns the exit code."""
-    return _front_door(
+    return flags.options_door(
         EXPORT, "Write a checkpoint as a peer's own loader opens it.", EXPORT_OPTIONS, _prepare_export, argv
     )
-
-
-def _front_door(
-    program: str,
-    about: str,
-    options: Mapping[str, str],
-    prepare: Callable[[Mapping[str, str | None]], Callable[[], int]],
-    argv: Sequence[str] | None,
-) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    if flags.wants_help(argv):
-        lines = [f"  --{name:<10} {text}" for name, text in options.items()]
-        print(f"{about}\n\n  {program} " + " ".join(f"--{name}=..." for name in options) + "\n\n" + "\n".join(lines))
-        return 0
-    return flags.front_door(program, lambda: prepare(flags.parse_options(program, argv, options=options)))
 
 
 def _needed(options: Mapping[str, str | None], name: str, known: Sequence[str] = ()) -> str:
@@ -136,13 +121,12 @@ def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, toke
     Raises:
         ValueError: everything that is wrong with one of them.
     """
-    folder = path if path.is_dir() else path.parent
     weights = files.read_weights(path)
     model_config, data = _read_config(source, path, model)
     model_config.compute_dtype = Dtype.FLOAT32
     shapes = {name: tuple(leaf.shape) for name, leaf in to_flat(abstract_model(model_config)).items()}
     params = to_ours(_table(source, model_config, weights), weights, shapes)
-    found = build_tokenizer(tokenizer) if tokenizer else tokenizers.find(folder if path.is_dir() else None)
+    found = build_tokenizer(tokenizer) if tokenizer else tokenizers.find(path if path.is_dir() else None)
     if found.vocab_size > model_config.text.vocab_size:
         raise ValueError(
             f"the tokenizer has {found.vocab_size} ids, but the model knows {model_config.text.vocab_size}: it belongs "

@@ -43,11 +43,8 @@ def find_weights(path: pathlib.Path) -> list[pathlib.Path]:
         found = [path]
     elif path.is_dir():
         files = sorted(child for child in path.iterdir() if child.is_file())
-        found = [file for file in files if file.suffix == ".safetensors"] or [
-            file for file in files if file.suffix == ".npz" and file.name != "reference.npz"
-        ]
-        if not found and (pickles := [file for file in files if file.suffix in _PICKLES]):
-            found = pickles[:1]
+        by_kind = ([file for file in files if file.suffix in kind] for kind in ((".safetensors",), (".npz",), _PICKLES))
+        found = next(filter(None, by_kind), [])
     else:
         raise ValueError(f"--input={path}: no such file or directory")
     if not found:

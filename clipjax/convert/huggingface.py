@@ -18,7 +18,7 @@ from clipjax.config import (
     ViTConfig,
 )
 from clipjax.convert.known import Known
-from clipjax.convert.rules import Rule, Table, heads_out, linear, norm, rule
+from clipjax.convert.rules import Rule, Table, attention, heads_out, linear, norm, rule
 
 ACTIVATIONS = {
     "quick_gelu": Activation.QUICK_GELU,
@@ -346,13 +346,9 @@ def _blocks(theirs: str, ours: str, layers: Sequence[int], n: str) -> list[Rule]
 
 def _head(theirs: str, ours: str) -> list[Rule]:
     """Attention pooling."""
-    kernels = [f"{ours}/attn/{name}/kernel" for name in "qkv"]
-    biases = [f"{ours}/attn/{name}/bias" for name in "qkv"]
     return [
         rule(f"{theirs}.probe", f"{ours}/probe", "1 q w -> q w"),
-        rule(f"{theirs}.attention.in_proj_weight", kernels, "(three n d) w -> three w n d"),
-        rule(f"{theirs}.attention.in_proj_bias", biases, "(three n d) -> three n d"),
-        *heads_out(f"{theirs}.attention.out_proj", f"{ours}/attn/out", "n"),
+        *attention(f"{theirs}.attention", f"{ours}/attn", "n"),
         *norm(f"{theirs}.layernorm", f"{ours}/ln"),
         *linear(f"{theirs}.mlp.fc1", f"{ours}/mlp/fc_in"),
         *linear(f"{theirs}.mlp.fc2", f"{ours}/mlp/fc_out"),

@@ -15,7 +15,7 @@ from clipjax.config import (
     ViTConfig,
 )
 from clipjax.convert.open_clip_config import check_known
-from clipjax.convert.rules import Rule, Table, heads_out, linear, norm, rule
+from clipjax.convert.rules import Rule, Table, attention, attention_bias, heads_out, linear, norm, rule
 
 
 def table(config: ModelConfig, *, custom_text: bool) -> Table:
@@ -93,20 +93,20 @@ def _vit_rules(tower: ViTConfig) -> list[Rule]:
 def _query_pool_rules(tower: ViTConfig, embed_dim: int) -> list[Rule]:
     """PyTorch keeps queries', keys' and values' weights as one array where their inputs are equally wide."""
     pool, attn = "visual.attn_pool", "image/pool/attn"
-    kernels = [f"{attn}/{name}/kernel" for name in "qkv"]
     if tower.width == embed_dim:
-        weights = [rule(f"{pool}.attn.in_proj_weight", kernels, "(three queries d) w -> three w queries d")]
+        weights = attention(f"{pool}.attn", attn, "queries")
     else:
         weights = [
-            rule(f"{pool}.attn.{name}_proj_weight", kernel, "(queries d) w -> w queries d")
-            for name, kernel in zip("qkv", kernels, strict=True)
+            *(
+                rule(f"{pool}.attn.{name}_proj_weight", f"{attn}/{name}/kernel", "(queries d) w -> w queries d")
+                for name in "qkv"
+            ),
+            attention_bias(f"{pool}.attn", attn, "queries"),
+            *heads_out(f"{pool}.attn.out_proj", f"{attn}/out", "queries"),
         ]
-    biases = [f"{attn}/{name}/bias" for name in "qkv"]
     return [
         rule(f"{pool}.query", "image/pool/queries", "q w -> q w"),
         *weights,
-        rule(f"{pool}.attn.in_proj_bias", biases, "(three queries d) -> three queries d"),
-        *heads_out(f"{pool}.attn.out_proj", f"{attn}/out", "queries"),
         *norm(f"{pool}.ln_q", "image/pool/ln_q"),
         *norm(f"{pool}.ln_k", "image/pool/ln_k"),
     ]
@@ -115,25 +115,12 @@ def _query_pool_rules(tower: ViTConfig, embed_dim: int) -> list[Rule]:
 def _decoder_rules(tower: DecoderConfig) -> list[Rule]:
     layers, ours = range(tower.depth), "caption/layers"
     cross = "text_decoder.cross_attn.{layer}"
-    attn = f"{ours}/cross_attn"
     return [
         *_blocks("text_decoder.resblocks", f"{ours}/text", tower.depth, "captions"),
         *norm(f"{cross}.ln_1", f"{ours}/ln_1", layers),
         *norm(f"{cross}.ln_1_kv", f"{ours}/ln_image", layers),
         *norm(f"{cross}.ln_2", f"{ours}/ln_2", layers),
-        rule(
-            f"{cross}.attn.in_proj_weight",
-            [f"{attn}/{name}/kernel" for name in "qkv"],
-            "l (three captions d) w -> three l w captions d",
-            layers,
-        ),
-        rule(
-            f"{cross}.attn.in_proj_bias",
-            [f"{attn}/{name}/bias" for name in "qkv"],
-            "l (three captions d) -> three l captions d",
-            layers,
-        ),
-        *heads_out(f"{cross}.attn.out_proj", f"{attn}/out", "captions", layers),
+        *attention(f"{cross}.attn", f"{ours}/cross_attn", "captions", layers),
         *linear(f"{cross}.mlp.c_fc", f"{ours}/mlp/fc_in", layers),
         *linear(f"{cross}.mlp.c_proj", f"{ours}/mlp/fc_out", layers),
         *norm("text_decoder.ln_final", "caption/ln_final"),

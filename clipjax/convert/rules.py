@@ -46,8 +46,7 @@ class Table:
     Attributes:
         rules: which arrays are which.
         sizes: of axes that patterns split, such as heads `n`.
-        ignored: patterns of peer's names that hold nothing to keep, with what to write there on the way out (None:
-            nothing).
+        ignored: peer's names that hold nothing to keep, with what to write there on the way out (None: nothing).
     """
 
     rules: Sequence[Rule]
@@ -88,6 +87,28 @@ def heads_out(theirs: str, ours: str, n: str, layers: Sequence[int] = ()) -> lis
     ]
 
 
+def attention(theirs: str, ours: str, n: str, layers: Sequence[int] = ()) -> list[Rule]:
+    """PyTorch's `MultiheadAttention`, with queries', keys' and values' weights as one; `n` is its heads' axis."""
+    lead = "l " if layers else ""
+    return [
+        rule(
+            f"{theirs}.in_proj_weight",
+            [f"{ours}/{name}/kernel" for name in "qkv"],
+            f"{lead}(three {n} d) w -> three {lead}w {n} d",
+            layers,
+        ),
+        attention_bias(theirs, ours, n, layers),
+        *heads_out(f"{theirs}.out_proj", f"{ours}/out", n, layers),
+    ]
+
+
+def attention_bias(theirs: str, ours: str, n: str, layers: Sequence[int] = ()) -> Rule:
+    """The biases of its queries, keys and values."""
+    lead = "l " if layers else ""
+    biases = [f"{ours}/{name}/bias" for name in "qkv"]
+    return rule(f"{theirs}.in_proj_bias", biases, f"{lead}(three {n} d) -> three {lead}{n} d", layers)
+
+
 def to_ours(table: Table, weights: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Our arrays by path, all float32.
 
@@ -110,14 +131,14 @@ def to_ours(table: Table, weights: Mapping[str, np.ndarray], shapes: Mapping[str
         try:
             arranged = rearrange(found.arrays, item.pattern, **_sizes(item.pattern, table))
         except Exception as error:  # einops raises its own kind, with the shape and the pattern in its text
-            errors.append(f"{names[0][0]}: shape {_shape(weights[names[0][0]])} does not fit: {_first_line(error)}")
+            errors.append(f"{names[0][0]}: shape {weights[names[0][0]].shape} does not fit: {_first_line(error)}")
             continue
         parts = [arranged] if len(item.ours) == 1 else list(arranged)
         for path, array in zip(item.ours, parts, strict=True):
             ours[path] = np.array(array, order="C")
             if shapes.get(path) != array.shape:
                 errors.append(f"{names[0][0]}: {path} would have shape {array.shape}, but needs {shapes.get(path)}")
-    errors += [f"{name}: no rule for it" for name in sorted(weights.keys() - used) if not _is_ignored(name, table)]
+    errors += [f"{name}: no rule for it" for name in sorted(weights.keys() - used - table.ignored.keys())]
     covered = {path for item in table.rules for path in item.ours}
     errors += [f"{path}: no rule gives it" for path in sorted(shapes.keys() - covered)]
     if errors:
@@ -186,14 +207,6 @@ def _gather(weights: Mapping[str, np.ndarray], item: Rule) -> _Found:
 def _sizes(pattern: str, table: Table) -> dict[str, int]:
     axes = pattern.replace("(", " ").replace(")", " ").split()
     return {name: size for name, size in table.sizes.items() if name in axes}
-
-
-def _is_ignored(name: str, table: Table) -> bool:
-    return name in table.ignored
-
-
-def _shape(array: np.ndarray) -> str:
-    return str(tuple(array.shape))
 
 
 def _first_line(error: Exception) -> str:

@@ -25,14 +25,14 @@ class Encoder:
         embed_images: uint8 `[b, s, s, 3]`, this process's part of a batch -> unit-norm float32 `[n, e]`.
         embed_texts: texts (the same on all processes) -> unit-norm float32 `[len(texts), e]`.
         gather: rows `[b, ...]` of this process -> rows `[n, ...]` in the order of `embed_images`.
-        likelihood: uint8 `[b, s, s, 3]` and texts -> log-likelihood of each text given each image `[n, len(texts)]`,
-            for models that predict captions and have no embeddings; None for the others.
+        make_likelihood: texts -> a function of uint8 `[b, s, s, 3]` that gives the log-likelihood of each text given
+            each image `[n, len(texts)]`. For models that predict captions and have no embeddings; None for others.
     """
 
     embed_images: Callable[[np.ndarray], np.ndarray]
     embed_texts: Callable[[Sequence[str]], np.ndarray]
     gather: Callable[[np.ndarray], np.ndarray]
-    likelihood: Callable[[np.ndarray, Sequence[str]], np.ndarray] | None = None
+    make_likelihood: Callable[[Sequence[str]], Callable[[np.ndarray], np.ndarray]] | None = None
 
 
 def make_encoder_factory(config: Config, clip: Clip, mesh: Mesh, tokenizer: Tokenizer) -> Callable[[Params], Encoder]:
@@ -75,12 +75,17 @@ def make_encoder_factory(config: Config, clip: Clip, mesh: Mesh, tokenizer: Toke
         def gather(rows: np.ndarray) -> np.ndarray:
             return fetch(global_batch(mesh, rows))
 
-        def text_likelihood(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+        def make_likelihood(texts: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
             tokens = tokenize(tokenizer, texts, config.model.text.context_length)
-            with jax.set_mesh(mesh):
-                return fetch(likelihood(params, global_batch(mesh, image), tokens))
 
-        by_likelihood = text_likelihood if config.loss.contrastive_weight == 0 else None
-        return Encoder(embed_images, embed_texts, gather, by_likelihood)
+            def of_images(image: np.ndarray) -> np.ndarray:
+                with jax.set_mesh(mesh):
+                    return fetch(likelihood(params, global_batch(mesh, image), tokens))
+
+            return of_images
+
+        return Encoder(
+            embed_images, embed_texts, gather, make_likelihood if config.loss.contrastive_weight == 0 else None
+        )
 
     return make_encoder

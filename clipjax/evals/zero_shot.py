@@ -25,13 +25,13 @@ def zero_shot_classifier(
 
 def _make_score(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
     """`score(images) -> [n, k]`, larger for likelier classes."""
-    if encoder.likelihood is None:
+    if encoder.make_likelihood is None:
         classifier = zero_shot_classifier(encoder.embed_texts, names, templates)
         return lambda images: encoder.embed_images(images) @ classifier.T
-    prompts, likelihood = prompts_of(names, templates), encoder.likelihood
+    likelihood = encoder.make_likelihood(prompts_of(names, templates))
 
     def score(images: np.ndarray) -> np.ndarray:
-        rows = likelihood(images, prompts)
+        rows = likelihood(images)
         return rows.reshape(len(rows), len(names), len(templates)).mean(axis=2)
 
     return score

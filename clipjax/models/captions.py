@@ -12,14 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 from clipjax.config import DecoderConfig, ModelConfig, TextTransformerConfig
 from clipjax.models.text import end_of_text
 from clipjax.models.transformer import (
-    BROADCAST,
     Block,
     CrossAttention,
     LayerNorm,
     Linear,
     Mlp,
     Numerics,
-    remat_block,
+    stack_blocks,
     text_block_init,
 )
 from clipjax.sharding import constrain
@@ -60,14 +59,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l w"], image: Float[Array, "b k i"]) -> Float[Array, "b l v"]:
         tower, width = self.tower, self.text.width
-        stack = nn.scan(
-            remat_block(DecoderLayer, self.model.remat, scanned=self.model.scan_layers),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=BROADCAST,
-            length=tower.depth,
-            unroll=1 if self.model.scan_layers else tower.depth,
-        )
+        stack = stack_blocks(DecoderLayer, tower.depth, self.model)
         x, _ = stack(tower, width, self.numerics, name="layers")(x, image)
         x = LayerNorm(self.numerics, name="ln_final")(x)
         kernel_init = nn.initializers.normal(width**-0.5)

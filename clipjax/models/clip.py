@@ -62,9 +62,46 @@ class Clip:
 
 @dataclass(frozen=True)
 class _Towers:
+    """The modules, applied: what each of the functions of a `Clip` is put together from."""
+
     image: nn.Module
     text: nn.Module
     caption: nn.Module | None
+
+    def see(self, params: Params, pixels: Array) -> tuple[Array, Array]:
+        """An image's embedding before normalisation, and its tokens."""
+        variables = {"params": params["image"], "batch_stats": params.get("batch_stats", {})}
+        return self.image.apply(variables, pixels)  # type: ignore[return-value]
+
+    def see_in_training(self, params: Params, batch_stats: Params, pixels: Array, key: Key) -> tuple[Any, Params]:
+        """What `see` gives with patch dropout and the batch's own statistics, and the running ones afterwards."""
+        variables = {"params": params["image"], "batch_stats": batch_stats}
+        rngs, mutable = {"patch_dropout": key}, ["batch_stats"]
+        seen, changed = self.image.apply(variables, pixels, train=True, rngs=rngs, mutable=mutable)  # type: ignore[misc]
+        return seen, changed.get("batch_stats") or {}
+
+    def read(self, params: Params, tokens: Array) -> tuple[Array, Array | None]:
+        """A text's embedding before normalisation, and its tokens."""
+        return self.text.apply({"params": params["text"]}, tokens)  # type: ignore[return-value]
+
+    def caption_inputs(self, embed: Array, seen: Array, words: Array | None) -> tuple[Any, ...]:
+        """What of an image and a text the caption's module takes."""
+        return (words, seen) if isinstance(self.caption, Decoder) else (embed,)
+
+    def predict(self, params: Params, embed: Array, seen: Array, words: Array | None) -> Array:
+        """Logits of the next tokens, or of a bag of them."""
+        assert self.caption is not None
+        given = self.caption_inputs(embed, seen, words)
+        return self.caption.apply({"params": params["caption"]}, *given)  # type: ignore[return-value]
+
+    def captions(
+        self, params: Params, embed: Array, seen: Array, words: Array | None, tokens: Array
+    ) -> tuple[Array, Array]:
+        """Negative log-likelihoods of captions, and how many tokens each counts."""
+        if isinstance(self.caption, Decoder):
+            assert words is not None
+            return caption_likelihood(self.predict(params, embed, seen, words[:, :-1]), tokens)
+        return words_likelihood(self.predict(params, embed, seen, words), tokens)
 
 
 def _towers(config: ModelConfig) -> _Towers:
@@ -100,7 +137,6 @@ def build_clip(config: ModelConfig) -> Clip:
     """The model that a config describes."""
     towers = _towers(config)
     size, length = config.image.image_size, config.text.context_length
-    reads_text = isinstance(config.caption, DecoderConfig)
 
     def init(key: Key) -> Params:
         image_key, text_key = jax.random.split(key)
@@ -114,7 +150,7 @@ def build_clip(config: ModelConfig) -> Clip:
         if config.init_logit_bias is not None:
             params["logit_bias"] = jnp.asarray(config.init_logit_bias, jnp.float32)
         if towers.caption is not None:
-            given = (words, seen) if reads_text else (embed,)
+            given = towers.caption_inputs(embed, seen, words)
             params["caption"] = dict(towers.caption.init(jax.random.fold_in(key, 2), *given)["params"])
         return params
 
@@ -124,59 +160,37 @@ def build_clip(config: ModelConfig) -> Clip:
         start = lambda name, x: jnp.full(x.shape, float(name.endswith("variance")), x.dtype)  # noqa: E731
         return map_with_name(start, shapes.get("batch_stats", {}))
 
-    def see(params: Params, pixels: Array) -> tuple[Array, Array]:
-        variables = {"params": params["image"], "batch_stats": params.get("batch_stats", {})}
-        return towers.image.apply(variables, pixels)  # type: ignore[return-value]
-
-    def read(params: Params, tokens: Array) -> tuple[Array, Array | None]:
-        return towers.text.apply({"params": params["text"]}, tokens)  # type: ignore[return-value]
-
     def encode_image(params: Params, pixels: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
-        return unit_norm(see(params, pixels)[0])
+        return unit_norm(towers.see(params, pixels)[0])
 
     def encode_text(params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
-        return unit_norm(read(params, tokens)[0])
-
-    def predict(params: Params, embed: Array, seen: Array, words: Array | None) -> Array:
-        """Logits of the next tokens, or of a bag of them."""
-        assert towers.caption is not None
-        given = (words, seen) if reads_text else (embed,)
-        return towers.caption.apply({"params": params["caption"]}, *given)  # type: ignore[return-value]
-
-    def captions(params: Params, embed: Array, seen: Array, words: Array | None, tokens: Array) -> tuple[Array, Array]:
-        """Negative log-likelihoods of captions, and how many tokens each counts."""
-        if reads_text:
-            assert words is not None
-            return caption_likelihood(predict(params, embed, seen, words[:, :-1]), tokens)
-        return words_likelihood(predict(params, embed, seen, words), tokens)
+        return unit_norm(towers.read(params, tokens)[0])
 
     def train(
         params: Params, batch_stats: Params, pixels: Float[Array, "b h w c"], tokens: Int[Array, "b l"], key: Key
     ) -> Encoded:
-        variables = {"params": params["image"], "batch_stats": batch_stats}
-        rngs, mutable = {"patch_dropout": key}, ["batch_stats"]
-        out: Any = towers.image.apply(variables, pixels, train=True, rngs=rngs, mutable=mutable)
-        (embed, seen), changed = out
-        text_embed, words = read(params, tokens)
-        nll, num_tokens = (None, None) if towers.caption is None else captions(params, embed, seen, words, tokens)
+        (embed, seen), stats = towers.see_in_training(params, batch_stats, pixels, key)
+        text_embed, words = towers.read(params, tokens)
+        nll, num_tokens = (
+            (None, None) if towers.caption is None else towers.captions(params, embed, seen, words, tokens)
+        )
         scale, bias = jnp.exp(params["log_logit_scale"]), params.get("logit_bias")
-        stats = changed.get("batch_stats") or {}
         return Encoded(unit_norm(embed), unit_norm(text_embed), scale, bias, nll, num_tokens, stats)
 
     def likelihood(params: Params, pixels: Float[Array, "b h w c"], tokens: Int[Array, "n l"]) -> Float[Array, "b n"]:
-        embed, seen = see(params, pixels)
+        embed, seen = towers.see(params, pixels)
 
         def of_text(row: Array) -> Array:
             rows = jnp.broadcast_to(row[None], (pixels.shape[0], *row.shape))
-            return -captions(params, embed, seen, read(params, rows)[1], rows)[0]
+            return -towers.captions(params, embed, seen, towers.read(params, rows)[1], rows)[0]
 
         return jax.lax.map(of_text, tokens).T
 
     def look(params: Params, pixels: Float[Array, "b h w c"]) -> Float[Array, "b k v"]:
-        return see(params, pixels)[1]
+        return towers.see(params, pixels)[1]
 
     def next_logits(params: Params, seen: Float[Array, "b k v"], tokens: Int[Array, "b l"]) -> Float[Array, "b l t"]:
-        return predict(params, seen, seen, read(params, tokens)[1])
+        return towers.predict(params, seen, seen, towers.read(params, tokens)[1])
 
     return Clip(init, init_batch_stats, encode_image, encode_text, train, likelihood, look, next_logits)
 

@@ -33,17 +33,12 @@ class AttentionPool(nn.Module):
         xavier = nn.initializers.xavier_uniform()
         probe = self.param("probe", nn.initializers.normal(width**-0.5), (1, width))
         probe = jnp.broadcast_to(probe[None], (x.shape[0], 1, width)).astype(self.numerics.activations)
-        init = BlockInit(
-            qkv=nn.initializers.normal(width**-0.5), attn_out=xavier_like(width), fc_in=xavier, fc_out=xavier
-        )
+        # Of Xavier's variance for a square matrix, whatever shape the kernel is kept in.
+        square = nn.initializers.normal(width**-0.5)
+        init = BlockInit(qkv=square, attn_out=square, fc_in=xavier, fc_out=xavier)
         x = CrossAttention(self.num_heads, width, width, self.numerics, init, name="attn")(probe, x)
         y = LayerNorm(self.numerics, name="ln")(x)
         return (x + Mlp(self.mlp_dim, self.activation, self.numerics, init, name="mlp")(y))[:, 0]
-
-
-def xavier_like(width: int) -> nn.initializers.Initializer:
-    """Xavier's variance for a square matrix of this width, whatever shape the kernel is kept in."""
-    return nn.initializers.normal(width**-0.5)
 
 
 class QueryPool(nn.Module):

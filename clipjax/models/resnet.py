@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from clipjax.config import ModelConfig, ResNetConfig
 from clipjax.models.pool import MeanQueryPool
-from clipjax.models.transformer import Initializer, Numerics, align, remat_block, torch_uniform
+from clipjax.models.transformer import Initializer, Numerics, align, remat_block, stack_blocks, torch_uniform
 from clipjax.sharding import constrain
 
 MOMENTUM = 0.1
@@ -153,20 +153,13 @@ class ModifiedResNet(nn.Module):
             x = nn.relu(BatchNorm(numerics, name=f"bn_{number}")(x, train))
         x = constrain(average_pool(x, 2), "batch", None, None, None)
         block = remat_block(Bottleneck, self.model.remat, scanned=False)
-        stacked = remat_block(Bottleneck, self.model.remat, scanned=self.model.scan_layers)
         for stage, depth in enumerate(self.tower.layers):
             planes = width * 2**stage
             x, _ = block(planes, 1 if stage == 0 else 2, True, train, numerics, name=f"stage_{stage + 1}_first")(
                 x, None
             )
             if depth > 1:
-                rest = nn.scan(
-                    stacked,
-                    variable_axes={"params": 0, "batch_stats": 0},
-                    split_rngs={"params": True},
-                    length=depth - 1,
-                    unroll=1 if self.model.scan_layers else depth - 1,
-                )
+                rest = stack_blocks(Bottleneck, depth - 1, self.model)
                 x, _ = rest(planes, 1, False, train, numerics, name=f"stage_{stage + 1}")(x, None)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         return MeanQueryPool(self.tower.num_heads, self.model.embed_dim, numerics, name="pool")(x), x

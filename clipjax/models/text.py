@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.config import CbowConfig, ModelConfig, Projection, TextPool, TextTransformerConfig
 from clipjax.models.pool import AttentionPool
-from clipjax.models.transformer import LayerNorm, Linear, Numerics, Transformer, align, text_block_init
+from clipjax.models.transformer import LayerNorm, Numerics, Transformer, align, text_block_init, tower_projection
 from clipjax.sharding import constrain
 
 
@@ -49,17 +49,7 @@ class TextTransformer(nn.Module):
         x = Transformer(tower, tower.causal, self.model, self.numerics, init, name="transformer")(x, seen)
         words = x[:, : tokens.shape[1]]
         x = self._pool(x, tokens)
-        if tower.projection is Projection.NONE:
-            return x, words
-        kernel_init, bias = nn.initializers.normal(width**-0.5), nn.initializers.zeros
-        return Linear(
-            (width,),
-            (self.model.embed_dim,),
-            self.numerics,
-            kernel_init,
-            bias if tower.projection is Projection.AFFINE else None,
-            name="proj",
-        )(x), words
+        return tower_projection(x, tower.projection, width, self.model.embed_dim, self.numerics), words
 
     def _pool(self, x: Float[Array, "b m w"], tokens: Int[Array, "b l"]) -> Float[Array, "b w"]:
         tower = self.tower
@@ -92,5 +82,4 @@ class Cbow(nn.Module):
         end = end_of_text(tokens)[:, None]
         inside = (jnp.arange(tokens.shape[1])[None] <= end)[:, :, None]
         x = jnp.where(inside, jnp.take(table, tokens, axis=0), 0).sum(1) / (end + 1)
-        kernel_init = nn.initializers.normal(width**-0.5)
-        return Linear((width,), (self.model.embed_dim,), self.numerics, kernel_init, None, name="proj")(x), None
+        return tower_projection(x, Projection.LINEAR, width, self.model.embed_dim, self.numerics), None

@@ -14,12 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from clipjax.config import Activation, ModelConfig, Remat, TextTransformerConfig, ViTConfig
+from clipjax.config import Activation, ModelConfig, Projection, Remat, TextTransformerConfig, ViTConfig
 from clipjax.sharding import constrain
 
 Initializer = Any
-BROADCAST: Any = nn.broadcast
-"""What every layer of a scan gets alike."""
 
 
 def torch_uniform(fan_in: int) -> Initializer:
@@ -267,6 +265,29 @@ class Block(nn.Module):
         return constrain(x, "batch", None, None), None
 
 
+def tower_projection(
+    x: Float[Array, "b w"], projection: Projection, width: int, embed_dim: int, numerics: Numerics
+) -> Float[Array, "b e"]:
+    """What a tower has pooled, as its embedding before normalisation; for use inside a module."""
+    if projection is Projection.NONE:
+        return x
+    bias = nn.initializers.zeros if projection is Projection.AFFINE else None
+    return Linear((x.shape[-1],), (embed_dim,), numerics, nn.initializers.normal(width**-0.5), bias, name="proj")(x)
+
+
+def stack_blocks(block: type[nn.Module], depth: int, model: ModelConfig) -> type[nn.Module]:
+    """`depth` blocks with parameters and statistics stacked along the first axis; all get the same second input."""
+    everyone: Any = nn.broadcast
+    return nn.scan(
+        remat_block(block, model.remat, scanned=model.scan_layers),
+        variable_axes={"params": 0, "batch_stats": 0},
+        split_rngs={"params": True},
+        in_axes=everyone,
+        length=depth,
+        unroll=1 if model.scan_layers else depth,
+    )
+
+
 def remat_block(block: type[nn.Module], policy: Remat, *, scanned: bool) -> type[nn.Module]:
     """A block under a rematerialisation policy; a loop keeps recomputation from being merged away by itself."""
     match policy:
@@ -291,14 +312,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l w"], seen: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
         tower = self.tower
-        stack = nn.scan(
-            remat_block(Block, self.model.remat, scanned=self.model.scan_layers),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=BROADCAST,
-            length=tower.depth,
-            unroll=1 if self.model.scan_layers else tower.depth,
-        )
+        stack = stack_blocks(Block, tower.depth, self.model)
         mlp_dim = tower.mlp_dim or 4 * tower.width
         blocks = stack(tower.num_heads, mlp_dim, self.causal, tower.activation, self.numerics, self.init, name="blocks")
         return blocks(x, seen)[0]

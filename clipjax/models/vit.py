@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from clipjax.config import ImagePool, ModelConfig, Positions, Projection, ViTConfig
+from clipjax.config import ImagePool, ModelConfig, Positions, ViTConfig
 from clipjax.models.pool import AttentionPool, QueryPool
 from clipjax.models.positions import sincos
 from clipjax.models.transformer import (
@@ -20,6 +20,7 @@ from clipjax.models.transformer import (
     align,
     image_block_init,
     torch_uniform,
+    tower_projection,
 )
 from clipjax.sharding import constrain
 
@@ -64,17 +65,7 @@ class VisionTransformer(nn.Module):
         init = image_block_init(width, tower.mlp_dim or 4 * width)
         x = Transformer(tower, False, self.model, self.numerics, init, name="transformer")(x)
         pooled, tokens = self._pool(x)
-        if tower.projection is Projection.NONE:
-            return pooled, tokens
-        kernel_init, bias = nn.initializers.normal(width**-0.5), nn.initializers.zeros
-        return Linear(
-            (pooled.shape[-1],),
-            (self.model.embed_dim,),
-            self.numerics,
-            kernel_init,
-            bias if tower.projection is Projection.AFFINE else None,
-            name="proj",
-        )(pooled), tokens
+        return tower_projection(pooled, tower.projection, width, self.model.embed_dim, self.numerics), tokens
 
     def _embed(self, pixels: Float[Array, "b h w c"], train: bool) -> Float[Array, "b l e"]:
         """Tokens with their positions, float32."""

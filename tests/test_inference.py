@@ -1,0 +1,36 @@
+"""`Model.caption`: every way of writing, whole texts, and one compiled program for each."""
+
+import jax
+import numpy as np
+import pytest
+
+from clipjax.config import Config, DecoderConfig, ModelConfig, TextTransformerConfig, ViTConfig
+from clipjax.data.tokenizer import BytesTokenizer
+from clipjax.inference import Model
+from clipjax.models.clip import build_clip
+
+TOKENIZER = BytesTokenizer()
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    text = TextTransformerConfig(context_length=8, vocab_size=TOKENIZER.vocab_size, width=16, depth=1, num_heads=2)
+    image = ViTConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2)
+    config = Config(
+        model=ModelConfig(embed_dim=16, image=image, text=text, caption=DecoderConfig(depth=1, num_heads=2))
+    )
+    return Model(config, jax.jit(build_clip(config.model).init)(jax.random.key(0)), TOKENIZER)
+
+
+def test_captions_are_texts_and_programs_are_kept(model: Model):
+    images = np.random.default_rng(0).integers(0, 256, (3, 20, 24, 3), np.uint8)
+    for method in ("greedy", "top_k", "beam"):
+        first = model.caption(images, method=method)
+        assert [type(text) for text in first] == [str] * 3
+        assert model.caption(images, method=method) == first
+    assert len(model._writers) == 3
+    one_beam = model.caption(images, method="beam", num_beams=1)
+    assert one_beam == model.caption(images, method="greedy")
+    assert model.caption(images[1], method="greedy") == one_beam[1:2]
+    with pytest.raises(ValueError, match="method='best' must be greedy, top_k or beam"):
+        model.caption(images, method="best")
