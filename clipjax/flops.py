@@ -1,16 +1,26 @@
 """FLOPs of a model's forward pass, from its config alone. Free of JAX."""
 
-from clipjax.config import ImagePool, ModelConfig, Projection, ResNetConfig, TextPool, TextTransformerConfig, ViTConfig
+from clipjax.config import (
+    CbowConfig,
+    ImagePool,
+    ModelConfig,
+    Projection,
+    ResNetConfig,
+    TextPool,
+    TextTransformerConfig,
+    ViTConfig,
+    WordsConfig,
+)
 
 
 def model_flops(config: ModelConfig) -> int:
     """FLOPs of one forward pass of one image-text pair.
 
-    A multiply-add is 2 FLOPs; attention is counted dense, the causal half of the text tower too; patch embedding and
-    both projections are included, look-ups, norms, softmax and the loss are not. The convention of open_clip's
-    `docs/model_profile.csv`.
+    A multiply-add is 2 FLOPs; attention is counted dense, the causal half of the text tower too; patch embedding,
+    pooling by attention and all projections are included, look-ups, norms, softmax and the loss are not. The
+    convention of open_clip's `docs/model_profile.csv`.
     """
-    return sum(tower_flops(config))
+    return sum(tower_flops(config)) + caption_flops(config)
 
 
 def tower_flops(config: ModelConfig) -> tuple[int, int]:
@@ -19,21 +29,56 @@ def tower_flops(config: ModelConfig) -> tuple[int, int]:
     if isinstance(image, ResNetConfig):
         of_image = _resnet_flops(image, config.embed_dim)
     else:
-        patches = (image.image_size // image.patch_size) ** 2
-        tokens = patches + image.class_token + image.num_registers
-        of_image = 2 * patches * 3 * image.patch_size**2 * image.width + _transformer_flops(tokens, image)
-        if image.pool is ImagePool.ATTENTION:
-            of_image += _pool_flops(tokens, image.width, image.mlp_dim or 4 * image.width)
-        if image.projection is not Projection.NONE:
-            of_image += 2 * image.width * config.embed_dim
-    of_text = 0
-    if isinstance(text, TextTransformerConfig):
-        of_text += _transformer_flops(text.context_length, text)
-        if text.pool is TextPool.ATTENTION:
-            of_text += _pool_flops(text.context_length, text.width, text.mlp_dim or 4 * text.width)
-    if getattr(text, "projection", None) is not Projection.NONE:
+        of_image = _vit_flops(image, config.embed_dim)
+    if isinstance(text, CbowConfig):
+        return of_image, 2 * text.width * config.embed_dim
+    length = text.context_length + (text.pool is TextPool.CLASS)
+    of_text = _transformer_flops(length, text)
+    if text.pool is TextPool.ATTENTION:
+        of_text += _pool_flops(length, text.width, text.mlp_dim or 4 * text.width)
+    if text.projection is not Projection.NONE:
         of_text += 2 * text.width * config.embed_dim
     return of_image, of_text
+
+
+def caption_flops(config: ModelConfig) -> int:
+    """FLOPs of predicting one caption from the towers' outputs; see `model_flops`.
+
+    The text's last place, which nothing follows, is counted as well: the convention does.
+    """
+    image, text, caption = config.image, config.text, config.caption
+    if caption is None:
+        return 0
+    if isinstance(caption, WordsConfig):
+        return 2 * config.embed_dim * text.vocab_size
+    seen, seen_width = _image_tokens(image, config.embed_dim)
+    length, width = text.context_length, text.width
+    hidden = 2 * width * (caption.mlp_dim or 4 * width)
+    weights = 4 * width**2 + hidden + 2 * width**2 + hidden  # a block, then queries, output and MLP of the second one
+    layer = 2 * length * weights + 4 * length**2 * width + 4 * seen * seen_width * width + 4 * length * seen * width
+    return caption.depth * layer + 2 * length * width * text.vocab_size
+
+
+def _vit_flops(tower: ViTConfig, embed_dim: int) -> int:
+    patches = (tower.image_size // tower.patch_size) ** 2
+    tokens, width = patches + tower.class_token + tower.num_registers, tower.width
+    flops = 2 * patches * 3 * tower.patch_size**2 * width + _transformer_flops(tokens, tower)
+    if tower.pool is ImagePool.ATTENTION:
+        flops += _pool_flops(tokens, width, tower.mlp_dim or 4 * width)
+    if tower.pool is ImagePool.QUERIES:
+        queries = tower.num_queries
+        flops += 4 * queries * embed_dim**2 + 4 * tokens * width * embed_dim + 4 * queries * tokens * embed_dim
+        width = embed_dim
+    return flops + (2 * width * embed_dim if tower.projection is not Projection.NONE else 0)
+
+
+def _image_tokens(tower: ViTConfig | ResNetConfig, embed_dim: int) -> tuple[int, int]:
+    """How many tokens of an image a decoder sees, and their width."""
+    if isinstance(tower, ResNetConfig):
+        return (tower.image_size // 32) ** 2, 32 * tower.width
+    if tower.pool is ImagePool.QUERIES:
+        return tower.num_queries - 1, embed_dim
+    return (tower.image_size // tower.patch_size) ** 2, tower.width
 
 
 def _transformer_flops(length: int, tower: ViTConfig | TextTransformerConfig) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from clipjax.config import (
     Activation,
+    DecoderConfig,
     ImagePool,
     ModelConfig,
     Projection,
@@ -98,6 +99,20 @@ def _siglip(
     return name, Preset(config, SIGLIP)
 
 
+def _coca(
+    name: str, size: tuple[int, int, int, int], image: tuple[int, int], text: tuple[int, int, int]
+) -> tuple[str, Preset]:
+    """A CoCa as open_clip builds it: what `_vit` takes; the decoder is as large as the text tower."""
+    _, preset = _vit(name, size, image, text, OPEN_CLIP)
+    model = preset.config
+    assert isinstance(model.image, ViTConfig)
+    assert isinstance(model.text, TextTransformerConfig)
+    model.image.pool = ImagePool.QUERIES
+    model.text.context_length, model.text.pool = 76, TextPool.CLASS
+    model.caption = DecoderConfig(depth=text[1], num_heads=text[2], activation=Activation.GELU)
+    return name, preset
+
+
 _TI, _S, _M = (192, 12, 3, 768), (384, 12, 6, 1536), (512, 12, 8, 2048)
 _B, _L, _H = (768, 12, 12, 3072), (1024, 24, 16, 4096), (1280, 32, 16, 5120)
 _G, _BIG_G, _E = (1408, 40, 16, 6144), (1664, 48, 16, 8192), (1792, 56, 16, 15360)
@@ -128,6 +143,8 @@ MODELS: dict[str, Preset] = dict(
         _vit("ViT-g/14", _G, (224, 14), (1024, 24, 16), OPEN_CLIP),
         _vit("ViT-bigG/14", _BIG_G, (224, 14), (1280, 32, 20), OPEN_CLIP),
         _vit("ViT-e/14", _E, (224, 14), (1280, 36, 20), OPEN_CLIP),
+        _coca("CoCa-B/32", _B, (224, 32), (512, 12, 8)),
+        _coca("CoCa-L/14", _L, (224, 14), (768, 12, 12)),
         *(_siglip(f"SigLIP-B/16@{size}px", _B, (size, 16), _B, _SENTENCEPIECE) for size in (224, 256, 384, 512)),
         *(_siglip(f"SigLIP-L/16@{size}px", _L, (size, 16), _L, _SENTENCEPIECE) for size in (256, 384)),
         _siglip("SigLIP-So400m/14@224px", _SO400M, (224, 14), _SO400M, _SENTENCEPIECE, context_length=16),
