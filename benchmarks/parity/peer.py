@@ -40,16 +40,19 @@ def inputs(image_size: int, length: int, vocab_size: int) -> tuple[np.ndarray, n
 
 
 def embed(kind: str, model, images: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    more = {}
     with torch.no_grad():
         if kind == "open_clip":
             out = (
                 model.encode_image(torch.tensor(images), normalize=True),
                 model.encode_text(torch.tensor(tokens), normalize=True),
             )
+            if hasattr(model, "text_decoder"):
+                more["caption_logits"] = model(torch.tensor(images), torch.tensor(tokens))["logits"].numpy()
         else:
             both = model(input_ids=torch.tensor(tokens), pixel_values=torch.tensor(images))
             out = both.image_embeds, both.text_embeds
-    return {"image_embed": out[0].numpy(), "text_embed": out[1].numpy()}
+    return {"image_embed": out[0].numpy(), "text_embed": out[1].numpy(), **more}
 
 
 def make(kind: str, name: str, folder: pathlib.Path) -> None:
@@ -65,7 +68,8 @@ def make(kind: str, name: str, folder: pathlib.Path) -> None:
         randomise(model)
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg}))
-        size, length, vocab = cfg["vision_cfg"]["image_size"], model.context_length, model.vocab_size
+        text = cfg["text_cfg"]
+        size, length, vocab = cfg["vision_cfg"]["image_size"], text["context_length"], text.get("vocab_size", 49_408)
     else:
         import transformers
 
