@@ -52,6 +52,7 @@ setup(
     ],
     extras_require={
         "gpu": ["jax[cuda12]>=0.10.2"],
+        "torch": ["torch>=2.6"],  # for `clipjax convert` to open .pt and .bin files, and for nothing else
         "tpu": ["jax[tpu]>=0.10.2"],
         "test": TEST,
     },

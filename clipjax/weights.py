@@ -203,6 +203,7 @@ def _prepare_export(options: Mapping[str, str | None]) -> Callable[[], int]:
             huggingface.check_known(saved.config.model)
         case "open_clip":
             open_clip_config.check_known(saved.config.model)
+    tokenizers.write(saved.tokenizer(), saved.config.model.text.context_length)
 
     def work() -> int:
         export(saved, target, output)
@@ -222,7 +223,7 @@ def export(saved: SavedCheckpoint, target: str, output: pathlib.Path) -> None:
             case "huggingface":
                 _write_huggingface(config, params, folder)
             case "open_clip":
-                _write_open_clip(config, params, folder)
+                _write_open_clip(config, params, tokenizer, folder)
             case _:
                 stablehlo.write(config, params, folder)
                 files.write_json(folder / "preprocessing.json", saved.records["preprocessing"])
@@ -238,12 +239,16 @@ def _write_huggingface(config: Config, params: Mapping[str, np.ndarray], folder:
     files.write_json(folder / "preprocessor_config.json", picture)
 
 
-def _write_open_clip(config: Config, params: Mapping[str, np.ndarray], folder: pathlib.Path) -> None:
+def _write_open_clip(
+    config: Config, params: Mapping[str, np.ndarray], tokenizer: Tokenizer, folder: pathlib.Path
+) -> None:
     model = config.model
     table = open_clip.table(model, custom_text=open_clip_config.is_custom(model))
     files.write_weights(folder / "open_clip_model.safetensors", to_theirs(table, params))
     picture = preprocessing.write_open_clip(config.data)
-    whole = {"model_cfg": open_clip_config.write_config(model), "preprocess_cfg": picture}
+    written = open_clip_config.write_config(model)
+    written["text_cfg"] |= tokenizers.open_clip_fields(tokenizer)
+    whole = {"model_cfg": written, "preprocess_cfg": picture}
     files.write_json(folder / "open_clip_config.json", whole)
 
 

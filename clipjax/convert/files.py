@@ -4,14 +4,19 @@ import json
 import pathlib
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from clipjax.convert import pytorch
+
 MAX_JSON_BYTES = 16 * 2**20
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+MAX_EXPANSION = 100
+"""How many times its size an archive may unfold to. Trained weights hardly shrink at all."""
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -34,27 +39,21 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def find_weights(path: pathlib.Path) -> list[pathlib.Path]:
-    """The files that hold the weights: one file, or those of a directory.
+    """The files that hold the weights: one file, or those of a directory; pickles only where there is nothing else.
 
     Raises:
-        ValueError: there are none, or none that can be read without unpickling.
+        ValueError: there are none.
     """
     if path.is_file():
         found = [path]
     elif path.is_dir():
         files = sorted(child for child in path.iterdir() if child.is_file())
-        by_kind = ([file for file in files if file.suffix in kind] for kind in ((".safetensors",), (".npz",), _PICKLES))
+        by_kind = ([file for file in files if file.suffix in kind] for kind in ((".safetensors",), (".npz",), PICKLES))
         found = next(filter(None, by_kind), [])
     else:
         raise ValueError(f"--input={path}: no such file or directory")
     if not found:
-        raise ValueError(f"--input={path} holds no *.safetensors and no *.npz")
-    if found[0].suffix in _PICKLES:
-        raise ValueError(
-            f"{found[0]}: a pickle can run any code when it is opened, so clipjax reads *.safetensors and *.npz only; "
-            "most hubs offer the same weights as safetensors, or `torch.load(..., weights_only=True)` and "
-            "`safetensors.torch.save_file` make them"
-        )
+        raise ValueError(f"--input={path} holds no *.safetensors, no *.npz and no {', '.join(PICKLES)}")
     return found
 
 
@@ -66,11 +65,21 @@ def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
     """
     weights: dict[str, np.ndarray] = {}
     for file in find_weights(path):
-        found = _read_npz(file) if file.suffix == ".npz" else _read_safetensors(file)
+        found = _read_one(file)
         if twice := sorted(found.keys() & weights.keys()):
             raise ValueError(f"{file}: holds again {', '.join(twice[:3])}, which another file gave")
         weights |= found
     return weights
+
+
+def _read_one(file: pathlib.Path) -> dict[str, np.ndarray]:
+    match file.suffix:
+        case ".npz":
+            return _read_npz(file)
+        case suffix if suffix in PICKLES:
+            return pytorch.read(file)
+        case _:
+            return _read_safetensors(file)
 
 
 def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
@@ -85,6 +94,10 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _read_npz(file: pathlib.Path) -> dict[str, np.ndarray]:
     try:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > MAX_EXPANSION * file.stat().st_size:
+            raise ValueError(f"{size} bytes are packed into {file.stat().st_size}, which no weights allow")
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # zipfile, zlib and numpy all raise their own kinds

@@ -17,6 +17,11 @@ from clipjax.config import (
 from clipjax.convert.open_clip_config import check_known
 from clipjax.convert.rules import Rule, Table, attention, attention_bias, heads_out, linear, norm, rule
 
+OPENAI_SIZES: dict[str, Callable[[], np.ndarray] | None] = dict.fromkeys(
+    ("input_resolution", "context_length", "vocab_size")
+)
+"""Numbers among the arrays of OpenAI's own files; the config says them already, and they are not written."""
+
 
 def table(config: ModelConfig, *, custom_text: bool) -> Table:
     """Which of their arrays is which of ours.
@@ -42,9 +47,9 @@ def table(config: ModelConfig, *, custom_text: bool) -> Table:
         scalars.append(rule("logit_bias", "logit_bias", "->"))
     text_rules = _text_rules(text, "text." if custom_text else "")
     if isinstance(image, ResNetConfig):
-        return Table([*_resnet_rules(image), *text_rules, *scalars], sizes, _counters(image))
+        return Table([*_resnet_rules(image), *text_rules, *scalars], sizes, _counters(image) | OPENAI_SIZES)
     image_rules = _trunk_rules(image) if image.pool is ImagePool.ATTENTION else _vit_rules(image)
-    return Table([*image_rules, *text_rules, *decoder, *scalars], sizes)
+    return Table([*image_rules, *text_rules, *decoder, *scalars], sizes, OPENAI_SIZES)
 
 
 def _blocks(theirs: str, ours: str, depth: int, n: str) -> list[Rule]:

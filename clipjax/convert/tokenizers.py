@@ -4,10 +4,17 @@ import json
 import pathlib
 from typing import Any
 
+import tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from clipjax.convert import tokenizer_json
+from clipjax.convert.files import read_json
 from clipjax.data.bpe import END_TEXT, MERGES_FILE, START_TEXT, ClipBpe, read_file
 from clipjax.data.tokenizer import (
+    BytesTokenizer,
     HuggingFaceTokenizer,
     NoTokenizer,
+    SentencePieceTokenizer,
     Siglip2Tokenizer,
     SiglipTokenizer,
     Tokenizer,
@@ -17,6 +24,7 @@ from clipjax.data.tokenizer import (
 OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
 PIECES_FILE = "spiece.model"
 FAST_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
 
 
 def find(folder: pathlib.Path | None) -> Tokenizer:
@@ -34,39 +42,68 @@ def find(folder: pathlib.Path | None) -> Tokenizer:
     if (folder / PIECES_FILE).is_file():
         return build_tokenizer(f"siglip:{folder / PIECES_FILE}")
     if (folder / FAST_FILE).is_file():
-        content = read_file(folder / FAST_FILE)
-        is_gemma = b'"<eos>"' in content and b'"<pad>"' in content
-        return build_tokenizer(f"{'siglip2' if is_gemma else 'huggingface'}:{folder / FAST_FILE}")
+        kind = "siglip2" if _is_gemma(folder) else "huggingface"
+        return build_tokenizer(f"{kind}:{folder / FAST_FILE}")
     return NoTokenizer()
 
 
+def _is_gemma(folder: pathlib.Path) -> bool:
+    """By the class that it says it has, or else by its special tokens."""
+    if (folder / CONFIG_FILE).is_file():
+        told = read_json(folder / CONFIG_FILE)
+        kind = told.get("tokenizer_class") if isinstance(told, dict) else None
+        if isinstance(kind, str):
+            return kind.startswith("Gemma")
+    content = read_file(folder / FAST_FILE)
+    return b'"<eos>"' in content and b'"<pad>"' in content
+
+
+def open_clip_fields(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What `text_cfg` says so that open_clip opens the files of `write`; CLIP's own vocabulary it has itself."""
+    match tokenizer:
+        case NoTokenizer():
+            return {}
+        case ClipBpe(vocab_size=49_408):
+            return {}
+        case SiglipTokenizer() | Siglip2Tokenizer():
+            return {"hf_tokenizer_name": "local", "tokenizer_kwargs": {"clean": "canonicalize"}}
+        case _:
+            return {"hf_tokenizer_name": "local"}
+
+
 def write(tokenizer: Tokenizer, context_length: int) -> dict[str, bytes]:
-    """Files by name, as Hugging Face's `AutoTokenizer` reads them; empty where it has nothing of the kind."""
+    """Files by name, as Hugging Face's `AutoTokenizer` reads them; nothing for `NoTokenizer`.
+
+    Raises:
+        ValueError: a tokenizer that they cannot express.
+    """
     match tokenizer:
         case ClipBpe():
             special = {"bos_token": START_TEXT, "eos_token": END_TEXT, "unk_token": END_TEXT, "pad_token": "!"}
             return {
                 MERGES_FILE: tokenizer.files()[MERGES_FILE],
                 "vocab.json": json.dumps(tokenizer.vocabulary, ensure_ascii=False).encode(),
-                "tokenizer_config.json": _config("CLIPTokenizer", context_length, **special),
+                CONFIG_FILE: _config("CLIPTokenizer", context_length, **special),
             }
         case SiglipTokenizer():
             special = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>", "do_lower_case": True}
             [content] = tokenizer.files().values()
             return {
                 PIECES_FILE: content,
-                "tokenizer_config.json": _config("SiglipTokenizer", context_length, **special),
+                CONFIG_FILE: _config("SiglipTokenizer", context_length, **special),
             }
         case Siglip2Tokenizer():
             [content] = tokenizer.files().values()
             special = {"eos_token": "<eos>", "pad_token": "<pad>"}
-            return {FAST_FILE: content, "tokenizer_config.json": _config("GemmaTokenizer", context_length, **special)}
+            return {FAST_FILE: content, CONFIG_FILE: _config("GemmaTokenizer", context_length, **special)}
         case HuggingFaceTokenizer():
-            special = {"bos_token": START_TEXT, "eos_token": END_TEXT}
-            return {
-                FAST_FILE: _with_ends(tokenizer),
-                "tokenizer_config.json": _config("PreTrainedTokenizerFast", context_length, **special),
-            }
+            [content] = tokenizer.files().values()
+            return _fast_files(tokenizers.Tokenizer.from_str(content.decode()), tokenizer, context_length)
+        case SentencePieceTokenizer():
+            [content] = tokenizer.files().values()
+            return _fast_files(tokenizer_json.of_sentencepiece(content), tokenizer, context_length)
+        case BytesTokenizer():
+            return _fast_files(tokenizer_json.of_bytes(), tokenizer, context_length)
         case _:
             return {}
 
@@ -76,18 +113,15 @@ def _config(kind: str, context_length: int, **fields: Any) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
-def _with_ends(tokenizer: HuggingFaceTokenizer) -> bytes:
-    """The file with start and end as tokens, put around every text."""
-    import tokenizers
-    from tokenizers.processors import TemplateProcessing
-
-    [content] = tokenizer.files().values()
-    fast = tokenizers.Tokenizer.from_str(content.decode())
-    start, end = (
-        fast.id_to_token(i) or name for i, name in ((tokenizer.start_id, START_TEXT), (tokenizer.end_id, END_TEXT))
-    )
+def _fast_files(fast: tokenizers.Tokenizer, tokenizer: Tokenizer, context_length: int) -> dict[str, bytes]:
+    """The tokenizer with start and end as tokens, put around every text."""
+    assert tokenizer.start_id is not None
+    start = fast.id_to_token(tokenizer.start_id) or START_TEXT
+    end = fast.id_to_token(tokenizer.end_id) or END_TEXT
     fast.add_special_tokens([start, end])
     fast.post_processor = TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(start, tokenizer.start_id), (end, tokenizer.end_id)]
     )
-    return fast.to_str().encode()
+    special = {"bos_token": start, "eos_token": end, "pad_token": fast.id_to_token(tokenizer.pad_id)}
+    config = _config("PreTrainedTokenizerFast", context_length, **special)
+    return {FAST_FILE: fast.to_str().encode(), CONFIG_FILE: config}
