@@ -34,5 +34,7 @@ def get_config(argument: str = "contrastive") -> Config:
         case _:
             raise ValueError(f"configs/baselines.py:{argument}: choose contrastive, bag_of_words or caption")
     config.eval.tasks = {name: task for name, task in config.eval.tasks.items() if task.classes}
-    config.eval.every_examples = 6_400
+    for task in config.eval.tasks.values():
+        task.templates = "plain"  # a language model weighs every prompt against every image
+    config.eval.every_examples = 17_600
     return config

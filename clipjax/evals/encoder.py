@@ -5,14 +5,17 @@ Axes: b rows of this process, n rows over all processes, e embed.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from clipjax.config import Config
 from clipjax.data.tokenizer import Tokenizer, tokenize
 from clipjax.models.clip import Clip, normalise_pixels
+from clipjax.models.text import end_of_text
 from clipjax.sharding import batch_sharding, global_batch, replicated
 from clipjax.typing import Params
 
@@ -46,9 +49,9 @@ def make_encoder_factory(config: Config, clip: Clip, mesh: Mesh, tokenizer: Toke
 
     encode_text = jax.jit(clip.encode_text)
 
-    @jax.jit
-    def likelihood(params: Params, image: jax.Array, tokens: jax.Array) -> jax.Array:
-        return clip.likelihood(params, normalise_pixels(image, config.data), tokens)
+    @partial(jax.jit, static_argnames="longest")
+    def likelihood(params: Params, image: jax.Array, tokens: jax.Array, longest: int) -> jax.Array:
+        return clip.likelihood(params, normalise_pixels(image, config.data), tokens, longest)
 
     to_all = jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
@@ -77,10 +80,11 @@ def make_encoder_factory(config: Config, clip: Clip, mesh: Mesh, tokenizer: Toke
 
         def make_likelihood(texts: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
             tokens = tokenize(tokenizer, texts, config.model.text.context_length)
+            longest = int(end_of_text(jnp.asarray(tokens)).max()) + 1
 
             def of_images(image: np.ndarray) -> np.ndarray:
                 with jax.set_mesh(mesh):
-                    return fetch(likelihood(params, global_batch(mesh, image), tokens))
+                    return fetch(likelihood(params, global_batch(mesh, image), tokens, longest))
 
             return of_images
 

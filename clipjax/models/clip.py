@@ -43,8 +43,9 @@ class Clip:
             `params["batch_stats"]`, and every patch is looked at.
         encode_text: params, tokens [b, l] -> [b, e].
         train: params, batch statistics, pixels, tokens, key -> `Encoded`.
-        likelihood: params, pixels [b, h, w, 3], tokens [n, l] -> log-likelihood of each text given each image [b, n].
-            Only for models that predict captions.
+        likelihood: params, pixels [b, h, w, 3], tokens [n, l], longest -> log-likelihood of each text given each image
+            [b, n]. Only for models that predict captions. No text may have more than `longest` tokens, its start and
+            end among them; None: they may fill all places.
         look: params, pixels [b, h, w, 3] -> what a decoder sees of each image [b, k, v].
         next_logits: params, what is seen [b, k, v], tokens [b, l] -> logits of what follows each token [b, l, t]. Only
             for models with a decoder.
@@ -55,7 +56,7 @@ class Clip:
     encode_image: Callable[[Params, Float[Array, "b h w c"]], Float[Array, "b e"]]
     encode_text: Callable[[Params, Int[Array, "b l"]], Float[Array, "b e"]]
     train: Callable[[Params, Params, Float[Array, "b h w c"], Int[Array, "b l"], Key], Encoded]
-    likelihood: Callable[[Params, Float[Array, "b h w c"], Int[Array, "n l"]], Float[Array, "b n"]]
+    likelihood: Callable[[Params, Float[Array, "b h w c"], Int[Array, "n l"], int | None], Float[Array, "b n"]]
     look: Callable[[Params, Float[Array, "b h w c"]], Float[Array, "b k v"]]
     next_logits: Callable[[Params, Float[Array, "b k v"], Int[Array, "b l"]], Float[Array, "b l t"]]
 
@@ -177,14 +178,22 @@ def build_clip(config: ModelConfig) -> Clip:
         scale, bias = jnp.exp(params["log_logit_scale"]), params.get("logit_bias")
         return Encoded(unit_norm(embed), unit_norm(text_embed), scale, bias, nll, num_tokens, stats)
 
-    def likelihood(params: Params, pixels: Float[Array, "b h w c"], tokens: Int[Array, "n l"]) -> Float[Array, "b n"]:
+    def likelihood(
+        params: Params, pixels: Float[Array, "b h w c"], tokens: Int[Array, "n l"], longest: int | None = None
+    ) -> Float[Array, "b n"]:
         embed, seen = towers.see(params, pixels)
+        words, rows = towers.read(params, tokens)[1], tokens[:, :longest]
+        if not isinstance(towers.caption, Decoder):
+            logits = towers.predict(params, embed, seen, words)
+            spread = lambda row: jnp.broadcast_to(row[None], (len(logits), *row.shape))  # noqa: E731
+            return jax.lax.map(lambda row: -words_likelihood(logits, spread(row))[0], rows).T
+        assert words is not None
 
-        def of_text(row: Array) -> Array:
-            rows = jnp.broadcast_to(row[None], (pixels.shape[0], *row.shape))
-            return -towers.captions(params, embed, seen, towers.read(params, rows)[1], rows)[0]
+        def of_text(text: tuple[Array, Array]) -> Array:
+            known, row = (jnp.broadcast_to(part[None], (len(pixels), *part.shape)) for part in text)
+            return -towers.captions(params, embed, seen, known, row)[0]
 
-        return jax.lax.map(of_text, tokens).T
+        return jax.lax.map(of_text, (words[:, :longest], rows)).T
 
     def look(params: Params, pixels: Float[Array, "b h w c"]) -> Float[Array, "b k v"]:
         return towers.see(params, pixels)[1]

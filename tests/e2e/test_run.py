@@ -34,7 +34,9 @@ def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     found = {}
-    for group in ("params", "ema", "train"):
+    for group in ("params", "ema", "batch_stats", "train"):
+        if group == "batch_stats" and not (workdir / "checkpoints" / str(step) / group).exists():
+            continue
         with ocp.StandardCheckpointer() as reader:
             tree = reader.restore((workdir / "checkpoints" / str(step) / group).absolute())
         import jax
@@ -266,6 +268,47 @@ def test_init_from_starts_with_the_averaged_weights(tiny_config, finished, tmp_p
         if name.startswith("params"):
             np.testing.assert_allclose(value, source[name.replace("params", "ema", 1)], atol=1e-6)
     assert theirs.params_group == "ema"
+
+
+@pytest.fixture(scope="module")
+def resnet_config(tiny_config, tmp_path_factory) -> pathlib.Path:
+    """The tiny run with a ResNet, six steps and no tasks."""
+    path = tmp_path_factory.mktemp("resnet") / "config.py"
+    path.write_text(f"""
+import runpy
+from clipjax.config import CheckpointConfig, EvalConfig, ResNetConfig
+
+def get_config():
+    config = runpy.run_path({str(tiny_config)!r})["get_config"]()
+    config.model.image = ResNetConfig(image_size=32, layers=(1, 1, 1, 1), width=8, num_heads=4)
+    config.total_examples, config.eval = 192, EvalConfig()
+    config.checkpoint = CheckpointConfig(every_examples=96, keep_last=2)
+    return config
+""")
+    return path
+
+
+@pytest.mark.slow
+def test_a_resnet_goes_on_bit_for_bit_and_lends_its_tower(resnet_config, tmp_path):
+    def arguments(name: str, *overrides: str) -> tuple[str, ...]:
+        return train_arguments(resnet_config, tmp_path / name, *overrides)
+
+    run(*arguments("undisturbed"))
+    kill_after_lines(start(*arguments("killed")), tmp_path / "killed", 4)
+    run(*arguments("killed"))
+    ours, theirs = arrays(tmp_path / "killed", 6), arrays(tmp_path / "undisturbed", 6)
+    assert ours.keys() == theirs.keys() and any(name.startswith("batch_stats") for name in ours)
+    assert not [name for name in ours if not np.array_equal(ours[name], theirs[name])]
+    # LiT (arXiv 2111.07991): the image tower is taken and stays, the text tower starts anew and learns.
+    locked = ("--config.init_match=('image/.*',)", "--config.optim.freeze=('image/.*',)", "--config.seed=4")
+    lit = arguments("lit", f"--config.init_from={tmp_path / 'undisturbed'}", *locked, "--config.total_examples=64")
+    run(*lit)
+    taken = arrays(tmp_path / "lit", 2)
+    for name, value in taken.items():
+        if name.startswith("params['image']"):
+            np.testing.assert_array_equal(value, theirs[name.replace("params", "ema", 1)], err_msg=name)
+        elif name.endswith("token_embed']"):
+            assert not np.allclose(value, theirs[name], atol=1e-2), name
 
 
 def test_init_from_another_model_is_refused(tiny_config, finished, tmp_path):

@@ -157,6 +157,10 @@ def test_likelihood_of_every_text_for_every_image(name: str):
     for i in range(3):
         encoded = clip.train(params, {}, jnp.tile(pixels[i : i + 1], (4, 1, 1, 1)), tokens()[:4], jax.random.key(0))
         np.testing.assert_allclose(table[i], -encoded.nll, rtol=1e-4)
+    longest = int(np.argmax(tokens()[:4], axis=1).max()) + 1
+    assert longest < tokens().shape[1]
+    short = jax.jit(clip.likelihood, static_argnums=3)(params, pixels, tokens()[:4], longest)
+    np.testing.assert_allclose(short, table, rtol=1e-5)  # the same sums without the padding
 
 
 @pytest.mark.parametrize(
