@@ -6,6 +6,7 @@ directory and renames it when all of it is there, so a step directory is complet
 """
 
 import base64
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +73,7 @@ class Checkpoints:
         Raises:
             ValueError: a group or array is missing, misshapen or damaged.
         """
-        restored = _restore(self._manager, step, abstract_arrays, RECORDS)
+        restored = _restore(functools.partial(self._manager.restore, step), self.path(step), abstract_arrays, RECORDS)
         return {name: restored[name] for name in abstract_arrays}, {name: restored[name] for name in RECORDS}
 
     def wait(self) -> None:
@@ -85,16 +86,15 @@ class Checkpoints:
 
 
 def _restore(
-    manager: ocp.CheckpointManager, step: int, abstract_arrays: Mapping[str, Any], records: Sequence[str] = ()
+    restore: Callable[..., Any], path: pathlib.Path, abstract_arrays: Mapping[str, Any], records: Sequence[str] = ()
 ) -> Any:
-    """Groups of arrays and records by name."""
+    """Groups of arrays and records by name; `restore` reads them from `path`."""
     items: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_arrays.items()}
     items |= {name: ocp.args.JsonRestore() for name in records}
     try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
+        return restore(args=ocp.args.Composite(**items))
     except (ValueError, KeyError, FileNotFoundError) as error:
-        place = f"{manager.directory}/{step}"
-        raise ValueError(f"checkpoint {place} cannot be restored into this config: {error}") from error
+        raise ValueError(f"checkpoint {path} cannot be restored into this config: {error}") from error
 
 
 class SavedCheckpoint:
@@ -115,12 +115,11 @@ class SavedCheckpoint:
             raise ValueError(f"checkpoint {folder / str(step)} is needed, but no longer there; bring it back")
         self.step = step
         self.path = folder / str(step)
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-        )
+        reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        self._restore = functools.partial(reader.restore, self.path.absolute())
         items: dict[str, Any] = {name: ocp.args.JsonRestore() for name in RECORDS}
         try:
-            self.records: dict[str, Any] = dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+            self.records: dict[str, Any] = dict(self._restore(args=ocp.args.Composite(**items)).items())
             self.config: Config = from_dict(self.records["config"])
         except (ValueError, KeyError, OSError) as error:
             raise ValueError(f"checkpoint {self.path} is damaged or not clipjax's: {error}") from error
@@ -137,7 +136,7 @@ class SavedCheckpoint:
         """
         group, wanted = self.params_group, dict(abstract_params)
         groups = {"batch_stats": wanted.pop("batch_stats")} if "batch_stats" in wanted else {}
-        restored = _restore(self._manager, self.step, {group: wanted, **groups})
+        restored = _restore(self._restore, self.path, {group: wanted, **groups})
         return {**restored[group], **{name: restored[name] for name in groups}}
 
     def tokenizer(self) -> Tokenizer:

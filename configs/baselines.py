@@ -5,7 +5,7 @@
 The argument: `contrastive` (bag of words against image, the paper's CLIP of that figure), `bag_of_words` (predict which
 words the caption has), `caption` (a transformer language model predicts the caption's exact words). The image tower,
 the data and the number of examples are the same; zero-shot is measured along the way. `make quickstart` makes the data
-and the tokenizer; `python -m benchmarks.baselines` trains all three and draws the plot. Not run to the end by us yet.
+and the tokenizer; `python -m benchmarks.baselines` trains all three and draws the plot.
 """
 
 import pathlib

@@ -6,7 +6,7 @@ The argument: `resnet` (a small modified ResNet), `cbow` (the text tower is a ba
 pooling, bidirectional text, sigmoid loss), `flip` (half of the patches left out in training), `coca` (a decoder learns
 to write captions besides), or `lit` (the image tower of a converted checkpoint in `runs/converted` stays as it is;
 docs/weights.md tells how to make one).
-Made for two CPU cores; not trained to the end by us yet.
+Made for two CPU cores; docs/models.md has the results.
 """
 
 import pathlib
