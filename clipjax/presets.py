@@ -19,6 +19,7 @@ from clipjax.config import (
 CLIP = "arXiv 2103.00020, tables 19 and 20"
 OPEN_CLIP = "mlfoundations/open_clip, src/open_clip/model_configs"
 SIGLIP = "arXiv 2303.15343; google-research/big_vision, README_siglip2.md and SigLIP_demo.ipynb"
+GELU_SUFFIX = "-gelu"
 BIG_VISION = "google-research/big_vision, models/vit.py, decode_variant"
 
 
@@ -60,6 +61,16 @@ def _resnet(
     size, layers, width = tower
     image = ResNetConfig(image_size=size, layers=layers, width=width, num_heads=width * 32 // 64)
     return name, Preset(ModelConfig(embed_dim=embed_dim, image=image, text=_text(*text, Activation.QUICK_GELU)), CLIP)
+
+
+def _with_gelu(named: tuple[str, Preset]) -> tuple[str, Preset]:
+    """One of OpenAI's sizes as open_clip trains it: with GELU instead of QuickGELU."""
+    name, preset = named
+    model = deepcopy(preset.config)
+    for tower in (model.image, model.text):
+        if hasattr(tower, "activation"):
+            tower.activation = Activation.GELU  # type: ignore[union-attr]
+    return f"{name}{GELU_SUFFIX}", Preset(model, OPEN_CLIP)
 
 
 def _siglip(
@@ -119,17 +130,22 @@ _G, _BIG_G, _E = (1408, 40, 16, 6144), (1664, 48, 16, 8192), (1792, 56, 16, 1536
 _SO400M, _G_OPT = (1152, 27, 16, 4304), (1536, 40, 16, 6144)
 _SENTENCEPIECE, _GEMMA = 32_000, 256_000
 
+_OPENAI = (
+    _resnet("RN50", 1024, (224, (3, 4, 6, 3), 64), (512, 12, 8)),
+    _resnet("RN101", 512, (224, (3, 4, 23, 3), 64), (512, 12, 8)),
+    _resnet("RN50x4", 640, (288, (4, 6, 10, 6), 80), (640, 12, 10)),
+    _resnet("RN50x16", 768, (384, (6, 8, 18, 8), 96), (768, 12, 12)),
+    _resnet("RN50x64", 1024, (448, (3, 15, 36, 10), 128), (1024, 12, 16)),
+    _vit("ViT-B/32", _B, (224, 32), (512, 12, 8), CLIP),
+    _vit("ViT-B/16", _B, (224, 16), (512, 12, 8), CLIP),
+    _vit("ViT-L/14", _L, (224, 14), (768, 12, 12), CLIP),
+    _vit("ViT-L/14@336px", _L, (336, 14), (768, 12, 12), CLIP),
+)
+
 MODELS: dict[str, Preset] = dict(
     (
-        _resnet("RN50", 1024, (224, (3, 4, 6, 3), 64), (512, 12, 8)),
-        _resnet("RN101", 512, (224, (3, 4, 23, 3), 64), (512, 12, 8)),
-        _resnet("RN50x4", 640, (288, (4, 6, 10, 6), 80), (640, 12, 10)),
-        _resnet("RN50x16", 768, (384, (6, 8, 18, 8), 96), (768, 12, 12)),
-        _resnet("RN50x64", 1024, (448, (3, 15, 36, 10), 128), (1024, 12, 16)),
-        _vit("ViT-B/32", _B, (224, 32), (512, 12, 8), CLIP),
-        _vit("ViT-B/16", _B, (224, 16), (512, 12, 8), CLIP),
-        _vit("ViT-L/14", _L, (224, 14), (768, 12, 12), CLIP),
-        _vit("ViT-L/14@336px", _L, (336, 14), (768, 12, 12), CLIP),
+        *_OPENAI,
+        *map(_with_gelu, _OPENAI),
         _vit("ViT-Ti/16", _TI, (224, 16), (192, 12, 3), BIG_VISION),
         _vit("ViT-S/32", _S, (224, 32), (384, 12, 6), OPEN_CLIP),
         _vit("ViT-S/16", _S, (224, 16), (384, 12, 6), OPEN_CLIP),

@@ -155,6 +155,11 @@ def _read_config(source: str, path: pathlib.Path, model: str | None) -> tuple[Mo
         )
     if model is not None:
         config = presets.model(model)
+        if source == "open_clip" and f"{model}{presets.GELU_SUFFIX}" in presets.MODELS:
+            raise ValueError(
+                f"--model={model} is OpenAI's, with QuickGELU, but open_clip's model of that size has GELU: take "
+                f"--model={model}{presets.GELU_SUFFIX}, or --from=openai if these weights were trained with QuickGELU"
+            )
         return config, preprocessing.default(siglip=config.init_logit_bias is not None)
     assert found is not None
     peer = files.read_json(found)

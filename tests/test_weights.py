@@ -139,6 +139,8 @@ def test_arguments_are_checked(shared, tmp_path, capsys):
     assert "--from=torch must be one of" in capsys.readouterr().err
     assert convert("open_clip", root, tmp_path / "out", "--model=RN50") == 2
     assert "give a preset exactly where there is no config" in capsys.readouterr().err
+    assert convert("open_clip", root / "weights.safetensors", tmp_path / "out", "--model=ViT-B/32") == 2
+    assert "take --model=ViT-B/32-gelu, or --from=openai" in capsys.readouterr().err
     assert convert("open_clip", tmp_path / "absent", tmp_path / "out") == 2
     assert "no such file or directory" in capsys.readouterr().err
     assert convert("open_clip", root, tmp_path / "out") == 0
