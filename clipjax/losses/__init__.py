@@ -126,32 +126,8 @@ def make_loss(
     """
     kind, method, dtype, group_role = LossKind(kind), LossMethod(method), Dtype(dtype), GroupRole(group_role)
     positives = group_role is GroupRole.POSITIVE
-    if label_smoothing and (kind is not LossKind.SOFTMAX or positives):
-        raise ValueError(f"label_smoothing={label_smoothing} needs kind=softmax and group_role=ignored")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile={tile} must be at least 1, or None for {DEFAULT_TILE}")
-    if distill_weight is not None and not distill_weight > 0:
-        raise ValueError(f"distill_weight={distill_weight} must be greater than 0, or None for no teacher")
-    if distill_weight is not None and rho is not None:
-        raise ValueError(f"rho={rho} would divide what is learned from a teacher too; leave out one of them")
-    if not 0 < epsilon < 1:
-        raise ValueError(f"epsilon={epsilon} must lie between 0 and 1")
-    if kind is LossKind.GLOBAL and positives:
-        raise ValueError("group_role=positive needs kind=softmax or kind=sigmoid, not global")
-    if kind is not LossKind.GLOBAL and (rho is not None or epsilon != DEFAULT_EPSILON):
-        raise ValueError(f"rho={rho} and epsilon={epsilon} need kind=global; kind={kind.value} would ignore them")
-    rules: Kind
-    match kind:
-        case LossKind.SOFTMAX:
-            rules = Positives() if positives else Softmax()
-        case LossKind.SIGMOID:
-            rules = Sigmoid()
-        case LossKind.GLOBAL:
-            rules = Global(epsilon)
-    if distill_weight is not None:
-        rules = Distilled(rules, distill_weight)
+    _check_options(kind, positives, label_smoothing, tile, distill_weight, epsilon, rho)
+    rules = _rules(kind, positives, epsilon, distill_weight)
     product = Product(rules, DEFAULT_TILE if tile is None else tile, jnp.dtype(dtype.value), positives)
     tiled = make_sharded_loss(product, method=method, mesh=mesh)
 
@@ -188,6 +164,47 @@ def make_loss(
         return value, metrics if new_memory is None else {**metrics, "memory": new_memory}
 
     return loss
+
+
+def _check_options(
+    kind: LossKind,
+    positives: bool,
+    label_smoothing: float,
+    tile: int | None,
+    distill_weight: float | None,
+    epsilon: float,
+    rho: float | None,
+) -> None:
+    """Refuse values out of range, and options that this kind would ignore."""
+    if label_smoothing and (kind is not LossKind.SOFTMAX or positives):
+        raise ValueError(f"label_smoothing={label_smoothing} needs kind=softmax and group_role=ignored")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile={tile} must be at least 1, or None for {DEFAULT_TILE}")
+    if distill_weight is not None and not distill_weight > 0:
+        raise ValueError(f"distill_weight={distill_weight} must be greater than 0, or None for no teacher")
+    if distill_weight is not None and rho is not None:
+        raise ValueError(f"rho={rho} would divide what is learned from a teacher too; leave out one of them")
+    if not 0 < epsilon < 1:
+        raise ValueError(f"epsilon={epsilon} must lie between 0 and 1")
+    if kind is LossKind.GLOBAL and positives:
+        raise ValueError("group_role=positive needs kind=softmax or kind=sigmoid, not global")
+    if kind is not LossKind.GLOBAL and (rho is not None or epsilon != DEFAULT_EPSILON):
+        raise ValueError(f"rho={rho} and epsilon={epsilon} need kind=global; kind={kind.value} would ignore them")
+
+
+def _rules(kind: LossKind, positives: bool, epsilon: float, distill_weight: float | None) -> Kind:
+    """What is done with each logit."""
+    rules: Kind
+    match kind:
+        case LossKind.SOFTMAX:
+            rules = Positives() if positives else Softmax()
+        case LossKind.SIGMOID:
+            rules = Sigmoid()
+        case LossKind.GLOBAL:
+            rules = Global(epsilon)
+    return rules if distill_weight is None else Distilled(rules, distill_weight)
 
 
 def _check_given(name: str, value: object, *, needed: bool) -> None:
