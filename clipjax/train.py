@@ -85,7 +85,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
 def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.GradientTransformation) -> int:
     """Train to the end, or to the first signal; returns the exit code."""
     mesh = sharding.make_mesh(config.mesh)
-    clip = build_clip(config.model)
+    clip = build_clip(config.model, frozen=config.optim.freeze)
     grads_fn = grads.make_grads(config, make_encode(clip, config.data), build_loss(config.loss, mesh), mesh)
     train_step = make_train_step(
         config,

@@ -4,7 +4,7 @@ Axes: b batch, h height, w width, l tokens, e embed.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from clipjax.models.resnet import ModifiedResNet
 from clipjax.models.text import Cbow, TextTransformer
 from clipjax.models.transformer import Numerics
 from clipjax.models.vit import VisionTransformer
-from clipjax.trees import map_with_name
+from clipjax.trees import map_with_name, match_any, names
 from clipjax.typing import Batch, Encoded, Key, Params
 
 
@@ -68,6 +68,7 @@ class _Towers:
     image: nn.Module
     text: nn.Module
     caption: nn.Module | None
+    frozen: Sequence[str]
 
     def see(self, params: Params, pixels: Array) -> tuple[Array, Array]:
         """An image's embedding before normalisation, and its tokens."""
@@ -75,7 +76,12 @@ class _Towers:
         return self.image.apply(variables, pixels)  # type: ignore[return-value]
 
     def see_in_training(self, params: Params, batch_stats: Params, pixels: Array, key: Key) -> tuple[Any, Params]:
-        """What `see` gives with patch dropout and the batch's own statistics, and the running ones afterwards."""
+        """What `see` gives with patch dropout and the batch's own statistics, and the running ones afterwards.
+
+        A tower of which nothing is trained keeps its running statistics and uses them.
+        """
+        if batch_stats and all(match_any(self.frozen, f"image/{name}") for name in names(params["image"])):
+            return self.see({**params, "batch_stats": batch_stats}, pixels), batch_stats
         variables = {"params": params["image"], "batch_stats": batch_stats}
         rngs, mutable = {"patch_dropout": key}, ["batch_stats"]
         seen, changed = self.image.apply(variables, pixels, train=True, rngs=rngs, mutable=mutable)  # type: ignore[misc]
@@ -105,7 +111,7 @@ class _Towers:
         return words_likelihood(self.predict(params, embed, seen, words), tokens)
 
 
-def _towers(config: ModelConfig) -> _Towers:
+def _towers(config: ModelConfig, frozen: Sequence[str]) -> _Towers:
     activations: Any = jnp.dtype(config.compute_dtype.value)
     operands = activations if config.matmul_dtype is None else jnp.dtype(config.matmul_dtype.value)
 
@@ -131,12 +137,17 @@ def _towers(config: ModelConfig) -> _Towers:
             caption = Decoder(config.caption, config.text, config, numerics(config.caption))
         case WordsConfig():
             caption = Words(config.text.vocab_size, numerics(config.caption))
-    return _Towers(image, text, caption)
+    return _Towers(image, text, caption, frozen)
 
 
-def build_clip(config: ModelConfig) -> Clip:
-    """The model that a config describes."""
-    towers = _towers(config)
+def build_clip(config: ModelConfig, *, frozen: Sequence[str] = ()) -> Clip:
+    """The model that a config describes.
+
+    Args:
+        config: sizes and numerics.
+        frozen: regular expressions of the parameters that training leaves alone (`optim.freeze`).
+    """
+    towers = _towers(config, frozen)
     size, length = config.image.image_size, config.text.context_length
 
     def init(key: Key) -> Params:

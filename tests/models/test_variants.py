@@ -252,6 +252,18 @@ def test_batch_norm_is_over_the_global_batch_on_any_mesh(devices: int):
     assert not np.allclose(found[1]["bn_1"]["mean"], stats["bn_1"]["mean"])
 
 
+def test_a_locked_resnet_stays_what_it_is():
+    config = model_config("image resnet", compute_dtype=Dtype.FLOAT32)
+    locked = build_clip(config, frozen=("image/.*",))
+    params, stats = jax.jit(locked.init)(jax.random.key(0)), locked.init_batch_stats()
+    pixels = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+    tokens = jnp.ones((4, config.text.context_length), jnp.int32)
+    encoded = jax.jit(locked.train)(params, stats, pixels, tokens, jax.random.key(2))
+    jax.tree.map(np.testing.assert_array_equal, encoded.batch_stats, stats)
+    expected = jax.jit(locked.encode_image)({**params, "batch_stats": stats}, pixels)
+    np.testing.assert_allclose(encoded.image_embed, expected, atol=1e-6)
+
+
 def test_a_resnet_in_microbatches_is_refused():
     config = Config(model=model_config("image resnet"), microbatch_size=64, data=DataConfig(train="x"))
     with pytest.raises(ValueError, match="BatchNorm takes its statistics over the batch that passes at once"):
