@@ -32,6 +32,11 @@ from clipjax.models.clip import abstract_model
 from clipjax.trees import from_flat, to_flat
 
 SOURCES = ("openai", "open_clip", "huggingface", "big_vision")
+WEIGHT_FILES = {
+    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    "huggingface": ("model*.safetensors", "pytorch_model*.bin"),
+}
+"""Names by which hubs tell the weights of one library from those of another."""
 TARGETS = ("open_clip", "huggingface", "stablehlo")
 CAPTION_WEIGHT = 2.0
 """Of a converted CoCa's captioning loss (arXiv 2205.01917, section 4.1)."""
@@ -121,7 +126,7 @@ def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, toke
     Raises:
         ValueError: everything that is wrong with one of them.
     """
-    weights = files.read_weights(path)
+    weights = files.read_weights(path, WEIGHT_FILES.get(source, ()))
     model_config, data = _read_config(source, path, model)
     model_config.compute_dtype = Dtype.FLOAT32
     shapes = {name: tuple(leaf.shape) for name, leaf in to_flat(abstract_model(model_config)).items()}

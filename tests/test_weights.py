@@ -65,6 +65,19 @@ def test_openai_names_are_open_clips(shared: pathlib.Path, tmp_path: pathlib.Pat
     assert relative_error(clipjax.load(tmp_path / "again").embed_pixels(pixels), target["image_features"]) < 2e-5
 
 
+def test_weights_of_two_libraries_may_lie_side_by_side(shared: pathlib.Path, tmp_path: pathlib.Path):
+    root = shared / "reference" / "openclip-vit-quickgelu"
+    assert convert("open_clip", root, tmp_path / "ours") == 0
+    for target in ("open_clip", "huggingface"):
+        assert export(target, tmp_path / "ours", tmp_path / target) == 0
+    both = shutil.copytree(tmp_path / "open_clip", tmp_path / "both")
+    shutil.copytree(tmp_path / "huggingface", both, dirs_exist_ok=True)
+    for source in ("open_clip", "huggingface"):
+        assert convert(source, both, tmp_path / f"from {source}") == 0
+        found, ours = (clipjax.load(tmp_path / name).config.model for name in (f"from {source}", "ours"))
+        assert (found.image, found.text) == (ours.image, ours.text)
+
+
 def damaged(shared: pathlib.Path, tmp_path: pathlib.Path, folder: str = "hf-siglip") -> pathlib.Path:
     shutil.copytree(shared / "reference" / folder, tmp_path / "in")
     return tmp_path / "in"

@@ -5,7 +5,7 @@ import pathlib
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,33 +38,39 @@ def read_json(path: pathlib.Path) -> Any:
         raise ValueError(f"{path} is no JSON: {error}") from error
 
 
-def find_weights(path: pathlib.Path) -> list[pathlib.Path]:
+def find_weights(path: pathlib.Path, preferred: Sequence[str] = ()) -> list[pathlib.Path]:
     """The files that hold the weights: one file, or those of a directory; pickles only where there is nothing else.
+
+    Args:
+        path: a file or a directory.
+        preferred: patterns of names; files of the first one that fits any are taken alone, since hubs keep the same
+            weights for several libraries side by side.
 
     Raises:
         ValueError: there are none.
     """
     if path.is_file():
-        found = [path]
-    elif path.is_dir():
-        files = sorted(child for child in path.iterdir() if child.is_file())
-        by_kind = ([file for file in files if file.suffix in kind] for kind in ((".safetensors",), (".npz",), PICKLES))
-        found = next(filter(None, by_kind), [])
-    else:
+        return [path]
+    if not path.is_dir():
         raise ValueError(f"--input={path}: no such file or directory")
-    if not found:
-        raise ValueError(f"--input={path} holds no *.safetensors, no *.npz and no {', '.join(PICKLES)}")
-    return found
+    for pattern in preferred:
+        if found := sorted(child for child in path.glob(pattern) if child.is_file()):
+            return found
+    files = sorted(child for child in path.iterdir() if child.is_file())
+    for kind in ((".safetensors",), (".npz",), PICKLES):
+        if found := [file for file in files if file.suffix in kind]:
+            return found
+    raise ValueError(f"--input={path} holds no *.safetensors, no *.npz and no {', '.join(PICKLES)}")
 
 
-def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays by name, as they are on disk.
+def read_weights(path: pathlib.Path, preferred: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """All arrays by name, as they are on disk; see `find_weights`.
 
     Raises:
         ValueError: a file is damaged, of another kind, or repeats a name.
     """
     weights: dict[str, np.ndarray] = {}
-    for file in find_weights(path):
+    for file in find_weights(path, preferred):
         found = _read_one(file)
         if twice := sorted(found.keys() & weights.keys()):
             raise ValueError(f"{file}: holds again {', '.join(twice[:3])}, which another file gave")
