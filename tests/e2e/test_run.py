@@ -102,7 +102,7 @@ def kill_after_lines(process, workdir: pathlib.Path, seen: int) -> None:
     assert not (workdir / "results.json").exists()
 
 
-@pytest.mark.parametrize("seen", [2, 5, 10])
+@pytest.mark.parametrize("seen", [pytest.param(2, marks=pytest.mark.slow), 5, 10])
 def test_killed_with_sigkill_and_started_again_equals_the_undisturbed_run(tiny_config, finished, tmp_path, seen):
     kill_after_lines(start(*train_arguments(tiny_config, tmp_path)), tmp_path, seen)
     run(*train_arguments(tiny_config, tmp_path))
