@@ -28,6 +28,7 @@ from clipjax.convert import (
 from clipjax.convert.rules import Table, to_ours, to_theirs
 from clipjax.data.tokenizer import NoTokenizer, Tokenizer, build_tokenizer
 from clipjax.inference import load_params
+from clipjax.model_validation import model_errors
 from clipjax.models.clip import abstract_model
 from clipjax.trees import from_flat, to_flat
 
@@ -129,6 +130,8 @@ def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, toke
     weights = files.read_weights(path, WEIGHT_FILES.get(source, ()))
     model_config, data = _read_config(source, path, model)
     model_config.compute_dtype = Dtype.FLOAT32
+    if errors := model_errors(Config(model=model_config)):
+        raise ValueError("\n".join(errors))
     shapes = {name: tuple(leaf.shape) for name, leaf in to_flat(abstract_model(model_config)).items()}
     params = to_ours(_table(source, model_config, weights), weights, shapes)
     found = build_tokenizer(tokenizer) if tokenizer else tokenizers.find(path if path.is_dir() else None)

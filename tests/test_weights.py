@@ -144,6 +144,46 @@ def test_another_familys_weights_are_told(shared, tmp_path, capsys):
     assert "config.vision_config.novelty=3 is nothing that clipjax has" in told
 
 
+@pytest.mark.parametrize(
+    ("folder", "path", "value", "message"),
+    [
+        (
+            "openclip-vit-gelu",
+            "vision_cfg.width",
+            10**9,
+            "model_cfg.vision_cfg.width=1000000000 must be a whole number",
+        ),
+        ("openclip-vit-gelu", "vision_cfg.layers", 10**7, "layers=10000000 must be a whole number from 1 to 1000"),
+        ("openclip-vit-gelu", "vision_cfg.head_width", 0, "head_width=0 must be a whole number from 1"),
+        ("openclip-vit-gelu", "vision_cfg.head_width", 48, "head_width=48 must divide the width, 64"),
+        ("openclip-vit-gelu", "vision_cfg.patch_size", 0, "patch_size=0 must be a whole number from 1"),
+        ("openclip-vit-gelu", "vision_cfg.mlp_ratio", float("inf"), "mlp_ratio=inf must be finite"),
+        ("openclip-vit-gelu", "vision_cfg.mlp_ratio", -1.0, "mlp_ratio=-1.0 must make a width between 1"),
+        ("openclip-vit-gelu", "vision_cfg.norm_kwargs", {"eps": "x"}, "must hold nothing but eps"),
+        ("openclip-rn-gelu", "vision_cfg.layers", ["a", 1, 1, 1], "layers='a' must be a whole number from 1"),
+        ("openclip-rn-gelu", "vision_cfg.layers", [1, 2], "model.image.layers=(1, 2) must be four numbers"),
+        ("hf-clip-quickgelu", "vision_config.num_attention_heads", 0, "num_attention_heads=0 must be a whole number"),
+        ("hf-clip-quickgelu", "vision_config.num_attention_heads", 5, "must be a multiple of model.image.num_heads=5"),
+        ("hf-clip-quickgelu", "text_config.num_hidden_layers", 0, "num_hidden_layers=0 must be a whole number from 1"),
+        ("hf-clip-quickgelu", "logit_scale_init_value", 1e9, "must lie between -20 and 20"),
+        ("hf-clip-quickgelu", "vision_config", [1], "config.vision_config: must be a JSON object"),
+    ],
+)
+def test_numbers_that_no_model_has_are_told(shared, tmp_path, capsys, folder: str, path: str, value, message: str):
+    root = damaged(shared, tmp_path, folder)
+    config = json.loads((root / "config.json").read_text())
+    *groups, name = path.split(".")
+    inside = config.get("config", config)
+    for group in groups:
+        inside = inside[group]
+    inside[name] = value
+    root.joinpath("config.json").unlink()
+    (root / "config.json").write_text(json.dumps(config))
+    assert convert(FOLDERS[folder], root, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_arguments_are_checked(shared, tmp_path, capsys):
     root = shared / "reference" / "openclip-rn-gelu"
     assert main_convert([]) == 2

@@ -17,7 +17,7 @@ from clipjax.config import (
     TextTransformerConfig,
     ViTConfig,
 )
-from clipjax.convert.known import Known
+from clipjax.convert.known import MOST_LAYERS, Known
 from clipjax.convert.rules import Rule, Table, attention, heads_out, linear, norm, rule
 
 ACTIVATIONS = {
@@ -109,26 +109,27 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
     vision, text = known.group("vision_config"), known.group("text_config")
     known.skip(*_SILENT)
     if model_type == "clip":
-        embed_dim = known.take("projection_dim", int, 512)
-        scale, bias = known.take("logit_scale_init_value", float, math.log(1 / 0.07)), None
+        embed_dim = known.size("projection_dim", 512)
+        scale, bias = known.log_scale("logit_scale_init_value", math.log(1 / 0.07)), None
     else:
         embed_dim, scale, bias = 0, math.log(10), -10.0
     image_tower = _read_image(vision, siglip=model_type == "siglip")
     text_tower = _read_text(text, siglip=model_type == "siglip")
     known.finish()
+    assert scale is not None
     return ModelConfig(
         embed_dim=embed_dim or image_tower.width,
         image=image_tower,
         text=text_tower,
-        init_logit_scale=math.exp(scale),
+        init_logit_scale=min(math.exp(scale), ModelConfig().max_logit_scale),  # the weights have their own
         init_logit_bias=bias,
     )
 
 
 def _read_image(cfg: Known, *, siglip: bool) -> ViTConfig:
     cfg.skip(*_SILENT, "projection_dim")
-    width = cfg.take("hidden_size", int, 768)
-    size, patch_size = cfg.take("image_size", int, 224), cfg.take("patch_size", int, 16 if siglip else 32)
+    width = cfg.size("hidden_size", 768)
+    size, patch_size = cfg.size("image_size", 224), cfg.size("patch_size", 16 if siglip else 32)
     common: dict[str, Any] = _read_blocks(cfg, width, siglip=siglip)
     if not siglip:
         return ViTConfig(image_size=size, patch_size=patch_size, **common)
@@ -148,9 +149,9 @@ def _read_image(cfg: Known, *, siglip: bool) -> ViTConfig:
 
 def _read_text(cfg: Known, *, siglip: bool) -> TextTransformerConfig:
     cfg.skip(*_SILENT, "projection_dim", "projection_size")
-    width = cfg.take("hidden_size", int, 768 if siglip else 512)
-    length = cfg.take("max_position_embeddings", int, 64 if siglip else 77)
-    vocab_size = cfg.take("vocab_size", int, 32000 if siglip else 49408)
+    width = cfg.size("hidden_size", 768 if siglip else 512)
+    length = cfg.size("max_position_embeddings", 64 if siglip else 77)
+    vocab_size = cfg.size("vocab_size", 32000 if siglip else 49408)
     common: dict[str, Any] = _read_blocks(cfg, width, siglip=siglip, heads=12 if siglip else 8)
     if siglip:
         common |= {"causal": False, "pool": TextPool.LAST, "projection": Projection.AFFINE}
@@ -158,11 +159,11 @@ def _read_text(cfg: Known, *, siglip: bool) -> TextTransformerConfig:
 
 
 def _read_blocks(cfg: Known, width: int, *, siglip: bool, heads: int = 12) -> dict[str, Any]:
-    mlp_dim = cfg.take("intermediate_size", int, 3072 if siglip or width == 768 else 2048)
+    mlp_dim = cfg.size("intermediate_size", 3072 if siglip or width == 768 else 2048)
     return {
         "width": width,
-        "depth": cfg.take("num_hidden_layers", int, 12),
-        "num_heads": cfg.take("num_attention_heads", int, heads),
+        "depth": cfg.size("num_hidden_layers", 12, most=MOST_LAYERS),
+        "num_heads": cfg.size("num_attention_heads", heads),
         "mlp_dim": None if mlp_dim == 4 * width else mlp_dim,
         "activation": cfg.choose("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh" if siglip else "quick_gelu"),
         "layer_norm_epsilon": cfg.take("layer_norm_eps", float, 1e-6 if siglip else 1e-5),

@@ -1,9 +1,14 @@
 """Reading a peer's JSON config: every field is taken once, what nobody takes is an error; all errors come together."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 _REQUIRED = object()
+MOST = 2**24
+"""No width, length or vocabulary is larger; a file that says so is damaged or means harm."""
+MOST_LAYERS = 1_000
+MOST_LOG_SCALE = 20
 
 
 class Known:
@@ -33,12 +38,41 @@ class Known:
             self._errors.append(f"{self._path}.{name}: missing")
             return None if isinstance(kind, tuple) else kind()
         kinds = kind if isinstance(kind, tuple) else (kind,)
+        if isinstance(value, float) and not math.isfinite(value):
+            self.refuse(name, value, "must be finite")
+            return kinds[0]() if default is _REQUIRED else default
         if value is default or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))):
             return value
-        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        if float in kinds and isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST:
             return float(value)
         self.refuse(name, value, f"must be {' or '.join(kind.__name__ for kind in kinds)}")
         return kinds[0]() if default is _REQUIRED else default
+
+    def size(self, name: str, default: Any = _REQUIRED, most: int = MOST) -> int:
+        """A whole number from 1 to `most`."""
+        return self._bounded(name, self.take(name, int, default), most)
+
+    def sizes(self, name: str, default: int, most: int = MOST) -> int | tuple[int, ...]:
+        """One such number, or a list of them."""
+        value = self.take(name, (int, list), default)
+        if not isinstance(value, list):
+            return self._bounded(name, value, most)
+        return tuple(self._bounded(name, item, most) for item in value)
+
+    def _bounded(self, name: str, value: Any, most: int) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most:
+            return value
+        if not any(error.startswith(f"{self._path}.{name}:") for error in self._errors):  # told as missing before
+            self.refuse(name, value, f"must be a whole number from 1 to {most}")
+        return 1
+
+    def log_scale(self, name: str, default: float | None) -> float | None:
+        """The logarithm of a multiplier of similarities."""
+        value = self.take(name, float, default)
+        if value is not None and abs(value) > MOST_LOG_SCALE:
+            self.refuse(name, value, f"must lie between -{MOST_LOG_SCALE} and {MOST_LOG_SCALE}: it is a logarithm")
+            return default
+        return value
 
     def choose(self, name: str, choices: Mapping[Any, Any], default: Any = _REQUIRED) -> Any:
         """What a field's value stands for."""

@@ -17,7 +17,7 @@ from clipjax.config import (
     TextTransformerConfig,
     ViTConfig,
 )
-from clipjax.convert.known import Known
+from clipjax.convert.known import MOST, MOST_LAYERS, Known
 
 SIGLIP_TRUNKS = {
     "vit_base_patch16_siglip": (16, 768, 12, 12, None, Activation.GELU),
@@ -41,10 +41,10 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
         ValueError: everything in it that clipjax has no model for.
     """
     known = Known(peer.get("model_cfg", peer), "model_cfg")
-    embed_dim, quick = known.take("embed_dim", int), known.take("quick_gelu", bool, False)
+    embed_dim, quick = known.size("embed_dim"), known.take("quick_gelu", bool, False)
     bias = known.take("init_logit_bias", float, None)
     known.take("custom_text", bool, False)
-    scale = known.take("init_logit_scale", float, None)
+    scale = known.log_scale("init_logit_scale", None)
     activation = Activation.QUICK_GELU if quick else Activation.GELU
     image = _read_image(known.group("vision_cfg"), activation)
     text = _read_text(known.group("text_cfg"), activation)
@@ -54,24 +54,27 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
     if bias is not None:
         config.init_logit_scale = 10.0
     if scale is not None:
-        config.init_logit_scale = math.exp(scale)
+        config.init_logit_scale = min(math.exp(scale), config.max_logit_scale)  # the weights have their own
     return config
 
 
 def _read_image(cfg: Known, activation: Activation) -> ViTConfig | ResNetConfig:
-    size = cfg.take("image_size", int, 224)
+    size = cfg.size("image_size", 224)
     if cfg.has("timm_model_name"):
         return _read_trunk(cfg, size)
-    layers, width = cfg.take("layers", (int, list), 12), cfg.take("width", int, 768)
-    head_width = cfg.take("head_width", int, 64)
-    if isinstance(layers, list):
+    layers, width = cfg.sizes("layers", 12, most=MOST_LAYERS), cfg.size("width", 768)
+    head_width = cfg.size("head_width", 64)
+    if (32 * width if isinstance(layers, tuple) else width) % head_width:
+        cfg.refuse("head_width", head_width, f"must divide the width, {width} (of a ResNet, 32 times that)")
+        head_width = 1
+    if isinstance(layers, tuple):
         cfg.take("patch_size", (int, type(None)), None)
-        return ResNetConfig(image_size=size, layers=tuple(layers), width=width, num_heads=width * 32 // head_width)
+        return ResNetConfig(image_size=size, layers=layers, width=width, num_heads=width * 32 // head_width)
     if _is_tanh(cfg):
         activation = Activation.GELU_TANH
     pool = cfg.choose("pool_type", {"tok": ImagePool.CLASS, "avg": ImagePool.AVERAGE}, "tok")
     cfg.skip("output_tokens")
-    queries, query_heads = cfg.take("attn_pooler_queries", int, 256), cfg.take("attn_pooler_heads", int, 8)
+    queries, query_heads = cfg.size("attn_pooler_queries", 256), cfg.size("attn_pooler_heads", 8)
     if cfg.take("attentional_pool", bool, False):
         pool = ImagePool.QUERIES
     else:
@@ -79,11 +82,11 @@ def _read_image(cfg: Known, activation: Activation) -> ViTConfig | ResNetConfig:
     positions = cfg.choose("pos_embed_type", {"learnable": Positions.LEARNED}, "learnable")
     return ViTConfig(
         image_size=size,
-        patch_size=cfg.take("patch_size", int, 16),
+        patch_size=cfg.size("patch_size", 16),
         width=width,
         depth=layers,
         num_heads=width // head_width,
-        mlp_dim=_mlp_dim(width, cfg.take("mlp_ratio", float, 4.0)),
+        mlp_dim=_mlp_dim(width, cfg),
         activation=activation,
         layer_norm_epsilon=_epsilon(cfg),
         pool=pool,
@@ -124,7 +127,7 @@ def _read_trunk(cfg: Known, size: int) -> ViTConfig:
 
 
 def _read_text(cfg: Known, activation: Activation) -> TextTransformerConfig:
-    width = cfg.take("width", int, 512)
+    width = cfg.size("width", 512)
     for name in ("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "pad_id", "eos_id"):
         cfg.take(name, (str, dict, int, type(None)), None)
     cfg.skip("output_tokens")
@@ -133,12 +136,12 @@ def _read_text(cfg: Known, activation: Activation) -> TextTransformerConfig:
     pool = cfg.choose("pool_type", {"argmax": TextPool.END, "last": TextPool.LAST}, "argmax")
     affine = cfg.take("proj_bias", bool, False) and linear is Projection.LINEAR
     return TextTransformerConfig(
-        context_length=cfg.take("context_length", int, 77),
-        vocab_size=cfg.take("vocab_size", int, 49408),
+        context_length=cfg.size("context_length", 77),
+        vocab_size=cfg.size("vocab_size", 49408),
         width=width,
-        depth=cfg.take("layers", int, 12),
-        num_heads=cfg.take("heads", int, 8),
-        mlp_dim=_mlp_dim(width, cfg.take("mlp_ratio", float, 4.0)),
+        depth=cfg.size("layers", 12, most=MOST_LAYERS),
+        num_heads=cfg.size("heads", 8),
+        mlp_dim=_mlp_dim(width, cfg),
         activation=Activation.GELU_TANH if _is_tanh(cfg) else activation,
         layer_norm_epsilon=_epsilon(cfg),
         causal=not cfg.take("no_causal_mask", bool, False),
@@ -152,12 +155,17 @@ def _read_decoder(known: Known, text: TextTransformerConfig, activation: Activat
     cfg = known.group("multimodal_cfg")
     cfg.skip("context_length", "mlp_ratio", "dim_head", "n_queries", "attn_pooler_heads")
     for name, wanted in (("width", text.width), ("vocab_size", text.vocab_size)):
-        if cfg.has(name) and (found := cfg.take(name, int)) != wanted:
+        if cfg.has(name) and (found := cfg.size(name)) != wanted:
             cfg.refuse(name, found, f"must be that of text_cfg, {wanted}")
-    return DecoderConfig(depth=cfg.take("layers", int, 12), num_heads=cfg.take("heads", int, 8), activation=activation)
+    return DecoderConfig(
+        depth=cfg.size("layers", 12, most=MOST_LAYERS), num_heads=cfg.size("heads", 8), activation=activation
+    )
 
 
-def _mlp_dim(width: int, ratio: float) -> int | None:
+def _mlp_dim(width: int, cfg: Known) -> int | None:
+    ratio = cfg.take("mlp_ratio", float, 4.0)
+    if not 1 <= width * ratio <= MOST:
+        cfg.refuse("mlp_ratio", ratio, f"must make a width between 1 and {MOST} of {width}")
     return None if ratio == 4 else int(width * ratio)
 
 
@@ -169,7 +177,12 @@ def _is_tanh(cfg: Known) -> bool:
 
 
 def _epsilon(cfg: Known) -> float:
-    return float((cfg.take("norm_kwargs", (dict, type(None)), None) or {}).get("eps", 1e-5))
+    found = cfg.take("norm_kwargs", (dict, type(None)), None) or {}
+    epsilon = found.get("eps", 1e-5)
+    if not isinstance(epsilon, float) or found.keys() - {"eps"}:
+        cfg.refuse("norm_kwargs", found, "must hold nothing but eps, a number")
+        return 1e-5
+    return epsilon
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
