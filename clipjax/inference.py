@@ -75,19 +75,27 @@ class Model:
         Args:
             images: as for `encode_image`.
             method: `greedy`, `top_k` (each token drawn from the likeliest ones) or `beam`.
-            num_beams: texts that are followed at a time; `beam` only.
-            top_k: how many tokens are drawn from; `top_k` only.
+            num_beams: texts that are followed at a time, 1 or more; `beam` only.
+            top_k: how many tokens are drawn from, 1 to the vocabulary's size; `top_k` only.
             seed: of the draws; `top_k` only.
 
         Raises:
-            ValueError: the model has no decoder, or another method.
+            ValueError: the model has no decoder, another method, or a number out of range.
         """
         start_id = self.tokenizer.start_id
         if not isinstance(self.config.model.caption, DecoderConfig) or start_id is None:
             raise ValueError("this model writes no captions: it needs model.caption=DecoderConfig and a start of texts")
         if method not in ("greedy", "top_k", "beam"):
             raise ValueError(f"method={method!r} must be greedy, top_k or beam")
-        pixels = np.stack([self._view(picture) for picture in _pictures(images)])
+        vocab_size = self.config.model.text.vocab_size
+        for name, value in (("num_beams", num_beams), ("top_k", top_k)):
+            if not isinstance(value, int) or not 1 <= value <= vocab_size:
+                raise ValueError(
+                    f"{name}={value!r} must be a whole number from 1 to {vocab_size}, the vocabulary's size"
+                )
+        if not (pictures := _pictures(images)):
+            return []
+        pixels = np.stack([self._view(picture) for picture in pictures])
         frame = Frame(start_id, self.tokenizer.end_id, self.tokenizer.pad_id, self.config.model.text.context_length)
         options = {"greedy": (), "top_k": (top_k,), "beam": (num_beams,)}[method]
         if (method, *options) not in self._writers:

@@ -34,3 +34,8 @@ def test_captions_are_texts_and_programs_are_kept(model: Model):
     assert model.caption(images[1], method="greedy") == one_beam[1:2]
     with pytest.raises(ValueError, match="method='best' must be greedy, top_k or beam"):
         model.caption(images, method="best")
+    with pytest.raises(ValueError, match="num_beams=0 must be a whole number from 1 to"):
+        model.caption(images, num_beams=0)
+    with pytest.raises(ValueError, match="top_k=1000000 must be a whole number from 1 to"):
+        model.caption(images, method="top_k", top_k=1_000_000)
+    assert model.caption([]) == []
