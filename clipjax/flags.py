@@ -47,6 +47,16 @@ def front_door(program: str, prepare: Callable[[], Callable[[], int]]) -> int:
     return work()
 
 
+def attempt(program: str, work: Callable[[], object]) -> bool:
+    """Do work that the user's files and disk can foil: whether it was done; if not, the reason has been told."""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        fail(program, error)
+        return False
+    return True
+
+
 def options_door(
     program: str,
     about: str,

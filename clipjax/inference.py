@@ -7,7 +7,7 @@ logits = model.logit_scale * image_embed @ classifier.T
 """
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,10 @@ from clipjax.evals.zero_shot import zero_shot_classifier
 from clipjax.generation import Frame, beam_search, generate, greedy, make_top_k
 from clipjax.models.clip import abstract_model, build_clip, normalise_pixels
 from clipjax.typing import Params
+
+CAPTIONS_AT_ONCE = 64
+"""Texts that are written at a time, each beam one of them; their logits are what takes memory."""
+NO_EMBEDDINGS = "it has no embeddings; zero-shot evaluation ranks classes by the likelihood of their prompts"
 
 
 class Model:
@@ -77,14 +81,17 @@ class Model:
             method: `greedy`, `top_k` (each token drawn from the likeliest ones) or `beam`.
             num_beams: texts that are followed at a time, 1 or more; `beam` only.
             top_k: how many tokens are drawn from, 1 to the vocabulary's size; `top_k` only.
-            seed: of the draws; `top_k` only.
+            seed: of the draws, 0 or more; `top_k` only.
 
         Raises:
             ValueError: the model has no decoder, another method, or a number out of range.
         """
         start_id = self.tokenizer.start_id
         if not isinstance(self.config.model.caption, DecoderConfig) or start_id is None:
-            raise ValueError("this model writes no captions: it needs model.caption=DecoderConfig and a start of texts")
+            raise ValueError(
+                "this model writes no captions: it needs a decoder (model.caption=DecoderConfig) and a tokenizer with "
+                "a start of texts (`clipjax convert --tokenizer=...` adds one)"
+            )
         if method not in ("greedy", "top_k", "beam"):
             raise ValueError(f"method={method!r} must be greedy, top_k or beam")
         vocab_size = self.config.model.text.vocab_size
@@ -93,6 +100,8 @@ class Model:
                 raise ValueError(
                     f"{name}={value!r} must be a whole number from 1 to {vocab_size}, the vocabulary's size"
                 )
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}")
         if not (pictures := _pictures(images)):
             return []
         pixels = np.stack([self._view(picture) for picture in pictures])
@@ -100,8 +109,13 @@ class Model:
         options = {"greedy": (), "top_k": (top_k,), "beam": (num_beams,)}[method]
         if (method, *options) not in self._writers:
             self._writers[method, *options] = jax.jit(self._make_writer(frame, method, *options))
-        write = self._writers[method, *options]
-        rows = np.asarray(write(self.params, jnp.asarray(pixels), jax.random.key(seed)))
+        write, key = self._writers[method, *options], jax.random.key(seed)
+        at_once = max(1, CAPTIONS_AT_ONCE // (num_beams if method == "beam" else 1))
+        parts = [
+            np.asarray(write(self.params, jnp.asarray(padded), jax.random.fold_in(key, number)))[:count]
+            for number, (padded, count) in enumerate(_batches(pixels, at_once))
+        ]
+        rows = np.concatenate(parts)
         ends = (rows == frame.end_id).argmax(axis=1)
         return [self.tokenizer.decode(row[1:end].tolist()) for row, end in zip(rows, ends, strict=True)]
 
@@ -155,14 +169,24 @@ class Model:
         return self._in_batches(self._encode_text, tokens.astype(np.int32))
 
     def _in_batches(self, encode: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
-        """Encode in batches whose size is a power of two, so that few shapes are compiled."""
+        """Encode batch by batch."""
+        if self.config.loss.contrastive_weight == 0:
+            raise ValueError(f"this model predicts captions only (loss.contrastive_weight=0): {NO_EMBEDDINGS}")
         parts = [np.zeros((0, self.config.model.embed_dim), np.float32)]
-        for start in range(0, len(rows), self._batch_size):
-            part = rows[start : start + self._batch_size]
-            padded = np.zeros((1 << (len(part) - 1).bit_length(), *rows.shape[1:]), rows.dtype)
-            padded[: len(part)] = part
-            parts.append(np.asarray(encode(self.params, jnp.asarray(padded)))[: len(part)])
+        parts += [
+            np.asarray(encode(self.params, jnp.asarray(padded)))[:count]
+            for padded, count in _batches(rows, self._batch_size)
+        ]
         return np.concatenate(parts)
+
+
+def _batches(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows in batches padded to a power of two, so that few shapes are compiled, and how many of each count."""
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        padded = np.zeros((1 << (len(part) - 1).bit_length(), *rows.shape[1:]), rows.dtype)
+        padded[: len(part)] = part
+        yield padded, len(part)
 
 
 def _pictures(images: Any) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from clipjax import flags, presets, sharding
 from clipjax.checkpoint import Checkpoints, SavedCheckpoint, make_records
-from clipjax.config import CheckpointConfig, Config, DataConfig, Dtype, LossKind, MeshConfig, ModelConfig
+from clipjax.config import CheckpointConfig, Config, DataConfig, Dtype, LossConfig, LossKind, MeshConfig, ModelConfig
 from clipjax.convert import (
     big_vision,
     files,
@@ -25,16 +25,19 @@ from clipjax.convert import (
     stablehlo,
     tokenizers,
 )
+from clipjax.convert.known import MOST_LOG_SCALE
 from clipjax.convert.rules import Table, to_ours, to_theirs
 from clipjax.data.tokenizer import NoTokenizer, Tokenizer, build_tokenizer
-from clipjax.inference import load_params
-from clipjax.model_validation import model_errors
+from clipjax.inference import NO_EMBEDDINGS, load_params
+from clipjax.model_validation import caption_errors, model_errors
 from clipjax.models.clip import abstract_model
 from clipjax.trees import from_flat, to_flat
 
 SOURCES = ("openai", "open_clip", "huggingface", "big_vision")
+_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 WEIGHT_FILES = {
-    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    "openai": _OPEN_CLIP_FILES,
+    "open_clip": _OPEN_CLIP_FILES,
     "huggingface": ("model*.safetensors", "pytorch_model*.bin"),
 }
 """Names by which hubs tell the weights of one library from those of another."""
@@ -87,7 +90,8 @@ def _prepare_convert(options: Mapping[str, str | None]) -> Callable[[], int]:
     peer = read_peer(source, path, model=options["model"], tokenizer=options["tokenizer"])
 
     def work() -> int:
-        save(peer, output)
+        if not flags.attempt(CONVERT, lambda: save(peer, output)):
+            return flags.USAGE_ERROR
         print(f"{source} {path} -> {output}: {peer.num_params / 1e6:.1f} million parameters, {peer.told}")
         return 0
 
@@ -130,23 +134,28 @@ def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, toke
     weights = files.read_weights(path, WEIGHT_FILES.get(source, ()))
     model_config, data = _read_config(source, path, model)
     model_config.compute_dtype = Dtype.FLOAT32
-    if errors := model_errors(Config(model=model_config)):
+    weight = 0.0 if model_config.caption is None else CAPTION_WEIGHT
+    whole = Config(model=model_config, loss=LossConfig(caption_weight=weight))
+    if errors := model_errors(whole) + caption_errors(whole):
         raise ValueError("\n".join(errors))
     shapes = {name: tuple(leaf.shape) for name, leaf in to_flat(abstract_model(model_config)).items()}
     params = to_ours(_table(source, model_config, weights), weights, shapes)
+    if abs(params["log_logit_scale"]) > MOST_LOG_SCALE:
+        raise ValueError(
+            f"the logarithm of the logit scale is {float(params['log_logit_scale'])}: it must lie between "
+            f"-{MOST_LOG_SCALE} and {MOST_LOG_SCALE}, the file is damaged"
+        )
     found = build_tokenizer(tokenizer) if tokenizer else tokenizers.find(path if path.is_dir() else None)
     if found.vocab_size > model_config.text.vocab_size:
         raise ValueError(
             f"the tokenizer has {found.vocab_size} ids, but the model knows {model_config.text.vocab_size}: it belongs "
             "to another model"
         )
-    config = Config(model=model_config, data=data)
+    config = Config(model=model_config, data=data, loss=whole.loss)
     config.data.tokenizer = tokenizer or found.name
     config.data.train = f"converted from {source}"
     if model_config.init_logit_bias is not None:
         config.loss.kind = LossKind.SIGMOID
-    if model_config.caption is not None:
-        config.loss.caption_weight = CAPTION_WEIGHT
     return Peer(config, params, found)
 
 
@@ -216,11 +225,17 @@ def _prepare_export(options: Mapping[str, str | None]) -> Callable[[], int]:
             huggingface.check_known(saved.config.model)
         case "open_clip":
             open_clip_config.check_known(saved.config.model)
+    if saved.config.loss.contrastive_weight == 0:
+        raise ValueError(
+            f"{saved.path}: this model predicts captions only (loss.contrastive_weight=0): {NO_EMBEDDINGS}"
+        )
     tokenizers.write(saved.tokenizer(), saved.config.model.text.context_length)
 
     def work() -> int:
-        export(saved, target, output)
-        print(f"{saved.path} ({saved.params_group}) -> {target} {output}")
+        if not flags.attempt(EXPORT, lambda: export(saved, target, output)):
+            return flags.USAGE_ERROR
+        told = ", both towers; not the decoder" if target == "stablehlo" and saved.config.model.caption else ""
+        print(f"{saved.path} ({saved.params_group}) -> {target} {output}{told}")
         return 0
 
     return work

@@ -89,12 +89,11 @@ def _read_one(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         return load_file(file)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of its own, of the system, and for dtypes that NumPy lacks
         raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
 
 
@@ -116,6 +115,8 @@ def check_new(path: pathlib.Path) -> None:
     Raises:
         ValueError: there is something of that name already.
     """
+    if path.is_symlink():
+        raise ValueError(f"--output={path} is a link; name the directory itself")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"--output={path} is not empty; choose another, or remove it")
 
@@ -128,6 +129,7 @@ def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
         ValueError: there is something of that name already, or it cannot be made.
     """
     check_new(path)
+    path = path.absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

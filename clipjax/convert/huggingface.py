@@ -25,6 +25,9 @@ ACTIVATIONS = {
     "gelu": Activation.GELU,
     "gelu_pytorch_tanh": Activation.GELU_TANH,
 }
+LARGEST_ID = 2
+"""As `eos_token_id`: their text tower reads where the largest id of a text stands, as ours and OpenAI's do. With any
+other number it reads at the first token of that id, which is another place if the vocabulary has room beyond."""
 MODEL_TYPES = ("clip", "siglip")
 _SILENT = (
     "transformers_version",
@@ -45,10 +48,8 @@ _SILENT = (
     "initializer_factor",
     "pad_token_id",
     "bos_token_id",
-    "eos_token_id",
     "_name_or_path",
     "model_type",
-    "num_channels",
     "_attn_implementation_autoset",
     "use_bfloat16",
     "text_config_dict",
@@ -107,7 +108,7 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
     known = Known(peer, "config")
     model_type = known.choose("model_type", {name: name for name in MODEL_TYPES})
     vision, text = known.group("vision_config"), known.group("text_config")
-    known.skip(*_SILENT)
+    known.skip(*_SILENT, "eos_token_id")
     if model_type == "clip":
         embed_dim = known.size("projection_dim", 512)
         scale, bias = known.log_scale("logit_scale_init_value", math.log(1 / 0.07)), None
@@ -127,7 +128,8 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
 
 
 def _read_image(cfg: Known, *, siglip: bool) -> ViTConfig:
-    cfg.skip(*_SILENT, "projection_dim")
+    cfg.skip(*_SILENT, "eos_token_id", "projection_dim")
+    cfg.choose("num_channels", {3: 3}, 3)
     width = cfg.size("hidden_size", 768)
     size, patch_size = cfg.size("image_size", 224), cfg.size("patch_size", 16 if siglip else 32)
     common: dict[str, Any] = _read_blocks(cfg, width, siglip=siglip)
@@ -152,6 +154,9 @@ def _read_text(cfg: Known, *, siglip: bool) -> TextTransformerConfig:
     width = cfg.size("hidden_size", 768 if siglip else 512)
     length = cfg.size("max_position_embeddings", 64 if siglip else 77)
     vocab_size = cfg.size("vocab_size", 32000 if siglip else 49408)
+    end = cfg.take("eos_token_id", (int, type(None)), None)
+    if not siglip and end not in (None, LARGEST_ID, vocab_size - 1):
+        cfg.refuse("eos_token_id", end, f"must be {LARGEST_ID} (where the largest id stands) or {vocab_size - 1}")
     common: dict[str, Any] = _read_blocks(cfg, width, siglip=siglip, heads=12 if siglip else 8)
     if siglip:
         common |= {"causal": False, "pool": TextPool.LAST, "projection": Projection.AFFINE}
@@ -257,8 +262,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
             },
             "vision_config": {"model_type": "siglip_vision_model", **vision, **_write_blocks(image)},
         }
-    # Their text tower pools at the first end-of-text token; ours is the largest id.
-    words |= {"eos_token_id": text.vocab_size - 1, "bos_token_id": text.vocab_size - 2, "pad_token_id": 0}
+    words |= {"eos_token_id": LARGEST_ID, "bos_token_id": text.vocab_size - 2, "pad_token_id": 0}
     shared = {"projection_dim": config.embed_dim}
     return {
         "architectures": ["CLIPModel"],

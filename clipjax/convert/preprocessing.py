@@ -7,6 +7,7 @@ from clipjax.config import CLIP_MEAN, CLIP_STD, DataConfig, Interpolation, Resiz
 from clipjax.convert.known import Known
 
 HALF = (0.5, 0.5, 0.5)
+MOST_MEAN = 1_000
 _RESAMPLE = {2: Interpolation.BILINEAR, 3: Interpolation.BICUBIC}
 """Pillow's numbers."""
 
@@ -54,7 +55,7 @@ def read_huggingface(peer: Mapping[str, Any], image_size: int, *, siglip: bool) 
     """
     data = default(siglip=siglip)
     known = Known(peer, "preprocessor_config")
-    known.skip("image_processor_type", "processor_class", "feature_extractor_type", "do_convert_rgb", "crop_size")
+    known.skip("image_processor_type", "processor_class", "feature_extractor_type", "do_convert_rgb")
     known.skip("default_to_square", "disable_grouping", "input_data_format", "data_format", "device", "return_tensors")
     known.skip("do_pad", "pad_size", "image_seq_length", "size_divisor", "use_fast", "_valid_processor_keys")
     data.mean = _triple(known, "image_mean", data.mean)
@@ -63,14 +64,15 @@ def read_huggingface(peer: Mapping[str, Any], image_size: int, *, siglip: bool) 
     known.choose("do_resize", {True: True}, True)
     known.choose("do_rescale", {True: True}, True)
     known.choose("do_normalize", {True: True}, True)
-    if abs(known.take("rescale_factor", float, 1 / 255) - 1 / 255) > 1e-6:
-        known.refuse("rescale_factor", "another", "must be 1/255")
+    factor = known.take("rescale_factor", float, 1 / 255)
+    if abs(factor - 1 / 255) > 1e-6:
+        known.refuse("rescale_factor", factor, "must be 1/255")
     crop = known.choose("do_center_crop", {True: True, False: False, None: False}, not siglip)
-    data.resize = Resize.SHORTER_SIDE if crop else Resize.SQUASH
-    size = known.take("size", (dict, int), {"shortest_edge": image_size})
-    sides = set(size.values()) if isinstance(size, dict) else {size}
-    if sides != {image_size}:
-        known.refuse("size", size, f"must be the model's {image_size}")
+    _read_size(known, "crop_size", image_size, {"height", "width"})
+    short = _read_size(known, "size", image_size, {"shortest_edge"} if crop else {"height", "width"})
+    if short and not crop:
+        known.refuse("do_center_crop", crop, "would leave pictures as long as they are; it must be true")
+    data.resize = Resize.SHORTER_SIDE if short else Resize.SQUASH
     known.finish()
     return data
 
@@ -94,9 +96,24 @@ def write_huggingface(data: DataConfig, image_size: int, *, siglip: bool) -> dic
     }
 
 
+def _read_size(known: Known, name: str, image_size: int, number: set[str]) -> bool:
+    """Check a size; whether it is that of the shorter side. A bare number stands for the sides of `number`."""
+    size = known.take(name, (dict, int, type(None)), None)
+    if size is None:
+        return number == {"shortest_edge"}
+    sides = size if isinstance(size, dict) else dict.fromkeys(number, size)
+    shapes = ({"shortest_edge"}, {"height", "width"})
+    if set(sides) not in shapes or any(side != image_size for side in sides.values()):
+        known.refuse(name, size, f"must be the model's {image_size}, as shortest_edge or as height and width")
+    return set(sides) == {"shortest_edge"}
+
+
 def _triple(known: Known, name: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
     value = known.take(name, list, list(default))
-    if len(value) != 3 or not all(isinstance(item, int | float) for item in value):
-        known.refuse(name, value, "must be three numbers")
+    if len(value) != 3 or not all(isinstance(item, int | float) and abs(item) <= MOST_MEAN for item in value):
+        known.refuse(name, value, f"must be three numbers, none beyond {MOST_MEAN}")
+        return default
+    if "std" in name and min(value) <= 0:
+        known.refuse(name, value, "must be greater than 0")
         return default
     return float(value[0]), float(value[1]), float(value[2])

@@ -34,7 +34,7 @@ def read(file: pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{file}: holds more than tensors: {', '.join(other[:5])}")
     # Training on several devices puts all names under `module.`.
     prefix = "module." if found and all(str(name).startswith("module.") for name in found) else ""
-    return {str(name).removeprefix(prefix): _array(torch, value) for name, value in found.items()}
+    return {str(name).removeprefix(prefix): _array(torch, f"{file}: {name}", value) for name, value in found.items()}
 
 
 def _torch(file: pathlib.Path) -> Any:
@@ -52,6 +52,10 @@ def _torch(file: pathlib.Path) -> Any:
     return torch
 
 
-def _array(torch: Any, tensor: Any) -> np.ndarray:
+def _array(torch: Any, name: str, tensor: Any) -> np.ndarray:
     """A tensor as NumPy has it; bfloat16, which NumPy lacks, becomes float32, which holds it exactly."""
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
+    tensor = tensor.detach()
+    try:
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{name}: is no plain array of floats ({tensor.dtype}, {tensor.layout})") from error

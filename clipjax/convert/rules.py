@@ -5,6 +5,7 @@ Where a name holds `{layer}`, all layers are stacked along a leading axis `l`; w
 stacked along an axis of its own. A pattern only rearranges, so every rule can be read backwards and no bit changes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,9 +196,14 @@ def _gather(weights: Mapping[str, np.ndarray], item: Rule) -> _Found:
                 errors.append(f"{name}: holds NaN or infinity")
             row.append(array)
         rows.append(row)
-    shapes = {array.shape for row in rows for array in row}
-    if not errors and len(shapes) > 1:
-        errors.append(f"{item.theirs[0]}: shapes differ: {', '.join(map(str, sorted(shapes)))}")
+    if not errors:
+        named = [
+            (name, array.shape)
+            for layer, row in zip(item.their_names(), rows, strict=True)
+            for name, array in zip(layer, row, strict=True)
+        ]
+        usual = Counter(shape for _, shape in named).most_common(1)[0][0]
+        errors += [f"{name}: shape {shape}, where others have {usual}" for name, shape in named if shape != usual]
     if errors:
         return _Found(None, errors)
     layers = [row[0] if len(row) == 1 else np.stack(row) for row in rows]

@@ -25,6 +25,8 @@ OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
 PIECES_FILE = "spiece.model"
 FAST_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_WORDS = ("<unk>", "<pad>", "[PAD]", "[UNK]", "<s>")
+"""Names of id 0 that no caption spells out."""
 
 
 def find(folder: pathlib.Path | None) -> Tokenizer:
@@ -79,7 +81,7 @@ def write(tokenizer: Tokenizer, context_length: int) -> dict[str, bytes]:
     """
     match tokenizer:
         case ClipBpe():
-            special = {"bos_token": START_TEXT, "eos_token": END_TEXT, "unk_token": END_TEXT, "pad_token": "!"}
+            special = {"bos_token": START_TEXT, "eos_token": END_TEXT, "unk_token": END_TEXT, "pad_token": END_TEXT}
             return {
                 MERGES_FILE: tokenizer.files()[MERGES_FILE],
                 "vocab.json": json.dumps(tokenizer.vocabulary, ensure_ascii=False).encode(),
@@ -122,6 +124,9 @@ def _fast_files(fast: tokenizers.Tokenizer, tokenizer: Tokenizer, context_length
     fast.post_processor = TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(start, tokenizer.start_id), (end, tokenizer.end_id)]
     )
-    special = {"bos_token": start, "eos_token": end, "pad_token": fast.id_to_token(tokenizer.pad_id)}
+    first = fast.id_to_token(tokenizer.pad_id)
+    # An ordinary word as padding would be cut out of texts before they are encoded; a causal tower never looks there.
+    padding = first if first in SPECIAL_WORDS else end
+    special = {"bos_token": start, "eos_token": end, "pad_token": padding}
     config = _config("PreTrainedTokenizerFast", context_length, **special)
     return {FAST_FILE: fast.to_str().encode(), CONFIG_FILE: config}

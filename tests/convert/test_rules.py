@@ -73,7 +73,7 @@ def test_all_that_is_wrong_is_told_at_once():
         to_ours(TABLE, given, SHAPES)
     lines = str(raised.value).splitlines()
     assert lines == [
-        "a.{layer}.weight: shapes differ: (6, 4), (6, 5)",
+        "a.1.weight: shape (6, 4), where others have (6, 5)",
         "q: missing",
         "fused: holds NaN or infinity",
         "scale: dtype int32 must be one of float32, float16, bfloat16",
