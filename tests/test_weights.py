@@ -13,8 +13,9 @@ import pytest
 from safetensors import numpy as safetensors
 
 import clipjax
+from clipjax.config import Resize
 from clipjax.convert import stablehlo
-from clipjax.weights import main_convert, main_export
+from clipjax.weights import main_convert, main_export, read_peer, save
 
 FOLDERS = {
     "openclip-vit-gelu": "open_clip",
@@ -167,6 +168,9 @@ def test_another_familys_weights_are_told(shared, tmp_path, capsys):
         ("hf-clip-quickgelu", "text_config.num_hidden_layers", 0, "num_hidden_layers=0 must be a whole number from 1"),
         ("hf-clip-quickgelu", "logit_scale_init_value", 1e9, "must lie between -20 and 20"),
         ("hf-clip-quickgelu", "vision_config", [1], "config.vision_config: must be a JSON object"),
+        ("hf-clip-quickgelu", "text_config.eos_token_id", 100, "eos_token_id=100 must be 2"),
+        ("hf-clip-quickgelu", "vision_config.num_channels", 4, "num_channels=4 must be 3"),
+        ("hf-clip-quickgelu", "vision_config.layer_norm_eps", -1.0, "model.image.layer_norm_epsilon=-1.0 must lie"),
     ],
 )
 def test_numbers_that_no_model_has_are_told(shared, tmp_path, capsys, folder: str, path: str, value, message: str):
@@ -182,6 +186,69 @@ def test_numbers_that_no_model_has_are_told(shared, tmp_path, capsys, folder: st
     assert convert(FOLDERS[folder], root, tmp_path / "out") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": {"shortest_edge": 32}, "do_center_crop": False}, "do_center_crop=False would leave pictures as long"),
+        ({"size": {"longest_edge": 32}}, "size={'longest_edge': 32} must be the model's 32"),
+        ({"crop_size": 7}, "crop_size=7 must be the model's 32"),
+        ({"rescale_factor": 1.0}, "rescale_factor=1.0 must be 1/255"),
+        ({"rescale_factor": float("nan")}, "rescale_factor=nan must be finite"),
+        ({"image_std": [0, 0, 0]}, "image_std=[0, 0, 0] must be greater than 0"),
+        ({"image_mean": [10**400, 0, 0]}, "must be three numbers, none beyond 1000"),
+    ],
+)
+def test_preprocessing_that_means_something_else_is_refused(shared, tmp_path, capsys, fields, message: str):
+    root = damaged(shared, tmp_path, "hf-clip-quickgelu")
+    (root / "preprocessor_config.json").write_text(json.dumps(fields))
+    assert convert("huggingface", root, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_square_size_is_squashed_to(shared: pathlib.Path, tmp_path: pathlib.Path):
+    root = damaged(shared, tmp_path, "hf-clip-quickgelu")
+    picture = {"size": {"height": 32, "width": 32}, "do_center_crop": True, "crop_size": 32}
+    (root / "preprocessor_config.json").write_text(json.dumps(picture))
+    assert convert("huggingface", root, tmp_path / "out") == 0
+    assert clipjax.load(tmp_path / "out").config.data.resize is Resize.SQUASH
+
+
+def test_a_vocabulary_may_be_larger_than_the_tokenizer(shared: pathlib.Path, tmp_path: pathlib.Path):
+    root = shared / "reference" / "hf-clip-quickgelu"
+    assert convert("huggingface", root, tmp_path / "ours", "--tokenizer=bytes") == 0
+    assert export("huggingface", tmp_path / "ours", tmp_path / "hf") == 0
+    # Their text tower reads at the largest id exactly if the end's id is said to be 2.
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["text_config"]["eos_token_id"] == 2
+    assert convert("huggingface", tmp_path / "hf", tmp_path / "again") == 0
+    again, ours = (clipjax.load(tmp_path / name) for name in ("again", "ours"))
+    np.testing.assert_array_equal(again.encode_text(["a dog", "é!"]), ours.encode_text(["a dog", "é!"]))
+
+
+def test_a_model_without_embeddings_gives_none(shared: pathlib.Path, tmp_path: pathlib.Path, capsys):
+    peer = read_peer("huggingface", shared / "reference" / "hf-clip-quickgelu")
+    peer.config.loss.contrastive_weight = 0.0
+    save(peer, tmp_path / "ours")
+    assert export("stablehlo", tmp_path / "ours", tmp_path / "out") == 2
+    assert "predicts captions only" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has no embeddings"):
+        clipjax.load(tmp_path / "ours").embed_tokens(np.ones((1, 16), np.int32))
+
+
+def test_what_fails_late_is_told_too(shared: pathlib.Path, tmp_path: pathlib.Path, capsys):
+    root = shared / "reference" / "hf-clip-quickgelu"
+    (tmp_path / "file").write_text("mine")
+    assert convert("huggingface", root, tmp_path / "file" / "x") == 2
+    assert "choose another" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert convert("huggingface", root, tmp_path / "link") == 2
+    assert "is a link; name the directory itself" in capsys.readouterr().err
+    assert convert("huggingface", root, tmp_path / "ours") == 0
+    shutil.rmtree(tmp_path / "ours" / "checkpoints" / "0" / "params")
+    capsys.readouterr()
+    assert export("huggingface", tmp_path / "ours", tmp_path / "hf") == 2
+    assert "cannot be restored" in capsys.readouterr().err and not (tmp_path / "hf").exists()
 
 
 def test_arguments_are_checked(shared, tmp_path, capsys):

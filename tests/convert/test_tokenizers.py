@@ -87,6 +87,21 @@ def test_ids_stay_the_same(kind: str, tmp_path: pathlib.Path):
     assert peer.decode(ours.encode(words)) == ours.decode(ours.encode(words)) == words
 
 
+def test_an_ordinary_first_word_is_not_cut_out_of_texts(tmp_path: pathlib.Path):
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    words = ["!", "a", "b", "!!"]
+    plain = tokenizers.Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("!", "!")]))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.save(str(tmp_path / "plain.json"))
+    ours = build_tokenizer(f"huggingface:{tmp_path / 'plain.json'}")
+    files = write(ours, LENGTH)
+    assert json.loads(files["tokenizer_config.json"])["pad_token"] == "<|endoftext|>"
+    peer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    assert peer.encode("a!! b!").ids == [ours.start_id, 1, 3, 2, 0, ours.end_id]
+
+
 def test_a_model_of_words_is_refused():
     import sentencepiece
 
@@ -103,6 +118,8 @@ def test_clips_own_vocabulary_is_found_again(shared: pathlib.Path, tmp_path: pat
     for name, content in write(ours, 77).items():
         (tmp_path / name).write_bytes(content)
     assert open_clip_fields(ours) == open_clip_fields(NoTokenizer()) == {}
+    # As padding `!` would be cut out of every text; nothing reads behind the end of one.
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == "<|endoftext|>"
     np.testing.assert_array_equal(tokenize(find(tmp_path), texts(300), 77), tokenize(ours, texts(300), 77))
 
 
