@@ -11,7 +11,7 @@ import jax
 
 from clipjax import distributed, flags, sharding
 from clipjax.checkpoint import SavedCheckpoint
-from clipjax.config import MeshConfig
+from clipjax.config import MeshConfig, TaskKind
 from clipjax.evals.encoder import make_encoder_factory
 from clipjax.evals.runner import Task, build_tasks, run_tasks, write_results
 from clipjax.inference import load_params
@@ -101,9 +101,11 @@ def _select_tasks(saved: SavedCheckpoint, chosen: str | None) -> None:
     if unknown or not wanted:
         raise ValueError(
             f"--tasks={chosen or ''}: {', '.join(unknown) or 'nothing'} is not among the tasks of the checkpoint's "
-            f"config ({', '.join(tasks) or 'none'})"
+            f"config ({', '.join(tasks) or 'none; --tasks_from=CONFIG takes them from there'})"
         )
     saved.config.eval.tasks = {name: tasks[name] for name in wanted}
+    if any(tasks[name].kind is not TaskKind.IMAGE_RETRIEVAL for name in wanted):
+        saved.tokenizer().encode("a")  # a checkpoint that was converted without a tokenizer says so
 
 
 def evaluate(saved: SavedCheckpoint, tasks: dict[str, Task], output: pathlib.Path | None) -> int:

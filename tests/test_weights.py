@@ -15,6 +15,7 @@ from safetensors import numpy as safetensors
 import clipjax
 from clipjax.config import Resize
 from clipjax.convert import stablehlo
+from clipjax.eval import main as main_eval
 from clipjax.weights import main_convert, main_export, read_peer, save
 
 FOLDERS = {
@@ -249,6 +250,20 @@ def test_what_fails_late_is_told_too(shared: pathlib.Path, tmp_path: pathlib.Pat
     capsys.readouterr()
     assert export("huggingface", tmp_path / "ours", tmp_path / "hf") == 2
     assert "cannot be restored" in capsys.readouterr().err and not (tmp_path / "hf").exists()
+
+
+def test_evaluation_without_a_tokenizer_is_refused_at_once(shared: pathlib.Path, tmp_path: pathlib.Path, capsys):
+    assert convert("huggingface", shared / "reference" / "hf-clip-quickgelu", tmp_path / "ours") == 0
+    assert main_eval([f"--checkpoint={tmp_path / 'ours'}"]) == 2
+    assert "--tasks_from=CONFIG takes them from there" in capsys.readouterr().err
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from clipjax.config import *\n\ndef get_config():\n"
+        "    tasks = {'t': TaskConfig(source='tfds:scenes/val', classes='scenes', templates='plain')}\n"
+        "    return Config(eval=EvalConfig(tasks=tasks))\n"
+    )
+    assert main_eval([f"--checkpoint={tmp_path / 'ours'}", f"--tasks_from={config}"]) == 2
+    assert "convert it again with --tokenizer=KIND:PATH" in capsys.readouterr().err
 
 
 def test_arguments_are_checked(shared, tmp_path, capsys):
