@@ -183,6 +183,11 @@ def _read_config(source: str, path: pathlib.Path, model: str | None) -> tuple[Mo
     inside = peer.get("config", peer) if isinstance(peer, dict) else peer
     if not isinstance(inside, dict):
         raise ValueError(f"{found}: must be a JSON object")
+    theirs = (
+        "huggingface" if "model_type" in inside else "open_clip" if inside.keys() & {"model_cfg", "vision_cfg"} else ""
+    )
+    if theirs and (theirs == "huggingface") != (source == "huggingface"):
+        raise ValueError(f"{found} is a config of {theirs}: give --from={theirs}, or take the directory of {source}")
     if source == "huggingface":
         config = huggingface.read_config(inside)
         siglip, picture = huggingface.is_siglip(config), path / "preprocessor_config.json"

@@ -134,7 +134,9 @@ def test_an_archive_that_unfolds_without_end_is_not_opened(tmp_path, capsys):
 
 def test_another_familys_weights_are_told(shared, tmp_path, capsys):
     assert convert("huggingface", shared / "reference" / "openclip-vit-gelu", tmp_path / "out") == 2
-    assert "config.model_type" in capsys.readouterr().err
+    assert "is a config of open_clip: give --from=open_clip" in capsys.readouterr().err
+    assert convert("open_clip", shared / "reference" / "hf-siglip", tmp_path / "out") == 2
+    assert "is a config of huggingface: give --from=huggingface" in capsys.readouterr().err
     root = damaged(shared, tmp_path, "hf-clip-quickgelu")
     peer = json.loads((root / "config.json").read_text())["config"]
     peer["vision_config"]["hidden_act"], peer["vision_config"]["novelty"] = "relu", 3
