@@ -12,6 +12,7 @@ import jax
 from clipjax import distributed, flags, sharding
 from clipjax.checkpoint import SavedCheckpoint
 from clipjax.config import MeshConfig, TaskKind
+from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import make_encoder_factory
 from clipjax.evals.runner import Task, build_tasks, run_tasks, write_results
 from clipjax.inference import load_params
@@ -74,6 +75,9 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         flags.require_writable(pathlib.Path(output).parent)
     validate(saved.config, batch_fields=("eval.batch_size",))
     _select_tasks(saved, arguments.options["tasks"])
+    tokenizer = saved.tokenizer()
+    if any(task.kind is not TaskKind.IMAGE_RETRIEVAL for task in saved.config.eval.tasks.values()):
+        tokenizer.encode("a")  # of a checkpoint that was converted without one, this says so
     tasks = build_tasks(saved.config)
     validate_devices(
         saved.config,
@@ -82,7 +86,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         num_slices=sharding.hardware_slices(jax.devices()),
         batch_fields=("eval.batch_size",),
     )
-    return lambda: evaluate(saved, tasks, pathlib.Path(output) if output else None)
+    return lambda: evaluate(saved, tokenizer, tasks, pathlib.Path(output) if output else None)
 
 
 def _option(argv: Sequence[str], name: str) -> str | None:
@@ -104,17 +108,15 @@ def _select_tasks(saved: SavedCheckpoint, chosen: str | None) -> None:
             f"config ({', '.join(tasks) or 'none; --tasks_from=CONFIG takes them from there'})"
         )
     saved.config.eval.tasks = {name: tasks[name] for name in wanted}
-    if any(tasks[name].kind is not TaskKind.IMAGE_RETRIEVAL for name in wanted):
-        saved.tokenizer().encode("a")  # a checkpoint that was converted without a tokenizer says so
 
 
-def evaluate(saved: SavedCheckpoint, tasks: dict[str, Task], output: pathlib.Path | None) -> int:
+def evaluate(saved: SavedCheckpoint, tokenizer: Tokenizer, tasks: dict[str, Task], output: pathlib.Path | None) -> int:
     """Run the tasks, print the table, write the JSON; returns the exit code."""
     config = saved.config
     mesh = sharding.make_mesh(config.mesh)
     clip = build_clip(config.model)
     with jax.set_mesh(mesh):
-        make_encoder = make_encoder_factory(config, clip, mesh, saved.tokenizer())
+        make_encoder = make_encoder_factory(config, clip, mesh, tokenizer)
         results = run_tasks(tasks, make_encoder(load_params(saved, mesh)))
     if distributed.is_first():
         print(f"checkpoint {saved.path} ({saved.params_group}), step {saved.step}")

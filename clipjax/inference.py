@@ -28,7 +28,6 @@ from clipjax.typing import Params
 
 CAPTIONS_AT_ONCE = 64
 """Texts that are written at a time, each beam one of them; their logits are what takes memory."""
-NO_EMBEDDINGS = "it has no embeddings; zero-shot evaluation ranks classes by the likelihood of their prompts"
 
 
 class Model:
@@ -170,14 +169,26 @@ class Model:
 
     def _in_batches(self, encode: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
         """Encode batch by batch."""
-        if self.config.loss.contrastive_weight == 0:
-            raise ValueError(f"this model predicts captions only (loss.contrastive_weight=0): {NO_EMBEDDINGS}")
+        check_embeddings(self.config)
         parts = [np.zeros((0, self.config.model.embed_dim), np.float32)]
         parts += [
             np.asarray(encode(self.params, jnp.asarray(padded)))[:count]
             for padded, count in _batches(rows, self._batch_size)
         ]
         return np.concatenate(parts)
+
+
+def check_embeddings(config: Config) -> None:
+    """Refuse a model that was not trained to embed anything.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if config.loss.contrastive_weight == 0:
+        raise ValueError(
+            "this model predicts captions only (loss.contrastive_weight=0): it has no embeddings; zero-shot evaluation "
+            "ranks classes by the likelihood of their prompts"
+        )
 
 
 def _batches(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:

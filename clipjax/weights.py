@@ -28,7 +28,7 @@ from clipjax.convert import (
 from clipjax.convert.known import MOST_LOG_SCALE
 from clipjax.convert.rules import Table, to_ours, to_theirs
 from clipjax.data.tokenizer import NoTokenizer, Tokenizer, build_tokenizer
-from clipjax.inference import NO_EMBEDDINGS, load_params
+from clipjax.inference import check_embeddings, load_params
 from clipjax.model_validation import caption_errors, model_errors
 from clipjax.models.clip import abstract_model
 from clipjax.trees import from_flat, to_flat
@@ -134,9 +134,9 @@ def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, toke
     weights = files.read_weights(path, WEIGHT_FILES.get(source, ()))
     model_config, data = _read_config(source, path, model)
     model_config.compute_dtype = Dtype.FLOAT32
-    weight = 0.0 if model_config.caption is None else CAPTION_WEIGHT
-    whole = Config(model=model_config, loss=LossConfig(caption_weight=weight))
-    if errors := model_errors(whole) + caption_errors(whole):
+    loss = LossConfig(caption_weight=0.0 if model_config.caption is None else CAPTION_WEIGHT)
+    config = Config(model=model_config, data=data, loss=loss)
+    if errors := model_errors(config) + caption_errors(config):
         raise ValueError("\n".join(errors))
     shapes = {name: tuple(leaf.shape) for name, leaf in to_flat(abstract_model(model_config)).items()}
     params = to_ours(_table(source, model_config, weights), weights, shapes)
@@ -151,7 +151,6 @@ def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, toke
             f"the tokenizer has {found.vocab_size} ids, but the model knows {model_config.text.vocab_size}: it belongs "
             "to another model"
         )
-    config = Config(model=model_config, data=data, loss=whole.loss)
     config.data.tokenizer = tokenizer or found.name
     config.data.train = f"converted from {source}"
     if model_config.init_logit_bias is not None:
@@ -183,10 +182,9 @@ def _read_config(source: str, path: pathlib.Path, model: str | None) -> tuple[Mo
     inside = peer.get("config", peer) if isinstance(peer, dict) else peer
     if not isinstance(inside, dict):
         raise ValueError(f"{found}: must be a JSON object")
-    theirs = (
-        "huggingface" if "model_type" in inside else "open_clip" if inside.keys() & {"model_cfg", "vision_cfg"} else ""
-    )
-    if theirs and (theirs == "huggingface") != (source == "huggingface"):
+    fields = {"model_type": "huggingface", "model_cfg": "open_clip", "vision_cfg": "open_clip"}
+    theirs = next((kind for name, kind in fields.items() if name in inside), None)
+    if theirs is not None and (theirs == "huggingface") != (source == "huggingface"):
         raise ValueError(f"{found} is a config of {theirs}: give --from={theirs}, or take the directory of {source}")
     if source == "huggingface":
         config = huggingface.read_config(inside)
@@ -230,11 +228,7 @@ def _prepare_export(options: Mapping[str, str | None]) -> Callable[[], int]:
             huggingface.check_known(saved.config.model)
         case "open_clip":
             open_clip_config.check_known(saved.config.model)
-    if saved.config.loss.contrastive_weight == 0:
-        raise ValueError(
-            f"{saved.path}: this model predicts captions only (loss.contrastive_weight=0): {NO_EMBEDDINGS}"
-        )
-    tokenizers.write(saved.tokenizer(), saved.config.model.text.context_length)
+    check_embeddings(saved.config)
 
     def work() -> int:
         if not flags.attempt(EXPORT, lambda: export(saved, target, output)):
@@ -249,6 +243,7 @@ def _prepare_export(options: Mapping[str, str | None]) -> Callable[[], int]:
 def export(saved: SavedCheckpoint, target: str, output: pathlib.Path) -> None:
     """A directory that the peer's own loader opens."""
     config, tokenizer = saved.config, saved.tokenizer()
+    tokenizer_files = tokenizers.write(tokenizer, config.model.text.context_length)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     params = {name: np.asarray(leaf) for name, leaf in to_flat(load_params(saved, mesh)).items()}
     with files.new_directory(output) as folder:
@@ -260,7 +255,7 @@ def export(saved: SavedCheckpoint, target: str, output: pathlib.Path) -> None:
             case _:
                 stablehlo.write(config, params, folder)
                 files.write_json(folder / "preprocessing.json", saved.records["preprocessing"])
-        for name, content in tokenizers.write(tokenizer, config.model.text.context_length).items():
+        for name, content in tokenizer_files.items():
             (folder / name).write_bytes(content)
 
 

@@ -48,6 +48,7 @@ _SILENT = (
     "initializer_factor",
     "pad_token_id",
     "bos_token_id",
+    "eos_token_id",
     "_name_or_path",
     "model_type",
     "_attn_implementation_autoset",
@@ -108,27 +109,26 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
     known = Known(peer, "config")
     model_type = known.choose("model_type", {name: name for name in MODEL_TYPES})
     vision, text = known.group("vision_config"), known.group("text_config")
-    known.skip(*_SILENT, "eos_token_id")
+    known.skip(*_SILENT)
     if model_type == "clip":
         embed_dim = known.size("projection_dim", 512)
-        scale, bias = known.log_scale("logit_scale_init_value", math.log(1 / 0.07)), None
+        scale, bias = known.logit_scale("logit_scale_init_value", ModelConfig().init_logit_scale), None
     else:
-        embed_dim, scale, bias = 0, math.log(10), -10.0
+        embed_dim, scale, bias = 0, 10.0, -10.0
     image_tower = _read_image(vision, siglip=model_type == "siglip")
     text_tower = _read_text(text, siglip=model_type == "siglip")
     known.finish()
-    assert scale is not None
     return ModelConfig(
         embed_dim=embed_dim or image_tower.width,
         image=image_tower,
         text=text_tower,
-        init_logit_scale=min(math.exp(scale), ModelConfig().max_logit_scale),  # the weights have their own
+        init_logit_scale=scale,
         init_logit_bias=bias,
     )
 
 
 def _read_image(cfg: Known, *, siglip: bool) -> ViTConfig:
-    cfg.skip(*_SILENT, "eos_token_id", "projection_dim")
+    cfg.skip(*_SILENT, "projection_dim")
     cfg.choose("num_channels", {3: 3}, 3)
     width = cfg.size("hidden_size", 768)
     size, patch_size = cfg.size("image_size", 224), cfg.size("patch_size", 16 if siglip else 32)
@@ -150,11 +150,11 @@ def _read_image(cfg: Known, *, siglip: bool) -> ViTConfig:
 
 
 def _read_text(cfg: Known, *, siglip: bool) -> TextTransformerConfig:
+    end = cfg.take("eos_token_id", (int, type(None)), None)
     cfg.skip(*_SILENT, "projection_dim", "projection_size")
     width = cfg.size("hidden_size", 768 if siglip else 512)
     length = cfg.size("max_position_embeddings", 64 if siglip else 77)
     vocab_size = cfg.size("vocab_size", 32000 if siglip else 49408)
-    end = cfg.take("eos_token_id", (int, type(None)), None)
     if not siglip and end not in (None, LARGEST_ID, vocab_size - 1):
         cfg.refuse("eos_token_id", end, f"must be {LARGEST_ID} (where the largest id stands) or {vocab_size - 1}")
     common: dict[str, Any] = _read_blocks(cfg, width, siglip=siglip, heads=12 if siglip else 8)

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from clipjax.config import ModelConfig
+
 _REQUIRED = object()
 MOST = 2**24
 """No width, length or vocabulary is larger; a file that says so is damaged or means harm."""
@@ -50,7 +52,9 @@ class Known:
 
     def size(self, name: str, default: Any = _REQUIRED, most: int = MOST) -> int:
         """A whole number from 1 to `most`."""
-        return self._bounded(name, self.take(name, int, default), most)
+        told = len(self._errors)
+        value = self.take(name, int, default)
+        return 1 if len(self._errors) > told else self._bounded(name, value, most)
 
     def sizes(self, name: str, default: int, most: int = MOST) -> int | tuple[int, ...]:
         """One such number, or a list of them."""
@@ -62,17 +66,18 @@ class Known:
     def _bounded(self, name: str, value: Any, most: int) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most:
             return value
-        if not any(error.startswith(f"{self._path}.{name}:") for error in self._errors):  # told as missing before
-            self.refuse(name, value, f"must be a whole number from 1 to {most}")
+        self.refuse(name, value, f"must be a whole number from 1 to {most}")
         return 1
 
-    def log_scale(self, name: str, default: float | None) -> float | None:
-        """The logarithm of a multiplier of similarities."""
-        value = self.take(name, float, default)
-        if value is not None and abs(value) > MOST_LOG_SCALE:
+    def logit_scale(self, name: str, default: float) -> float:
+        """The multiplier of similarities whose logarithm the field is, or `default`; the weights have their own."""
+        value = self.take(name, float, None)
+        if value is None:
+            return default
+        if abs(value) > MOST_LOG_SCALE:
             self.refuse(name, value, f"must lie between -{MOST_LOG_SCALE} and {MOST_LOG_SCALE}: it is a logarithm")
             return default
-        return value
+        return min(math.exp(value), ModelConfig().max_logit_scale)
 
     def choose(self, name: str, choices: Mapping[Any, Any], default: Any = _REQUIRED) -> Any:
         """What a field's value stands for."""

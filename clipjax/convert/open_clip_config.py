@@ -44,18 +44,15 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
     embed_dim, quick = known.size("embed_dim"), known.take("quick_gelu", bool, False)
     bias = known.take("init_logit_bias", float, None)
     known.take("custom_text", bool, False)
-    scale = known.log_scale("init_logit_scale", None)
+    scale = known.logit_scale("init_logit_scale", ModelConfig().init_logit_scale if bias is None else 10.0)
     activation = Activation.QUICK_GELU if quick else Activation.GELU
     image = _read_image(known.group("vision_cfg"), activation)
     text = _read_text(known.group("text_cfg"), activation)
     caption = _read_decoder(known, text, activation) if known.has("multimodal_cfg") else None
     known.finish()
-    config = ModelConfig(embed_dim=embed_dim, image=image, text=text, caption=caption, init_logit_bias=bias)
-    if bias is not None:
-        config.init_logit_scale = 10.0
-    if scale is not None:
-        config.init_logit_scale = min(math.exp(scale), config.max_logit_scale)  # the weights have their own
-    return config
+    return ModelConfig(
+        embed_dim=embed_dim, image=image, text=text, caption=caption, init_logit_scale=scale, init_logit_bias=bias
+    )
 
 
 def _read_image(cfg: Known, activation: Activation) -> ViTConfig | ResNetConfig:

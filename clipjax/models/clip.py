@@ -110,6 +110,24 @@ class _Towers:
             return caption_likelihood(self.predict(params, embed, seen, words[:, :-1]), tokens)
         return words_likelihood(self.predict(params, embed, seen, words), tokens)
 
+    def likelihood(
+        self, params: Params, pixels: Float[Array, "b h w c"], tokens: Int[Array, "n l"], longest: int | None = None
+    ) -> Float[Array, "b n"]:
+        """Log-likelihood of each text given each image, text by text; see `Clip.likelihood`."""
+        embed, seen = self.see(params, pixels)
+        words, rows = self.read(params, tokens)[1], tokens[:, :longest]
+        if not isinstance(self.caption, Decoder):
+            logits = self.predict(params, embed, seen, words)
+            spread = lambda row: jnp.broadcast_to(row[None], (len(logits), *row.shape))  # noqa: E731
+            return jax.lax.map(lambda row: -words_likelihood(logits, spread(row))[0], rows).T
+        assert words is not None
+
+        def of_text(text: tuple[Array, Array]) -> Array:
+            known, row = (jnp.broadcast_to(part[None], (len(pixels), *part.shape)) for part in text)
+            return -self.captions(params, embed, seen, known, row)[0]
+
+        return jax.lax.map(of_text, (words[:, :longest], rows)).T
+
 
 def _towers(config: ModelConfig, frozen: Sequence[str]) -> _Towers:
     activations: Any = jnp.dtype(config.compute_dtype.value)
@@ -189,30 +207,13 @@ def build_clip(config: ModelConfig, *, frozen: Sequence[str] = ()) -> Clip:
         scale, bias = jnp.exp(params["log_logit_scale"]), params.get("logit_bias")
         return Encoded(unit_norm(embed), unit_norm(text_embed), scale, bias, nll, num_tokens, stats)
 
-    def likelihood(
-        params: Params, pixels: Float[Array, "b h w c"], tokens: Int[Array, "n l"], longest: int | None = None
-    ) -> Float[Array, "b n"]:
-        embed, seen = towers.see(params, pixels)
-        words, rows = towers.read(params, tokens)[1], tokens[:, :longest]
-        if not isinstance(towers.caption, Decoder):
-            logits = towers.predict(params, embed, seen, words)
-            spread = lambda row: jnp.broadcast_to(row[None], (len(logits), *row.shape))  # noqa: E731
-            return jax.lax.map(lambda row: -words_likelihood(logits, spread(row))[0], rows).T
-        assert words is not None
-
-        def of_text(text: tuple[Array, Array]) -> Array:
-            known, row = (jnp.broadcast_to(part[None], (len(pixels), *part.shape)) for part in text)
-            return -towers.captions(params, embed, seen, known, row)[0]
-
-        return jax.lax.map(of_text, (words[:, :longest], rows)).T
-
     def look(params: Params, pixels: Float[Array, "b h w c"]) -> Float[Array, "b k v"]:
         return towers.see(params, pixels)[1]
 
     def next_logits(params: Params, seen: Float[Array, "b k v"], tokens: Int[Array, "b l"]) -> Float[Array, "b l t"]:
         return towers.predict(params, seen, seen, towers.read(params, tokens)[1])
 
-    return Clip(init, init_batch_stats, encode_image, encode_text, train, likelihood, look, next_logits)
+    return Clip(init, init_batch_stats, encode_image, encode_text, train, towers.likelihood, look, next_logits)
 
 
 def abstract_params(config: ModelConfig) -> Params:
