@@ -52,11 +52,28 @@ class Projection(enum.Enum):
 
 
 class Remat(enum.Enum):
-    """What the backward pass recomputes: nothing, all but matrix products, or everything inside a block."""
+    """What the backward pass recomputes.
+
+    `none`: nothing; `dots`: all but matrix products; `mlp`: the MLPs besides; `full`: everything inside a block.
+    """
 
     NONE = "none"
     DOTS = "dots"
+    MLP = "mlp"
     FULL = "full"
+
+
+class AttentionMethod(enum.Enum):
+    """What computes self-attention; the answer is the same up to rounding.
+
+    `xla` is plain array code, `fused` one kernel for TPUs, `cudnn` NVIDIA's for GPUs in bfloat16; `auto` takes `fused`
+    on TPUs where it fits, else `xla`.
+    """
+
+    AUTO = "auto"
+    XLA = "xla"
+    FUSED = "fused"
+    CUDNN = "cudnn"
 
 
 class Dtype(enum.Enum):

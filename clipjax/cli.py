@@ -10,6 +10,7 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
 
   clipjax train   train a model, or go on with a run
   clipjax eval    evaluate a checkpoint: zero-shot classification, retrieval
+  clipjax plan    tell memory, time and cost of a run on accelerators that are not here
   clipjax sweep   train over a grid or random draws of config fields
   clipjax data    make the embedded dataset, train a tokenizer, look into a source
   clipjax presets list the known models: parameters, FLOPs, source
@@ -23,7 +24,7 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
 """
 
 
-COMMANDS = ("train", "eval", "sweep", "data", "presets", "convert", "export")
+COMMANDS = ("train", "eval", "plan", "sweep", "data", "presets", "convert", "export")
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from clipjax.train import main as run
         case "eval":
             from clipjax.eval import main as run
+        case "plan":
+            from clipjax.plan import main as run
         case "sweep":
             from clipjax.sweep import main as run
         case "data":

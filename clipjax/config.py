@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from clipjax.choices import (
     Activation,
+    AttentionMethod,
     Crop,
     Dtype,
     GroupRole,
@@ -133,6 +134,7 @@ class ModelConfig:
     init_logit_bias: float | None = None  # a learned bias of the logits, for the sigmoid loss; None: no bias
     scan_layers: bool = True  # one compiled block per tower; False unrolls (faster for small models, slower to compile)
     remat: Remat = Remat.NONE
+    attention: AttentionMethod = AttentionMethod.AUTO  # what computes self-attention
     init_logit_scale: float = 1 / 0.07  # arXiv 2103.00020, section 2.5
     max_logit_scale: float = 100.0  # clamped after every update
 

@@ -6,7 +6,7 @@ Models are written as single-device code; they only call `constrain` on activati
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -96,8 +96,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         places = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
         count = len(devices) // sizes[0]
         parts = [places[start : start + count] for start in range(0, len(devices), count)]
-        grid = np.stack([mesh_utils.create_device_mesh(sizes[1:], devices=part) for part in parts])
+        grid = np.stack([_torus_mesh(sizes[1:], part) for part in parts])
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _torus_mesh(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices such that neighbours on an axis are neighbours on the torus, whose sides are split only where they must be."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices=devices)
+    except NotImplementedError:  # 8 of a torus of 16 x 16
+        return mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
 
 
 def partition_spec(dims: Sequence[str | None]) -> PartitionSpec:
@@ -167,6 +175,31 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(dims))
+
+
+def platform() -> str:
+    """Of the devices of the mesh in force ("cpu", "gpu", "tpu"); "" without a mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return "" if device is None else device.platform
+
+
+def shards(dim: str) -> int:
+    """Into how many parts the mesh in force cuts a dimension of this name."""
+    axes, mesh = MESH_AXES.get(dim), jax.sharding.get_abstract_mesh()
+    if mesh.empty or axes is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def on_shards(run: Callable[..., jax.Array], *dims: Sequence[str | None]) -> Callable[..., jax.Array]:
+    """`run` on every device with its part of the arrays, whose dimensions have these names, as those of the result.
+
+    The result's names are those of the first array. Without a mesh, `run` as it is.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return run
+    specs = tuple(partition_spec(names) for names in dims)
+    return jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)
 
 
 def global_batch(mesh: Mesh, local: Any) -> Any:

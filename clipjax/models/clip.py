@@ -134,7 +134,7 @@ def _towers(config: ModelConfig, frozen: Sequence[str]) -> _Towers:
     operands = activations if config.matmul_dtype is None else jnp.dtype(config.matmul_dtype.value)
 
     def numerics(tower: Any) -> Numerics:
-        return Numerics(activations, operands, getattr(tower, "layer_norm_epsilon", 1e-5))
+        return Numerics(activations, operands, getattr(tower, "layer_norm_epsilon", 1e-5), config.attention)
 
     image: nn.Module
     match config.image:

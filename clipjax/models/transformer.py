@@ -6,18 +6,24 @@ checkpoint does not depend on that choice.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from clipjax.config import Activation, ModelConfig, Projection, Remat, TextTransformerConfig, ViTConfig
-from clipjax.sharding import constrain
+from clipjax.config import Activation, AttentionMethod, ModelConfig, Projection, Remat, TextTransformerConfig, ViTConfig
+from clipjax.models.fused_attention import fused_attention, is_supported
+from clipjax.sharding import constrain, platform, shards
 
 Initializer = Any
+
+PRODUCT, HIDDEN = "product", "hidden"
+"""Names, for `remat_block`, of what comes out of a matrix product, and out of the first one of an MLP."""
 
 
 def torch_uniform(fan_in: int) -> Initializer:
@@ -99,6 +105,25 @@ def _dot(left: Array, right: Array, contract: tuple[tuple[int, ...], tuple[int, 
 product.defvjp(_product, _product_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def add_bias(y: Float[Array, "... w"], bias: Float[Array, " w"], dtype: Any) -> Float[Array, "... w"]:
+    """Their sum, of which the caller keeps no more than `dtype`.
+
+    The bias's gradient is a product with ones, exact in `dtype`: where nothing else reads the whole gradient at the same
+    time, a TPU's compiler estimates a third of a sum's time for it.
+    """
+    del dtype
+    return y + align(bias, y)
+
+
+def _add_bias_backward(dtype: Any, _: None, grad: Array) -> tuple[Array, Array]:
+    ones, rows = jnp.ones(grad.shape[:-1], dtype), tuple(range(grad.ndim - 1))
+    return grad, _dot(ones, grad.astype(dtype), (rows, rows))
+
+
+add_bias.defvjp(lambda y, bias, dtype: (add_bias(y, bias, dtype), None), _add_bias_backward)
+
+
 @dataclass(frozen=True)
 class Numerics:
     """What a tower computes in.
@@ -107,29 +132,40 @@ class Numerics:
         activations: what blocks hand to each other; sums and normalisations are float32 whatever it is.
         operands: of matrix products with parameters.
         epsilon: added to a variance before its root is taken.
+        attention: what computes self-attention.
     """
 
     activations: Any
     operands: Any
     epsilon: float = 1e-5
+    attention: AttentionMethod = AttentionMethod.AUTO
 
 
 class Linear(nn.Module):
-    """Tensor product of the last axes of the input with a kernel, and a bias."""
+    """Tensor product of the last axes of the input with a kernel, and a bias.
+
+    `saved_as` names the result for `remat_block`; `merge` makes of kernel and bias those of a product of matrices.
+    """
 
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     numerics: Numerics
     kernel_init: Initializer
     bias_init: Initializer | None = nn.initializers.zeros
+    saved_as: str = PRODUCT
+    merge: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel = self.param("kernel", self.kernel_init, (*self.in_shape, *self.out_shape))
-        y: Any = product(x, kernel, len(self.in_shape), self.numerics.operands)
+        axes, merge = len(self.in_shape), self.merge
+        if merge is not None:
+            kernel, axes = merge(kernel), 1
+        y: Any = product(x, kernel, axes, self.numerics.operands)
         if self.bias_init is not None:
-            y = y + align(self.param("bias", self.bias_init, self.out_shape), y)
-        return y.astype(self.numerics.activations)
+            bias = self.param("bias", self.bias_init, self.out_shape)
+            y = y + align(bias, y) if merge is None else add_bias(y, merge(bias), self.numerics.activations)
+        return checkpoint_name(y.astype(self.numerics.activations), self.saved_as)
 
 
 class LayerNorm(nn.Module):
@@ -173,6 +209,30 @@ def attend(
     return jnp.einsum("bnqk,bnkd->bnqd", weights, value).transpose(0, 2, 1, 3)
 
 
+def cudnn_attention(qkv: Float[Array, "b l 3 n d"], *, causal: bool) -> Float[Array, "b l n d"]:
+    """`attend` by NVIDIA's library, which trains on even lengths only: an odd one gets a token more that nobody sees."""
+    batch, length = qkv.shape[:2]
+    qkv = jnp.pad(qkv, ((0, 0), (0, length % 2), (0, 0), (0, 0), (0, 0)))
+    lengths = jnp.full(batch, length, jnp.int32) if length % 2 else None
+    query, key, value = (qkv[:, :, part] for part in range(3))
+    mixed = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=causal,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+    return mixed[:, :length]
+
+
+def is_fused(method: AttentionMethod, batch: int, num_heads: int, head_dim: int) -> bool:
+    """Whether one kernel computes the attention of such heads on the mesh in force."""
+    wanted = method is AttentionMethod.FUSED or (method is AttentionMethod.AUTO and platform() == "tpu")
+    return wanted and is_supported(batch, num_heads, head_dim)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
@@ -185,15 +245,39 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "b l w"], seen: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
         length, width = x.shape[1:]
         heads = (3, self.num_heads, width // self.num_heads)
+        if seen is None and is_fused(self.numerics.attention, x.shape[0], *heads[1:]):
+            return self._fused(x, heads)
         qkv = Linear((width,), heads, self.numerics, self.init.qkv, name="qkv")(x)
+        if seen is None and self.numerics.attention is AttentionMethod.CUDNN:
+            mixed = checkpoint_name(cudnn_attention(qkv, causal=self.causal), PRODUCT)
+            return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, name="out")(mixed)
         # Batched matrix products want heads outside tokens; on the CPU this order is 2.5 times as fast.
         query, key, value = jnp.transpose(qkv, (2, 0, 3, 1, 4))  # each [b, n, l, d]
         visible = jnp.tril(jnp.ones((length, length), bool))[None, None] if self.causal else None
         if seen is not None:
             among = seen[:, None, None]
             visible = among if visible is None else visible & among
-        mixed = attend(query, key, value, visible)
+        mixed = checkpoint_name(attend(query, key, value, visible), PRODUCT)
         return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, name="out")(mixed)
+
+    def _fused(self, x: Float[Array, "b l w"], heads: tuple[int, int, int]) -> Float[Array, "b l w"]:
+        """The same in one kernel, which takes and gives all heads side by side."""
+        width, parts = x.shape[-1], shards("heads")
+
+        def by_part(parameter: Array) -> Array:
+            """[..., 3, n, d] -> [..., 3 w]: queries, keys and values of each part of the heads side by side."""
+            *outer, _, count, dim = parameter.shape
+            apart = parameter.reshape(*outer, 3, parts, count // parts, dim)
+            merged = jnp.moveaxis(apart, -4, -3).reshape(*outer, 3 * width)
+            # Else the compiler takes the gradient's product apart into heads, and copies activations for it.
+            return jax.lax.optimization_barrier(merged)
+
+        qkv = Linear((width,), heads, self.numerics, self.init.qkv, merge=by_part, name="qkv")(x)
+        qkv = constrain(qkv, "batch", None, "heads")
+        mixed = fused_attention(qkv, num_heads=heads[1], causal=self.causal)
+        mixed = checkpoint_name(mixed, PRODUCT)
+        merge = lambda parameter: parameter.reshape(-1, width) if parameter.ndim > 1 else parameter  # noqa: E731
+        return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, merge=merge, name="out")(mixed)
 
 
 class CrossAttention(nn.Module):
@@ -231,9 +315,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l w"]) -> Float[Array, "b l w"]:
         width = x.shape[-1]
-        hidden = Linear((width,), (self.mlp_dim,), self.numerics, self.init.fc_in, torch_uniform(width), name="fc_in")(
-            x
+        fc_in = Linear(
+            (width,), (self.mlp_dim,), self.numerics, self.init.fc_in, torch_uniform(width), HIDDEN, name="fc_in"
         )
+        hidden = fc_in(x)
         hidden = constrain(activation(self.kind, hidden), "batch", None, "mlp")
         return Linear(
             (self.mlp_dim,), (width,), self.numerics, self.init.fc_out, torch_uniform(self.mlp_dim), name="fc_out"
@@ -293,8 +378,9 @@ def remat_block(block: type[nn.Module], policy: Remat, *, scanned: bool) -> type
     match policy:
         case Remat.NONE:
             return block
-        case Remat.DOTS:
-            saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        case Remat.DOTS | Remat.MLP:
+            names = (PRODUCT, HIDDEN) if policy is Remat.DOTS else (PRODUCT,)
+            saved = jax.checkpoint_policies.save_only_these_names(*names)
             return nn.remat(block, policy=saved, prevent_cse=not scanned)
         case Remat.FULL:
             return nn.remat(block, prevent_cse=not scanned)

@@ -1,0 +1,331 @@
+"""What a compiled program does, read from its text: every instruction with how often it runs.
+
+`parse` turns the text of `compiled.as_text()` into computations, `executed` walks from the entry through loops, calls
+and branches. A loop's body counts as often as the loop runs, which XLA's own `cost_analysis` does not do.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+ITEM_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
+    "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8, "token": 0, "opaque": 0,
+}  # fmt: skip
+FUSIONS = ("fusion", "fusion-start")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%[\w.\-]+)")
+_NAME = re.compile(r"%([\w.\-]+)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+        name: unique in the program.
+        opcode: "fusion", "all-gather-start", ...
+        shape: of the result, as text; a tuple's in parentheses.
+        operands: names of the instructions whose results enter.
+        attributes: all that follows the operands, as text.
+        arguments: what stands between the parentheses, as text.
+    """
+
+    name: str
+    opcode: str
+    shape: str
+    operands: tuple[str, ...]
+    attributes: str
+    arguments: str
+
+    @property
+    def arrays(self) -> list[tuple[str, tuple[int, ...]]]:
+        """dtype and shape of every array of the result."""
+        return arrays_of(self.shape)
+
+    @property
+    def op_name(self) -> str:
+        """Where in the traced function it comes from; "" if the compiler made it."""
+        return self.attribute(r'op_name="([^"]*)"')
+
+    @property
+    def estimated_cycles(self) -> int:
+        """The TPU compiler's estimate; 0 for what it makes none for."""
+        return int(self.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+
+    def attribute(self, pattern: str) -> str:
+        """First group of a pattern in the attributes; "" without a match."""
+        found = re.search(pattern, self.attributes)
+        return found[1] if found else ""
+
+    def called(self, role: str) -> list[str]:
+        """Names of the computations that it refers to as `role` ("calls", "body", ...)."""
+        return [
+            name
+            for found in _CALLED.finditer(self.attributes)
+            if found[0].startswith(role + "=")
+            for name in _NAME.findall(found[1])
+        ]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Computations by name, each a list of instructions in the order in which they are scheduled."""
+
+    computations: Mapping[str, list[Instruction]]
+    entry: str
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, str]:
+        return {i.name: i.shape for instructions in self.computations.values() for i in instructions}
+
+    def shape(self, name: str) -> str:
+        """Of an instruction's result."""
+        return self._shapes[name]
+
+    def trip_count(self, loop: Instruction) -> int:
+        """How often a `while` runs its body: as the compiler says, else the bound in its condition.
+
+        Raises:
+            ValueError: the condition has no constant bound.
+        """
+        known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+        if known:
+            return int(known)
+        bounds = [
+            int(i.arguments)
+            for computation in self._reachable(loop.called("condition"))
+            for i in self.computations[computation]
+            if i.opcode == "constant" and re.fullmatch(r"[su](32|64)\[\]\S*", i.shape)
+        ]
+        if not bounds:
+            raise ValueError(f"the loop {loop.name} has no constant bound")
+        return max(bounds)
+
+    def _reachable(self, names: list[str]) -> Iterator[str]:
+        for name in names:
+            yield name
+            for instruction in self.computations[name]:
+                yield from self._reachable(instruction.called("calls") + instruction.called("to_apply"))
+
+    def executed(self) -> Iterator[tuple[Instruction, int]]:
+        """Every instruction that is scheduled by itself, in order, and how often it runs in one call of the program.
+
+        What a fusion consists of is not among them: see `inside`.
+        """
+        yield from self._walk(self.entry, 1)
+
+    def _walk(self, computation: str, times: int) -> Iterator[tuple[Instruction, int]]:
+        for instruction in self.computations[computation]:
+            yield instruction, times
+            match instruction.opcode:
+                case "while":
+                    body = times * self.trip_count(instruction)
+                    for name in instruction.called("body"):
+                        yield from self._walk(name, body)
+                case "conditional":
+                    for name in instruction.called("branch_computations"):
+                        yield from self._walk(name, times)
+                case "call" | "async-start":
+                    for name in instruction.called("to_apply") + instruction.called("calls"):
+                        yield from self._walk(name, times)
+
+    def runs_aside(self) -> set[str]:
+        """Names of the instructions that run beside those after them, because an `async-start` began them."""
+        names = set()
+        for instructions in self.computations.values():
+            for instruction in instructions:
+                if instruction.opcode == "async-start":
+                    for computation in instruction.called("calls"):
+                        names |= {part.name for part in self.computations[computation]}
+        return names
+
+    def inside(self, instruction: Instruction) -> Iterator[Instruction]:
+        """The instructions that a fusion consists of, or the instruction itself."""
+        if instruction.opcode not in FUSIONS:
+            yield instruction
+            return
+        for name in instruction.called("calls"):
+            for part in self.computations[name]:
+                yield from self.inside(part)
+
+    def flops(self) -> float:
+        """Of all matrix products and convolutions in one call of the program; a multiplication and an addition are two."""
+        return float(
+            sum(
+                times * self.product_flops(part)
+                for instruction, times in self.executed()
+                for part in self.inside(instruction)
+            )
+        )
+
+    def moved_bytes(self, instruction: Instruction) -> int:
+        """What one run of an instruction reads and writes; of an array that it only looks into, the part that it touches."""
+        called = instruction.called("calls")
+        if instruction.opcode not in FUSIONS or not called:
+            if instruction.opcode == "dynamic-update-slice":
+                return 2 * bytes_of(self.shape(instruction.operands[1]))
+            if instruction.opcode in ("dynamic-slice", "gather", "slice"):
+                return 2 * bytes_of(instruction.shape)
+            return bytes_of(instruction.shape) + sum(bytes_of(self.shape(name)) for name in instruction.operands)
+        parts = self.computations[called[0]]
+        by_name = {part.name: part for part in parts}
+        total = self._written(by_name[parts[-1].name], by_name)
+        for part in parts:
+            if part.opcode == "parameter":
+                total += self._read(part, parts)
+        return total
+
+    def _read(self, parameter: Instruction, parts: list[Instruction]) -> int:
+        touched = 0
+        for user in parts:
+            if parameter.name not in user.operands:
+                continue
+            if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == parameter.name:
+                touched += bytes_of(user.shape)
+            elif user.opcode == "bitcast" and user is not parts[-1]:
+                touched += self._read(user, parts)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+                continue
+            else:
+                return bytes_of(parameter.shape)
+        return min(touched, bytes_of(parameter.shape))
+
+    def _written(self, root: Instruction, by_name: Mapping[str, Instruction]) -> int:
+        if root.opcode == "tuple":
+            return sum(self._written(by_name[name], by_name) for name in root.operands if name in by_name)
+        if root.opcode == "bitcast" and root.operands[0] in by_name:
+            return self._written(by_name[root.operands[0]], by_name)
+        if root.opcode == "dynamic-update-slice":
+            return bytes_of(self.shape(root.operands[1]))
+        return bytes_of(root.shape)
+
+    def product_flops(self, instruction: Instruction) -> int:
+        """Of a matrix product or convolution; 0 for anything else."""
+        if instruction.opcode == "dot":
+            contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
+        elif instruction.opcode == "custom-call" and "__cublas" in instruction.attributes:
+            contracted = instruction.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]').replace('"', "")
+        elif instruction.opcode == "convolution":
+            return self._convolution_flops(instruction)
+        else:
+            return 0
+        (_, result), *_ = instruction.arrays
+        left = arrays_of(self.shape(instruction.operands[0]))[0][1]
+        return 2 * math.prod(result) * math.prod(left[int(i)] for i in contracted.split(",") if i)
+
+    def _convolution_flops(self, convolution: Instruction) -> int:
+        """Of a convolution, as which the TPU compiler also writes matrix products; what falls on padding is not counted."""
+        (_, result), *_ = convolution.arrays
+        left, right = (arrays_of(self.shape(name))[0][1] for name in convolution.operands[:2])
+        labels = convolution.attribute(r"dim_labels=([\w>?-]+)")
+        of_left, rest = labels.split("_", 1)
+        of_right, of_result = rest.split("->")
+        window = dict(re.findall(r"(\w+)=([\dx_-]+)", convolution.attribute(r"window=\{([^}]*)\}")))
+        taps = 2 * math.prod(result) * right[of_right.index("i")]
+        for label in filter(str.isdigit, of_right):
+            sides = (left[of_left.index(label)], right[of_right.index(label)], result[of_result.index(label)])
+            taps = taps * _met(int(label), window, *sides) // sides[2]
+        return taps
+
+
+def _met(place: int, window: Mapping[str, str], size: int, kernel: int, out: int) -> int:
+    """How many pairs of a number and a tap meet along one side of a convolution."""
+
+    def of(name: str, default: str) -> str:
+        return window[name].split("x")[place] if name in window else default
+
+    low = int(of("pad", "0_0").split("_")[0])
+    stride, dilate, spread = (int(of(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    met = 0
+    for tap in range(kernel):
+        # Positions of the result at which this tap falls on a number: out * stride + tap * spread - low = dilate * i.
+        start = tap * spread - low
+        step = dilate // math.gcd(stride, dilate)
+        first = next((o for o in range(min(step, out)) if (o * stride + start) % dilate == 0), None)
+        if first is None:
+            continue
+        lowest = max(first, -(-(-start) // stride))
+        lowest += (first - lowest) % step
+        highest = min(out - 1, (dilate * (size - 1) - start) // stride)
+        met += max(0, (highest - lowest) // step + 1)
+    return met
+
+
+def arrays_of(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """dtype and shape of every array in a shape's text."""
+    return [
+        (dtype, tuple(int(n) for n in dims.split(",") if n))
+        for dtype, dims in _ARRAY.findall(shape)
+        if dtype in ITEM_BYTES
+    ]
+
+
+def bytes_of(shape: str) -> int:
+    """Bytes of all arrays in a shape's text, padding of layouts not counted."""
+    return int(sum(ITEM_BYTES[dtype] * math.prod(dims) for dtype, dims in arrays_of(shape)))
+
+
+def parse(text: str) -> Program:
+    """Computations and instructions of a compiled program's text.
+
+    Raises:
+        ValueError: the text has no entry computation.
+    """
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in _whole_lines(text):
+        if line.startswith(("%", "ENTRY")) and line.rstrip().endswith("{"):
+            name = _NAME.search(line)
+            assert name is not None
+            current = computations.setdefault(name[1], [])
+            if line.startswith("ENTRY"):
+                entry = name[1]
+        elif line == "}":
+            current = None
+        elif current is not None:
+            instruction = _instruction(line.strip())
+            if instruction is not None:
+                current.append(instruction)
+    if not entry:
+        raise ValueError("this is no text of a compiled program: it has no ENTRY computation")
+    return Program(computations, entry)
+
+
+def _whole_lines(text: str) -> list[str]:
+    """Lines of a program's text; what a kernel says of itself spreads its instruction over several, here joined."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if lines and line and line != "}" and not line.startswith(("%", "ENTRY", "  %", "  ROOT ", "HloModule")):
+            lines[-1] += line
+        else:
+            lines.append(line)
+    return lines
+
+
+def _instruction(line: str) -> Instruction | None:
+    line = line.removeprefix("ROOT ")
+    name, separator, rest = line.partition(" = ")
+    if not separator or not name.startswith("%"):
+        return None
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    start = rest.index("(")
+    stop = _closing(rest, start)
+    arguments = rest[start + 1 : stop]
+    return Instruction(name[1:], rest[:start], shape, tuple(_NAME.findall(arguments)), rest[stop + 1 :], arguments)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for place in range(start, len(text)):
+        if text[place] == "(":
+            depth += 1
+        elif text[place] == ")":
+            depth -= 1
+            if depth == 0:
+                return place
+    raise ValueError(f"unbalanced parentheses: {text[start : start + 80]}")

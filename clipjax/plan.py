@@ -1,0 +1,151 @@
+"""Tell what a run will need before it starts: `clipjax plan --config=FILE[:ARG] --topology=CHIP:SHAPE`.
+
+The step is compiled for accelerators that are not here, exactly as `clipjax train` compiles it there.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from clipjax import flags
+from clipjax.config import Config
+from clipjax.planning import targets
+from clipjax.validation import validate, validate_devices
+
+PROGRAM = "clipjax plan"
+OPTIONS = {
+    "topology": "CHIP:SHAPE, for example v5e:16x16, v5p:4x8x8, h100:32x8 (nodes x GPUs); here: this machine",
+    "slices": "so many of these, with the data-center network between them (1)",
+    "output": "file for the plan as JSON",
+    "dump_hlo": "file for the text of the compiled step",
+    "price": "per chip and hour, in any currency: adds the cost of the run",
+    "num_samples": "size of the training source; only the memory of loss.kind=global depends on it (400000000)",
+    "search": "yes: try rematerialisation, microbatches, meshes and loss methods, and rank what fits",
+    "measure": "yes: with --topology=here, run the step as well and print what it takes",
+}
+HELP = f"""Tell what a run will need before it starts, by compiling its step for accelerators that are not here.
+
+  {PROGRAM} --config=FILE[:ARG] --topology=CHIP:SHAPE [--slices=N] [--output=FILE] [--dump_hlo=FILE]
+      [--price=P] [--search=yes] [--config.FIELD=VALUE ...]
+
+Exit code 0 if the run fits, 3 if it does not.
+
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The front door; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if flags.wants_help(argv):
+        print(HELP + "\n".join(f"  --{name:<12} {text}" for name, text in OPTIONS.items()))
+        return 0
+    given = [argument.partition("=")[2] for argument in argv if argument.lstrip("-").startswith("topology=")]
+    targets.prepare_environment(given[-1] if given else "")
+    return flags.front_door(PROGRAM, lambda: prepare(argv))
+
+
+def prepare(argv: Sequence[str]) -> Callable[[], int]:
+    """Everything that can be refused. Returns the planning itself.
+
+    Raises:
+        ValueError: for the user, with field, value, rule and remedy.
+    """
+    arguments = flags.parse(PROGRAM, argv, options=OPTIONS)
+    config, options = arguments.config, arguments.options
+    if not options["topology"]:
+        raise ValueError("--topology=CHIP:SHAPE is missing, for example --topology=v5e:16x16")
+    for name in ("search", "measure"):
+        if options[name] not in (None, "yes", "no"):
+            raise ValueError(f"--{name}={options[name]} must be yes or no")
+    validate(config)
+    target = targets.find_target(options["topology"], _number(options, "slices", 1))
+    if options["measure"] == "yes" and not target.is_here:
+        raise ValueError("--measure=yes runs the step, and needs --topology=here")
+    for name in ("output", "dump_hlo"):
+        if options[name] and not pathlib.Path(options[name]).parent.is_dir():
+            raise ValueError(f"--{name}={options[name]}: there is no folder {pathlib.Path(options[name]).parent}")
+    price = None if options["price"] is None else _price(options["price"])
+    num_samples = _number(options, "num_samples", 400_000_000)
+    teacher = _teacher(config)
+    if options["search"] == "yes":
+        from clipjax.planning.search import search
+
+        return lambda: search(config, target, num_samples=num_samples, teacher=teacher, output=options["output"])
+    check_devices(config, target, teacher)
+    return lambda: _plan(config, target, options, num_samples=num_samples, teacher=teacher, price=price)
+
+
+def check_devices(config: Config, target: targets.Target, teacher: Config | None) -> None:
+    """Refuse a config that cannot be shared out over the target's devices.
+
+    Raises:
+        ValueError: all that does not fit.
+    """
+    validate_devices(
+        config,
+        num_devices=len(target.devices),
+        num_processes=len({device.process_index for device in target.devices}),
+        num_slices=target.num_slices,
+        batch_fields=("global_batch_size", "microbatch_size"),
+        teacher=teacher,
+    )
+
+
+def _plan(
+    config: Config,
+    target: targets.Target,
+    options: Mapping[str, str | None],
+    *,
+    num_samples: int,
+    teacher: Config | None,
+    price: float | None,
+) -> int:
+    from clipjax.planning import report
+
+    compiled = report.compile_step(config, target, num_samples=num_samples, teacher=teacher)
+    plan = report.make_plan(config, target, compiled, price=price)
+    if options["measure"] == "yes" and plan["fits"]:
+        from clipjax.planning.measure import measure
+
+        measured = measure(compiled, compiled.init_state)
+        measured["mfu"] = plan["predicted_mfu"] * plan["predicted_step_seconds"] / measured["step_seconds"]
+        plan["measured"] = measured
+    print(report.describe(plan))
+    if options["output"]:
+        pathlib.Path(options["output"]).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    if options["dump_hlo"]:
+        pathlib.Path(options["dump_hlo"]).write_text(compiled.text or compiled.refusal, encoding="utf-8")
+    return 0 if plan["fits"] else report.DOES_NOT_FIT
+
+
+def _teacher(config: Config) -> Config | None:
+    if config.loss.distill_from is None:
+        return None
+    from clipjax.checkpoint import SavedCheckpoint
+
+    return SavedCheckpoint(config.loss.distill_from).config
+
+
+def _number(options: Mapping[str, str | None], name: str, default: int) -> int:
+    text: Any = options[name]
+    if text is None:
+        return default
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"--{name}={text} must be a whole number of at least 1")
+    return int(text)
+
+
+def _price(text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = -1.0
+    if not 0 <= price < 1e9:
+        raise ValueError(f"--price={text} must be a number of at least 0, per chip and hour")
+    return price
+
+
+if __name__ == "__main__":
+    sys.exit(main())

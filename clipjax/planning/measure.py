@@ -1,0 +1,64 @@
+"""A planned step, run on the accelerators of this machine: what it really takes, beside what was predicted."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clipjax.planning.report import Compiled
+
+WARM_UP, ROUNDS = 3, 10
+
+
+def measure(compiled: Compiled, init_state: Any) -> dict[str, Any]:
+    """Run a compiled step on made-up pairs.
+
+    Args:
+        compiled: for the devices of this machine.
+        init_state: key -> a fresh state.
+
+    Returns:
+        `step_seconds`, the median of `ROUNDS` steps, each of which ends before the next begins; `all_step_seconds`;
+        `peak_hbm_bytes`, the most that one device ever held, and `device`.
+    """
+    with jax.set_mesh(compiled.mesh):
+        places = jax.tree.map(lambda leaf: leaf.sharding, compiled.state)
+        state = jax.jit(init_state, out_shardings=places)(jax.random.key(0))
+        batch = make_batch(compiled.batch)
+        teacher = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), compiled.teacher)
+        seconds = []
+        for _ in range(WARM_UP + ROUNDS):
+            start = time.perf_counter()
+            state, metrics = compiled.executable(state, batch, teacher)
+            jax.block_until_ready((state, metrics))
+            seconds.append(time.perf_counter() - start)
+    device = compiled.mesh.local_devices[0]
+    stats = device.memory_stats() or {}
+    return {
+        "device": device.device_kind,
+        "step_seconds": statistics.median(seconds[WARM_UP:]),
+        "all_step_seconds": seconds[WARM_UP:],
+        "peak_hbm_bytes": stats.get("peak_bytes_in_use"),
+        "loss": float(metrics["loss"]),
+    }
+
+
+def make_batch(shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Pairs of noise, each as a step takes it."""
+    keys = jax.random.split(jax.random.key(1), len(shapes))
+    made = {}
+    for key, (name, leaf) in zip(keys, sorted(shapes.items()), strict=True):
+        match name:
+            case "image":
+                array = jax.random.bits(key, leaf.shape, jnp.uint8)
+            case "tokens":
+                array = jax.random.randint(key, leaf.shape, 1, 256, jnp.int32)
+            case "reason":
+                array = jnp.full(leaf.shape, -1, jnp.int32)
+            case _:
+                array = jnp.arange(leaf.shape[0], dtype=jnp.int32)
+        made[name] = jax.device_put(array, leaf.sharding)
+    return made

@@ -1,0 +1,191 @@
+"""A plan: one compiled step, read and priced; as JSON and as text."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from clipjax import hlo, sharding
+from clipjax.compiler_options import compiler_options
+from clipjax.config import Config, total_steps
+from clipjax.flops import model_flops
+from clipjax.metrics import format_table
+from clipjax.planning import memory, timing, traffic
+from clipjax.planning.targets import Target, compiler_versions
+from clipjax.program import build_program
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+GIB = 2**30
+
+DOES_NOT_FIT = 3
+"""Exit code."""
+
+DEFAULT_SAMPLES = 400_000_000
+"""Of the training source where nobody says: only the memory of `loss.kind=global` depends on it."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A step that was compiled, or the reason why it does not fit.
+
+    Attributes:
+        executable: what JAX made; None if the compiler found that it does not fit.
+        text: of the compiled program.
+        refusal: what the compiler said.
+        state: shapes of the training state.
+        batch: of what a step reads.
+        teacher: of the teacher's parameters.
+        mesh: that it was compiled for.
+        seconds: of compilation.
+        init_state: key -> a fresh state.
+    """
+
+    executable: Any
+    text: str
+    refusal: str
+    state: Any
+    batch: Any
+    teacher: Any
+    mesh: Any
+    seconds: float
+    init_state: Any
+
+
+def compile_step(config: Config, target: Target, *, num_samples: int, teacher: Config | None = None) -> Compiled:
+    """Compile the step that training would run.
+
+    Raises:
+        ValueError: the config does not fit the mesh.
+    """
+    mesh = sharding.make_mesh(config.mesh, target.devices)
+    start = time.monotonic()
+    with jax.set_mesh(mesh):
+        program = build_program(config, mesh, num_samples=num_samples, teacher=teacher)
+        state, batch, frozen = program.abstract_state(), program.abstract_batch(), program.abstract_teacher()
+        executable, refusal = None, ""
+        try:
+            executable = program.jit(state).lower(state, batch, frozen).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if OUT_OF_MEMORY not in str(error):
+                raise
+            refusal = str(error).split(OUT_OF_MEMORY)[-1].lstrip(": ").splitlines()[0]
+    text = "" if executable is None else executable.as_text()
+    return Compiled(executable, text, refusal, state, batch, frozen, mesh, time.monotonic() - start, program.init_state)
+
+
+def make_plan(config: Config, target: Target, compiled: Compiled, *, price: float | None = None) -> dict[str, Any]:
+    """What is known of a run from its compiled step; `docs/planning.md` says what each field means."""
+    chips = len(target.devices)
+    plan: dict[str, Any] = {
+        "topology": target.name,
+        "slices": target.num_slices,
+        "chips": chips,
+        "mesh": dict(compiled.mesh.shape),
+        "global_batch_size": config.global_batch_size,
+        "hbm_bytes": target.chip.memory_bytes,
+        "compile_seconds": round(compiled.seconds, 1),
+        "versions": compiler_versions(),
+        "compiler_options": dict(compiler_options(compiled.mesh)),
+    }
+    if compiled.executable is None:
+        return {**plan, "fits": False, "reason": compiled.refusal}
+    analysis = compiled.executable.memory_analysis()
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    peak = max(analysis.peak_memory_in_bytes, arguments) if target.chip.platform == "tpu" else arguments + temporaries
+    program = hlo.parse(compiled.text)
+    moved = traffic.collectives(program, compiled.mesh, target.chip)
+    seconds = timing.predict(program, target.chip, moved, 2 * (arguments + temporaries))
+    step = seconds.predicted
+    useful = 3 * model_flops(config.model) * config.global_batch_size
+    steps = total_steps(config)
+    hours = steps * step / 3600
+    plan |= {
+        "fits": peak <= target.chip.memory_bytes,
+        "peak_hbm_bytes": peak,
+        "temporary_bytes": temporaries,
+        "memory": memory.by_kind(config, compiled.state, compiled.batch, compiled.teacher, peak),
+        "flops_per_chip": seconds.flops,
+        "model_flops": useful,
+        "predicted_step_seconds": step,
+        "predicted_seconds": {
+            "compute": seconds.compute,
+            "kernels": seconds.kernels,
+            "exposed_collectives": seconds.exposed,
+            "hidden_collectives": seconds.hidden,
+        },
+        "roofline_step_seconds": seconds.roofline,
+        "predicted_mfu": useful / (chips * 1e12 * target.chip.peak_tflops * step),
+        "collectives": [dataclasses.asdict(collective) for collective in moved],
+        "least_bytes": traffic.least_traffic(config, compiled.state.params, compiled.mesh),
+        "images_per_second_per_host": config.global_batch_size / step / target.num_hosts,
+        "hosts": target.num_hosts,
+        "steps": steps,
+        "predicted_hours": hours,
+        "predicted_chip_hours": hours * chips,
+    }
+    if price is not None:
+        plan |= {"price_per_chip_hour": price, "predicted_cost": price * hours * chips}
+    return plan
+
+
+def describe(plan: Mapping[str, Any]) -> str:
+    """A plan as text for a person."""
+    mesh = ", ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
+    where = plan["topology"] + (f", {plan['slices']} slices" if plan["slices"] > 1 else "")
+    lines = [f"{where}: {plan['chips']} chips ({mesh}), batch {plan['global_batch_size']:,}", ""]
+    if "peak_hbm_bytes" not in plan:
+        lines += [f"DOES NOT FIT: {plan['reason']}", "Try --search, or model.remat, microbatch_size, mesh.fsdp."]
+        return "\n".join(lines)
+    lines += [*_memory_lines(plan), "", *_time_lines(plan), "", *_traffic_lines(plan)]
+    if measured := plan.get("measured"):
+        step, peak = measured["step_seconds"], measured["peak_hbm_bytes"]
+        lines += [
+            "",
+            f"measured     on {measured['device']}: step {1e3 * step:.1f} ms, MFU {measured['mfu']:.1%}, "
+            f"{plan['predicted_step_seconds'] / step:.2f} x predicted / measured",
+        ]
+        if peak is not None:
+            lines.append(f"             peak {peak / GIB:.2f} GiB, {plan['peak_hbm_bytes'] / peak:.3f} x predicted / measured")
+    return "\n".join(lines)
+
+
+def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
+    peak, there = plan["peak_hbm_bytes"], plan["hbm_bytes"]
+    verdict = "fits" if plan["fits"] else "DOES NOT FIT"
+    kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in plan["memory"].items())
+    return [f"memory       {peak / GIB:.2f} of {there / GIB:.1f} GiB per chip at the peak: {verdict}", f"  GiB        {kinds}"]
+
+
+def _time_lines(plan: Mapping[str, Any]) -> list[str]:
+    parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * s:.1f}" for name, s in plan["predicted_seconds"].items())
+    lines = [
+        f"step         {1e3 * plan['predicted_step_seconds']:.1f} ms predicted, MFU {plan['predicted_mfu']:.1%}; no less than "
+        f"{1e3 * plan['roofline_step_seconds']:.1f} ms (roofline)",
+        f"  ms         {parts}",
+        f"input        {plan['images_per_second_per_host']:,.0f} images per second on each of {plan['hosts']} hosts",
+        f"run          {plan['steps']:,} steps: {plan['predicted_hours']:,.1f} hours, "
+        f"{plan['predicted_chip_hours']:,.0f} chip-hours (predicted)",
+    ]
+    if "predicted_cost" in plan:
+        lines.append(f"cost         {plan['predicted_cost']:,.0f} at {plan['price_per_chip_hour']} per chip-hour (predicted)")
+    return lines
+
+
+def _traffic_lines(plan: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [
+            found["kind"],
+            found["axis"],
+            str(found["count"]),
+            f"{found['bytes'] / 1e6:.1f}",
+            "hidden" if found["overlapped"] else "exposed",
+            f"{1e3 * found['seconds']:.2f}",
+        ]
+        for found in plan["collectives"]
+    ]
+    table = format_table(rows, ("collective", "axis", "per step", "MB sent", "", "ms"))
+    least = ", ".join(f"{axis} {size / 1e6:.1f}" for axis, size in plan["least_bytes"].items())
+    return [table, f"no program sends less than (MB) {least or 'nothing'}"]

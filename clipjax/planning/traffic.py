@@ -1,0 +1,217 @@
+"""What a compiled step moves between chips: every collective with its axes, bytes and whether it is hidden.
+
+Bytes are those that one chip has to send in one step, whatever the algorithm: of an all-gather of n chips (n - 1) / n
+of the result, of a reduce-scatter as much of its input, of an all-reduce twice that, of a permutation all of it.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from clipjax.chips import Chip, Tpu
+from clipjax.config import Config, Dtype, TextTransformerConfig, ViTConfig
+from clipjax.hlo import Instruction, Program, arrays_of, bytes_of
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+_SLICES = ("send", "recv")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind over the same axes.
+
+    Attributes:
+        kind: "all-gather", ...; "send" between slices.
+        axis: mesh axes that it runs along, joined by "+"; an axis's name in part where it runs along part of one.
+        bytes: that one chip sends for them in a step.
+        count: how many run in a step.
+        overlapped: whether the program computes while they run.
+        seconds: that the links need at least.
+    """
+
+    kind: str
+    axis: str
+    bytes: int
+    count: int
+    overlapped: bool
+    seconds: float
+
+
+def collectives(program: Program, mesh: Any, chip: Chip) -> list[Collective]:
+    """All that a compiled step moves, the largest first.
+
+    Args:
+        program: its text, parsed.
+        mesh: that it was compiled for; positions in it are the chips' numbers in the text.
+        chip: one of the mesh's.
+    """
+    sums: dict[tuple[str, str, bool], list[float]] = defaultdict(lambda: [0, 0, 0.0])
+    for instruction, times, overlapped in _found(program):
+        kind = _kind(instruction)
+        if kind in _SLICES:
+            if kind == "recv":  # the other end of a send
+                continue
+            moved = sum(bytes_of(program.shape(name)) for name in instruction.operands[:1])
+            groups = None
+        else:
+            groups = replica_groups(instruction, mesh.devices.size)
+            moved = _sent(kind, _result_bytes(instruction, program), groups.shape[1] if groups is not None else 2)
+        axis, seconds = _route(groups, mesh, chip, moved, kind)
+        total = sums[kind, axis, overlapped]
+        total[0] += times * moved
+        total[1] += times
+        total[2] += times * seconds
+    found = [
+        Collective(kind, axis, int(moved), int(count), overlapped, seconds)
+        for (kind, axis, overlapped), (moved, count, seconds) in sums.items()
+        if moved
+    ]
+    return sorted(found, key=lambda collective: -collective.bytes)
+
+
+def _kind(instruction: Instruction) -> str:
+    return instruction.opcode.removesuffix("-start")
+
+
+def _found(program: Program) -> list[tuple[Instruction, int, bool]]:
+    """Every collective once, with how often it runs and whether computation hides it.
+
+    The TPU compiler spreads a hidden collective over several fusions, which repeat its instruction: those are one, of
+    the channel that they share.
+    """
+    found, fused, aside = [], {}, program.runs_aside()
+    for instruction, times in program.executed():
+        kind = _kind(instruction)
+        if kind in KINDS or kind in _SLICES:
+            hidden = instruction.opcode.endswith("-start") or kind in _SLICES or instruction.name in aside
+            found.append((instruction, times, hidden))
+        elif instruction.opcode == "fusion":
+            for part in program.inside(instruction):
+                if _kind(part) in KINDS:
+                    channel = part.attribute(r"channel_id=(\d+)") or part.name
+                    known = fused.get(channel)
+                    if known is None or times > known[1]:
+                        fused[channel] = (part, times, True)
+    return [*found, *fused.values()]
+
+
+def _result_bytes(instruction: Instruction, program: Program) -> int:
+    """Of an all-gather's result, or of what enters the others."""
+    if _kind(instruction) == "all-gather":
+        shape = instruction.shape
+        if instruction.opcode.endswith("-start"):  # (inputs, results)
+            arrays = arrays_of(shape)
+            half = len(arrays) // 2
+            shape = " ".join(f"{dtype}[{','.join(map(str, dims))}]" for dtype, dims in arrays[half : 2 * half])
+        return bytes_of(shape)
+    return sum(bytes_of(program.shape(name)) for name in instruction.operands)
+
+
+def _sent(kind: str, size: int, n: int) -> int:
+    match kind:
+        case "all-reduce":
+            return 2 * size * (n - 1) // n
+        case "all-gather" | "reduce-scatter" | "all-to-all":
+            return size * (n - 1) // n
+        case _:
+            return size
+
+
+def replica_groups(instruction: Instruction, num_devices: int) -> np.ndarray | None:
+    """Which chips take part together, [groups, chips of each]; None for a permutation."""
+    text = instruction.attributes
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, dims = (tuple(int(n) for n in iota[i].split(",")) for i in (1, 2))
+        order = np.arange(np.prod(dims)).reshape(dims)
+        if iota[3]:
+            order = order.transpose([int(n) for n in iota[3].split(",")])
+        return order.reshape(shape)
+    if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text):
+        rows = [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", listed[1])]
+        return np.asarray(rows)
+    if "source_target_pairs" in text:
+        return None
+    return np.arange(num_devices)[None]
+
+
+def _route(groups: np.ndarray | None, mesh: Any, chip: Chip, moved: int, kind: str) -> tuple[str, float]:
+    """Names of the axes, and the least seconds that the links need."""
+    if kind in _SLICES:
+        return "slice", moved / chip.network_bandwidth
+    if groups is None:
+        return "neighbours", moved / chip.link_bandwidth
+    group = groups[0]
+    places = np.stack(np.unravel_index(group, mesh.devices.shape))
+    names = []
+    for name, along, size in zip(mesh.axis_names, places, mesh.devices.shape, strict=True):
+        reached = len(set(along.tolist()))
+        if reached > 1:
+            names.append(name if reached == size else f"part of {name}")
+    devices = [mesh.devices.flat[i] for i in group]
+    return "+".join(names) or "none", moved / _bandwidth(chip, devices)
+
+
+def _bandwidth(chip: Chip, devices: Sequence[Any]) -> float:
+    """Bytes per second that each of a group of chips can send to the others."""
+    slices = {getattr(device, "slice_index", 0) or 0 for device in devices}
+    if isinstance(chip, Tpu):
+        if len(slices) > 1:
+            return chip.network_bandwidth
+        coordinates = [getattr(device, "coords", (0,)) for device in devices]
+        sides = sum(len(set(along)) > 1 for along in zip(*coordinates, strict=True))
+        return 2 * max(1, sides) * chip.link_bandwidth
+    hosts = {device.process_index for device in devices}
+    if len(hosts) == 1:
+        return chip.link_bandwidth
+    together = len(devices) / len(hosts)  # of one host, which share out what goes to others
+    return min(chip.link_bandwidth, together * chip.network_bandwidth)
+
+
+def least_traffic(config: Config, params: Any, mesh: Any) -> dict[str, int]:
+    """Bytes that one chip has to send in a step at least, by axis, whatever the program.
+
+    Gradients are summed in float32: scattered over `fsdp`, where the parameter is split, then summed over `data`, then
+    over `slice`; parameters are gathered once over `fsdp`, embeddings once over all axes of the batch; a block's
+    activations are summed twice forward and twice backward over `tensor`.
+
+    Args:
+        config: the run.
+        params: shapes of the parameters, each with its sharding.
+        mesh: what they lie on.
+    """
+    sizes = dict(mesh.shape)
+    slices, data, fsdp, tensor = (sizes[axis] for axis in ("slice", "data", "fsdp", "tensor"))
+    least: dict[str, float] = defaultdict(float)
+    for leaf in jax.tree.leaves(params):
+        own = 4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        split = any("fsdp" in (axes if isinstance(axes, tuple) else (axes,)) for axes in leaf.sharding.spec)
+        whole = own * fsdp if split else own
+        least["fsdp"] += whole * (fsdp - 1) / fsdp * (1.5 if split else 2)  # in bfloat16 there, as gradients back
+        part = whole / fsdp
+        least["data"] += 2 * part * (data - 1) / data
+        least["slice"] += 2 * part / data * (slices - 1) / slices
+    n = config.global_batch_size
+    chips = slices * data * fsdp
+    axes = "+".join(axis for axis in ("slice", "data", "fsdp") if sizes[axis] > 1)
+    embeddings = 2 * n * config.model.embed_dim * (2 if config.loss.dtype is Dtype.BFLOAT16 else 4)
+    least[axes] += embeddings * (chips - 1) / chips
+    least["tensor"] += (tensor - 1) / tensor * 2 * 4 * n / chips * _activation_bytes(config)
+    return {axis: round(size) for axis, size in least.items() if axis and round(size)}
+
+
+def _activation_bytes(config: Config) -> float:
+    """Of one pair, between two blocks, times the number of blocks."""
+    size = 2 if config.model.compute_dtype is Dtype.BFLOAT16 else 4
+    image, text = config.model.image, config.model.text
+    total = 0
+    if isinstance(image, ViTConfig):
+        total += image.depth * ((image.image_size // image.patch_size) ** 2 + image.class_token) * image.width
+    if isinstance(text, TextTransformerConfig):
+        total += text.depth * text.context_length * text.width
+    return size * total
