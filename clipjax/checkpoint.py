@@ -12,11 +12,12 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from clipjax.config import CheckpointConfig, Config
-from clipjax.config_json import from_dict, to_dict
+from clipjax.config_json import flatten, from_dict, to_dict
 from clipjax.data.tokenizer import Tokenizer, tokenizer_from_files
 
 FOLDER = "checkpoints"
@@ -119,7 +120,8 @@ class SavedCheckpoint:
         self._restore = functools.partial(reader.restore, self.path.absolute())
         items: dict[str, Any] = {name: ocp.args.JsonRestore() for name in RECORDS}
         try:
-            self.records: dict[str, Any] = dict(self._restore(args=ocp.args.Composite(**items)).items())
+            records = _lone_reader().restore(self.path.absolute(), args=ocp.args.Composite(**items))
+            self.records: dict[str, Any] = dict(records.items())
             self.config: Config = from_dict(self.records["config"])
         except (ValueError, KeyError, OSError) as error:
             raise ValueError(f"checkpoint {self.path} is damaged or not clipjax's: {error}") from error
@@ -142,6 +144,15 @@ class SavedCheckpoint:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that was saved."""
         return unpack_tokenizer(self.records["tokenizer"])
+
+
+def _lone_reader() -> ocp.Checkpointer:
+    """Reads without waiting for other processes, which may be unable to."""
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=options)
 
 
 def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int]:
@@ -206,6 +217,7 @@ RESUMABLE = (
     "eval.",
     "checkpoint.",
     "init_from",
+    "compile_cache",
     "data.tfds_dir",
     "data.max_bad_fraction",
     "data.num_",
@@ -233,7 +245,7 @@ def check_resumable(step: int, saved: Config, config: Config) -> None:
     Raises:
         ValueError: every field that differs, with both values.
     """
-    old, new = _flatten(to_dict(saved)), _flatten(to_dict(config))
+    old, new = flatten(to_dict(saved)), flatten(to_dict(config))
     changed = [
         f"{path}={new.get(path)!r} (checkpoint: {old.get(path)!r})"
         for path in sorted(old.keys() | new.keys())
@@ -244,12 +256,3 @@ def check_resumable(step: int, saved: Config, config: Config) -> None:
             f"the workdir holds a run at step {step} with another config: {', '.join(changed)}; "
             "use the old values to go on with it, or another workdir to start anew"
         )
-
-
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict) or not values:
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}.{name}" if prefix else name)
-    return flat

@@ -270,6 +270,7 @@ class Config:
     global_batch_size: int = 256
     microbatch_size: int | None = None  # pairs encoded at a time (GradCache), over all devices; None: the whole batch
     init_from: str | None = None  # a clipjax checkpoint whose parameters start this run
+    compile_cache: str | None = "auto"  # directory of compiled steps, for you alone; auto: one of yours, None on CPUs
     init_match: tuple[str, ...] = ()  # regular expressions of the parameters to take from it, ("image/.*",); (): all
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)

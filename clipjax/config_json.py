@@ -26,6 +26,16 @@ def to_dict(config: Any) -> Any:
     return config
 
 
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts by their dotted path."""
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
 def from_dict(values: Any) -> Config:
     """The config that `to_dict` wrote, from untrusted JSON.
 

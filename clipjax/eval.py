@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from clipjax import distributed, flags, sharding
+from clipjax import agreement, compile_cache, distributed, flags, launchers, sharding
 from clipjax.checkpoint import SavedCheckpoint
 from clipjax.config import MeshConfig, TaskKind
+from clipjax.data.sources import Source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import make_encoder_factory
 from clipjax.evals.runner import Task, build_tasks, run_tasks, write_results
 from clipjax.inference import load_params
+from clipjax.inputs import remembering
 from clipjax.journal import results_table
 from clipjax.models.clip import build_clip
 from clipjax.validation import validate, validate_devices
@@ -26,12 +28,13 @@ OPTIONS = {
     "tasks_from": "a config file whose eval.tasks are run instead of the checkpoint's own, with its data.tfds_* fields",
     "tasks": "names of the config's eval.tasks, separated by commas; all of them if left out",
     "output": "JSON file for the results",
+    **launchers.OPTIONS,
 }
 TASK_DATA = ("tfds_dir", "tfds_image_key", "tfds_caption_key")
 HELP = f"""Evaluate a checkpoint on the tasks of its config.
 
   {PROGRAM} --checkpoint=WORKDIR_OR_STEP [--tasks_from=FILE[:ARG]] [--tasks=A,B] [--output=results.json]
-      [--config.FIELD=VALUE ...]
+      [--config.FIELD=VALUE ...] [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
   --checkpoint  {OPTIONS["checkpoint"]}
   --tasks_from  {OPTIONS["tasks_from"]}
@@ -49,22 +52,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.wants_help(argv):
         print(HELP)
         return 0
-    return flags.front_door(PROGRAM, lambda: prepare(argv))
+    with distributed.no_survivors():
+        return flags.front_door(PROGRAM, lambda: prepare(argv))
 
 
 def prepare(argv: Sequence[str]) -> Callable[[], int]:
-    """Open and check everything; returns the evaluation itself.
+    """Open and check everything, on all processes together; returns the evaluation itself.
 
     Raises:
         ValueError: for the user, with field, value, rule and remedy.
     """
-    path = _option(argv, "checkpoint")
+    distributed.start(flags.option_values(argv, launchers.OPTIONS))
+    return agreement.together("eval", lambda: _open_here(argv))[0]
+
+
+def _open_here(argv: Sequence[str]) -> tuple[Callable[[], int], agreement.Facts]:
+    """This process's part, and what must be the same on all processes."""
+    path = flags.option_value(argv, "checkpoint")
     if not path:
         raise ValueError("--checkpoint=WORKDIR_OR_STEP is missing: name a workdir that training has saved to")
-    distributed.start()  # before the checkpoint is opened, which asks JAX who the processes are
     saved = SavedCheckpoint(path)
     saved.config.mesh = MeshConfig()
-    if tasks_from := _option(argv, "tasks_from"):
+    if tasks_from := flags.option_value(argv, "tasks_from"):
         other = flags.parse(PROGRAM, [f"--config={tasks_from}"], options={}).config
         saved.config.eval.tasks = other.eval.tasks
         for name in TASK_DATA:
@@ -74,11 +83,13 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     if output:
         flags.require_writable(pathlib.Path(output).parent)
     validate(saved.config, batch_fields=("eval.batch_size",))
+    compile_cache.enable(saved.config.compile_cache)
     _select_tasks(saved, arguments.options["tasks"])
     tokenizer = saved.tokenizer()
     if any(task.kind is not TaskKind.IMAGE_RETRIEVAL for task in saved.config.eval.tasks.values()):
         tokenizer.encode("a")  # of a checkpoint that was converted without one, this says so
-    tasks = build_tasks(saved.config)
+    sources: dict[str, Source] = {}
+    tasks = build_tasks(saved.config, remembering(sources))
     validate_devices(
         saved.config,
         num_devices=jax.device_count(),
@@ -86,16 +97,12 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         num_slices=sharding.hardware_slices(jax.devices()),
         batch_fields=("eval.batch_size",),
     )
-    return lambda: evaluate(saved, tokenizer, tasks, pathlib.Path(output) if output else None)
-
-
-def _option(argv: Sequence[str], name: str) -> str | None:
-    """One option's value, needed before the rest can be parsed."""
-    for position, argument in enumerate(argv):
-        flag, equals, value = argument.partition("=")
-        if flag in (f"--{name}", f"-{name}"):
-            return value if equals else next(iter(argv[position + 1 : position + 2]), None)
-    return None
+    facts: agreement.Facts = {
+        "config": agreement.config_facts(saved.config),
+        "code": agreement.code_facts(),
+        "data": agreement.data_facts(sources, tokenizer, {"checkpoint": saved}),
+    }
+    return lambda: evaluate(saved, tokenizer, tasks, pathlib.Path(output) if output else None), facts
 
 
 def _select_tasks(saved: SavedCheckpoint, chosen: str | None) -> None:

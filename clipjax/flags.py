@@ -11,13 +11,14 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
 
+from clipjax import rank_log
 from clipjax.config import Config
 from clipjax.fields import field_type, members, path_parts
 
@@ -78,6 +79,7 @@ def fail(program: str, error: Exception) -> None:
     """Print an error's message for a person, a line per finding."""
     for line in str(error).splitlines() or [repr(error)]:
         print(f"{program}: error: {line}", file=sys.stderr)
+        rank_log.note(f"error: {line}")
 
 
 def parse(program: str, argv: Sequence[str], *, options: Mapping[str, str], config: Config | None = None) -> Arguments:
@@ -126,6 +128,20 @@ def parse_options(program: str, argv: Sequence[str], *, options: Mapping[str, st
     values = _define(options)
     _read(values, [program, *argv])
     return {name: values[name].value for name in options}
+
+
+def option_value(argv: Sequence[str], name: str) -> str | None:
+    """One option's value, where it is needed before the rest can be parsed."""
+    for position, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag in (f"--{name}", f"-{name}"):
+            return value if equals else next(iter(argv[position + 1 : position + 2]), None)
+    return None
+
+
+def option_values(argv: Sequence[str], names: Iterable[str]) -> dict[str, str | None]:
+    """Values of some options, None where one is not given."""
+    return {name: option_value(argv, name) for name in names}
 
 
 def _check_loaded(parsed: Any) -> None:

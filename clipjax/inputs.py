@@ -1,6 +1,8 @@
 """What a run reads, opened and checked before a device is touched: data, tokenizer, evaluation tasks, first weights."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 
@@ -29,6 +31,7 @@ class Inputs:
         tasks: evaluation tasks by name.
         initial: gives the first parameters where `init_from` names a checkpoint.
         teacher: the model to learn from where `loss.distill_from` names a checkpoint.
+        sources: everything that is read, for training and evaluation, by the config's name of it.
     """
 
     source: Source
@@ -36,6 +39,7 @@ class Inputs:
     tasks: dict[str, Task]
     initial: SavedCheckpoint | None
     teacher: SavedCheckpoint | None = None
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
 
 def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
@@ -80,7 +84,18 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
         step = None if saved is None else saved.records["data"].get("teacher_step")
         teacher = SavedCheckpoint(config.loss.distill_from, step=step)
         check_same_inputs(config, tokenizer, teacher)
-    return Inputs(source, tokenizer, build_tasks(config), initial, teacher)
+    sources = {config.data.train: source}
+    return Inputs(source, tokenizer, build_tasks(config, remembering(sources)), initial, teacher, sources)
+
+
+def remembering(sources: dict[str, Source]) -> Callable[..., Source]:
+    """`build_source` that leaves what it opens in a dict."""
+
+    def open_source(spec: str, **options: Any) -> Source:
+        sources[spec] = build_source(spec, **options)
+        return sources[spec]
+
+    return open_source
 
 
 def check_same_inputs(config: Config, tokenizer: Tokenizer, teacher: SavedCheckpoint) -> None:

@@ -1,9 +1,11 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard, the progress line. It never makes a device wait.
+"""What a run tells: `metrics.jsonl`, TensorBoard, the progress line, each process's log. It never makes a device wait.
 
 A step's metrics are kept as they come, still being computed, and fetched one step later.
 """
 
 import pathlib
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,24 +13,35 @@ from typing import Any
 import jax
 import numpy as np
 
+from clipjax import rank_log
 from clipjax.config import Config, total_steps
 from clipjax.data.sources import REASONS
 from clipjax.flops import model_flops
 from clipjax.metrics import PEAK_TFLOPS, MetricsWriter, Progress, StepClock, format_table, mfu
+from clipjax.stragglers import RankTimes, Spent
 from clipjax.typing import Metrics
 
 
 class Journal:
-    """Writes metrics on the first process; on the others it does nothing.
+    """Writes metrics and shows progress on the first process; the others only keep their own log.
 
     Args:
         config: the run.
         workdir: where the files go.
         start_step: completed updates; later lines of an earlier try are dropped.
-        enabled: whether this process writes.
+        enabled: whether this process writes and talks.
+        times: brings together how long each of several processes takes; None for one alone.
     """
 
-    def __init__(self, config: Config, workdir: pathlib.Path, *, start_step: int, enabled: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        workdir: pathlib.Path,
+        *,
+        start_step: int,
+        enabled: bool,
+        times: RankTimes | None = None,
+    ) -> None:
         self._batch = config.global_batch_size
         self._flops = model_flops(config.model)
         self._peak_tflops = config.log.peak_tflops or PEAK_TFLOPS.get(jax.devices()[0].device_kind)
@@ -39,6 +52,17 @@ class Journal:
         self._progress = Progress(steps, enabled=enabled)
         self._clock = StepClock(steps, step=start_step, examples_seen=start_step * self._batch)
         self._pending: tuple[int, Metrics, dict[str, Any]] | None = None
+        self._times, self._last_step = times, start_step
+        self._blocked_seconds = 0.0  # since the last note
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Time in here the host waits for the devices, and thereby for other processes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._blocked_seconds += time.perf_counter() - start
 
     def note(self, step: int, metrics: Metrics, wait_seconds: float) -> None:
         """Remember a step to log; its numbers are fetched by the next `flush`.
@@ -50,6 +74,25 @@ class Journal:
         """
         rates = self._clock.lap(step=step, examples_seen=step * self._batch, wait_seconds=wait_seconds)
         self._pending = (step, metrics, rates)
+        self._account(step, rates)
+
+    def _account(self, step: int, rates: Mapping[str, float]) -> None:
+        """Log and pass on what this process did since the last note."""
+        steps = step - self._last_step
+        seconds = self._batch / rates["examples_per_second"]
+        spent = Spent(
+            host=socket.gethostname(),
+            step_seconds=seconds,
+            input_wait_seconds=rates["input_wait_fraction"] * seconds,
+            blocked_seconds=min(self._blocked_seconds / steps, seconds),
+        )
+        self._last_step, self._blocked_seconds = step, 0.0
+        rank_log.note(
+            f"step {step}: {seconds:.4f} s/step: {spent.input_wait_seconds:.4f} waiting for data, "
+            f"{spent.host_seconds:.4f} working on the host, {spent.blocked_seconds:.4f} waiting for the devices"
+        )
+        if self._times is not None:
+            self._times.send(step, steps, spent)
 
     def flush(self) -> None:
         """Write the remembered step, if there is one."""
@@ -59,7 +102,8 @@ class Journal:
         self._pending = None
         if self._writer is None:
             return
-        skipped = np.asarray(metrics["samples_skipped"]).tolist()
+        with self.blocked():
+            skipped = np.asarray(metrics["samples_skipped"]).tolist()
         values = {
             "examples_seen": step * self._batch,
             **{name: float(value) for name, value in metrics.items() if name != "samples_skipped"},
@@ -69,8 +113,15 @@ class Journal:
         if self._peak_tflops is not None:
             rate = host["examples_per_second"]
             values["mfu"] = mfu(rate, self._flops, jax.device_count(), self._peak_tflops)
+        slow: list[str] = []
+        if self._times is not None:
+            ranks, slow = self._times.receive(before=step)
+            values |= ranks
         self._writer.write(step, values)
         self._progress.update(step, values)
+        rank_log.note(f"step {step}: loss {values['loss']:.6g}")
+        for line in slow:
+            self.message(line)
 
     def results(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
         """Write the results of an evaluation, and show them."""
@@ -79,10 +130,11 @@ class Journal:
             shown = (
                 f"{task} {name} {value:.3f}" for task, metrics in results.items() for name, value in metrics.items()
             )
-            self._progress.message("  ".join(item for item in shown if " num_" not in item))
+            self.message("  ".join(item for item in shown if " num_" not in item))
 
     def message(self, text: str) -> None:
-        """Show a line."""
+        """Show a line; every process logs it."""
+        rank_log.note(text)
         if self._writer is not None:
             self._progress.message(text)
 
@@ -91,6 +143,11 @@ class Journal:
         """Time in here is not training: it does not enter the rates."""
         with self._clock.pause():
             yield
+
+    def finish(self) -> None:
+        """Show how long each of several processes took; all of them must call it."""
+        if self._times is not None and (table := self._times.table()):
+            self.message(table)
 
     def close(self) -> None:
         """Write what is pending, close the files."""

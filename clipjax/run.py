@@ -50,7 +50,8 @@ class Run:
         """
         while len(self._in_flight) >= STEPS_IN_FLIGHT:
             step, metrics = self._in_flight.popleft()
-            jax.block_until_ready(metrics["loss"])
+            with self.journal.blocked():
+                jax.block_until_ready(metrics["loss"])
             if step % steps_of(self.config.log.every_examples, self.config) == 0:
                 self.limit.check(step, jax.device_get(metrics["samples_skipped"]).tolist(), self.stream.latest_bad())
         batch = next(self.stream)
@@ -95,6 +96,8 @@ class Run:
         if self.config.checkpoint.best_metric is not None and results:
             task, _, metric = self.config.checkpoint.best_metric.rpartition(":")
             best_value = results[task][metric]
+        with self.journal.blocked():  # saving would wait for the step; not for what others call host work
+            jax.block_until_ready(state.step)
         self.checkpoints.save(step, to_groups(state), records, best_value)
 
     def finish(self, state: TrainState, last: int, results: Results | None) -> None:
@@ -105,6 +108,7 @@ class Run:
             results = run_tasks(self.inputs.tasks, self.make_encoder(eval_params(state)))
         if distributed.is_first():
             write_results(self.workdir / "results.json", self.checkpoints.path(last), results)
+        self.journal.finish()
         if results:
             self.journal.message(results_table(results))
         examples = last * self.config.global_batch_size

@@ -14,32 +14,38 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from clipjax import distributed, flags, grads, optim, sharding
-from clipjax.checkpoint import Checkpoints, newest_checkpoint
+from clipjax import distributed, flags, grads, launchers, optim, rank_log, sharding
+from clipjax.checkpoint import Checkpoints
 from clipjax.config import Config, LossKind, steps_of, total_steps
 from clipjax.data.pipeline import BadSampleLimit, TooManyBadSamples, TrainStream
 from clipjax.data.tokenizer import TextToTokens
 from clipjax.evals.encoder import make_encoder_factory
 from clipjax.evals.runner import Results
 from clipjax.inference import load_params
-from clipjax.inputs import Inputs, open_inputs
+from clipjax.inputs import Inputs
 from clipjax.journal import Journal
 from clipjax.losses import build_loss, describe_loss
 from clipjax.losses.memory import make_memory_access
-from clipjax.models.clip import abstract_params, build_clip, make_encode, make_frozen_encode
-from clipjax.resume import Position, check_same_run, start_state
+from clipjax.models.clip import build_clip, make_encode, make_frozen_encode
+from clipjax.opening import open_run
+from clipjax.resume import Position, start_state
 from clipjax.run import Run
 from clipjax.step import Forward, TrainState, make_init_state, make_train_step
-from clipjax.validation import validate, validate_devices
+from clipjax.stragglers import RankTimes
 
 PROGRAM = "clipjax train"
-OPTIONS = {"workdir": "where checkpoints, metrics.jsonl and results.json go; a run found there goes on"}
+OPTIONS = {
+    "workdir": "where checkpoints, metrics.jsonl and results.json go; a run found there goes on",
+    **launchers.OPTIONS,
+}
 HELP = f"""Train a model, or go on with the run that the workdir holds.
 
   {PROGRAM} --config=FILE[:ARG] --workdir=DIR [--config.FIELD=VALUE ...]
+      [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 SIGTERM and Ctrl-C save a checkpoint and leave (exit code 128 + signal); the same command then goes on from there.
-The workdir gets metrics.jsonl, tensorboard/, checkpoints/ and, at the end, results.json.
+The workdir gets metrics.jsonl, tensorboard/, checkpoints/, run.json, logs/ and, at the end, results.json.
+Several processes find each other by themselves under Slurm, Open MPI and on TPU pods, else by the last three options.
 
 Fields of the config with their defaults (the config file sets its own):
 """
@@ -51,35 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.wants_help(argv):
         print(HELP + "\n".join(flags.describe_fields()))
         return 0
-    return flags.front_door(PROGRAM, lambda: prepare(argv))
+    with distributed.no_survivors(), rank_log.session():
+        return flags.front_door(PROGRAM, lambda: prepare(argv))
 
 
 def prepare(argv: Sequence[str]) -> Callable[[], int]:
-    """Everything that can be refused: arguments, config, files, workdir, mesh. Returns the training itself.
+    """Everything that can be refused, on all processes together. Returns the training itself.
 
     Raises:
         ValueError: for the user, with field, value, rule and remedy.
     """
-    arguments = flags.parse(PROGRAM, argv, options=OPTIONS)
-    if not arguments.options["workdir"]:
-        raise ValueError("--workdir=DIR is missing: checkpoints and metrics need a place, for example runs/first")
-    config, workdir = arguments.config, pathlib.Path(arguments.options["workdir"])
-    validate(config)
-    flags.require_writable(workdir)
-    distributed.start()  # before anything that reads a checkpoint, which asks JAX who the processes are
-    saved = newest_checkpoint(workdir)
-    inputs = open_inputs(config, saved)
-    if saved is not None:
-        check_same_run(saved, config, inputs)
-    tx = optim.make_tx(config, abstract_params(config.model))
-    validate_devices(
-        config,
-        num_devices=jax.device_count(),
-        num_processes=jax.process_count(),
-        num_slices=sharding.hardware_slices(jax.devices()),
-        teacher=None if inputs.teacher is None else inputs.teacher.config,
-    )
-    return lambda: train(config, workdir, inputs, tx)
+    distributed.start(flags.option_values(argv, launchers.OPTIONS))
+    opened = open_run(lambda: flags.parse(PROGRAM, argv, options=OPTIONS))
+    return lambda: train(opened.config, opened.workdir, opened.inputs, opened.tx)
 
 
 def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.GradientTransformation) -> int:
@@ -110,7 +100,8 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
         except ValueError as error:  # a damaged checkpoint: not a defect, so no traceback
             flags.fail(PROGRAM, error)
             return 1
-        journal = Journal(config, workdir, start_step=start.step, enabled=distributed.is_first())
+        times = RankTimes() if jax.process_count() > 1 else None
+        journal = Journal(config, workdir, start_step=start.step, enabled=distributed.is_first(), times=times)
         stack.callback(journal.close)
         journal.message(describe_loss(config, mesh))
         stream = TrainStream(

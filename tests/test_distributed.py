@@ -1,7 +1,9 @@
-"""Which environments mean several processes, and how a signal is remembered."""
+"""How processes are started, and how a signal is remembered."""
 
+import contextlib
 import os
 import signal
+import time
 
 import jax
 import pytest
@@ -9,41 +11,74 @@ import pytest
 from clipjax import distributed
 
 
-@pytest.mark.parametrize(
-    ("environment", "launched"),
-    [
-        ({}, False),
-        ({"JAX_COORDINATOR_ADDRESS": "localhost:1234"}, True),
-        ({"SLURM_NTASKS": "1"}, False),
-        ({"SLURM_NTASKS": "2"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "16"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "worker-0,worker-1"}, True),
-        ({"SLURM_JOB_ID": "7", "PATH": "/bin"}, False),
-    ],
-)
-def test_is_launched(environment, launched):
-    assert distributed.is_launched(environment) is launched
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"SLURM_NTASKS": "1"}, []),
-        ({"SLURM_NTASKS": "4"}, [()]),
-        (
-            {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"},
-            [("host:1", 4, 3)],
-        ),
-        ({"JAX_COORDINATOR_ADDRESS": "host:1", "SLURM_NTASKS": "4"}, [("host:1", None, None)]),
-    ],
-)
-def test_start_says_what_is_known_and_leaves_the_rest_to_jax(monkeypatch, environment, expected):
+@pytest.fixture
+def calls(monkeypatch) -> list[dict]:
+    """What `jax.distributed.initialize` was called with; as many processes join as were named."""
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
-    distributed.start(environment)
-    assert calls == expected
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    monkeypatch.setattr(jax, "process_count", lambda: calls[-1].get("num_processes", 1))
+    return calls
+
+
+TIMES = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 10}
+
+
+def test_a_lone_process_starts_nothing(calls):
+    distributed.start({}, {"SLURM_NTASKS": "4"})
+    assert calls == []
+
+
+def test_start_says_what_is_known_and_keeps_jax_from_asking_again(calls, capsys):
+    distributed.start({"coordinator": "host:1", "num_processes": "4", "process_id": "0"}, {})
+    known = {"coordinator_address": "host:1", "num_processes": 4, "process_id": 0, "local_device_ids": None}
+    assert calls == [known | TIMES | {"cluster_detection_method": "deactivate"}]
+    assert capsys.readouterr().err == "clipjax: process 0: waiting for 4 processes at host:1 (flags)\n"
+
+
+def test_start_leaves_tpu_pods_to_jax(calls):
+    distributed.start({}, {"TPU_WORKER_HOSTNAMES": "worker-0,worker-1"})
+    assert calls == [{"coordinator_address": None} | TIMES]
+
+
+def test_one_process_per_gpu_takes_its_own(calls):
+    environment = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    distributed.start({}, environment | {"OMPI_COMM_WORLD_LOCAL_RANK": "1"})
+    assert calls[0]["local_device_ids"] == (1,)
+
+
+def test_a_meeting_point_that_cannot_be_used_is_refused(calls, monkeypatch):
+    def fail(**_: object) -> None:
+        raise RuntimeError("address already in use")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(ValueError, match="cannot meet at host:1: address already in use; is the port free"):
+        distributed.start({"coordinator": "host:1", "num_processes": "2", "process_id": "0"}, {})
+
+
+def test_processes_whose_devices_do_not_know_each_other_are_refused(calls, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"2 processes were started \(flags\), but the devices know of 1"):
+        distributed.start({"coordinator": "host:1", "num_processes": "2", "process_id": "1"}, {})
+
+
+def test_whoever_waits_long_says_so(calls, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "_PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments) or time.sleep(0.2))
+    distributed.start({"coordinator": "host:1", "num_processes": "2", "process_id": "1"}, {})
+    assert "process 1: still waiting for 2 processes at host:1; all of them must be started" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_ends_one_of_several_processes_at_once(monkeypatch, processes, capsys):
+    ended = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with contextlib.suppress(KeyError), distributed.no_survivors():
+        raise KeyError("defect")
+    assert ended == [1] * (processes - 1)  # alone, the error goes on as any other
+    assert ("KeyError: 'defect'" in capsys.readouterr().err) == (processes > 1)
 
 
 def test_a_lone_process_is_the_first():

@@ -12,7 +12,7 @@ import jax
 from clipjax.config import Config, TaskConfig, TaskKind
 from clipjax.data.images import make_view
 from clipjax.data.pipeline import eval_batches
-from clipjax.data.sources import build_source
+from clipjax.data.sources import Source, build_source
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.prompts import load_classes, load_templates
 from clipjax.evals.retrieval import image_retrieval, retrieval
@@ -22,8 +22,8 @@ Task = Callable[[Encoder], dict[str, float]]
 Results = dict[str, dict[str, float]]
 
 
-def build_tasks(config: Config) -> dict[str, Task]:
-    """The tasks of `config.eval.tasks`, by name.
+def build_tasks(config: Config, open_source: Callable[..., Source] = build_source) -> dict[str, Task]:
+    """The tasks of `config.eval.tasks`, by name; `open_source` opens what they read.
 
     Raises:
         ValueError: missing data, unknown classes or templates; the task is named.
@@ -31,15 +31,15 @@ def build_tasks(config: Config) -> dict[str, Task]:
     tasks = {}
     for name, task in config.eval.tasks.items():
         try:
-            tasks[name] = _build_task(config, task)
+            tasks[name] = _build_task(config, task, open_source)
         except ValueError as error:
             raise ValueError(f"eval.tasks.{name}: {error}") from error
     return tasks
 
 
-def _build_task(config: Config, task: TaskConfig) -> Task:
+def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Source]) -> Task:
     def open_batches(spec: str) -> Callable[[], Iterator[dict]]:
-        source = build_source(spec, data=config.data, label_key=task.tfds_label_key)
+        source = open_source(spec, data=config.data, label_key=task.tfds_label_key)
         return lambda: eval_batches(
             source,
             view=make_view(config),

@@ -1,0 +1,84 @@
+"""JAX's compilation cache on disk: compiled steps of one run serve the next. The directory is private.
+
+What lies in it is executed, so whoever can write there can run code as this user: a directory of another user's, or
+one that others may write to, is refused.
+"""
+
+import os
+import pathlib
+import stat
+from collections.abc import Mapping
+
+import jax
+
+AUTO = "auto"
+_JAX_NAME = "JAX_COMPILATION_CACHE_DIR"
+
+
+def enable(setting: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Use the cache that a config's `compile_cache` asks for; call it before anything is compiled.
+
+    Args:
+        setting: a directory; `auto`, which is a directory of this user's on accelerators and none on CPUs, where
+            compiling is quick and code that was compiled for another machine's instructions could be met; or None.
+        environment: `JAX_COMPILATION_CACHE_DIR` beats `auto`: JAX reads it itself.
+
+    Returns:
+        The directory in use, None without one.
+
+    Raises:
+        ValueError: the directory is not safe, or one that was named cannot be made.
+    """
+    if setting == AUTO:
+        if environment.get(_JAX_NAME):
+            return environment[_JAX_NAME]
+        if jax.default_backend() == "cpu":
+            return None
+    if setting is None:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    folder = _default_folder(environment) if setting == AUTO else pathlib.Path(setting).expanduser()
+    try:
+        _make_private(folder)
+    except OSError as error:
+        if setting == AUTO:  # a read-only home: slower starts, and no reason to refuse
+            return None
+        raise ValueError(
+            f"compile_cache={setting!r} cannot be made ({error.strerror}); name another directory, or none"
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return str(folder)
+
+
+def _default_folder(environment: Mapping[str, str]) -> pathlib.Path:
+    home = environment.get("XDG_CACHE_HOME") or pathlib.Path(environment.get("HOME") or "~").expanduser() / ".cache"
+    return pathlib.Path(home) / "clipjax" / "xla"
+
+
+def _make_private(folder: pathlib.Path) -> None:
+    """Make the directory for this user alone (0700), or check that it is safe.
+
+    Raises:
+        ValueError: it belongs to another user, others may write there, or it is no directory.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700)
+        return
+    except FileExistsError:
+        pass
+    found, remedy = folder.lstat(), "use another directory, or compile_cache=none"
+    if not stat.S_ISDIR(found.st_mode):
+        raise ValueError(f"compile_cache={str(folder)!r} must be a directory, and no link to one; {remedy}")
+    if found.st_uid != os.geteuid():
+        raise ValueError(
+            f"compile_cache={str(folder)!r} belongs to user {found.st_uid}, not to you: what lies there is executed; "
+            f"{remedy}"
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(
+            f"compile_cache={str(folder)!r} may be written to by others (mode {stat.S_IMODE(found.st_mode):04o}): "
+            f"what lies there is executed; look for what is not yours, then chmod 700 it, or {remedy}"
+        )
+    if found.st_mode & 0o077:
+        folder.chmod(0o700)

@@ -1,0 +1,97 @@
+"""Opening a run: everything that can be refused before training, by all of its processes together."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import optax
+
+from clipjax import agreement, compile_cache, flags, optim, rank_log, run_record, sharding
+from clipjax.agreement import Facts
+from clipjax.checkpoint import newest_checkpoint
+from clipjax.config import Config
+from clipjax.distributed import is_first
+from clipjax.flags import Arguments
+from clipjax.inputs import Inputs, open_inputs
+from clipjax.models.clip import abstract_params
+from clipjax.resume import check_same_run
+from clipjax.validation import validate, validate_devices
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that may begin.
+
+    Attributes:
+        config: all of its knobs.
+        workdir: where its files go.
+        inputs: what it reads.
+        tx: the optimizer.
+    """
+
+    config: Config
+    workdir: Path
+    inputs: Inputs
+    tx: optax.GradientTransformation
+
+
+def open_run(parse: Callable[[], Arguments]) -> Opened:
+    """Open and check everything, on all processes; they go on only if all of them can, and would do the same.
+
+    Args:
+        parse: gives the command line's config and options.
+
+    Raises:
+        ValueError: for the user, on every process: with field, value, rule and remedy.
+    """
+    opened, facts = agreement.together("train", lambda: _open_here(parse()))
+    agreement.check_shared(opened.workdir)
+    if is_first():
+        record_start(opened.workdir, facts)
+    return opened
+
+
+def _open_here(arguments: Arguments) -> tuple[Opened, Facts]:
+    """This process's part."""
+    if not arguments.options["workdir"]:
+        raise ValueError("--workdir=DIR is missing: checkpoints and metrics need a place, for example runs/first")
+    config, workdir = arguments.config, Path(arguments.options["workdir"])
+    validate(config)
+    flags.require_writable(workdir)
+    rank_log.open_log(workdir, rank=jax.process_index(), header=run_record.describe_start())
+    compile_cache.enable(config.compile_cache)
+    saved = newest_checkpoint(workdir)
+    inputs = open_inputs(config, saved)
+    if saved is not None:
+        check_same_run(saved, config, inputs)
+    tx = optim.make_tx(config, abstract_params(config.model))
+    validate_devices(
+        config,
+        num_devices=jax.device_count(),
+        num_processes=jax.process_count(),
+        num_slices=sharding.hardware_slices(jax.devices()),
+        teacher=None if inputs.teacher is None else inputs.teacher.config,
+    )
+    facts: Facts = {
+        "config": agreement.config_facts(config),
+        "code": agreement.code_facts(),
+        "checkpoint": agreement.checkpoint_facts(workdir),
+        "data": agreement.data_facts(
+            inputs.sources, inputs.tokenizer, {"init_from": inputs.initial, "loss.distill_from": inputs.teacher}
+        ),
+    }
+    return Opened(config, workdir, inputs, tx), facts
+
+
+def record_start(workdir: Path, facts: Mapping[str, Mapping[str, object]]) -> None:
+    """Add this start to `run.json`; what cannot be written there does not keep the run from starting."""
+    about = {
+        **run_record.describe_start(),
+        "compile_cache": jax.config.jax_compilation_cache_dir,  # pyright: ignore[reportAttributeAccessIssue]
+        "digests": agreement.digests(facts),
+    }
+    try:
+        run_record.write(workdir, about)
+    except OSError as error:
+        rank_log.note(f"run.json cannot be written: {error}")
