@@ -54,6 +54,11 @@ class Journal:
         self._pending: tuple[int, Metrics, dict[str, Any]] | None = None
         self._times, self._last_step = times, start_step
         self._blocked_seconds = 0.0  # since the last note
+        self._samples = 0
+
+    def feed(self, index: np.ndarray) -> None:
+        """Take note of the samples that this process feeds into a step."""
+        self._samples = (self._samples + sample_digest(index)) % 2**64
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
@@ -85,11 +90,13 @@ class Journal:
             step_seconds=seconds,
             input_wait_seconds=rates["input_wait_fraction"] * seconds,
             blocked_seconds=min(self._blocked_seconds / steps, seconds),
+            samples=f"{self._samples:016x}",
         )
-        self._last_step, self._blocked_seconds = step, 0.0
+        self._last_step, self._blocked_seconds, self._samples = step, 0.0, 0
         rank_log.note(
             f"step {step}: {seconds:.4f} s/step: {spent.input_wait_seconds:.4f} waiting for data, "
-            f"{spent.host_seconds:.4f} working on the host, {spent.blocked_seconds:.4f} waiting for the devices"
+            f"{spent.host_seconds:.4f} working on the host, {spent.blocked_seconds:.4f} waiting for the devices; "
+            f"samples {spent.samples}"
         )
         if self._times is not None:
             self._times.send(step, steps, spent)
@@ -155,6 +162,18 @@ class Journal:
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def sample_digest(index: np.ndarray) -> int:
+    """A digest of samples by their number in the source, the same in any order.
+
+    It is a sum modulo 2^64, so those of all processes add up to that of the global batch, and those of all steps of
+    an epoch to that of the whole source: if one sample were read twice, or left out, they would not.
+    """
+    mixed = index.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)  # splitmix64, which has no two equal values
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int((mixed ^ (mixed >> np.uint64(31))).sum(dtype=np.uint64))
 
 
 def results_table(results: Mapping[str, Mapping[str, float]]) -> str:

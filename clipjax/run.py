@@ -55,6 +55,7 @@ class Run:
             if step % steps_of(self.config.log.every_examples, self.config) == 0:
                 self.limit.check(step, jax.device_get(metrics["samples_skipped"]).tolist(), self.stream.latest_bad())
         batch = next(self.stream)
+        self.journal.feed(batch["index"])
         group = pair_groups(batch, self.config.loss.same_pair)
         more = {} if group is None else {"group": group}
         if self.config.loss.kind is LossKind.GLOBAL:

@@ -31,19 +31,21 @@ _LAST_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """Mean seconds per step of one process over an interval.
+    """Mean seconds per step of one process over an interval, and what it read in it.
 
     Attributes:
         host: name of its machine.
         step_seconds: from step to step, all in all.
         input_wait_seconds: waiting for the next batch to be read and decoded.
         blocked_seconds: waiting for the devices, and thereby for other processes.
+        samples: digest of the samples that it fed (`clipjax.journal.sample_digest`).
     """
 
     host: str
     step_seconds: float
     input_wait_seconds: float
     blocked_seconds: float
+    samples: str = ""
 
     @property
     def host_seconds(self) -> float:
@@ -113,7 +115,7 @@ class RankTimes:
         return {"ranks": {"step": step, **_columns(spent)}}, self._judge(step, spent)
 
     def _judge(self, step: int, spent: Sequence[Spent]) -> list[str]:
-        slow = slow_ranks(spent)
+        slow = slow_ranks(spent) if self._intervals else []  # the first interval compiles
         typical = statistics.median_low(each.own_seconds for each in spent)
         self._intervals += 1
         lines = []
@@ -153,11 +155,11 @@ class RankTimes:
                 str(rank),
                 spent[rank].host,
                 *(f"{value:.4f}" for value in _of(spent[rank]).values()),
-                f"{self._slow[rank]} of {self._intervals}",
+                f"{self._slow[rank]} of {max(0, self._intervals - 1)}",
             ]
             for rank in (order if self._count > _MOST_ROWS else range(self._count))
         ]
-        header = ("rank", "host", "s/step", "input wait", "host work", "blocked", "slow intervals")
+        header = ("rank", "host", "s/step", "input wait", "host work", "blocked", "kept others waiting")
         left_out = self._count - len(rows)
         return format_table(rows, header) + (f"\n({left_out} with less work of their own)" if left_out else "")
 
@@ -171,6 +173,7 @@ def _of(spent: Spent) -> Mapping[str, float]:
     }
 
 
-def _columns(spent: Sequence[Spent]) -> dict[str, list[float]]:
-    """A list over the processes of each number."""
-    return {name: [round(_of(each)[name], 6) for each in spent] for name in _of(spent[0])}
+def _columns(spent: Sequence[Spent]) -> dict[str, list[Any]]:
+    """A list over the processes of each number and digest."""
+    numbers = {name: [round(_of(each)[name], 6) for each in spent] for name in _of(spent[0])}
+    return numbers | {"samples": [each.samples for each in spent]}

@@ -1,27 +1,50 @@
-"""Two processes over loopback: they train as one process with two devices does, and stop together on a signal."""
+"""Several processes over loopback: they train as one does, stop together, refuse together, and restore each other's.
+
+The processes of one test share compiled steps with those of the others through JAX's cache: the same executable gives
+the same bits. A run whose length matters compiles anew.
+"""
 
 import contextlib
 import json
+import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 
+import clipjax
 from clipjax.checkpoint import find_checkpoint
+from clipjax.journal import sample_digest
 from tests.e2e.conftest import run, start
 from tests.e2e.test_run import make_tar
 
 LAST_STEP = 12
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> dict[str, str]:
+    """Environment of processes that share compiled steps."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def train_arguments(config: pathlib.Path, workdir: pathlib.Path) -> tuple[str, ...]:
     return ("clipjax.train", f"--config={config}", f"--workdir={workdir}")
+
+
+def devices(count: int) -> dict[str, str]:
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
 
 
 def free_port() -> int:
@@ -31,61 +54,254 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def two_processes(*arguments: str) -> Iterator[list[subprocess.Popen]]:
-    """Both processes of one run; whatever is left of them is killed at the end."""
+def processes(
+    count: int, *arguments: str, of_last: tuple[tuple[str, ...], dict[str, str]] = ((), {}), **environment: str
+) -> Iterator[list[subprocess.Popen]]:
+    """All processes of one run; whatever is left of them is killed at the end.
+
+    Args:
+        count: how many.
+        arguments: of all of them.
+        of_last: arguments and environment that only the last one gets besides.
+        environment: of all of them.
+    """
     address = f"localhost:{free_port()}"
-    processes = [
-        start(*arguments, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(index))
-        for index in range(2)
-    ]
+    started = []
+    for index in range(count):
+        more, changes = of_last if index == count - 1 else ((), {})
+        words = (f"--coordinator={address}", f"--num_processes={count}", f"--process_id={index}")
+        started.append(start(*arguments, *words, *more, **{**environment, **changes}))
     try:
-        yield processes
+        yield started
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
             process.communicate()
 
 
 def outputs(processes: Sequence[subprocess.Popen], expect: int) -> list[str]:
-    """What both printed, once both have left with the expected code."""
-    texts = [process.communicate(timeout=180)[0] for process in processes]
-    assert [process.returncode for process in processes] == [expect, expect], "\n\n".join(texts)
+    """What all of them printed, once they have left with the expected code."""
+    texts = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [expect] * len(processes), "\n\n".join(texts)
     return texts
 
 
+def log_lines(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(workdir: pathlib.Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line["loss"] for line in log_lines(workdir) if "loss" in line}
+
+
+def rank_log(workdir: pathlib.Path, rank: int) -> str:
+    return (workdir / "logs" / f"rank-{rank:05d}.log").read_text()
+
+
+def sample_digests(workdir: pathlib.Path, rank: int) -> dict[int, int]:
+    """What a process fed into each step, from its log."""
+    found = re.findall(r"step (\d+): .* samples ([0-9a-f]{16})$", rank_log(workdir, rank), re.MULTILINE)
+    return {int(step): int(digest, 16) for step, digest in found}
+
+
+def results(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
+    return json.loads((workdir / "results.json").read_text())["tasks"]
+
+
+SLOW = """
+import os, runpy, time
+from clipjax.data import sources
+
+def get_config():
+    if os.environ.get("SLOW"):
+        read = sources.TfdsSource.__getitem__
+
+        def slowly(self, index):
+            time.sleep(0.05)
+            return read(self, index)
+
+        sources.TfdsSource.__getitem__ = slowly
+    return runpy.run_path(CONFIG)["get_config"]()
+"""
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_config, tmp_path_factory) -> pathlib.Path:
-    """The workdir of an undisturbed run of two processes with one device each."""
-    workdir = tmp_path_factory.mktemp("two")
-    with two_processes(*train_arguments(tiny_config, workdir)) as processes:
-        first, second = outputs(processes, expect=0)
-    assert f"step {LAST_STEP}/{LAST_STEP}" in first
-    assert "step" not in second  # only the first process talks
+def slow_config(tiny_config, tmp_path_factory) -> pathlib.Path:
+    """The tiny run; a process with SLOW in its environment reads data slowly."""
+    path = tmp_path_factory.mktemp("slow") / "config.py"
+    path.write_text(SLOW.replace("CONFIG", repr(str(tiny_config))))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_config, tmp_path_factory, cache) -> pathlib.Path:
+    """The workdir of one process with two devices."""
+    workdir = tmp_path_factory.mktemp("one")
+    run(*train_arguments(tiny_config, workdir), **devices(2), **cache)
     return workdir
 
 
-def test_two_processes_train_as_one_with_two_devices(tiny_config, finished, tmp_path):
-    run(*train_arguments(tiny_config, tmp_path), XLA_FLAGS="--xla_force_host_platform_device_count=2")
-    ours, theirs = losses(finished), losses(tmp_path)
-    assert list(ours) == list(theirs) == list(range(1, LAST_STEP + 1))
+@pytest.fixture(scope="module")
+def finished(tiny_config, tmp_path_factory, cache) -> pathlib.Path:
+    """The workdir of an undisturbed run of two processes with one device each."""
+    workdir = tmp_path_factory.mktemp("two")
+    with processes(2, *train_arguments(tiny_config, workdir), **cache) as both:
+        first, second = outputs(both, expect=0)
+    assert f"step {LAST_STEP}/{LAST_STEP}" in first
+    assert "waiting for 2 processes at localhost:" in first
+    assert "step" not in second  # only the first process talks
+    table = next(line for line in first.splitlines() if line.startswith("rank"))
+    assert table.split("  ")[-1] == "kept others waiting"
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def four(slow_config, tmp_path_factory, cache) -> pathlib.Path:
+    """The workdir of four processes with one device each, of which the last reads data slowly."""
+    workdir = tmp_path_factory.mktemp("four")
+    arguments = train_arguments(slow_config, workdir)
+    with processes(4, *arguments, of_last=((), {"SLOW": "1"}), **cache) as all_four:
+        first, *_ = outputs(all_four, expect=0)
+    (workdir / "terminal.txt").write_text(first)
+    return workdir
+
+
+def assert_same_run(ours: pathlib.Path, theirs: pathlib.Path, count: int) -> None:
+    """A run of so many processes saw the samples, and got the losses, of another of one process."""
+    whole = sample_digests(theirs, 0)
+    parts = [sample_digests(ours, rank) for rank in range(count)]
+    assert list(whole) == list(range(1, LAST_STEP + 1))
+    for step, digest in whole.items():
+        assert sum(part[step] for part in parts) % 2**64 == digest
+        assert len({part[step] for part in parts}) == count
+    first, second = losses(ours), losses(theirs)
+    assert list(first) == list(second) == list(whole)
     # The same pairs at the same weights: only the order of sums differs.
-    assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
+    assert first[1] == pytest.approx(second[1], rel=1e-6)
     # Later, Adam's first steps turn the rounding of a tiny gradient's sign into a full step.
-    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=2e-3)
-    results = [json.loads((workdir / "results.json").read_text())["tasks"] for workdir in (finished, tmp_path)]
-    assert results[0].keys() == results[1].keys() == {"scenes/val", "scenes/pairs"}
-    for name, value in results[1]["scenes/val"].items():
-        if name.startswith("num_"):
-            assert results[0]["scenes/val"][name] == value
-    assert find_checkpoint(finished)[1] == LAST_STEP
+    np.testing.assert_allclose(list(first.values()), list(second.values()), rtol=2e-3)
+    assert results(ours).keys() == results(theirs).keys() == {"scenes/val", "scenes/pairs"}
+    for task in results(ours):
+        for name, value in results(theirs)[task].items():
+            if name.startswith("num_"):
+                assert results(ours)[task][name] == value
+    assert find_checkpoint(ours)[1] == LAST_STEP
 
 
-def test_two_processes_share_a_memory_and_a_teacher(tiny_config, finished, tmp_path):
+def test_two_processes_train_as_one_with_two_devices(finished, alone):
+    assert_same_run(finished, alone, 2)
+
+
+def test_four_processes_train_as_one_with_two_devices(four, alone):
+    assert_same_run(four, alone, 4)
+
+
+@pytest.mark.parametrize(
+    ("count", "each"),
+    [(2, 2), *[pytest.param(*layout, marks=pytest.mark.slow) for layout in ((1, 1), (1, 4), (2, 4), (4, 2), (4, 4))]],
+)
+def test_other_layouts_train_as_one_with_two_devices(tiny_config, alone, tmp_path, cache, count, each):
+    with processes(count, *train_arguments(tiny_config, tmp_path), **devices(each), **cache) as all_of_them:
+        outputs(all_of_them, expect=0)
+    assert_same_run(tmp_path, alone, count)
+
+
+def test_an_epoch_of_all_processes_is_every_sample_once(tiny_config, alone, finished, four):
+    """The run is one epoch of the 384 samples of `tiny`, cut to whole batches."""
+    from clipjax.config import DataConfig
+    from clipjax.data.sources import build_source
+
+    size = len(build_source("tfds:scenes/tiny/train", data=DataConfig(tfds_dir=str(tiny_config.parent / "tfds"))))
+    assert size >= LAST_STEP * 32
+    for workdir, count in ((alone, 1), (finished, 2), (four, 4)):
+        total = sum(sum(sample_digests(workdir, rank).values()) for rank in range(count)) % 2**64
+        if size == LAST_STEP * 32:
+            assert total == sample_digest(np.arange(size))
+
+
+def test_each_process_keeps_a_log_and_the_start_is_recorded(finished):
+    for rank in range(2):
+        text = rank_log(finished, rank)
+        assert f"process: {rank} of 2" in text and "local_devices: ['cpu:" in text
+        assert f"--process_id={rank}" in text and "versions: {'python'" in text
+        assert f"step 0 of {LAST_STEP}" in text and "done: 12 steps" in text
+    (record,) = json.loads((finished / "run.json").read_text())["starts"]
+    assert (record["num_processes"], record["num_devices"], record["process"]) == (2, 2, "0 of 2")
+    assert record["digests"].keys() == {"config", "code", "checkpoint", "data"}
+    ranks = [line["ranks"] for line in log_lines(finished) if "ranks" in line]
+    assert ranks and all(len(values) == 2 for values in ranks[0].values() if isinstance(values, list))
+    assert int(ranks[0]["samples"][1], 16) == sample_digests(finished, 1)[ranks[0]["step"]]
+
+
+def test_a_process_that_reads_slowly_is_named(four):
+    text = (four / "terminal.txt").read_text()
+    named = set(re.findall(r"straggler: process (\d)", text))
+    assert "3" in named
+    rows = [line.split() for line in text.splitlines() if re.match(r" +[0-3]  ", line)]
+    waits = {row[0]: float(row[3]) for row in rows}
+    assert waits.keys() == {"0", "1", "2", "3"}
+    assert waits["3"] > 3 * max(waits[rank] for rank in "012")
+
+
+RESTORE = """
+import hashlib, sys
+import jax, numpy as np
+from clipjax import distributed, flags, launchers, sharding
+from clipjax.checkpoint import SavedCheckpoint
+from clipjax.config import MeshConfig
+from clipjax.inference import load_params
+
+distributed.start(flags.option_values(sys.argv, launchers.OPTIONS))
+mesh = sharding.make_mesh(MeshConfig())
+for path in sys.argv[1].split(","):
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(load_params(SavedCheckpoint(path), mesh)):
+        digest.update(np.asarray(leaf).tobytes())
+    print("restored", jax.process_count(), digest.hexdigest())
+"""
+
+
+def test_four_processes_save_what_one_restores_and_back(tiny_config, four, tmp_path, cache):
+    shutil.copytree(four, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(LAST_STEP))
+    (tmp_path / "run" / "results.json").unlink()
+    output = run(*train_arguments(tiny_config, tmp_path / "run"), **devices(4), **cache)
+    assert f"step 9 of {LAST_STEP}" in output
+    ours, theirs = losses(tmp_path / "run"), losses(four)
+    assert [ours[step] for step in range(1, 10)] == [theirs[step] for step in range(1, 10)]
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=2e-3)  # Adam and roundings, as above
+    # The bits of what four processes saved, and of what one did, read by one and by four.
+    (tmp_path / "restore.py").write_text(RESTORE)
+    paths = f"{four},{tmp_path / 'run'}"
+    script = (sys.executable, str(tmp_path / "restore.py"), paths)
+    one = subprocess.run(script, env={**os.environ, **devices(1), **cache}, capture_output=True, text=True, check=True)
+    digests = re.findall("restored 1 ([0-9a-f]{64})", one.stdout)
+    assert len(set(digests)) == 2
+    address = f"localhost:{free_port()}"
+    started = [
+        subprocess.Popen(
+            (*script, f"--coordinator={address}", "--num_processes=4", f"--process_id={index}"),
+            env={**os.environ, **devices(1), **cache},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(4)
+    ]
+    for text in outputs(started, expect=0):
+        assert re.findall("restored 4 ([0-9a-f]{64})", text) == digests
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_evaluation_gives_the_same_on_several_processes(finished, tmp_path, cache, count):
+    arguments = ("clipjax.eval", f"--checkpoint={finished}", f"--output={tmp_path}/results.json")
+    with processes(count, *arguments, **cache) as all_of_them:
+        first, *others = outputs(all_of_them, expect=0)
+    assert "scenes/val" in first and not any("scenes/val" in text for text in others)
+    assert results(tmp_path) == results(finished)
+
+
+def test_two_processes_share_a_memory_and_a_teacher(tiny_config, finished, tmp_path, cache):
     make_tar(tmp_path / "pairs.tar", corrupt=0)  # 64 pairs: each is remembered and recalled six times
     options = (
         f"--config.data.train={tmp_path}/pairs.tar",
@@ -93,57 +309,156 @@ def test_two_processes_share_a_memory_and_a_teacher(tiny_config, finished, tmp_p
         f"--config.loss.distill_from={finished}",
     )
     arguments = (*train_arguments(tiny_config, tmp_path / "two"), *options)
-    with two_processes(*arguments) as processes:
-        outputs(processes, expect=0)
+    with processes(2, *arguments, **cache) as both:
+        outputs(both, expect=0)
     first = losses(tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / str(LAST_STEP))
-    with two_processes(*arguments) as processes:
-        outputs(processes, expect=0)
+    with processes(2, *arguments, **cache) as both:
+        outputs(both, expect=0)
     assert losses(tmp_path / "two") == first  # the last three steps from a memory that was restored in halves
     one = train_arguments(tiny_config, tmp_path / "one")
-    run(*one, *options, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    run(*one, *options, **devices(2), **cache)
     again = losses(tmp_path / "one")
-    assert again[1] == pytest.approx(first[1], rel=1e-5)
+    assert again[1] == pytest.approx(first[1], rel=1e-6)
     np.testing.assert_allclose(list(again.values()), list(first.values()), rtol=5e-3)  # Adam and roundings, as above
 
 
 @pytest.mark.parametrize("signalled", [(0, 1), (1,)], ids=["both", "second"])
-def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tiny_config, finished, tmp_path, signalled):
+def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tiny_config, finished, tmp_path, cache, signalled):
     """A launcher signals every process, a preempted machine only its own: either way all save the same step."""
     arguments = train_arguments(tiny_config, tmp_path)
-    with two_processes(*arguments) as processes:
+    with processes(2, *arguments) as both:  # without the cache
         log = tmp_path / "metrics.jsonl"
         # Compiling the step comes next, longer than the second in which JAX notices a signal.
         while not log.exists():
-            assert all(process.poll() is None for process in processes)
+            assert all(process.poll() is None for process in both)
             time.sleep(0.01)
         for index in signalled:
-            processes[index].send_signal(signal.SIGTERM)
-        first, second = outputs(processes, expect=128 + signal.SIGTERM)
+            both[index].send_signal(signal.SIGTERM)
+        first, second = outputs(both, expect=128 + signal.SIGTERM)
     assert "Traceback" not in first + second
     _, step = find_checkpoint(tmp_path)
     assert step < LAST_STEP
     assert f"after step {step}" in first
-    with two_processes(*arguments) as processes:
-        first, _ = outputs(processes, expect=0)
+    with processes(2, *arguments, **cache) as both:
+        first, _ = outputs(both, expect=0)
     assert f"step {step} of {LAST_STEP}" in first
     assert losses(tmp_path) == losses(finished)
     assert (tmp_path / "results.json").exists()
 
 
-def test_bad_data_of_one_process_stops_both_and_is_counted_over_both(tiny_config, tmp_path):
+def test_bad_data_of_one_process_stops_both_and_is_counted_over_both(tiny_config, tmp_path, cache):
     make_tar(tmp_path / "pairs.tar", corrupt=1)  # one process meets it in each epoch
     arguments = (
         *train_arguments(tiny_config, tmp_path / "run"),
         f"--config.data.train={tmp_path}/pairs.tar",
         "--config.data.max_bad_fraction=0",
     )
-    with two_processes(*arguments) as processes:
-        texts = outputs(processes, expect=1)
+    with processes(2, *arguments, **cache) as both:
+        texts = outputs(both, expect=1)
     assert all("(corrupt_image 1)" in text and "Traceback" not in text for text in texts)
     assert sum("the latest: corrupt_image in shard" in text and "key 000" in text for text in texts) == 1
-    with two_processes(*arguments[:-1], "--config.data.max_bad_fraction=0.05") as processes:
-        outputs(processes, expect=0)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    counts = [line["samples_skipped"]["corrupt_image"] for line in lines if "loss" in line]
+    with processes(2, *arguments[:-1], "--config.data.max_bad_fraction=0.05", **cache) as both:
+        outputs(both, expect=0)
+    counts = [
+        line["samples_skipped"]["corrupt_image"] for line in log_lines(tmp_path / "run") if "samples_skipped" in line
+    ]
     assert counts[1::2] == [1, 2, 3, 4, 5, 6]  # once an epoch of two steps, whichever process meets it
+
+
+def refused(texts: Sequence[str]) -> list[str]:
+    """The lines of a refusal, which all processes gave alike, and nothing worse."""
+    lines = [re.findall(r"^clipjax train: error: (.*)$", text, re.MULTILINE) for text in texts]
+    assert lines[0] and all(each == lines[0] for each in lines)
+    assert not any("Traceback" in text for text in texts)
+    return lines[0]
+
+
+def test_another_config_code_and_data_are_refused_by_name_on_both(tiny_config, tmp_path):
+    make_tar(tmp_path / "a" / "pairs.tar", corrupt=0)
+    make_tar(tmp_path / "b" / "pairs.tar", corrupt=1)
+    copy = tmp_path / "code" / "clipjax"
+    shutil.copytree(pathlib.Path(clipjax.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "optim.py").open("a") as file:
+        file.write("# changed\n")
+    (tmp_path / "data").symlink_to("a")
+    (tmp_path / "code" / "data").symlink_to(tmp_path / "b")
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"import os, runpy\ndef get_config():\n    config = runpy.run_path({str(tiny_config)!r})['get_config']()\n"
+        f"    config.data.train = 'pairs.tar'\n    os.chdir(os.environ['FOLDER'])\n    return config\n"
+    )
+    arguments = (*train_arguments(config, tmp_path / "run"), "--config.eval.tasks={}")
+    of_last = (
+        ("--config.optim.learning_rate=0.5",),
+        {"PYTHONPATH": str(tmp_path / "code"), "FOLDER": str(tmp_path / "b")},
+    )
+    with processes(2, *arguments, of_last=of_last, FOLDER=str(tmp_path / "a")) as both:
+        config_line, code_line, data_line = refused(outputs(both, expect=2))
+    assert "process 1 (" in config_line and "another config than process 0" in config_line
+    assert "optim.learning_rate=0.5 (process 0: 0.001); give every process the same config file" in config_line
+    assert "another code than process 0" in code_line and "clipjax/optim.py=" in code_line
+    assert "another data than process 0" in data_line and "pairs.tar contents=" in data_line
+    for rank in range(2):
+        assert f"error: {data_line}" in rank_log(tmp_path / "run", rank)
+
+
+def test_a_workdir_that_is_not_shared_is_refused_on_both(tiny_config, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "a")
+    with processes(
+        2,
+        *train_arguments(tiny_config, tmp_path / "a"),
+        of_last=((f"--workdir={tmp_path / 'b'}",), {}),
+    ) as both:
+        (line,) = refused(outputs(both, expect=2))
+    assert "steps in the workdir='none' (process 0: '9, 12'); the workdir" in line or "6, 9, 12" in line
+
+
+def test_what_one_process_cannot_open_is_refused_on_both(tiny_config, tmp_path):
+    arguments = train_arguments(tiny_config, tmp_path)
+    with processes(2, *arguments, of_last=(("--config.data.tfds_dir=nowhere",), {})) as both:
+        (line,) = refused(outputs(both, expect=2))
+    assert line.startswith("process 1 (") and "no prepared data in nowhere (data.tfds_dir)" in line
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_when_a_process_dies_the_other_ends_within_the_heartbeat(tiny_config, finished, tmp_path, cache, victim):
+    arguments = (*train_arguments(tiny_config, tmp_path), "--config.total_examples=3200000")
+    with processes(2, *arguments, **cache) as both:
+        while "step 3" not in (rank_log(tmp_path, 1) if (tmp_path / "logs" / "rank-00001.log").exists() else ""):
+            assert all(process.poll() is None for process in both)
+            time.sleep(0.05)
+        both[victim].kill()
+        start_time = time.monotonic()
+        code = both[1 - victim].wait(timeout=60)
+        seconds = time.monotonic() - start_time
+    assert code != 0
+    assert seconds < 20, seconds  # 10 of the heartbeat, and a machine that may be busy
+
+
+FAILING = """
+import os, runpy
+from clipjax.data import pipeline
+
+def get_config():
+    if os.environ.get("FAILING"):
+        def fail(self):
+            raise KeyError("defect of one process")
+
+        pipeline.TrainStream.__next__ = fail
+    return runpy.run_path(CONFIG)["get_config"]()
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_the_other_too_and_is_in_its_log(tiny_config, tmp_path, cache):
+    config = tmp_path / "config.py"
+    config.write_text(FAILING.replace("CONFIG", repr(str(tiny_config))))
+    with processes(2, *train_arguments(config, tmp_path), of_last=((), {"FAILING": "1"}), **cache) as both:
+        text = both[1].communicate(timeout=120)[0]
+        start_time = time.monotonic()
+        both[0].communicate(timeout=60)
+        assert time.monotonic() - start_time < 20
+    assert both[1].returncode == 1 and both[0].returncode != 0
+    assert "KeyError: 'defect of one process'" in text
+    assert "KeyError: 'defect of one process'" in rank_log(tmp_path, 1)
