@@ -144,21 +144,28 @@ def _store() -> Any:
     return distributed.global_state.client
 
 
-@contextmanager
-def no_survivors() -> Iterator[None]:
-    """An error that ends one of several processes ends it at once, and so the others within `HEARTBEAT_SECONDS`.
+def abandon() -> int:
+    """Give up after an error: one of several processes ends here and now, and so the others soon; else returns 1.
 
     At an ordinary exit JAX waits for the others, which wait for this one.
     """
-    try:
-        yield
-    except Exception:
-        if not jax.distributed.is_initialized() or jax.process_count() == 1:
-            raise
-        traceback.print_exc()
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+    return 1
+
+
+@contextmanager
+def no_survivors() -> Iterator[None]:
+    """An error that leaves this ends the process at once, if it is one of several."""
+    try:
+        yield
+    except Exception:
+        if jax.distributed.is_initialized() and jax.process_count() > 1:
+            traceback.print_exc()
+            abandon()
+        raise
 
 
 class ShutdownSignal:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clipjax import rank_log
+from clipjax import distributed, rank_log
 from clipjax.config import Config, total_steps
 from clipjax.data.sources import REASONS
 from clipjax.flops import model_flops
@@ -29,7 +29,7 @@ class Journal:
         config: the run.
         workdir: where the files go.
         start_step: completed updates; later lines of an earlier try are dropped.
-        enabled: whether this process writes and talks.
+        enabled: whether this process writes and talks; None: the first one does.
         times: brings together how long each of several processes takes; None for one alone.
     """
 
@@ -39,9 +39,10 @@ class Journal:
         workdir: pathlib.Path,
         *,
         start_step: int,
-        enabled: bool,
+        enabled: bool | None = None,
         times: RankTimes | None = None,
     ) -> None:
+        enabled = distributed.is_first() if enabled is None else enabled
         self._batch = config.global_batch_size
         self._flops = model_flops(config.model)
         self._peak_tflops = config.log.peak_tflops or PEAK_TFLOPS.get(jax.devices()[0].device_kind)

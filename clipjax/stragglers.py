@@ -71,6 +71,11 @@ def slow_ranks(spent: Sequence[Spent]) -> list[int]:
     ]
 
 
+def rank_times() -> "RankTimes | None":
+    """For a run of several processes; None for one alone."""
+    return RankTimes() if jax.process_count() > 1 else None
+
+
 class RankTimes:
     """Brings the times of all processes to the first one, by way of the coordinator: no device waits for it.
 

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 from clipjax.config import Config
 from clipjax.fields import field_type
+from clipjax.launchers import find_launch
 from clipjax.metrics import format_duration
 from clipjax.search import Sweep, check_override
 from clipjax.trials import Trial, formatted, pairs, read_json, write_leaderboard
@@ -47,6 +48,7 @@ def main(argv: list[str], *, command: Sequence[str] = TRAIN_COMMAND) -> int:
     """
     try:
         options, passed = _parse(argv)
+        _refuse_several()
         sweep = load_sweep(options.sweep)
         trials = plan_trials(sweep, config=options.config, workdir=options.workdir, passed=passed)
         options.workdir.mkdir(parents=True, exist_ok=True)
@@ -66,6 +68,16 @@ def main(argv: list[str], *, command: Sequence[str] = TRAIN_COMMAND) -> int:
         print("interrupted: run the same command to go on", file=sys.stderr)
         return 130
     return 0 if all(trial.metric is not None for trial in trials) else 1
+
+
+def _refuse_several() -> None:
+    """One process runs a sweep: several would train the same trials into the same folders."""
+    if (launch := find_launch()) is not None:
+        raise ValueError(
+            f"{launch.launcher} started this sweep as one of {launch.num_processes or 'several'} processes, each of "
+            "which would run all trials; start clipjax sweep once (srun --ntasks=1, or no launcher). A trial that "
+            "needs several processes is a run of its own: srun clipjax train, with the fields of the trial"
+        )
 
 
 class _Parser(argparse.ArgumentParser):

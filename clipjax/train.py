@@ -31,7 +31,7 @@ from clipjax.opening import open_run
 from clipjax.resume import Position, start_state
 from clipjax.run import Run
 from clipjax.step import Forward, TrainState, make_init_state, make_train_step
-from clipjax.stragglers import RankTimes
+from clipjax.stragglers import rank_times
 
 PROGRAM = "clipjax train"
 OPTIONS = {
@@ -99,9 +99,8 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
             teacher = None if inputs.teacher is None else load_params(inputs.teacher, mesh)
         except ValueError as error:  # a damaged checkpoint: not a defect, so no traceback
             flags.fail(PROGRAM, error)
-            return 1
-        times = RankTimes() if jax.process_count() > 1 else None
-        journal = Journal(config, workdir, start_step=start.step, enabled=distributed.is_first(), times=times)
+            return distributed.abandon()
+        journal = Journal(config, workdir, start_step=start.step, times=rank_times())
         stack.callback(journal.close)
         journal.message(describe_loss(config, mesh))
         stream = TrainStream(

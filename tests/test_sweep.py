@@ -272,6 +272,16 @@ def test_missing_flags_and_wrong_sweep_files(bench, capsys):
 # Signals
 
 
+def test_a_sweep_that_several_processes_would_run_is_refused(bench, capsys, monkeypatch):
+    bench.define("Grid({'optim.learning_rate': (1e-3, 2e-3)})")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2")
+    error = error_of(bench, capsys)
+    assert "Open MPI started this sweep as one of 2 processes" in error and "start clipjax sweep once" in error
+    assert bench.trials() == []
+
+
 def start_slow_sweep(bench: Bench, *, slow: str = "gently") -> subprocess.Popen:
     call = f"main({bench.arguments('--jobs=2')}, command={bench.command})"
     code = f"import sys; from clipjax.sweep import main; sys.exit({call})"

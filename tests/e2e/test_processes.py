@@ -117,7 +117,7 @@ def get_config():
         read = sources.TfdsSource.__getitem__
 
         def slowly(self, index):
-            time.sleep(0.05)
+            time.sleep(0.15)
             return read(self, index)
 
         sources.TfdsSource.__getitem__ = slowly
@@ -204,19 +204,6 @@ def test_other_layouts_train_as_one_with_two_devices(tiny_config, alone, tmp_pat
     with processes(count, *train_arguments(tiny_config, tmp_path), **devices(each), **cache) as all_of_them:
         outputs(all_of_them, expect=0)
     assert_same_run(tmp_path, alone, count)
-
-
-def test_an_epoch_of_all_processes_is_every_sample_once(tiny_config, alone, finished, four):
-    """The run is one epoch of the 384 samples of `tiny`, cut to whole batches."""
-    from clipjax.config import DataConfig
-    from clipjax.data.sources import build_source
-
-    size = len(build_source("tfds:scenes/tiny/train", data=DataConfig(tfds_dir=str(tiny_config.parent / "tfds"))))
-    assert size >= LAST_STEP * 32
-    for workdir, count in ((alone, 1), (finished, 2), (four, 4)):
-        total = sum(sum(sample_digests(workdir, rank).values()) for rank in range(count)) % 2**64
-        if size == LAST_STEP * 32:
-            assert total == sample_digest(np.arange(size))
 
 
 def test_each_process_keeps_a_log_and_the_start_is_recorded(finished):
@@ -312,6 +299,11 @@ def test_two_processes_share_a_memory_and_a_teacher(tiny_config, finished, tmp_p
     with processes(2, *arguments, **cache) as both:
         outputs(both, expect=0)
     first = losses(tmp_path / "two")
+    # An epoch is two steps, in which the two processes together see every pair once and none twice.
+    parts = [sample_digests(tmp_path / "two", rank) for rank in range(2)]
+    for step in range(1, LAST_STEP, 2):
+        epoch = sum(part[step] + part[step + 1] for part in parts) % 2**64
+        assert epoch == sample_digest(np.arange(64))
     shutil.rmtree(tmp_path / "two" / "checkpoints" / str(LAST_STEP))
     with processes(2, *arguments, **cache) as both:
         outputs(both, expect=0)
@@ -375,14 +367,13 @@ def refused(texts: Sequence[str]) -> list[str]:
 
 
 def test_another_config_code_and_data_are_refused_by_name_on_both(tiny_config, tmp_path):
-    make_tar(tmp_path / "a" / "pairs.tar", corrupt=0)
-    make_tar(tmp_path / "b" / "pairs.tar", corrupt=1)
+    for corrupt, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        make_tar(tmp_path / folder / "pairs.tar", corrupt=corrupt)
     copy = tmp_path / "code" / "clipjax"
     shutil.copytree(pathlib.Path(clipjax.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     with (copy / "optim.py").open("a") as file:
         file.write("# changed\n")
-    (tmp_path / "data").symlink_to("a")
-    (tmp_path / "code" / "data").symlink_to(tmp_path / "b")
     config = tmp_path / "config.py"
     config.write_text(
         f"import os, runpy\ndef get_config():\n    config = runpy.run_path({str(tiny_config)!r})['get_config']()\n"
@@ -427,7 +418,7 @@ def test_when_a_process_dies_the_other_ends_within_the_heartbeat(tiny_config, fi
     with processes(2, *arguments, **cache) as both:
         while "step 3" not in (rank_log(tmp_path, 1) if (tmp_path / "logs" / "rank-00001.log").exists() else ""):
             assert all(process.poll() is None for process in both)
-            time.sleep(0.05)
+            time.sleep(0.15)
         both[victim].kill()
         start_time = time.monotonic()
         code = both[1 - victim].wait(timeout=60)
