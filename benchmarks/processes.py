@@ -39,6 +39,7 @@ def get_config():
         ),
         optim=OptimConfig(learning_rate=1e-3),
         data=DataConfig(train="tfds:scenes/tiny/train", tfds_dir=FOLDER, tokenizer="bytes"),
+        eval=EvalConfig(batch_size=48),
         log=LogConfig(every_examples=48, tensorboard=False),
     )
 """
@@ -69,7 +70,8 @@ def train(folder: pathlib.Path, count: int, each: int) -> dict[str, Any]:
     """Losses by step, and the sum of the digests of the samples of each step."""
     name, began = f"run_{count}x{each}", time.monotonic()
     processes = start(folder, name, count, each, 48 * STEPS)
-    assert [process.wait() for process in processes] == [0] * count, name
+    codes = [process.wait() for process in processes]
+    assert not any(codes), (folder / f"{name}.0.txt").read_text()
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     sums = [0] * STEPS
     for index in range(count):
