@@ -53,7 +53,7 @@ def write(workdir: pathlib.Path, record: Mapping[str, Any]) -> None:
     """
     path = workdir / "run.json"
     try:
-        starts = json.loads(path.read_bytes())["starts"]
+        starts = list(json.loads(path.read_bytes())["starts"])
     except (OSError, ValueError, LookupError, TypeError):  # none yet, or damaged: it is a record, not a state
         starts = []
     content = json.dumps({"starts": [*starts, dict(record)]}, indent=2)

@@ -3,6 +3,8 @@
 import json
 import sys
 
+import jax
+
 from clipjax import run_record
 
 
@@ -21,6 +23,7 @@ def test_each_start_adds_a_record_and_a_damaged_file_is_replaced(tmp_path):
 
 
 def test_a_start_is_described_by_machine_devices_and_versions(monkeypatch):
+    jax.devices()  # they read the flags once
     monkeypatch.setenv("XLA_FLAGS", "--xla_some=1")
     monkeypatch.setattr(sys, "argv", ["clipjax", "train", "--config=a b.py"])
     start = run_record.describe_start()
