@@ -4,7 +4,7 @@
 
 Every layout trains on the same global batches of 48 for 20 steps; the yardstick is one process with one device. The
 processes' digests of the samples that they fed into each step are added up, and compared with those of one process.
-Then a process of two is killed (`kill -9`), and it is measured how long the other goes on.
+Then a process of two is killed (`kill -9`) or frozen (SIGSTOP), and it is measured how long the other goes on.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import json
 import os
 import pathlib
 import re
+import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -87,18 +87,20 @@ def train(folder: pathlib.Path, count: int, each: int) -> dict[str, Any]:
     }
 
 
-def kill_one(folder: pathlib.Path, victim: int, attempt: int) -> dict[str, Any]:
-    """`kill -9` one of two processes in the middle of training: after how long the other ended, and how."""
-    name = f"killed_{victim}_{attempt}"
+def kill_one(folder: pathlib.Path, victim: int, number: signal.Signals, attempt: int) -> dict[str, Any]:
+    """Signal one of two processes in the middle of training: after how long the other ended, and how."""
+    name = f"{number.name}_{victim}_{attempt}"
     processes = start(folder, name, 2, 1, 48 * 1_000_000)
     metrics = folder / name / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 10):
         assert all(process.poll() is None for process in processes), name
         time.sleep(0.05)
-    processes[victim].kill()
+    processes[victim].send_signal(number)
     began = time.monotonic()
     code = processes[1 - victim].wait(timeout=120)
-    return {"killed": victim, "seconds": round(time.monotonic() - began, 2), "exit_code_of_the_other": code}
+    seconds = round(time.monotonic() - began, 2)
+    processes[victim].kill()
+    return {"signal": number.name, "victim": victim, "seconds": seconds, "exit_code_of_the_other": code}
 
 
 def main() -> None:
@@ -113,7 +115,12 @@ def main() -> None:
         folder = pathlib.Path(name)
         build_scenes(folder / "tfds", "tiny")
         runs = [train(folder, count, each) for count, each in LAYOUTS]
-        kills = [kill_one(folder, victim, i) for victim in (0, 1) for i in range(arguments.kills)]
+        kills = [
+            kill_one(folder, victim, number, i)
+            for number in (signal.SIGKILL, signal.SIGSTOP)
+            for victim in (0, 1)
+            for i in range(arguments.kills)
+        ]
     yardstick = runs[0]
     for run in runs:
         errors = [abs(ours / theirs - 1) for ours, theirs in zip(run["losses"], yardstick["losses"], strict=True)]
@@ -124,10 +131,8 @@ def main() -> None:
             f"{run['losses'][-1]:.7f} | {errors[-1]:.1e} | {max(errors):.1e} | "
             f"{'yes' if run['same_samples'] else 'NO'} |"
         )
-    for victim in (0, 1):
-        seconds = [kill["seconds"] for kill in kills if kill["killed"] == victim]
-        codes = {kill["exit_code_of_the_other"] for kill in kills if kill["killed"] == victim}
-        print(f"killed {victim}: the other ended after {statistics.median(seconds)} s (median of {seconds}), {codes}")
+    for kill in kills:
+        print(kill)
     record = {"machine": describe(), "date": time.strftime("%Y-%m-%d"), "runs": runs, "kills": kills}
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 
