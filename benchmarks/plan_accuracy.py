@@ -87,7 +87,8 @@ def describe(row: dict) -> str:
     if "measured" not in row:
         return f"{row['case']}: did not run"
     measured = row["measured"]
-    text = f"{row['case']}: {1e3 * measured['step_seconds']:.1f} ms, MFU {measured['mfu']:.1%}, peak {measured['peak_hbm_bytes']:,}"
+    text = f"{row['case']}: {1e3 * measured['step_seconds']:.1f} ms, MFU {measured['mfu']:.1%}, "
+    text += f"peak {measured['peak_hbm_bytes']:,}"
     for name in ("described", "here"):
         if plan := row.get(name):
             peak = plan["peak_hbm_bytes"] / measured["peak_hbm_bytes"]

@@ -8,6 +8,7 @@ Source:
     their compute capabilities in the CUDA programming guide.
 """
 
+import math
 from dataclasses import dataclass
 
 GB, GIB = 10**9, 2**30
@@ -148,3 +149,9 @@ def of_kind(device_kind: str) -> Chip | None:
     if device_kind in OTHER_BOARDS:
         return CHIPS[OTHER_BOARDS[device_kind]]
     return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
+
+
+def memory_bytes(device_kind: str) -> float:
+    """Of one device of this kind: what all processes agree on, devices elsewhere included; infinite if not known."""
+    chip = of_kind(device_kind)
+    return math.inf if chip is None else chip.memory_bytes

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 ITEM_BYTES = {
-    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
-    "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8, "token": 0, "opaque": 0,
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
+    "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8, "token": 0, "opaque": 0,
 }  # fmt: skip
 FUSIONS = ("fusion", "fusion-start")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%[\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%[\w.\-]+)"
+)
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -152,7 +154,7 @@ class Program:
                 yield from self.inside(part)
 
     def flops(self) -> float:
-        """Of all matrix products and convolutions in one call of the program; a multiplication and an addition are two."""
+        """Of all matrix products and convolutions in one call of the program; a multiply-add is two."""
         return float(
             sum(
                 times * self.product_flops(part)
@@ -162,7 +164,7 @@ class Program:
         )
 
     def moved_bytes(self, instruction: Instruction) -> int:
-        """What one run of an instruction reads and writes; of an array that it only looks into, the part that it touches."""
+        """What one run of an instruction reads and writes; of an array that it looks into, the part that it touches."""
         called = instruction.called("calls")
         if instruction.opcode not in FUSIONS or not called:
             if instruction.opcode == "dynamic-update-slice":
@@ -217,7 +219,7 @@ class Program:
         return 2 * math.prod(result) * math.prod(left[int(i)] for i in contracted.split(",") if i)
 
     def _convolution_flops(self, convolution: Instruction) -> int:
-        """Of a convolution, as which the TPU compiler also writes matrix products; what falls on padding is not counted."""
+        """Of a convolution, as which the TPU compiler writes products too; what falls on padding is not counted."""
         (_, result), *_ = convolution.arrays
         left, right = (arrays_of(self.shape(name))[0][1] for name in convolution.operands[:2])
         labels = convolution.attribute(r"dim_labels=([\w>?-]+)")
@@ -247,7 +249,7 @@ def _met(place: int, window: Mapping[str, str], size: int, kernel: int, out: int
         first = next((o for o in range(min(step, out)) if (o * stride + start) % dilate == 0), None)
         if first is None:
             continue
-        lowest = max(first, -(-(-start) // stride))
+        lowest = max(first, -(start // stride))
         lowest += (first - lowest) % step
         highest = min(out - 1, (dilate * (size - 1) - start) // stride)
         met += max(0, (highest - lowest) // step + 1)

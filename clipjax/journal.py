@@ -14,10 +14,11 @@ import jax
 import numpy as np
 
 from clipjax import distributed, rank_log
+from clipjax.chips import of_kind
 from clipjax.config import Config, total_steps
 from clipjax.data.sources import REASONS
 from clipjax.flops import model_flops
-from clipjax.metrics import PEAK_TFLOPS, MetricsWriter, Progress, StepClock, format_table, mfu
+from clipjax.metrics import MetricsWriter, Progress, StepClock, format_table, mfu
 from clipjax.stragglers import RankTimes, Spent
 from clipjax.typing import Metrics
 
@@ -45,7 +46,8 @@ class Journal:
         enabled = distributed.is_first() if enabled is None else enabled
         self._batch = config.global_batch_size
         self._flops = model_flops(config.model)
-        self._peak_tflops = config.log.peak_tflops or PEAK_TFLOPS.get(jax.devices()[0].device_kind)
+        chip = of_kind(jax.devices()[0].device_kind)
+        self._peak_tflops = config.log.peak_tflops or (None if chip is None else chip.peak_tflops)
         self._writer = (
             MetricsWriter(workdir, tensorboard=config.log.tensorboard, start_step=start_step) if enabled else None
         )

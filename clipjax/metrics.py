@@ -16,24 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TextIO
 
-PEAK_TFLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100-PCIE-40GB": 312.0,
-    "NVIDIA A100 80GB PCIe": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.4,
-    "NVIDIA H200": 989.4,
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-}
-"""Dense bfloat16 peak per device in TFLOP/s, by `jax.Device.device_kind`. Slower boards of the same name (H100 PCIe)
-are absent on purpose: no MFU is better than a wrong one; `log.peak_tflops` sets it by hand."""
-
 
 class _AppendOnlyFile:
     """A file of whole records: one that could not be written is taken back, so that no reader meets half of it."""

@@ -54,18 +54,20 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     """
     arguments = flags.parse(PROGRAM, argv, options=OPTIONS)
     config, options = arguments.config, arguments.options
-    if not options["topology"]:
+    topology = options["topology"]
+    if not topology:
         raise ValueError("--topology=CHIP:SHAPE is missing, for example --topology=v5e:16x16")
     for name in ("search", "measure"):
         if options[name] not in (None, "yes", "no"):
             raise ValueError(f"--{name}={options[name]} must be yes or no")
     validate(config)
-    target = targets.find_target(options["topology"], _number(options, "slices", 1))
+    target = targets.find_target(topology, _number(options, "slices", 1))
     if options["measure"] == "yes" and not target.is_here:
         raise ValueError("--measure=yes runs the step, and needs --topology=here")
     for name in ("output", "dump_hlo"):
-        if options[name] and not pathlib.Path(options[name]).parent.is_dir():
-            raise ValueError(f"--{name}={options[name]}: there is no folder {pathlib.Path(options[name]).parent}")
+        path = options[name]
+        if path and not pathlib.Path(path).parent.is_dir():
+            raise ValueError(f"--{name}={path}: there is no folder {pathlib.Path(path).parent}; make it first")
     price = None if options["price"] is None else _price(options["price"])
     num_samples = _number(options, "num_samples", 400_000_000)
     teacher = _teacher(config)
@@ -113,10 +115,9 @@ def _plan(
         measured["mfu"] = plan["predicted_mfu"] * plan["predicted_step_seconds"] / measured["step_seconds"]
         plan["measured"] = measured
     print(report.describe(plan))
-    if options["output"]:
-        pathlib.Path(options["output"]).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
-    if options["dump_hlo"]:
-        pathlib.Path(options["dump_hlo"]).write_text(compiled.text or compiled.refusal, encoding="utf-8")
+    for name, text in (("output", json.dumps(plan, indent=1) + "\n"), ("dump_hlo", compiled.text or compiled.refusal)):
+        if path := options[name]:
+            pathlib.Path(path).write_text(text, encoding="utf-8")
     return 0 if plan["fits"] else report.DOES_NOT_FIT
 
 

@@ -111,9 +111,7 @@ def build_program(
         memory=make_memory_access(mesh) if config.loss.kind is LossKind.GLOBAL else None,
         teach=_make_teach(config, teacher, mesh),
     )
-    init_state = make_init_state(
-        config, clip.init, tx, num_samples=num_samples, init_batch_stats=clip.init_batch_stats
-    )
+    init_state = make_init_state(config, clip.init, tx, num_samples=num_samples, init_batch_stats=clip.init_batch_stats)
     return Program(config, mesh, clip, init_state, train_step, teacher)
 
 

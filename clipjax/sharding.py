@@ -101,7 +101,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _torus_mesh(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """Devices such that neighbours on an axis are neighbours on the torus, whose sides are split only where they must be."""
+    """Devices such that neighbours on an axis are neighbours on the torus; its sides are split only where need be."""
     try:
         return mesh_utils.create_device_mesh(sizes, devices=devices)
     except NotImplementedError:  # 8 of a torus of 16 x 16

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 import optax
-from jax.sharding import Mesh
 
-from clipjax import distributed, flags, grads, launchers, optim, rank_log, sharding
+from clipjax import distributed, flags, launchers, rank_log, sharding
 from clipjax.checkpoint import Checkpoints
-from clipjax.config import Config, LossKind, steps_of, total_steps
+from clipjax.config import Config, steps_of, total_steps
 from clipjax.data.pipeline import BadSampleLimit, TooManyBadSamples, TrainStream
 from clipjax.data.tokenizer import TextToTokens
 from clipjax.evals.encoder import make_encoder_factory
@@ -24,13 +23,12 @@ from clipjax.evals.runner import Results
 from clipjax.inference import load_params
 from clipjax.inputs import Inputs
 from clipjax.journal import Journal
-from clipjax.losses import build_loss, describe_loss
-from clipjax.losses.memory import make_memory_access
-from clipjax.models.clip import build_clip, make_encode, make_frozen_encode
+from clipjax.losses import describe_loss
 from clipjax.opening import open_run
+from clipjax.program import build_program
 from clipjax.resume import Position, start_state
 from clipjax.run import Run
-from clipjax.step import Forward, TrainState, make_init_state, make_train_step
+from clipjax.step import TrainState
 from clipjax.stragglers import rank_times
 
 PROGRAM = "clipjax train"
@@ -75,27 +73,16 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
 def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.GradientTransformation) -> int:
     """Train to the end, or to the first signal; returns the exit code."""
     mesh = sharding.make_mesh(config.mesh)
-    clip = build_clip(config.model, frozen=config.optim.freeze)
-    grads_fn = grads.make_grads(config, make_encode(clip, config.data), build_loss(config.loss, mesh), mesh)
-    train_step = make_train_step(
-        config,
-        grads_fn,
-        tx,
-        optim.make_schedule(config),
-        memory=make_memory_access(mesh) if config.loss.kind is LossKind.GLOBAL else None,
-        teach=_make_teach(config, inputs, mesh),
-    )
+    taught = None if inputs.teacher is None else inputs.teacher.config
+    program = build_program(config, mesh, num_samples=len(inputs.source), tx=tx, teacher=taught)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         signal = distributed.ShutdownSignal()
         stack.callback(signal.restore)
         checkpoints = Checkpoints(workdir, config.checkpoint)
         stack.callback(checkpoints.close)
-        init_state = make_init_state(
-            config, clip.init, tx, num_samples=len(inputs.source), init_batch_stats=clip.init_batch_stats
-        )
         try:
-            state, start = start_state(config, inputs, checkpoints, init_state, mesh)
+            state, start = start_state(config, inputs, checkpoints, program.init_state, mesh)
             teacher = None if inputs.teacher is None else load_params(inputs.teacher, mesh)
         except ValueError as error:  # a damaged checkpoint: not a defect, so no traceback
             flags.fail(PROGRAM, error)
@@ -112,7 +99,7 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
             start_step=start.step,
         )
         stack.callback(stream.close)
-        update = jax.jit(train_step, out_shardings=(sharding.of(state), sharding.replicated(mesh)), donate_argnums=0)
+        update = program.jit(state)
         run = Run(
             config=config,
             workdir=workdir,
@@ -129,17 +116,9 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
             journal=journal,
             signal=signal,
             train_step=lambda state, batch: update(state, batch, teacher),
-            make_encoder=make_encoder_factory(config, clip, mesh, inputs.tokenizer),
+            make_encoder=make_encoder_factory(config, program.clip, mesh, inputs.tokenizer),
         )
         return _loop(run, state, start)
-
-
-def _make_teach(config: Config, inputs: Inputs, mesh: Mesh) -> Forward | None:
-    """How the frozen teacher embeds a batch; None where there is none."""
-    if inputs.teacher is None:
-        return None
-    theirs = inputs.teacher.config
-    return grads.make_forward(config, make_frozen_encode(build_clip(theirs.model), theirs.data), mesh)
 
 
 def _loop(run: Run, state: TrainState, start: Position) -> int:

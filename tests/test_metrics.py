@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from clipjax import metrics
+from clipjax import chips, metrics
 from clipjax.config import ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.flops import model_flops
 from clipjax.metrics import MetricsWriter, Progress, StepClock, format_duration, format_table, mfu
@@ -257,7 +257,7 @@ def test_flops_by_hand():
 
 def test_mfu_counts_three_forward_passes_over_all_devices():
     # 100% of an H200 on ViT-B/16 is 8,026 pairs/s by the published table.
-    peak = metrics.PEAK_TFLOPS["NVIDIA H200"]
+    peak = chips.CHIPS["h200"].peak_tflops
     assert mfu(8026, model_flops(vit(768, 16)), 1, peak) == pytest.approx(1.0, rel=1e-3)
     assert mfu(8026, model_flops(vit(768, 16)), 4, peak) == pytest.approx(0.25, rel=1e-3)
 

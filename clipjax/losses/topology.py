@@ -1,10 +1,9 @@
 """How the devices of a mesh share the similarity matrix, by their number, their memory and what joins them."""
 
-import math
-
 import numpy as np
 from jax.sharding import Mesh
 
+from clipjax.chips import memory_bytes
 from clipjax.config import LossMethod
 from clipjax.sharding import SLICE, batch_axes, batch_devices
 
@@ -15,26 +14,6 @@ to hide behind the products (a TPU compiler's estimate for 256 chips puts the tw
 
 GATHERED_SHARE = 0.1
 """Of a device's memory: the most that `auto` spends on the embeddings of all others."""
-
-MEMORY_GB = {
-    "NVIDIA A100-SXM4-40GB": 40,
-    "NVIDIA A100-SXM4-80GB": 80,
-    "NVIDIA A100-PCIE-40GB": 40,
-    "NVIDIA A100 80GB PCIe": 80,
-    "NVIDIA H100 80GB HBM3": 80,
-    "NVIDIA H200": 141,
-    "TPU v2": 8,
-    "TPU v3": 16,
-    "TPU v4": 32,
-    "TPU v5 lite": 16,
-    "TPU v5e": 16,
-    "TPU v5": 95,
-    "TPU v5p": 95,
-    "TPU v6 lite": 32,
-    "TPU v6e": 32,
-}
-"""Of one device, by `jax.Device.device_kind`: what all processes agree on, and what is known when compiling for devices
-elsewhere."""
 
 
 def choose_method(method: LossMethod, mesh: Mesh | None, global_batch_size: int, pair_bytes: int = 0) -> LossMethod:
@@ -52,7 +31,7 @@ def choose_method(method: LossMethod, mesh: Mesh | None, global_batch_size: int,
     devices = 1 if mesh is None else batch_devices(mesh)
     if mesh is None or devices == 1 or mesh.shape.get(SLICE, 1) > 1:
         return LossMethod.GATHERED
-    memory = 1e9 * MEMORY_GB.get(mesh.devices.flat[0].device_kind, math.inf)
+    memory = memory_bytes(mesh.devices.flat[0].device_kind)
     many = global_batch_size // devices >= RING_ROWS or global_batch_size * pair_bytes > GATHERED_SHARE * memory
     return LossMethod.RING if many else LossMethod.GATHERED
 

@@ -55,7 +55,7 @@ class Heads(NamedTuple):
 def is_supported(batch: int, num_heads: int, head_dim: int) -> bool:
     """Whether the kernel can share out these sequences and heads on the mesh in force.
 
-    Each device's width has to be a multiple of `LANES`; a batch that the devices cannot share is that of initialisation.
+    Each device's width has to be a multiple of `LANES`; a batch that they cannot share is that of initialisation.
     """
     parts = shards("heads")
     return num_heads % parts == 0 and num_heads // parts * head_dim % LANES == 0 and batch % shards("batch") == 0

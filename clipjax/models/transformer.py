@@ -109,8 +109,8 @@ product.defvjp(_product, _product_backward)
 def add_bias(y: Float[Array, "... w"], bias: Float[Array, " w"], dtype: Any) -> Float[Array, "... w"]:
     """Their sum, of which the caller keeps no more than `dtype`.
 
-    The bias's gradient is a product with ones, exact in `dtype`: where nothing else reads the whole gradient at the same
-    time, a TPU's compiler estimates a third of a sum's time for it.
+    The bias's gradient is a product with ones, exact in `dtype`: where nothing else reads the whole gradient at the
+    same time, a TPU's compiler estimates a third of a sum's time for it.
     """
     del dtype
     return y + align(bias, y)
@@ -210,7 +210,7 @@ def attend(
 
 
 def cudnn_attention(qkv: Float[Array, "b l 3 n d"], *, causal: bool) -> Float[Array, "b l n d"]:
-    """`attend` by NVIDIA's library, which trains on even lengths only: an odd one gets a token more that nobody sees."""
+    """`attend` by NVIDIA's library, which trains on even lengths only: an odd one gets a token that nobody sees."""
     batch, length = qkv.shape[:2]
     qkv = jnp.pad(qkv, ((0, 0), (0, length % 2), (0, 0), (0, 0), (0, 0)))
     lengths = jnp.full(batch, length, jnp.int32) if length % 2 else None

@@ -148,7 +148,9 @@ def describe(plan: Mapping[str, Any]) -> str:
             f"{plan['predicted_step_seconds'] / step:.2f} x predicted / measured",
         ]
         if peak is not None:
-            lines.append(f"             peak {peak / GIB:.2f} GiB, {plan['peak_hbm_bytes'] / peak:.3f} x predicted / measured")
+            lines.append(
+                f"             peak {peak / GIB:.2f} GiB, {plan['peak_hbm_bytes'] / peak:.3f} x predicted / measured"
+            )
     return "\n".join(lines)
 
 
@@ -156,21 +158,26 @@ def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
     peak, there = plan["peak_hbm_bytes"], plan["hbm_bytes"]
     verdict = "fits" if plan["fits"] else "DOES NOT FIT"
     kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in plan["memory"].items())
-    return [f"memory       {peak / GIB:.2f} of {there / GIB:.1f} GiB per chip at the peak: {verdict}", f"  GiB        {kinds}"]
+    return [
+        f"memory       {peak / GIB:.2f} of {there / GIB:.1f} GiB per chip at the peak: {verdict}",
+        f"  GiB        {kinds}",
+    ]
 
 
 def _time_lines(plan: Mapping[str, Any]) -> list[str]:
     parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * s:.1f}" for name, s in plan["predicted_seconds"].items())
     lines = [
-        f"step         {1e3 * plan['predicted_step_seconds']:.1f} ms predicted, MFU {plan['predicted_mfu']:.1%}; no less than "
-        f"{1e3 * plan['roofline_step_seconds']:.1f} ms (roofline)",
+        f"step         {1e3 * plan['predicted_step_seconds']:.1f} ms predicted, MFU {plan['predicted_mfu']:.1%}; "
+        f"no less than {1e3 * plan['roofline_step_seconds']:.1f} ms (roofline)",
         f"  ms         {parts}",
         f"input        {plan['images_per_second_per_host']:,.0f} images per second on each of {plan['hosts']} hosts",
         f"run          {plan['steps']:,} steps: {plan['predicted_hours']:,.1f} hours, "
         f"{plan['predicted_chip_hours']:,.0f} chip-hours (predicted)",
     ]
     if "predicted_cost" in plan:
-        lines.append(f"cost         {plan['predicted_cost']:,.0f} at {plan['price_per_chip_hour']} per chip-hour (predicted)")
+        lines.append(
+            f"cost         {plan['predicted_cost']:,.0f} at {plan['price_per_chip_hour']} per chip-hour (predicted)"
+        )
     return lines
 
 

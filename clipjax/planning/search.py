@@ -132,9 +132,7 @@ def row(attempt: Try) -> list[str]:
     ]
 
 
-def search(
-    config: Config, target: Target, *, num_samples: int, teacher: Config | None, output: str | None
-) -> int:
+def search(config: Config, target: Target, *, num_samples: int, teacher: Config | None, output: str | None) -> int:
     """Try, print the ranking, and write it; returns the exit code."""
     tries = Search(config, target, num_samples=num_samples, teacher=teacher)
     tries.run()
@@ -142,7 +140,10 @@ def search(
     print("\n" + format_table([row(attempt) for attempt in ranked], HEADER))
     if output:
         plans = [
-            {"changes": {name: getattr(value, "value", value) for name, value in attempt.changes.items()}, **attempt.plan}
+            {
+                "changes": {name: getattr(value, "value", value) for name, value in attempt.changes.items()},
+                **attempt.plan,
+            }
             for attempt in ranked
         ]
         pathlib.Path(output).write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")

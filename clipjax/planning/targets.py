@@ -104,9 +104,7 @@ def _tpu_devices(name: str, chip: Chip, sides: Sequence[int], num_slices: int) -
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device
     shape = "x".join(str(side) for side in [*sides, 1, 1][: max(len(sides), getattr(chip, "torus", 2))])
     try:
-        devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{chip.name}:{shape}", **options
-        ).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{shape}", **options).devices
     except Exception as error:
         if "libtpu" in str(error) or "Unable to load" in str(error) or isinstance(error, ImportError):
             raise ValueError(

@@ -17,7 +17,8 @@ GPU_PRODUCT_SHARE, GPU_MEMORY_SHARE = 0.6, 0.8
 
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "async-start", "async-update", "opt-barrier", "rng-get-and-update-state", "send", "recv",
+    "partition-id", "replica-id", "async-start", "async-update", "opt-barrier", "rng-get-and-update-state", "send",
+    "recv",
     *KINDS, *(f"{kind}-start" for kind in KINDS),
 }  # fmt: skip
 """What takes no time of its own, or is counted elsewhere; so does whatever only waits for what began before it."""

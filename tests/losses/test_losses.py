@@ -21,7 +21,7 @@ from benchmarks.numerics.certificate import COMBINED, LOSSES, Case, errors, inpu
 from benchmarks.numerics.reference import reference
 from clipjax.config import LossMethod, MeshConfig
 from clipjax.losses import Memory, Teacher, choose_method, make_loss, sigmoid_loss, softmax_loss
-from clipjax.losses.topology import MEMORY_GB, gather_stages
+from clipjax.losses.topology import gather_stages
 from clipjax.sharding import AXES, batch_sharding, make_mesh, replicated
 
 TOLERANCE = 2e-6
@@ -315,7 +315,7 @@ def test_auto_chooses_by_pairs_per_device_memory_and_slices(monkeypatch):
     assert choose_method(LossMethod.AUTO, mesh, 8 * 1024) is LossMethod.RING
     assert choose_method(LossMethod.GATHERED, mesh, 1 << 20) is LossMethod.GATHERED
     assert choose_method(LossMethod.AUTO, None, 1 << 20) is LossMethod.GATHERED
-    monkeypatch.setitem(MEMORY_GB, "cpu", 0.001)  # a megabyte
+    monkeypatch.setattr("clipjax.losses.topology.memory_bytes", lambda kind: 1e6)  # a megabyte
     assert choose_method(LossMethod.AUTO, mesh, 80, pair_bytes=1000) is LossMethod.GATHERED
     assert choose_method(LossMethod.AUTO, mesh, 120, pair_bytes=1000) is LossMethod.RING
     assert choose_method(LossMethod.AUTO, make_mesh(MeshConfig(slice=2)), 1 << 20) is LossMethod.GATHERED
