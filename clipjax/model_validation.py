@@ -3,10 +3,13 @@
 import math
 
 from clipjax.config import (
+    AttentionMethod,
     Config,
     DecoderConfig,
+    Dtype,
     ImagePool,
     LossConfig,
+    ModelConfig,
     Positions,
     Projection,
     ResNetConfig,
@@ -14,6 +17,9 @@ from clipjax.config import (
     TextTransformerConfig,
     ViTConfig,
 )
+
+LANES = 128
+"""Of a TPU's vector register: one kernel computes attention of widths that are multiples of it."""
 
 
 def model_errors(config: Config) -> list[str]:
@@ -35,6 +41,7 @@ def model_errors(config: Config) -> list[str]:
             "model.text.pool=last reads the last place, which is padding where a text is short; with "
             "model.text.causal=True use pool=end"
         )
+    errors += _attention_errors(model)
     if text.context_length < 3:
         errors.append(f"model.text.context_length={text.context_length} must hold start, a token and end: at least 3")
     if model.init_logit_scale > model.max_logit_scale:
@@ -42,6 +49,34 @@ def model_errors(config: Config) -> list[str]:
             f"model.init_logit_scale={model.init_logit_scale} must not exceed "
             f"model.max_logit_scale={model.max_logit_scale}"
         )
+    return errors
+
+
+def _attention_errors(model: ModelConfig) -> list[str]:
+    """What a way to compute attention cannot do."""
+    errors, method = [], model.attention
+    if method in (AttentionMethod.AUTO, AttentionMethod.XLA):
+        return errors
+    if method is AttentionMethod.CUDNN and model.compute_dtype is not Dtype.BFLOAT16:
+        errors.append(
+            f"model.attention=cudnn needs model.compute_dtype=bfloat16, not {model.compute_dtype.value}; use auto"
+        )
+    for path, tower in (("model.image", model.image), ("model.text", model.text)):
+        if isinstance(tower, TextTransformerConfig) and tower.pool is TextPool.CLASS:
+            errors.append(
+                f"model.attention={method.value} knows no mask, which {path}.pool=class needs; use auto or xla"
+            )
+        if not isinstance(tower, ViTConfig | TextTransformerConfig) or tower.width % tower.num_heads:
+            continue
+        dim = tower.width // tower.num_heads
+        if method is AttentionMethod.FUSED and tower.width % LANES:
+            errors.append(
+                f"model.attention=fused needs {path}.width={tower.width} to be a multiple of {LANES}; use auto"
+            )
+        if method is AttentionMethod.CUDNN and (dim % 8 or dim > 128):
+            errors.append(
+                f"model.attention=cudnn needs heads of a multiple of 8 up to 128; those of {path} have {dim}; use auto"
+            )
     return errors
 
 

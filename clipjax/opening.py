@@ -72,6 +72,7 @@ def _open_here(arguments: Arguments) -> tuple[Opened, Facts]:
         num_processes=jax.process_count(),
         num_slices=sharding.hardware_slices(jax.devices()),
         teacher=None if inputs.teacher is None else inputs.teacher.config,
+        platform=jax.devices()[0].platform,
     )
     facts: Facts = {
         "config": agreement.config_facts(config),

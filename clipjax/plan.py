@@ -92,6 +92,7 @@ def check_devices(config: Config, target: targets.Target, teacher: Config | None
         num_slices=target.num_slices,
         batch_fields=("global_batch_size", "microbatch_size"),
         teacher=teacher,
+        platform=target.chip.platform,
     )
 
 

@@ -183,6 +183,11 @@ def platform() -> str:
     return "" if device is None else device.platform
 
 
+def runs_on() -> str:
+    """`platform`, or without a mesh that of the default device."""
+    return platform() or jax.default_backend()
+
+
 def shards(dim: str) -> int:
     """Into how many parts the mesh in force cuts a dimension of this name."""
     axes, mesh = MESH_AXES.get(dim), jax.sharding.get_abstract_mesh()

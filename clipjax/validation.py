@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from clipjax.config import (
+    AttentionMethod,
     Config,
     GroupRole,
     ImagePool,
@@ -20,7 +21,7 @@ from clipjax.config import (
 )
 from clipjax.config_json import from_dict, to_dict
 from clipjax.fields import field_value
-from clipjax.model_validation import caption_errors, model_errors
+from clipjax.model_validation import LANES, caption_errors, model_errors
 
 BATCH_FIELDS = ("global_batch_size", "microbatch_size", "eval.batch_size")
 """Batches that the mesh and the processes share out."""
@@ -67,6 +68,7 @@ def validate_devices(
     num_slices: int = 1,
     batch_fields: Sequence[str] = BATCH_FIELDS,
     teacher: Config | None = None,
+    platform: str = "",
 ) -> None:
     """Check the mesh, and what it has to divide, against the machine, before a mesh exists.
 
@@ -77,6 +79,7 @@ def validate_devices(
         num_slices: groups that the hardware says the devices form.
         batch_fields: which batches there are.
         teacher: what a frozen model was trained with that lies on the same mesh.
+        platform: of the devices, "cpu", "gpu" or "tpu", where it is known.
 
     Raises:
         ValueError: mesh sizes that do not fit, or a batch or model that cannot be shared out evenly.
@@ -88,6 +91,8 @@ def validate_devices(
     if num_slices not in (1, sizes[0]):
         errors.append(f"mesh.slice={sizes[0]} must be {num_slices}, the slices of the hardware; None finds out")
     tensor = sizes[-1]
+    if platform and (problem := _attention_error(config, platform, tensor)):
+        errors.append(problem)
     if num_devices // num_processes % tensor:
         errors.append(
             f"mesh.tensor={tensor} must divide the {num_devices // num_processes} devices of each process, "
@@ -97,6 +102,20 @@ def validate_devices(
         errors += _division_error(config, path, num_processes, "the number of processes")
     if errors:
         raise ValueError("\n".join(errors))
+
+
+def _attention_error(config: Config, platform: str, tensor: int) -> str | None:
+    """A way to compute attention that these devices do not have."""
+    method, places = config.model.attention, {AttentionMethod.FUSED: ("tpu", "cpu"), AttentionMethod.CUDNN: ("gpu",)}
+    if platform not in places.get(method, (platform,)):
+        return f"model.attention={method.value} is not for devices of platform {platform}; use auto"
+    if method is AttentionMethod.FUSED:
+        for path in ("model.image.width", "model.text.width"):
+            width = field_value(config, path)
+            if width // tensor % LANES:
+                rule = f"must be a multiple of {LANES}; use auto"
+                return f"model.attention=fused: {path}={width} / mesh.tensor={tensor} {rule}"
+    return None
 
 
 def _division_errors(config: Config, sizes: tuple[int, int, int, int], batch_fields: Sequence[str]) -> list[str]:

@@ -33,11 +33,11 @@ def get_config(argument: str = "vit_b32") -> Config:
     architecture, *options = argument.split(",")
     match architecture:
         case "vit_b32":
-            config = _run(presets.model("ViT-B/32"), learning_rate=5e-4, remat=Remat.NONE)
+            config = _run(presets.model("ViT-B/32"), learning_rate=5e-4, remat=Remat.DOTS)
         case "vit_b16":
             config = _run(presets.model("ViT-B/16"), learning_rate=5e-4, remat=Remat.DOTS)
         case "vit_l14":
-            config = _run(presets.model("ViT-L/14"), learning_rate=4e-4, remat=Remat.FULL, fsdp=8)
+            config = _run(presets.model("ViT-L/14"), learning_rate=4e-4, remat=Remat.MLP, fsdp=8)
         case "vit_l14_336":
             config = _run(presets.model("ViT-L/14@336px"), learning_rate=2e-5, remat=Remat.FULL, fsdp=8)
             config.total_examples = EPOCH

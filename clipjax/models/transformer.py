@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from clipjax.config import Activation, AttentionMethod, ModelConfig, Projection, Remat, TextTransformerConfig, ViTConfig
 from clipjax.models.fused_attention import fused_attention, is_supported
-from clipjax.sharding import constrain, platform, shards
+from clipjax.sharding import constrain, platform, runs_on, shards
 
 Initializer = Any
 
@@ -274,7 +274,8 @@ class Attention(nn.Module):
 
         qkv = Linear((width,), heads, self.numerics, self.init.qkv, merge=by_part, name="qkv")(x)
         qkv = constrain(qkv, "batch", None, "heads")
-        mixed = fused_attention(qkv, num_heads=heads[1], causal=self.causal)
+        interpret = self.numerics.attention is AttentionMethod.FUSED and runs_on() != "tpu"
+        mixed = fused_attention(qkv, num_heads=heads[1], causal=self.causal, interpret=interpret)
         mixed = checkpoint_name(mixed, PRODUCT)
         merge = lambda parameter: parameter.reshape(-1, width) if parameter.ndim > 1 else parameter  # noqa: E731
         return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, merge=merge, name="out")(mixed)
