@@ -278,7 +278,8 @@ def _restore(trial: Trial, *, check_lock: bool) -> None:
     elif check_lock:
         _open_log(trial).close()
     else:  # only to be told
-        trial.status, trial.problem = record.get("status", "waiting"), record.get("problem", "")
+        left = record.get("status", "waiting")
+        trial.status, trial.problem = "waiting" if left == "done" else left, record.get("problem", "")
 
 
 def _open_log(trial: Trial) -> Any:
