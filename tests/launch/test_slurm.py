@@ -84,9 +84,9 @@ def test_a_killed_rank_is_requeued_and_goes_on_bit_for_bit(slurm, tiny_config, u
 
 
 def test_a_time_limit_saves_and_requeues_and_scancel_does_not(slurm, tiny_config, tmp_path):
-    # SLURM looks at limits every 30 seconds: the warning of a job of one minute comes 25 to 55 seconds after its start.
+    # SLURM looks at limits every 30 seconds: this warning comes 30 to 60 seconds after the start.
     long = (f"--config={tiny_config}", "--workdir=run", "--config.total_examples=3200000")
-    job = submit(slurm, tmp_path, "--time=1", "--signal=TERM@5", arguments=long)
+    job = submit(slurm, tmp_path, "--time=2", "--signal=TERM@60", arguments=long)
 
     def goes_on() -> list[str]:
         if slurm.state(job) == "PENDING":
