@@ -1,11 +1,13 @@
 """`clipjax sweep`: trains the trials of a search, each in a process and folder of its own, and ranks them.
 
     clipjax sweep --config=FILE[:ARG] --sweep=FILE --workdir=DIR [--jobs=N] [--config.FIELD=VALUE ...]
+    clipjax sweep ... --launcher=slurm [--sbatch_options='--time=60 --gpus=1'] [--wait] [--dry-run]
 
 Reading order: `main`, `plan_trials` (what there is to do), `run_trials` (doing it); ranking is in `trials.py`. A trial
 is finished when its `results.json` exists and its `trial.json` says "done"; running the same command again runs the
 others only, and each goes on from its own checkpoint. Trials of one machine share its devices: with accelerators, give
-`--jobs` more than 1 only where the devices are split among the processes by other means.
+`--jobs` more than 1 only where the devices are split among the processes by other means. With `--launcher=slurm` the
+trials are an array job (`slurm.py`) whose index N runs this command with `--trial=N`, which trains that one alone.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from clipjax.fields import field_type
 from clipjax.launchers import find_launch
 from clipjax.metrics import format_duration
 from clipjax.search import Sweep, check_override
+from clipjax.slurm import array_command, in_queue, require_slurm, submit_array
 from clipjax.trials import Trial, formatted, pairs, read_json, write_leaderboard
 
 TRAIN_COMMAND = (sys.executable, "-m", "clipjax.train")
@@ -50,23 +53,70 @@ def main(argv: list[str], *, command: Sequence[str] = TRAIN_COMMAND) -> int:
         options, passed = _parse(argv)
         _refuse_several()
         sweep = load_sweep(options.sweep)
-        trials = plan_trials(sweep, config=options.config, workdir=options.workdir, passed=passed)
+        only = options.trial if options.launcher == "local" else ()
+        trials = plan_trials(sweep, config=options.config, workdir=options.workdir, passed=passed, check=only)
         options.workdir.mkdir(parents=True, exist_ok=True)
+        if options.launcher == "slurm":
+            return _on_slurm(sweep, trials, options, argv)
     except (ValueError, OSError) as error:
         print(f"clipjax sweep: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    if options.trial is not None:
+        trials = [trials[options.trial[0]]]
     waiting = [trial for trial in trials if trial.status != "done"]
     direction = "larger" if sweep.maximize else "smaller"
     print(f"{len(trials)} trials in {options.workdir}, {len(waiting)} to run, {options.jobs} at a time")
     print(f"metric {sweep.metric}, {direction} is better", flush=True)
     interrupted = run_trials(waiting, metric=sweep.metric, jobs=options.jobs, command=command)
-    for trial in trials:
-        if trial.status == "done":
-            trial.read_results(sweep.metric)
-    write_leaderboard(sweep, trials, options.workdir)
+    if options.trial is None:
+        _rank(sweep, trials, options.workdir)
     if interrupted:
         print("interrupted: run the same command to go on", file=sys.stderr)
         return 130
+    return 0 if all(trial.status == "done" for trial in trials) and _all_measured(sweep, trials) else 1
+
+
+def _rank(sweep: Sweep, trials: Sequence[Trial], workdir: pathlib.Path) -> None:
+    for trial in trials:
+        if trial.status == "done":
+            trial.read_results(sweep.metric)
+    write_leaderboard(sweep, trials, workdir)
+
+
+def _all_measured(sweep: Sweep, trials: Sequence[Trial]) -> bool:
+    for trial in trials:
+        if trial.metric is None:
+            trial.read_results(sweep.metric)
+    return all(trial.metric is not None for trial in trials)
+
+
+def _on_slurm(sweep: Sweep, trials: Sequence[Trial], options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Gathers what is finished, and submits the rest unless it is in the queue already."""
+    waiting = [trial.index for trial in trials if trial.status != "done"]
+    extra = shlex.split(options.sbatch_options)
+    if options.dry_run:
+        print(f"+ {shlex.join(array_command(options.workdir, waiting, extra))}" if waiting else "nothing to run")
+        return 0
+    require_slurm()
+    job = in_queue(options.workdir)
+    print(f"{len(trials)} trials in {options.workdir}, {len(trials) - len(waiting)} finished", flush=True)
+    if job is None and waiting:
+        own = ("--launcher", "--sbatch_options", "--wait", "--dry-run")
+        passed = [argument for argument in argv if argument.partition("=")[0] not in own]
+        command = [sys.executable, "-m", "clipjax.sweep", *passed]
+        job = submit_array(options.workdir, waiting, command=command, options=extra)
+        if not options.wait:
+            print(f"submitted {len(waiting)} trials as job {job}; the same command gathers the leaderboard")
+            return 0
+    while job is not None and options.wait:
+        time.sleep(1)
+        job = in_queue(options.workdir)
+    for trial in trials:
+        _restore(trial, check_lock=False)
+    _rank(sweep, trials, options.workdir)
+    if job is not None:
+        print(f"job {job} goes on; run the same command again to gather the rest")
+        return 0
     return 0 if all(trial.metric is not None for trial in trials) else 1
 
 
@@ -94,10 +144,23 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--sweep", required=True, type=pathlib.Path, metavar="FILE", help="defines get_sweep()")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="one folder per trial in it")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at a time (default 1)")
+    parser.add_argument("--launcher", choices=("local", "slurm"), default="local", help="where trials run")
+    parser.add_argument(
+        "--sbatch_options", default="", metavar="OPTIONS", help="slurm: passed to sbatch, like '--time=60 --gpus=1'"
+    )
+    parser.add_argument("--wait", action="store_true", help="slurm: stay until the trials are over, then rank them")
+    parser.add_argument("--dry-run", action="store_true", help="slurm: print the sbatch command and submit nothing")
+    parser.add_argument(
+        "--trial", type=lambda text: (int(text),), metavar="N", help="train this trial alone, no ranking"
+    )
     parser.epilog = "--config.FIELD=VALUE overrides a field of the config in all trials."
     options, passed = parser.parse_known_args(argv)
     if options.jobs < 1:
         raise ValueError(f"--jobs={options.jobs} must be at least 1")
+    if options.launcher == "local" and (options.sbatch_options or options.wait or options.dry_run):
+        raise ValueError("--sbatch_options, --wait and --dry-run need --launcher=slurm")
+    if options.launcher == "slurm" and (options.trial is not None or options.jobs != 1):
+        raise ValueError("--trial and --jobs need --launcher=local; SLURM decides how many trials run at a time")
     for argument in passed:
         if not re.match(r"--config\.[^=]+=", argument):
             raise ValueError(f"unknown argument {argument}; fields of the config are set by --config.FIELD=VALUE")
@@ -129,7 +192,9 @@ def load_sweep(path: pathlib.Path) -> Sweep:
     return sweep
 
 
-def plan_trials(sweep: Sweep, *, config: str, workdir: pathlib.Path, passed: Sequence[str]) -> list[Trial]:
+def plan_trials(
+    sweep: Sweep, *, config: str, workdir: pathlib.Path, passed: Sequence[str], check: Sequence[int] | None = None
+) -> list[Trial]:
     """The trials of a sweep with what earlier runs of it left in `workdir`; starts and writes nothing.
 
     Args:
@@ -137,6 +202,7 @@ def plan_trials(sweep: Sweep, *, config: str, workdir: pathlib.Path, passed: Seq
         config: FILE or FILE:ARG.
         workdir: Folder of the sweep.
         passed: `--config.FIELD=VALUE` for all trials.
+        check: The trials that nobody else may be training now; all by default.
 
     Raises:
         ValueError: A field or value does not fit the config, or `workdir` holds trials of another definition.
@@ -158,8 +224,11 @@ def plan_trials(sweep: Sweep, *, config: str, workdir: pathlib.Path, passed: Seq
             Trial(index=index, folder=folder, overrides=overrides, arguments=arguments, definition=definition)
         )
     _check_folders(trials, workdir)
+    for index in check or ():
+        if not 0 <= index < len(trials):
+            raise ValueError(f"--trial={index} must be from 0 to {len(trials) - 1}")
     for trial in trials:
-        _restore(trial)
+        _restore(trial, check_lock=check is None or trial.index in check)
     return trials
 
 
@@ -187,7 +256,7 @@ def _check_folders(trials: Sequence[Trial], workdir: pathlib.Path) -> None:
             )
 
 
-def _restore(trial: Trial) -> None:
+def _restore(trial: Trial, *, check_lock: bool) -> None:
     """Takes over what an earlier run left of a trial."""
     record = read_json(trial.folder / "trial.json")
     if not record:
@@ -206,8 +275,11 @@ def _restore(trial: Trial) -> None:
     trial.seconds = float(record.get("seconds", 0.0))
     if record.get("status") == "done" and (trial.folder / "results.json").is_file():
         trial.status = "done"
-    else:
+    elif check_lock:
         _open_log(trial).close()
+    else:  # only to be told
+        left = record.get("status", "waiting")
+        trial.status, trial.problem = "waiting" if left == "done" else left, record.get("problem", "")
 
 
 def _open_log(trial: Trial) -> Any:

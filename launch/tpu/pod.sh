@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# clipjax train on all hosts of a TPU VM pod, by gcloud. JAX finds the processes of a pod by itself.
+#
+#   launch/tpu/pod.sh create  NAME --zone=ZONE --type=v5litepod-64 --version=RUNTIME [--queued] [--spot] [--dry-run]
+#   launch/tpu/pod.sh setup   NAME --zone=ZONE --source=URL_OF_CLIPJAX [--dry-run]
+#   launch/tpu/pod.sh train   NAME --zone=ZONE [--dry-run] --config=FILE[:ARG] --workdir=DIR [clipjax train ...]
+#   launch/tpu/pod.sh stop    NAME --zone=ZONE [--dry-run]      SIGTERM to the processes: they save and leave
+#   launch/tpu/pod.sh delete  NAME --zone=ZONE [--queued] [--dry-run]
+#
+#   --queued   as a queued resource, which waits until the chips are there (gcloud ... queued-resources)
+#   --dry-run  print the gcloud command and run nothing
+#
+# The workdir and the data must be one path on all hosts: mount the bucket with Cloud Storage FUSE, or use Filestore;
+# clipjax opens paths, not gs:// addresses. After a preemption create the pod again, then the same train command.
+set -euo pipefail
+
+usage() { sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p}' "$0"; }
+refuse() { printf 'launch/tpu/pod.sh: error: %s\n' "$*" >&2; exit 2; }
+
+case ${1:-} in -h|--help|'') usage; exit 0 ;; esac
+action=$1; shift
+case $action in create|setup|train|stop|delete) ;; *) refuse "$action is none of create, setup, train, stop, delete" ;; esac
+name=${1:-}
+[[ -n $name && $name != -* ]] || refuse "the pod's NAME must follow $action"
+shift
+zone='' type='' version='' source='' queued='' spot='' dry='' train=()
+for argument in "$@"; do
+  case $argument in
+    --zone=*) zone=${argument#*=} ;;
+    --type=*) type=${argument#*=} ;;
+    --version=*) version=${argument#*=} ;;
+    --source=*) source=${argument#*=} ;;
+    --queued) queued=yes ;;
+    --spot) spot=--spot ;;
+    --dry-run) dry=yes ;;
+    *) [[ $action == train ]] || refuse "unknown argument $argument for $action"
+       train+=("$argument") ;;
+  esac
+done
+[[ -n $zone ]] || refuse "--zone=ZONE is missing"
+run() {
+  printf '+ %s\n' "$(printf '%q ' "$@")"
+  [[ -z $dry ]] || return 0
+  command -v gcloud >/dev/null || refuse "gcloud is not installed; see the Google Cloud CLI's install page"
+  "$@"
+}
+on_all() { run gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all "--command=$1"; }
+
+case $action in
+  create)
+    [[ -n $type && -n $version ]] || refuse "create needs --type=ACCELERATOR_TYPE and --version=RUNTIME"
+    if [[ -n $queued ]]; then
+      run gcloud compute tpus queued-resources create "$name" "--node-id=$name" "--zone=$zone" \
+        "--accelerator-type=$type" "--runtime-version=$version" ${spot:+"$spot"}
+    else
+      run gcloud compute tpus tpu-vm create "$name" "--zone=$zone" "--accelerator-type=$type" "--version=$version" \
+        ${spot:+"$spot"}
+    fi ;;
+  setup)
+    [[ -n $source ]] || refuse "setup needs --source=URL, what pip installs clipjax from"
+    on_all "python3 -m venv clipjax-env && clipjax-env/bin/pip install $(printf '%q' "clipjax[tpu] @ $source")" ;;
+  train)
+    [[ ${#train[@]} -gt 0 ]] || refuse "the arguments of clipjax train are missing: --config=FILE --workdir=DIR"
+    on_all "clipjax-env/bin/clipjax train $(printf '%q ' "${train[@]}")" ;;
+  stop) on_all "pkill -TERM -f '[c]lipjax train'" ;;
+  delete)
+    if [[ -n $queued ]]; then
+      run gcloud compute tpus queued-resources delete "$name" "--zone=$zone" --force
+    else
+      run gcloud compute tpus tpu-vm delete "$name" "--zone=$zone"
+    fi ;;
+esac

@@ -1,0 +1,179 @@
+"""Scripts of launch/: what --dry-run prints, what is refused, manifests that fit JobSet, and four real processes."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.e2e.conftest import environment
+from tests.launch.conftest import until
+
+LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
+ENV = environment(CLIPJAX=f"{sys.executable} -m clipjax.cli", PYTHONPATH=str(LAUNCH.parent))
+GKE = ("--name=run", "--image=registry/clipjax", "--bucket=b", "--", "--config=c.py", "--workdir=/bucket/run")
+GPU = ("--gpu=nvidia-h100-80gb", "--nodes=2", *GKE)
+TPU = ("--tpu=tpu-v5-lite-podslice", "--topology=4x4", "--slices=2", *GKE)
+
+# The fields of jobset.x-k8s.io/v1alpha2 and of a pod that launch/gke writes, and no others.
+# Source: kubernetes-sigs/jobset, config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml.
+STRING = str
+LIMITS = {"google.com/tpu": STRING, "nvidia.com/gpu": STRING}
+FIELD_REF = {"fieldRef": {"fieldPath": STRING}}
+POD = {
+    "restartPolicy": STRING,
+    "terminationGracePeriodSeconds": int,
+    "serviceAccountName": STRING,
+    "nodeSelector": dict,
+    "containers": [
+        {
+            "name": STRING,
+            "image": STRING,
+            "command": [STRING],
+            "env": [{"name": STRING, "value": STRING, "valueFrom": FIELD_REF}],
+            "ports": [{"containerPort": int}],
+            "resources": {"limits": LIMITS},
+            "volumeMounts": [{"name": STRING, "mountPath": STRING}],
+        }
+    ],
+    "volumes": [{"name": STRING, "csi": {"driver": STRING, "volumeAttributes": dict}, "emptyDir": {"medium": STRING}}],
+}
+EXIT_CODES = {"containerName": STRING, "operator": STRING, "values": [int]}
+JOB = {
+    "parallelism": int,
+    "completions": int,
+    "completionMode": STRING,
+    "backoffLimit": int,
+    "podFailurePolicy": {"rules": [{"action": STRING, "onExitCodes": EXIT_CODES}]},
+    "template": {"metadata": {"annotations": dict}, "spec": POD},
+}
+JOBSET = {
+    "apiVersion": STRING,
+    "kind": STRING,
+    "metadata": {"name": STRING, "annotations": dict},
+    "spec": {
+        "network": {"enableDNSHostnames": bool, "subdomain": STRING},
+        "failurePolicy": {
+            "maxRestarts": int,
+            "rules": [{"name": STRING, "action": STRING, "onJobFailureReasons": [STRING]}],
+        },
+        "replicatedJobs": [{"name": STRING, "replicas": int, "template": {"spec": JOB}}],
+    },
+}
+
+
+def call(script: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
+    command = [str(LAUNCH / script), *arguments]
+    return subprocess.run(command, env={**ENV, **changes}, capture_output=True, text=True, timeout=120)
+
+
+def fits(value, schema, path="") -> list[str]:
+    """Where a manifest has a field that the schema lacks, or one of another type."""
+    if isinstance(schema, dict):
+        unknown = [f"{path}.{name}: unknown" for name in value if name not in schema]
+        return unknown + [
+            p for name in value if name in schema for p in fits(value[name], schema[name], f"{path}.{name}")
+        ]
+    if isinstance(schema, list):
+        return [p for i, item in enumerate(value) for p in fits(item, schema[0], f"{path}[{i}]")]
+    return [] if type(value) is schema else [f"{path}: {type(value).__name__}"]
+
+
+def test_jobsets_fit_their_schema_and_name_the_processes():
+    gpu, tpu = (json.loads(call("gke/jobset.py", *arguments).stdout) for arguments in (GPU, TPU))
+    assert fits(gpu, JOBSET) == fits(tpu, JOBSET) == []
+    assert fits({**gpu, "status": {}}, JOBSET) == [".status: unknown"]
+    job = gpu["spec"]["replicatedJobs"][0]["template"]["spec"]
+    container = job["template"]["spec"]["containers"][0]
+    assert job["completions"] == 2 and container["env"][0]["value"] == "run-train-0-0.run:8476"
+    assert container["command"] == ["clipjax", "train", "--config=c.py", "--workdir=/bucket/run"]
+    slices = tpu["spec"]["replicatedJobs"][0]
+    assert slices["replicas"] == 2 and slices["template"]["spec"]["completions"] == 4
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("gke/jobset.py", ("--tpu=x", "--topology=4", *GKE), "--topology=4 must be like 4x4"),
+        ("gke/jobset.py", ("--tpu=x", "--topology=3x3", *GKE), "has 9 chips, not a multiple of --chips=4"),
+        ("gke/jobset.py", ("--gpu=x", "--nodes=0", *GKE), "--nodes=0 must be at least 1"),
+        ("local.sh", ("none", "--config=x"), "N=none must be a whole number of processes"),
+        ("local.sh", ("2", "--devices=0", "--config=x"), "--devices=0 must be a whole number"),
+        ("local.sh", ("2",), "arguments of clipjax train are missing"),
+        ("tpu/pod.sh", ("start", "pod"), "start is none of create"),
+        ("tpu/pod.sh", ("create", "pod", "--zone=z"), "create needs --type=ACCELERATOR_TYPE"),
+        ("tpu/pod.sh", ("train", "pod", "--config=x"), "--zone=ZONE is missing"),
+    ],
+)
+def test_mistakes_are_refused(script, arguments, message):
+    done = call(script, *arguments)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ("create", "pod", "--type=v5litepod-16", "--version=r"),
+            "tpu-vm create pod --zone=z --accelerator-type=v5lite",
+        ),
+        (
+            ("create", "pod", "--type=v5litepod-16", "--version=r", "--queued"),
+            "queued-resources create pod --node-id=pod",
+        ),
+        (("train", "pod", "--config=x", "--workdir=w"), "tpu-vm ssh pod --zone=z --worker=all --command=clipjax-env"),
+        (("delete", "pod", "--queued"), "queued-resources delete pod --zone=z --force"),
+    ],
+)
+def test_dry_runs_of_tpu_pods(arguments, expected):
+    done = call("tpu/pod.sh", *arguments, "--zone=z", "--dry-run")
+    assert done.returncode == 0 and expected in done.stdout, done.stdout + done.stderr
+
+
+def test_gpus_are_shared_out():
+    done = call("local.sh", "2", "--dry-run", "--config=a b", CUDA_VISIBLE_DEVICES="3,5", JAX_PLATFORMS="")
+    lines = done.stderr.splitlines()
+    assert "JAX_PROCESS_ID=0 CUDA_VISIBLE_DEVICES=3 " in lines[0] and "CUDA_VISIBLE_DEVICES=5 " in lines[1]
+    assert "train --config=a\\ b" in lines[1]
+    refused = call("local.sh", "3", "--dry-run", "--config=x", CUDA_VISIBLE_DEVICES="3,5", JAX_PLATFORMS="")
+    assert refused.returncode == 2 and "N=3 processes need a GPU each, but there are 2" in refused.stderr
+
+
+def start_two(config, workdir) -> subprocess.Popen:
+    command = [str(LAUNCH / "local.sh"), "2", "--devices=1", f"--config={config}", f"--workdir={workdir}"]
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def begun(process: subprocess.Popen, workdir: pathlib.Path) -> bool:
+    assert process.poll() is None, process.communicate()[0]
+    return (workdir / "metrics.jsonl").exists()
+
+
+def test_a_signal_is_passed_on_and_a_killed_rank_ends_the_others(tiny_config, tmp_path):
+    process = start_two(tiny_config, tmp_path)
+    try:
+        until(lambda: begun(process, tmp_path), 60, lambda: "never began")
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=90)
+        assert process.returncode == 143, output
+        process = start_two(tiny_config, tmp_path / "killed")
+        until(lambda: begun(process, tmp_path / "killed"), 60, lambda: "never began")
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [pid for pid in children if b"JAX_PROCESS_ID=1" in pathlib.Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(int(ranks[0]), signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 137 and "rank 1 left with exit code 137" in output, output
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_four_processes_train_with_fsdp(tiny_config, tmp_path):
+    done = call(
+        "local.sh", "4", "--devices=1", f"--config={tiny_config}", f"--workdir={tmp_path}", "--config.mesh.fsdp=2"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 12/12" in done.stdout + done.stderr and (tmp_path / "results.json").exists()
