@@ -52,6 +52,8 @@ setup(
     ],
     extras_require={
         "gpu": ["jax[cuda12]>=0.10.2"],
+        "plan": ["jax[tpu]>=0.10.2"],  # the TPU compiler, for `clipjax plan` on any machine
+        "plan-gpu": ["jax-cuda12-pjrt>=0.10.2", "jax-cuda12-plugin>=0.10.2"],  # the GPU compiler, without CUDA itself
         "torch": ["torch>=2.6"],  # for `clipjax convert` to open .pt and .bin files, and for nothing else
         "tpu": ["jax[tpu]>=0.10.2"],
         "test": TEST,

@@ -17,7 +17,7 @@ import tempfile
 import time
 
 CASES = {
-    "ViT-B/32, batch 1024": ("vit_b32,batch=1024",),
+    "ViT-B/32, batch 1024": ("vit_b32,batch=1024", "--config.model.remat=none"),
     "ViT-B/32, batch 1024, products kept": ("vit_b32,batch=1024", "--config.model.remat=dots"),
     "ViT-B/32, batch 1024, products kept, cuDNN attention": (
         "vit_b32,batch=1024",
@@ -26,7 +26,7 @@ CASES = {
     ),
     "ViT-B/16, batch 512": ("vit_b16,batch=512",),
     "ViT-B/16, batch 512, cuDNN attention": ("vit_b16,batch=512", "--config.model.attention=cudnn"),
-    "ViT-L/14, batch 256": ("vit_l14,batch=256", "--config.mesh.fsdp=1"),
+    "ViT-L/14, batch 256": ("vit_l14,batch=256", "--config.mesh.fsdp=1", "--config.model.remat=full"),
     "ViT-L/14, batch 256, products kept": (
         "vit_l14,batch=256",
         "--config.mesh.fsdp=1",

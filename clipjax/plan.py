@@ -61,15 +61,15 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         if options[name] not in (None, "yes", "no"):
             raise ValueError(f"--{name}={options[name]} must be yes or no")
     validate(config)
-    target = targets.find_target(topology, _number(options, "slices", 1))
-    if options["measure"] == "yes" and not target.is_here:
-        raise ValueError("--measure=yes runs the step, and needs --topology=here")
     for name in ("output", "dump_hlo"):
         path = options[name]
         if path and not pathlib.Path(path).parent.is_dir():
             raise ValueError(f"--{name}={path}: there is no folder {pathlib.Path(path).parent}; make it first")
     price = None if options["price"] is None else _price(options["price"])
-    num_samples = _number(options, "num_samples", 400_000_000)
+    num_samples, slices = _number(options, "num_samples", 400_000_000), _number(options, "slices", 1)
+    target = targets.find_target(topology, slices)
+    if options["measure"] == "yes" and not target.is_here:
+        raise ValueError("--measure=yes runs the step, and needs --topology=here")
     teacher = _teacher(config)
     if options["search"] == "yes":
         from clipjax.planning.search import search

@@ -3,9 +3,10 @@
     clipjax train --config=configs/clip.py:vit_b32 --workdir=runs/vit_b32 \
         --config.data.train='/data/pairs/{00000..41455}.tar'
 
-The argument is `vit_b32`, `vit_b16`, `vit_l14` or `vit_l14_336`, the paper's extra epoch at 336 pixels; or `tiny`, a
-model for trying the batch itself. `,batch=N` after it sets another global batch.
-Made for 256 accelerators (128 pairs each at B/32); not run at that size by us.
+The argument is `vit_b32`, `vit_b16`, `vit_l14` or `vit_l14_336`, the paper's extra epoch at 336 pixels; `vit_h14` or
+`so400m`, two larger models of later papers (arXiv 2212.07143, 2303.15343) with nothing tuned for them here; or `tiny`,
+a model for trying the batch itself. `,batch=N` after it sets another global batch.
+Made for 256 accelerators of 16 GB (128 pairs each), by `clipjax plan`; not run at that size by us.
 """
 
 from clipjax import presets
@@ -16,6 +17,7 @@ from clipjax.config import (
     DataConfig,
     Dtype,
     LogConfig,
+    LossKind,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -24,6 +26,7 @@ from clipjax.config import (
     ViTConfig,
 )
 
+NAMES = ("vit_b32", "vit_b16", "vit_l14", "vit_l14_336", "vit_h14", "so400m", "tiny")
 BATCH = 32_768
 EPOCH = 400_000_000  # pairs in the paper's WebImageText
 
@@ -37,14 +40,19 @@ def get_config(argument: str = "vit_b32") -> Config:
         case "vit_b16":
             config = _run(presets.model("ViT-B/16"), learning_rate=5e-4, remat=Remat.DOTS)
         case "vit_l14":
-            config = _run(presets.model("ViT-L/14"), learning_rate=4e-4, remat=Remat.MLP, fsdp=8)
+            config = _run(presets.model("ViT-L/14"), learning_rate=4e-4, remat=Remat.MLP, fsdp=16)
         case "vit_l14_336":
-            config = _run(presets.model("ViT-L/14@336px"), learning_rate=2e-5, remat=Remat.FULL, fsdp=8)
+            config = _run(presets.model("ViT-L/14@336px"), learning_rate=2e-5, remat=Remat.FULL, fsdp=16)
             config.total_examples = EPOCH
+        case "vit_h14":
+            config = _run(presets.model("ViT-H/14"), learning_rate=5e-4, remat=Remat.FULL, fsdp=16)
+        case "so400m":
+            config = _run(presets.model("SigLIP-So400m/14@224px"), learning_rate=1e-3, remat=Remat.FULL, fsdp=16)
+            config.loss.kind = LossKind.SIGMOID
         case "tiny":
             config = _tiny()
         case _:
-            raise ValueError(f"configs/clip.py:{argument}: choose vit_b32, vit_b16, vit_l14, vit_l14_336 or tiny")
+            raise ValueError(f"configs/clip.py:{argument}: choose {', '.join(NAMES)}")
     for option in options:
         name, _, value = option.partition("=")
         if name != "batch" or not value.isdigit():

@@ -40,4 +40,4 @@ def test_it_leaves_what_is_set_and_other_systems_alone(restarts, monkeypatch, ca
 
 def test_an_unknown_command_is_refused(capsys):
     assert cli.main(["tarin"]) == 2
-    assert "unknown command 'tarin'; known: train, eval, sweep, data" in capsys.readouterr().err
+    assert "unknown command 'tarin'; known: train, eval, plan, sweep, data" in capsys.readouterr().err

@@ -26,7 +26,7 @@ BLOCK_BYTES = 2**20
 """Of queries, keys and values that one program of the grid reads, as long as that is more than one sequence."""
 
 VMEM_BYTES = {"TPU v4": 14 * 2**20}
-"""Memory of the kernel's own beside the chip: as much as the chip has less what the compiler keeps for itself."""
+"""Vector memory that a kernel may take, by `device_kind`: what the chip has, less some for the compiler."""
 
 DEFAULT_VMEM_BYTES = 96 * 2**20
 
@@ -50,13 +50,17 @@ class Heads(NamedTuple):
         return self.count * self.dim
 
 
-def is_supported(batch: int, num_heads: int, head_dim: int) -> bool:
-    """Whether the kernel can share out these sequences and heads on the mesh in force.
+def is_supported(batch: int, length: int, num_heads: int, head_dim: int) -> bool:
+    """Whether the kernel can do these sequences and heads on the mesh in force.
 
-    Each device's width has to be a multiple of `LANES`; a batch that they cannot share is that of initialisation.
+    Each device's width has to be a multiple of `LANES`, one sequence has to fit into a chip's own memory, and a batch
+    that the devices cannot share is that of initialisation.
     """
     parts = shards("heads")
-    return num_heads % parts == 0 and num_heads // parts * head_dim % LANES == 0 and batch % shards("batch") == 0
+    if num_heads % parts or num_heads // parts * head_dim % LANES or batch % shards("batch"):
+        return False
+    blocks = 2 * 7 * length * (num_heads // parts * head_dim) * 2  # of the backward kernel in bfloat16, twice each
+    return blocks + 4 * 4 * length * _up(length, LANES) <= _vmem_bytes()
 
 
 def fused_attention(
@@ -105,9 +109,11 @@ def _call(kernel: Any, qkv: Array, *grad: Array, heads: Heads, outputs: int, int
     rows = _sequences(batch, 3 * length * width * qkv.dtype.itemsize)
     part = lambda place: pl.BlockSpec((rows, length, width), lambda i: (i, 0, place))  # noqa: E731
     name = "attention_forward" if outputs == 1 else "attention_backward"
-    products, operations = (2, 9) if outputs == 1 else (5, 20)
+    # On every weight. Forward: scale, maximum, difference, exponential, sum, product, conversion; and backward besides:
+    # product and sum, difference, product, conversion, and two transpositions.
+    products, operations = (2, 7) if outputs == 1 else (5, 14)
     weights = batch * heads.count * length**2
-    padded = batch * heads.count * _up(length, 8) * _up(length, LANES)
+    padded = batch * heads.count * _up(length, 8) * _up(main_columns(length), LANES)
     lanes = sum(stop - start for start, stop in (_lanes(heads, head) for head in range(heads.count))) / heads.count
     return pl.pallas_call(
         functools.partial(kernel, heads=heads),
@@ -157,9 +163,9 @@ def _forward_kernel(q: Any, k: Any, v: Any, out: Any, *, heads: Heads) -> None:
         tiles = _Tiles(heads, 1)
         for head in range(heads.count):
             lanes, own = slice(*_lanes(heads, head)), _own(heads, head)
-            weights = _weights(q[i, :, lanes], _only(own, k[i, :, lanes]), heads)
-            values = _only(own, v[i, :, lanes])
-            tiles.add(0, lanes, _dot(weights.astype(values.dtype), values, 1, 0))
+            keys, values = _only(own, k[i, :, lanes]), _only(own, v[i, :, lanes])
+            weights = _weights(q[i, :, lanes], keys, heads)
+            tiles.add(0, lanes, weights.mix(values))
             tiles.write(out, i, head)
 
     _of_each(q.shape[0], run)
@@ -167,21 +173,73 @@ def _forward_kernel(q: Any, k: Any, v: Any, out: Any, *, heads: Heads) -> None:
 
 def _backward_kernel(q: Any, k: Any, v: Any, grad: Any, out: Any, *, heads: Heads) -> None:
     def run(i: Any) -> None:
-        tiles = _Tiles(heads, 3)
+        tiles, scale = _Tiles(heads, 3), heads.dim**-0.5
         for head in range(heads.count):
             lanes, own = slice(*_lanes(heads, head)), _own(heads, head)
             whole_q, whole_grad = q[i, :, lanes], grad[i, :, lanes]
             query, key, value, of_out = (_only(own, x) for x in (whole_q, k[i, :, lanes], v[i, :, lanes], whole_grad))
             weights = _weights(whole_q, key, heads)
-            of_weights = _dot(whole_grad, value, 1, 1)
-            mean = jnp.sum(of_weights * weights, axis=1, keepdims=True)
-            of_logits = (weights * (of_weights - mean) * heads.dim**-0.5).astype(query.dtype)
-            tiles.add(0, lanes, _dot(of_logits, key, 1, 0))
-            tiles.add(1, lanes, _dot(of_logits, query, 0, 0))
-            tiles.add(2, lanes, _dot(weights.astype(value.dtype), of_out, 0, 0))
+            of_weights = _Columns.products(whole_grad, value)
+            mean = weights.rows_sum(of_weights)
+            of_logits = weights.times_difference(of_weights, mean)
+            tiles.add(0, lanes, scale * of_logits.mix(key))
+            tiles.add(1, lanes, scale * of_logits.spread(query))
+            tiles.add(2, lanes, weights.spread(of_out))
             tiles.write(out, i, head)
 
     _of_each(q.shape[0], run)
+
+
+class _Columns(NamedTuple):
+    """A matrix with a row for every query and a column for every key; one key beyond whole tiles stands apart.
+
+    Of 257 keys, the last would cost a third tile of 128 columns in every operation.
+
+    Attributes:
+        main: [l, k].
+        last: [l, 1], or None where all keys are in `main`.
+    """
+
+    main: Array
+    last: Array | None
+
+    @classmethod
+    def products(cls, left: Array, right: Array) -> "_Columns":
+        """left [l, d] times right [l, d] transposed."""
+        whole = main_columns(right.shape[0])
+        last = None
+        if whole < right.shape[0]:
+            last = jnp.sum(left.astype(jnp.float32) * right[whole:].astype(jnp.float32), axis=1, keepdims=True)
+        return cls(_dot(left, right[:whole], 1, 1), last)
+
+    def mix(self, rows: Array) -> Array:
+        """This times rows [keys, d], in their dtype; float32 [l, d]."""
+        whole = self.main.shape[1]
+        mixed = _dot(self.main.astype(rows.dtype), rows[:whole], 1, 0)
+        return mixed if self.last is None else mixed + self.last * rows[whole:].astype(jnp.float32)
+
+    def spread(self, rows: Array) -> Array:
+        """This transposed times rows [l, d]; float32 [keys, d]."""
+        spread = _dot(self.main.astype(rows.dtype), rows, 0, 0)
+        if self.last is None:
+            return spread
+        last = jnp.sum(self.last * rows.astype(jnp.float32), axis=0, keepdims=True)
+        return jnp.concatenate([spread, last], axis=0)
+
+    def rows_sum(self, other: "_Columns") -> Array:
+        """Sums along the rows of both multiplied, [l, 1]."""
+        total = jnp.sum(self.main * other.main, axis=1, keepdims=True)
+        return total if self.last is None or other.last is None else total + self.last * other.last
+
+    def times_difference(self, other: "_Columns", mean: Array) -> "_Columns":
+        """This times what the other has more than `mean`."""
+        last = None if self.last is None or other.last is None else self.last * (other.last - mean)
+        return _Columns(self.main * (other.main - mean), last)
+
+
+def main_columns(length: int) -> int:
+    """How many keys are computed in whole tiles of columns: all, or all but one where that saves a tile."""
+    return length - 1 if length > LANES and length % LANES == 1 else length
 
 
 def _lanes(heads: Heads, head: int) -> tuple[int, int]:
@@ -206,13 +264,23 @@ def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
     )
 
 
-def _weights(query: Array, key: Array, heads: Heads) -> Array:
-    logits = _dot(query, key, 1, 1) * heads.dim**-0.5
+def _weights(query: Array, key: Array, heads: Heads) -> _Columns:
+    logits, last = _Columns.products(query, key)
+    logits = logits * heads.dim**-0.5
+    last = None if last is None else last * heads.dim**-0.5
     if heads.causal:
         row, column = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) for axis in (0, 1))
         logits = jnp.where(row >= column, logits, -jnp.inf)
-    raised = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
-    return raised / jnp.sum(raised, axis=1, keepdims=True)
+        if last is not None:
+            last = jnp.where(jax.lax.broadcasted_iota(jnp.int32, last.shape, 0) >= logits.shape[1], last, -jnp.inf)
+    top = jnp.max(logits, axis=1, keepdims=True)
+    if last is None:
+        raised = jnp.exp(logits - top)
+        return _Columns(raised * (1 / jnp.sum(raised, axis=1, keepdims=True)), None)
+    top = jnp.maximum(top, last)
+    raised, last = jnp.exp(logits - top), jnp.exp(last - top)
+    share = 1 / (jnp.sum(raised, axis=1, keepdims=True) + last)
+    return _Columns(raised * share, last * share)
 
 
 class _Tiles:

@@ -6,7 +6,7 @@ checkpoint does not depend on that choice.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,10 +227,10 @@ def cudnn_attention(qkv: Float[Array, "b l 3 n d"], *, causal: bool) -> Float[Ar
     return mixed[:, :length]
 
 
-def is_fused(method: AttentionMethod, batch: int, num_heads: int, head_dim: int) -> bool:
-    """Whether one kernel computes the attention of such heads on the mesh in force."""
+def is_fused(method: AttentionMethod, shape: Sequence[int], num_heads: int, head_dim: int) -> bool:
+    """Whether one kernel computes the attention of such tokens and heads on the mesh in force."""
     wanted = method is AttentionMethod.FUSED or (method is AttentionMethod.AUTO and platform() == "tpu")
-    return wanted and is_supported(batch, num_heads, head_dim)
+    return wanted and is_supported(shape[0], shape[1], num_heads, head_dim)
 
 
 class Attention(nn.Module):
@@ -245,7 +245,7 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "b l w"], seen: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
         length, width = x.shape[1:]
         heads = (3, self.num_heads, width // self.num_heads)
-        if seen is None and is_fused(self.numerics.attention, x.shape[0], *heads[1:]):
+        if seen is None and is_fused(self.numerics.attention, x.shape, *heads[1:]):
             return self._fused(x, heads)
         qkv = Linear((width,), heads, self.numerics, self.init.qkv, name="qkv")(x)
         if seen is None and self.numerics.attention is AttentionMethod.CUDNN:

@@ -106,7 +106,7 @@ def _tpu_devices(name: str, chip: Chip, sides: Sequence[int], num_slices: int) -
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{shape}", **options).devices
     except Exception as error:
-        if "libtpu" in str(error) or "Unable to load" in str(error) or isinstance(error, ImportError):
+        if any(words in str(error) for words in ("libtpu", "not installed", "Unable to load")):
             raise ValueError(
                 f"--topology={name} needs the TPU compiler, which is not installed: pip install 'clipjax[plan]'"
             ) from error

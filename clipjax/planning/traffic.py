@@ -20,6 +20,7 @@ from clipjax.hlo import Instruction, Program, arrays_of, bytes_of
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _SLICES = ("send", "recv")
+_STARTS = "AsyncCollectiveStart"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _found(program: Program) -> list[tuple[Instruction, int, bool]]:
     """Every collective once, with how often it runs and whether computation hides it.
 
     The TPU compiler spreads a hidden collective over several fusions, which repeat its instruction: those are one, of
-    the channel that they share.
+    the channel that they share, and it runs as often as the fusion that starts it.
     """
     found, fused, aside = [], {}, program.runs_aside()
     for instruction, times in program.executed():
@@ -92,11 +93,11 @@ def _found(program: Program) -> list[tuple[Instruction, int, bool]]:
             hidden = instruction.opcode.endswith("-start") or kind in _SLICES or instruction.name in aside
             found.append((instruction, times, hidden))
         elif instruction.opcode == "fusion":
-            for part in program.inside(instruction):
+            parts = list(program.inside(instruction))
+            for part in parts:
                 if _kind(part) in KINDS:
                     channel = part.attribute(r"channel_id=(\d+)") or part.name
-                    known = fused.get(channel)
-                    if known is None or times > known[1]:
+                    if channel not in fused or any(_STARTS in other.attributes for other in parts):
                         fused[channel] = (part, times, True)
     return [*found, *fused.values()]
 

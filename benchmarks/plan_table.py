@@ -1,0 +1,78 @@
+"""The table of docs/planning.md: the presets of configs/clip.py on TPUs that nobody here has.
+
+    python -m benchmarks.plan_table --chips v4:4x8x8 v5e:16x16 v5p:4x8x8 v6e:16x16 --batches 32768 \
+        --output=benchmarks/results/plan_table.json
+
+Every line is one `clipjax plan`, command included, added to those that the output already holds. Of the policies of
+rematerialisation that fit, the first of dots, mlp, full is taken: the one that computes least again.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+PRESETS = ("vit_b32", "vit_b16", "vit_l14", "vit_l14_336", "vit_h14", "so400m")
+POLICIES = ("dots", "mlp", "full")
+FIELDS = (
+    "topology", "slices", "chips", "mesh", "global_batch_size", "hbm_bytes", "versions", "compile_seconds", "fits",
+    "reason", "peak_hbm_bytes", "temporary_bytes", "memory", "flops_per_chip", "predicted_step_seconds",
+    "predicted_seconds", "roofline_step_seconds", "predicted_mfu", "collectives", "least_bytes",
+    "images_per_second_per_host", "predicted_chip_hours",
+)  # fmt: skip
+
+
+def plan(preset: str, chip: str, batch: int, remat: str) -> dict:
+    topology, _, slices = chip.partition("*")
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "plan.json"
+        command = [
+            "-m", "clipjax.plan", f"--config=configs/clip.py:{preset},batch={batch}", f"--topology={topology}",
+            *([f"--slices={slices}"] if slices else []), f"--config.model.remat={remat}",
+        ]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *command, f"--output={path}"], check=False, capture_output=True, text=True
+        )
+        if done.returncode not in (0, 3):
+            raise RuntimeError(done.stderr)
+        found = json.loads(path.read_text())
+    shown = "clipjax plan " + " ".join(command[2:])
+    return {"preset": preset, "remat": remat, "command": shown, **{k: found[k] for k in FIELDS if k in found}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
+    parser.add_argument("--chips", nargs="+", required=True, help="topologies; v5e:16x16*2 means two slices")
+    parser.add_argument("--batches", nargs="+", type=int, default=[32_768])
+    parser.add_argument("--output", type=pathlib.Path, required=True)
+    arguments = parser.parse_args()
+    rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
+    for chip in arguments.chips:
+        for batch in arguments.batches:
+            for preset in arguments.presets:
+                for remat in POLICIES:
+                    row = plan(preset, chip, batch, remat)
+                    rows.append(row)
+                    print(describe(row), flush=True)
+                    about = {"date": time.strftime("%Y-%m-%d"), "rows": rows}
+                    arguments.output.write_text(json.dumps(about, indent=1) + "\n")
+                    if row["fits"]:
+                        break
+
+
+def describe(row: dict) -> str:
+    where = f"{row['preset']} {row['topology']} x{row['slices']} {row['global_batch_size']} {row['remat']}"
+    if not row["fits"]:
+        return f"{where}: does not fit"
+    ms, bound = (1e3 * row[name] for name in ("predicted_step_seconds", "roofline_step_seconds"))
+    return (
+        f"{where}: {row['peak_hbm_bytes'] / 2**30:.1f} GiB, {ms:.0f} ms, bound {bound:.0f}, {row['predicted_mfu']:.0%}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Which collectives a compiled program has: on simulated devices, against what was written."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from clipjax import hlo, sharding
+from clipjax.chips import CHIPS
+from clipjax.config import Config, MeshConfig
+from clipjax.planning import traffic
+from clipjax.program import build_program
+
+
+def found(function, in_spec, out_spec, shape=(64, 128)):
+    mesh = sharding.make_mesh(MeshConfig(slice=1, data=2, fsdp=4))
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False)
+    text = jax.jit(mapped).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile().as_text()
+    return traffic.collectives(hlo.parse(text), mesh, CHIPS["h100"])
+
+
+@pytest.mark.parametrize(("axis", "size"), [("data", 2), ("fsdp", 4)])
+def test_an_all_reduce_sends_twice_what_the_others_have(axis, size):
+    (one,) = found(lambda x: jax.lax.psum(x, axis), PartitionSpec(), PartitionSpec())
+    assert (one.kind, one.axis, one.count) == ("all-reduce", axis, 1)
+    assert one.bytes == 2 * 64 * 128 * 4 * (size - 1) // size
+    assert one.seconds == pytest.approx(one.bytes / CHIPS["h100"].link_bandwidth)
+
+
+def test_an_all_gather_over_two_axes_names_both():
+    axes = ("data", "fsdp")
+    (one,) = found(lambda x: jax.lax.all_gather(x, axes, tiled=True), PartitionSpec(axes), PartitionSpec())
+    assert (one.kind, one.axis) == ("all-gather", "data+fsdp")
+    assert one.bytes == 64 * 128 * 4 * 7 // 8
+
+
+def test_what_runs_in_a_loop_counts_each_time():
+    def loop(x):
+        return jax.lax.scan(lambda x, _: (jax.lax.psum(x, "data") / 2, None), x, length=6)[0]
+
+    (one,) = found(loop, PartitionSpec(), PartitionSpec())
+    assert one.count == 6
+    assert one.bytes == 6 * 64 * 128 * 4
+
+
+def test_a_permutation_sends_all_of_it():
+    shift = [(i, (i + 1) % 2) for i in range(2)]
+    (one,) = found(lambda x: jax.lax.ppermute(x, "data", shift), PartitionSpec(), PartitionSpec())
+    assert (one.kind, one.axis, one.bytes) == ("collective-permute", "neighbours", 64 * 128 * 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups={}", [[0, 1, 2, 3]]),
+    ],
+)
+def test_groups_in_every_notation(text, groups):
+    instruction = hlo.Instruction("x", "all-reduce", "f32[]", (), text, "")
+    np.testing.assert_array_equal(traffic.replica_groups(instruction, 4), groups)
+
+
+def test_a_steps_gradients_are_no_less_than_the_least():
+    """Data parallel only: what the program sends for gradients is what no program can do without."""
+    from tests.planning.test_plan import tiny
+
+    config: Config = tiny()
+    mesh = sharding.make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        program = build_program(config, mesh, num_samples=1000)
+        state = program.abstract_state()
+        text = program.jit(state).lower(state, program.abstract_batch(), None).compile().as_text()
+    least = traffic.least_traffic(config, state.params, mesh)
+    sent = sum(one.bytes for one in traffic.collectives(hlo.parse(text), mesh, CHIPS["h100"]))
+    assert set(least) == {"data"}
+    assert least["data"] <= sent < 1.2 * least["data"]
