@@ -46,10 +46,14 @@ def plan(preset: str, chip: str, batch: int, remat: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
-    parser.add_argument("--chips", nargs="+", required=True, help="topologies; v5e:16x16*2 means two slices")
+    parser.add_argument("--chips", nargs="+", default=[], help="topologies; v5e:16x16*2 means two slices")
     parser.add_argument("--batches", nargs="+", type=int, default=[32_768])
     parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--markdown", action="store_true", help="print the table of the output's rows, compile nothing")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(json.loads(arguments.output.read_text())["rows"]))
+        return
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
     for chip in arguments.chips:
         for batch in arguments.batches:
@@ -72,6 +76,27 @@ def describe(row: dict) -> str:
     return (
         f"{where}: {row['peak_hbm_bytes'] / 2**30:.1f} GiB, {ms:.0f} ms, bound {bound:.0f}, {row['predicted_mfu']:.0%}"
     )
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [
+        "| model | topology | batch | remat | GiB per chip | predicted | roofline | MFU | exposed, hidden traffic | "
+        "images/s per host |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if not row["fits"]:
+            continue
+        where = row["topology"] + (f" x {row['slices']}" if row["slices"] > 1 else "")
+        ms, bound = (f"{1e3 * row[name]:.0f} ms" for name in ("predicted_step_seconds", "roofline_step_seconds"))
+        parts = row["predicted_seconds"]
+        traffic = ", ".join(f"{1e3 * parts[f'{kind}_collectives']:.1f}" for kind in ("exposed", "hidden"))
+        memory = f"{row['peak_hbm_bytes'] / 2**30:.1f} of {row['hbm_bytes'] / 2**30:.0f}"
+        lines.append(
+            f"| {row['preset']} | {where} | {row['global_batch_size']:,} | {row['remat']} | {memory} | {ms} | {bound} | "
+            f"{row['predicted_mfu']:.0%} | {traffic} ms | {row['images_per_second_per_host']:,.0f} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
