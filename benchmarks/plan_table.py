@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", default=[], help="topologies; v5e:16x16*2 means two slices")
     parser.add_argument("--batches", nargs="+", type=int, default=[32_768])
     parser.add_argument("--output", type=pathlib.Path, required=True)
-    parser.add_argument("--markdown", action="store_true", help="print the table of the output's rows, compile nothing")
+    parser.add_argument("--markdown", action="store_true", help="print the output's rows, compile nothing")
     arguments = parser.parse_args()
     if arguments.markdown:
         print(markdown(json.loads(arguments.output.read_text())["rows"]))
@@ -80,7 +80,7 @@ def describe(row: dict) -> str:
 
 def markdown(rows: list[dict]) -> str:
     lines = [
-        "| model | topology | batch | remat | GiB per chip | predicted | roofline | MFU | exposed, hidden traffic | "
+        "| model | topology | batch | remat | GiB per chip | predicted | roofline | MFU | traffic: exposed, hidden | "
         "images/s per host |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
