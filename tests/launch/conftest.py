@@ -23,7 +23,7 @@ SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=6
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -46,6 +46,16 @@ MinJobAge=300
 NodeName={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of processes that share what is compiled."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def free_ports(count: int) -> list[int]:
@@ -74,17 +84,13 @@ class Cluster:
 
     def call(self, *command: str, expect: int = 0, cwd: pathlib.Path | None = None) -> str:
         done = subprocess.run(
-            command, env=self.env, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=200
+            command, env=self.env, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
         )
         assert done.returncode == expect, done.stdout
         return done.stdout
 
     def state(self, job: str) -> str:
         return self.call("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T").strip()
-
-    def hasten(self, job: str) -> None:
-        """A requeued job waits for its credentials to expire; tests do not."""
-        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=self.env, capture_output=True)
 
     def logs(self) -> str:
         return "\n".join(path.read_text(errors="replace")[-3000:] for path in sorted(self.folder.glob("*.log")))
@@ -99,7 +105,7 @@ def kill_jobs(variable: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def slurm(compiled: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The running cluster."""
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if not shutil.which(name)]
     if missing or os.geteuid() != 0:
@@ -114,7 +120,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     conf.write_text(CONF.format(host=socket.gethostname().split(".")[0], folder=folder, ports=free_ports(2)))
     scripts = pathlib.Path(sys.executable).parent
     repository = pathlib.Path(__file__).parents[2]
-    env = environment(SLURM_CONF=str(conf), PATH=f"{scripts}:{os.environ['PATH']}", PYTHONPATH=str(repository))
+    env = environment(
+        SLURM_CONF=str(conf), PATH=f"{scripts}:{os.environ['PATH']}", PYTHONPATH=str(repository), **compiled
+    )
     env["CLIPJAX"] = f"{sys.executable} -m clipjax.cli"
     munge = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket"]
     munge += [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]

@@ -67,7 +67,7 @@ JOBSET = {
 
 def call(script: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
     command = [str(LAUNCH / script), *arguments]
-    return subprocess.run(command, env={**ENV, **changes}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env={**ENV, **changes}, capture_output=True, text=True, timeout=300)
 
 
 def fits(value, schema, path="") -> list[str]:
@@ -142,9 +142,9 @@ def test_gpus_are_shared_out():
     assert refused.returncode == 2 and "N=3 processes need a GPU each, but there are 2" in refused.stderr
 
 
-def start_two(config, workdir) -> subprocess.Popen:
+def start_two(config, workdir, compiled) -> subprocess.Popen:
     command = [str(LAUNCH / "local.sh"), "2", "--devices=1", f"--config={config}", f"--workdir={workdir}"]
-    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=ENV | compiled, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def begun(process: subprocess.Popen, workdir: pathlib.Path) -> bool:
@@ -152,15 +152,15 @@ def begun(process: subprocess.Popen, workdir: pathlib.Path) -> bool:
     return (workdir / "metrics.jsonl").exists()
 
 
-def test_a_signal_is_passed_on_and_a_killed_rank_ends_the_others(tiny_config, tmp_path):
-    process = start_two(tiny_config, tmp_path)
+def test_a_signal_is_passed_on_and_a_killed_rank_ends_the_others(tiny_config, compiled, tmp_path):
+    process = start_two(tiny_config, tmp_path, compiled)
     try:
-        until(lambda: begun(process, tmp_path), 60, lambda: "never began")
+        until(lambda: begun(process, tmp_path), 120, lambda: "never began")
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=90)
         assert process.returncode == 143, output
-        process = start_two(tiny_config, tmp_path / "killed")
-        until(lambda: begun(process, tmp_path / "killed"), 60, lambda: "never began")
+        process = start_two(tiny_config, tmp_path / "killed", compiled)
+        until(lambda: begun(process, tmp_path / "killed"), 120, lambda: "never began")
         children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         ranks = [pid for pid in children if b"JAX_PROCESS_ID=1" in pathlib.Path(f"/proc/{pid}/environ").read_bytes()]
         os.kill(int(ranks[0]), signal.SIGKILL)
@@ -171,6 +171,7 @@ def test_a_signal_is_passed_on_and_a_killed_rank_ends_the_others(tiny_config, tm
         process.communicate()
 
 
+@pytest.mark.slow
 def test_four_processes_train_with_fsdp(tiny_config, tmp_path):
     done = call(
         "local.sh", "4", "--devices=1", f"--config={tiny_config}", f"--workdir={tmp_path}", "--config.mesh.fsdp=2"

@@ -3,6 +3,8 @@
 import csv
 import sys
 
+import pytest
+
 from clipjax import sweep as sweep_module
 
 SWEEP = """
@@ -39,6 +41,7 @@ def test_dry_run_prints_the_command_and_options_are_checked(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_array_job_with_one_leaderboard(slurm, tiny_config, tmp_path):
     command = (sys.executable, "-m", "clipjax.sweep", *arguments(tmp_path, tiny_config, "--config.total_examples=64"))
     out = slurm.call(*command, "--wait", "--sbatch_options=--ntasks=1", cwd=tmp_path)
