@@ -93,8 +93,8 @@ def markdown(rows: list[dict]) -> str:
         traffic = ", ".join(f"{1e3 * parts[f'{kind}_collectives']:.1f}" for kind in ("exposed", "hidden"))
         memory = f"{row['peak_hbm_bytes'] / 2**30:.1f} of {row['hbm_bytes'] / 2**30:.0f}"
         lines.append(
-            f"| {row['preset']} | {where} | {row['global_batch_size']:,} | {row['remat']} | {memory} | {ms} | {bound} | "
-            f"{row['predicted_mfu']:.0%} | {traffic} ms | {row['images_per_second_per_host']:,.0f} |"
+            f"| {row['preset']} | {where} | {row['global_batch_size']:,} | {row['remat']} | {memory} | {ms} | {bound} "
+            f"| {row['predicted_mfu']:.0%} | {traffic} ms | {row['images_per_second_per_host']:,.0f} |"
         )
     return "\n".join(lines)
 
