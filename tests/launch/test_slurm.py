@@ -115,3 +115,32 @@ def test_dry_run_shows_the_command_and_mistakes_are_refused():
     assert shown.returncode == 0 and "clipjax train --config=a\\ b.py" in shown.stdout
     refused = subprocess.run(["bash", script], capture_output=True, text=True)
     assert refused.returncode == 2 and "arguments of clipjax train are missing" in refused.stderr
+
+
+CRASH = 'if [ "$SLURM_PROCID" = 1 ]; then kill -SEGV $$; fi\nexec sleep 60\n'
+SAVE = 'echo "stopped by signal 15 after step 3; the same command goes on from here"\nexit 143\n'
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [(CRASH, "not requeued: failed 1 times"), (SAVE, "+ scontrol requeue")],
+    ids=["crashed", "saved"],
+)
+def test_only_a_saved_run_is_requeued_without_end(slurm, tmp_path, does, says):
+    """Where one process crashes and SIGTERM ends the other before it can save, srun reports 143 too."""
+    (tmp_path / "fake.sh").write_text(does)
+    before = slurm.env["CLIPJAX"]
+    slurm.env.update(CLIPJAX=f"bash {tmp_path}/fake.sh", CLIPJAX_MAX_FAILURES="0")
+    try:
+        job = submit(slurm, tmp_path, arguments=("--config=c", "--workdir=run"))
+    finally:
+        slurm.env["CLIPJAX"] = before
+        del slurm.env["CLIPJAX_MAX_FAILURES"]
+    log = tmp_path / f"clipjax-{job}.log"
+
+    def decided() -> bool:
+        return log.exists() and any(text in log.read_text() for text in ("not requeued", "scontrol requeue"))
+
+    until(decided, 60, lambda: story(slurm, tmp_path))
+    slurm.call("scancel", job)
+    assert "left with exit code 143" in log.read_text() and says in log.read_text()
