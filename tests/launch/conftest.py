@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import random
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ from tests.e2e.conftest import environment, tiny_config  # noqa: F401
 
 CONF = """
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
@@ -117,7 +119,10 @@ def slurm(compiled: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     conf = folder / "slurm.conf"
-    conf.write_text(CONF.format(host=socket.gethostname().split(".")[0], folder=folder, ports=free_ports(2)))
+    # The port where a job's processes meet follows from its number: two clusters on one machine must not share any.
+    first_job = random.SystemRandom().randrange(1, 60_000_000)
+    host = socket.gethostname().split(".")[0]
+    conf.write_text(CONF.format(host=host, folder=folder, ports=free_ports(2), first_job=first_job))
     scripts = pathlib.Path(sys.executable).parent
     repository = pathlib.Path(__file__).parents[2]
     env = environment(

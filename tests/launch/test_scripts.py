@@ -1,5 +1,6 @@
 """Scripts of launch/: what --dry-run prints, what is refused, manifests that fit JobSet, and four real processes."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -147,6 +148,16 @@ def start_two(config, workdir, compiled) -> subprocess.Popen:
     return subprocess.Popen(command, env=ENV | compiled, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def end(process: subprocess.Popen) -> None:
+    """End local.sh and its processes, which have sessions of their own, whatever the test came to."""
+    if process.poll() is None:
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in [process.pid, *map(int, children)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
 def begun(process: subprocess.Popen, workdir: pathlib.Path) -> bool:
     assert process.poll() is None, process.communicate()[0]
     return (workdir / "metrics.jsonl").exists()
@@ -167,8 +178,7 @@ def test_a_signal_is_passed_on_and_a_killed_rank_ends_the_others(tiny_config, co
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 137 and "rank 1 left with exit code 137" in output, output
     finally:
-        process.kill()
-        process.communicate()
+        end(process)
 
 
 @pytest.mark.slow

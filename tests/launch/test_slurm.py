@@ -38,8 +38,9 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def children(job: str) -> list[int]:
-    """The processes of clipjax train in a job's step."""
+def children(slurm: Cluster, job: str) -> list[int]:
+    """The processes of clipjax train in the step of a job of this cluster, not of another one on this machine."""
+    ours = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_CONF={slurm.env['SLURM_CONF']}".encode()}
     found = []
     for entry in pathlib.Path("/proc").glob("[0-9]*"):
         try:
@@ -47,7 +48,7 @@ def children(job: str) -> list[int]:
             words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        inside = f"SLURM_JOB_ID={job}".encode() in variables and any(v.startswith(b"SLURM_PROCID=") for v in variables)
+        inside = ours <= set(variables) and any(v.startswith(b"SLURM_PROCID=") for v in variables)
         if inside and b"train" in words and b"srun" not in words[0]:
             found.append(int(entry.name))
     return found
@@ -73,7 +74,7 @@ def undisturbed(slurm, tiny_config, tmp_path_factory) -> pathlib.Path:
 def test_a_killed_rank_is_requeued_and_goes_on_bit_for_bit(slurm, tiny_config, undisturbed, tmp_path):
     job = submit(slurm, tmp_path, arguments=(f"--config={tiny_config}", "--workdir=run"))
     until(lambda: saved(tmp_path / "run"), 120, lambda: story(slurm, tmp_path))
-    os.kill(max(children(job)), signal.SIGKILL)
+    os.kill(max(children(slurm, job)), signal.SIGKILL)
     ended(slurm, job, tmp_path, "COMPLETED")
     log = (tmp_path / f"clipjax-{job}.log").read_text()
     assert f"+ scontrol requeue {job}" in log and "attempt 2 left with exit code 0" in log
@@ -114,3 +115,32 @@ def test_dry_run_shows_the_command_and_mistakes_are_refused():
     assert shown.returncode == 0 and "clipjax train --config=a\\ b.py" in shown.stdout
     refused = subprocess.run(["bash", script], capture_output=True, text=True)
     assert refused.returncode == 2 and "arguments of clipjax train are missing" in refused.stderr
+
+
+CRASH = 'if [ "$SLURM_PROCID" = 1 ]; then kill -SEGV $$; fi\nexec sleep 60\n'
+SAVE = 'echo "stopped by signal 15 after step 3; the same command goes on from here"\nexit 143\n'
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [(CRASH, "not requeued: failed 1 times"), (SAVE, "+ scontrol requeue")],
+    ids=["crashed", "saved"],
+)
+def test_only_a_saved_run_is_requeued_without_end(slurm, tmp_path, does, says):
+    """Where one process crashes and SIGTERM ends the other before it can save, srun reports 143 too."""
+    (tmp_path / "fake.sh").write_text(does)
+    before = slurm.env["CLIPJAX"]
+    slurm.env.update(CLIPJAX=f"bash {tmp_path}/fake.sh", CLIPJAX_MAX_FAILURES="0")
+    try:
+        job = submit(slurm, tmp_path, arguments=("--config=c", "--workdir=run"))
+    finally:
+        slurm.env["CLIPJAX"] = before
+        del slurm.env["CLIPJAX_MAX_FAILURES"]
+    log = tmp_path / f"clipjax-{job}.log"
+
+    def decided() -> bool:
+        return log.exists() and any(text in log.read_text() for text in ("not requeued", "scontrol requeue"))
+
+    until(decided, 60, lambda: story(slurm, tmp_path))
+    slurm.call("scancel", job)
+    assert "left with exit code 143" in log.read_text() and says in log.read_text()
