@@ -171,7 +171,7 @@ def test_four_processes_train_as_one_with_two_devices(four, alone):
 
 @pytest.mark.parametrize(
     ("count", "each"),
-    [(2, 2), *[pytest.param(*layout, marks=pytest.mark.slow) for layout in ((1, 1), (1, 4), (2, 4), (4, 2), (4, 4))]],
+    [pytest.param(*layout, marks=pytest.mark.slow) for layout in ((1, 1), (1, 4), (2, 2), (2, 4), (4, 2), (4, 4))],
 )
 def test_other_layouts_train_as_one_with_two_devices(tiny_config, alone, tmp_path, cache, count, each):
     with processes(count, *train_arguments(tiny_config, tmp_path), **devices(each), **cache) as all_of_them:
@@ -283,6 +283,7 @@ def test_evaluation_gives_the_same_on_several_processes(finished, tmp_path, cach
     assert results(tmp_path) == results(finished)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_memory_and_a_teacher(tiny_config, finished, tmp_path, cache):
     make_tar(tmp_path / "pairs.tar", corrupt=0)  # 64 pairs: each is remembered and recalled six times
     options = (
@@ -310,7 +311,9 @@ def test_two_processes_share_a_memory_and_a_teacher(tiny_config, finished, tmp_p
     np.testing.assert_allclose(list(again.values()), list(first.values()), rtol=5e-3)  # Adam and roundings, as above
 
 
-@pytest.mark.parametrize("signalled", [(0, 1), (1,)], ids=["both", "second"])
+@pytest.mark.parametrize(
+    "signalled", [pytest.param((0, 1), id="both", marks=pytest.mark.slow), pytest.param((1,), id="second")]
+)
 def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tiny_config, finished, tmp_path, cache, signalled):
     """A launcher signals every process, a preempted machine only its own: either way all save the same step."""
     arguments = train_arguments(tiny_config, tmp_path)
