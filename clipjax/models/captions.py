@@ -10,17 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.config import DecoderConfig, ModelConfig, TextTransformerConfig
+from clipjax.models.layers import LayerNorm, Linear, Numerics
 from clipjax.models.text import end_of_text
-from clipjax.models.transformer import (
-    Block,
-    CrossAttention,
-    LayerNorm,
-    Linear,
-    Mlp,
-    Numerics,
-    stack_blocks,
-    text_block_init,
-)
+from clipjax.models.transformer import Block, CrossAttention, Mlp, stack_blocks, text_block_init
 from clipjax.sharding import constrain
 
 

@@ -24,9 +24,9 @@ from clipjax.config import (
     WordsConfig,
 )
 from clipjax.models.captions import Decoder, Words, caption_likelihood, words_likelihood
+from clipjax.models.layers import Numerics
 from clipjax.models.resnet import ModifiedResNet
 from clipjax.models.text import Cbow, TextTransformer
-from clipjax.models.transformer import Numerics
 from clipjax.models.vit import VisionTransformer
 from clipjax.trees import map_with_name, match_any, names
 from clipjax.typing import Batch, Encoded, Key, Params

@@ -64,7 +64,7 @@ def is_supported(batch: int, length: int, num_heads: int, head_dim: int) -> bool
 
 
 def fused_attention(
-    qkv: Float[Array, "b l 3w"], *, num_heads: int, causal: bool, interpret: bool = False
+    qkv: Float[Array, "b l _"], *, num_heads: int, causal: bool, interpret: bool = False
 ) -> Float[Array, "b l w"]:
     """Softmax attention; logits, softmax and sums in float32.
 

@@ -5,14 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from clipjax.config import Activation
-from clipjax.models.transformer import (
-    BlockInit,
-    CrossAttention,
-    LayerNorm,
-    Mlp,
-    Numerics,
-    torch_uniform,
-)
+from clipjax.models.layers import LayerNorm, Numerics, torch_uniform
+from clipjax.models.transformer import BlockInit, CrossAttention, Mlp
 
 
 class AttentionPool(nn.Module):

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from clipjax.config import ModelConfig, ResNetConfig
+from clipjax.models.layers import Initializer, Numerics, align, torch_uniform
 from clipjax.models.pool import MeanQueryPool
-from clipjax.models.transformer import Initializer, Numerics, align, remat_block, stack_blocks, torch_uniform
+from clipjax.models.transformer import remat_block, stack_blocks
 from clipjax.sharding import constrain
 
 MOMENTUM = 0.1

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.config import CbowConfig, ModelConfig, Projection, TextPool, TextTransformerConfig
+from clipjax.models.layers import LayerNorm, Numerics, align, tower_projection
 from clipjax.models.pool import AttentionPool
-from clipjax.models.transformer import LayerNorm, Numerics, Transformer, align, text_block_init, tower_projection
+from clipjax.models.transformer import Transformer, text_block_init
 from clipjax.sharding import constrain
 
 

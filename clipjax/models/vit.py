@@ -10,18 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from clipjax.config import ImagePool, ModelConfig, Positions, ViTConfig
+from clipjax.models.layers import LayerNorm, Linear, Numerics, align, torch_uniform, tower_projection
 from clipjax.models.pool import AttentionPool, QueryPool
 from clipjax.models.positions import sincos
-from clipjax.models.transformer import (
-    LayerNorm,
-    Linear,
-    Numerics,
-    Transformer,
-    align,
-    image_block_init,
-    torch_uniform,
-    tower_projection,
-)
+from clipjax.models.transformer import Transformer, image_block_init
 from clipjax.sharding import constrain
 
 
