@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from clipjax import flags
-from clipjax.config import Config
+from clipjax.config import AttentionMethod, Config
 from clipjax.planning import targets
 from clipjax.validation import validate, validate_devices
 
@@ -70,6 +70,12 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     target = targets.find_target(topology, slices)
     if options["measure"] == "yes" and not target.is_here:
         raise ValueError("--measure=yes runs the step, and needs --topology=here")
+    if config.model.attention is AttentionMethod.CUDNN and not target.is_here:
+        raise ValueError(
+            f"config.model.attention=cudnn cannot be compiled for --topology={topology}, which is not here: cuDNN has "
+            "to run for it; plan with --config.model.attention=xla, whose memory is the same within 2 % "
+            "(docs/planning.md), or on such a machine with --topology=here"
+        )
     teacher = _teacher(config)
     if options["search"] == "yes":
         from clipjax.planning.search import search

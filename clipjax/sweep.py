@@ -3,38 +3,35 @@
     clipjax sweep --config=FILE[:ARG] --sweep=FILE --workdir=DIR [--jobs=N] [--config.FIELD=VALUE ...]
     clipjax sweep ... --launcher=slurm [--sbatch_options='--time=60 --gpus=1'] [--wait] [--dry-run]
 
-Reading order: `main`, `plan_trials` (what there is to do), `run_trials` (doing it); ranking is in `trials.py`. A trial
-is finished when its `results.json` exists and its `trial.json` says "done"; running the same command again runs the
+Reading order: `main`, `plan_trials` (what there is to do); `trial_runner.py` does it, `trials.py` ranks. A trial is
+finished when its `results.json` exists and its `trial.json` says "done"; running the same command again runs the
 others only, and each goes on from its own checkpoint. Trials of one machine share its devices: with accelerators, give
 `--jobs` more than 1 only where the devices are split among the processes by other means. With `--launcher=slurm` the
 trials are an array job (`slurm.py`) whose index N runs this command with `--trial=N`, which trains that one alone.
+A trial of several processes: `--train_command='launch/local.sh 4'`, `--train_command='srun clipjax train'`.
 """
 
 import argparse
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import pathlib
 import re
 import runpy
 import shlex
-import signal
-import subprocess
+import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from clipjax.config import Config
 from clipjax.fields import field_type
 from clipjax.launchers import find_launch
-from clipjax.metrics import format_duration
 from clipjax.search import Sweep, check_override
 from clipjax.slurm import array_command, in_queue, require_slurm, submit_array
-from clipjax.trials import Trial, formatted, pairs, read_json, write_leaderboard
+from clipjax.trial_runner import open_log, run_trials
+from clipjax.trials import Trial, formatted, read_json, write_leaderboard
 
 TRAIN_COMMAND = (sys.executable, "-m", "clipjax.train")
 
@@ -44,7 +41,7 @@ def main(argv: list[str], *, command: Sequence[str] = TRAIN_COMMAND) -> int:
 
     Args:
         argv: Arguments without the program's name.
-        command: What trains a trial; its arguments are appended.
+        command: What trains a trial unless `--train_command` says it; a trial's arguments are appended.
 
     Returns:
         The exit code: 0, 1 if a trial failed or lacks the metric, 2 for a user's error, 130 if interrupted.
@@ -67,7 +64,9 @@ def main(argv: list[str], *, command: Sequence[str] = TRAIN_COMMAND) -> int:
     direction = "larger" if sweep.maximize else "smaller"
     print(f"{len(trials)} trials in {options.workdir}, {len(waiting)} to run, {options.jobs} at a time")
     print(f"metric {sweep.metric}, {direction} is better", flush=True)
-    interrupted = run_trials(waiting, metric=sweep.metric, jobs=options.jobs, command=command)
+    interrupted = run_trials(
+        waiting, metric=sweep.metric, jobs=options.jobs, command=shlex.split(options.train_command or "") or command
+    )
     if options.trial is None:
         _rank(sweep, trials, options.workdir)
     if interrupted:
@@ -125,8 +124,8 @@ def _refuse_several() -> None:
     if (launch := find_launch()) is not None:
         raise ValueError(
             f"{launch.launcher} started this sweep as one of {launch.num_processes or 'several'} processes, each of "
-            "which would run all trials; start clipjax sweep once (srun --ntasks=1, or no launcher). A trial that "
-            "needs several processes is a run of its own: srun clipjax train, with the fields of the trial"
+            "which would run all trials; start clipjax sweep once (srun --ntasks=1, or no launcher). Where a trial "
+            "needs several processes, say so: --train_command='launch/local.sh 4', or 'srun clipjax train'"
         )
 
 
@@ -143,6 +142,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the config that each trial starts from")
     parser.add_argument("--sweep", required=True, type=pathlib.Path, metavar="FILE", help="defines get_sweep()")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="one folder per trial in it")
+    parser.add_argument(
+        "--train_command",
+        metavar="COMMAND",
+        help="what trains a trial, its arguments after it: 'launch/local.sh 4', 'srun clipjax train' (clipjax train)",
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at a time (default 1)")
     parser.add_argument("--launcher", choices=("local", "slurm"), default="local", help="where trials run")
     parser.add_argument(
@@ -161,11 +165,21 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ValueError("--sbatch_options, --wait and --dry-run need --launcher=slurm")
     if options.launcher == "slurm" and (options.trial is not None or options.jobs != 1):
         raise ValueError("--trial and --jobs need --launcher=local; SLURM decides how many trials run at a time")
+    _check_command(options.train_command)
     for argument in passed:
         if not re.match(r"--config\.[^=]+=", argument):
             raise ValueError(f"unknown argument {argument}; fields of the config are set by --config.FIELD=VALUE")
         field_type(Config, _path_of(argument))
     return options, passed
+
+
+def _check_command(command: str | None) -> None:
+    try:
+        words = None if command is None else shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"--train_command={command}: {error}; write it as for a shell") from error
+    if words is not None and (not words or shutil.which(words[0]) is None):
+        raise ValueError(f"--train_command={command}: there is no command {words[0] if words else ''!r} to run")
 
 
 def _path_of(argument: str) -> str:
@@ -276,110 +290,10 @@ def _restore(trial: Trial, *, check_lock: bool) -> None:
     if record.get("status") == "done" and (trial.folder / "results.json").is_file():
         trial.status = "done"
     elif check_lock:
-        _open_log(trial).close()
+        open_log(trial).close()
     else:  # only to be told
         left = record.get("status", "waiting")
         trial.status, trial.problem = "waiting" if left == "done" else left, record.get("problem", "")
-
-
-def _open_log(trial: Trial) -> Any:
-    """Opens and locks `log.txt`. The trial's process inherits the lock, so it outlives a killed sweep."""
-    log = (trial.folder / "log.txt").open("ab")
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.close()
-        raise ValueError(f"{trial.folder} is still being trained by another process; wait for it or stop it") from None
-    return log
-
-
-def run_trials(waiting: Sequence[Trial], *, metric: str, jobs: int, command: Sequence[str]) -> bool:
-    """Trains trials, `jobs` at a time, and prints a line at the start and end of each.
-
-    SIGINT or SIGTERM asks all of them to stop (SIGTERM: training saves and returns) and waits; a second one kills.
-
-    Returns:
-        Whether it was interrupted.
-    """
-    queue, running = list(waiting), dict[Trial, subprocess.Popen[bytes]]()
-    received: list[int] = []
-    handled = 0
-    handlers = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        while running or (queue and not received):
-            while queue and len(running) < jobs and not received:
-                trial = queue.pop(0)
-                running[trial] = _start(trial, command)
-            if len(received) > handled:
-                _stop(running.values(), signal.SIGKILL if len(received) > 1 else signal.SIGTERM)
-                handled = len(received)
-            for trial in [trial for trial, process in running.items() if process.poll() is not None]:
-                _finish(trial, running.pop(trial).returncode, metric=metric, interrupted=bool(received))
-            time.sleep(0.05)
-    finally:
-        _stop(running.values(), signal.SIGTERM)  # only after an error of our own
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return bool(received)
-
-
-def _start(trial: Trial, command: Sequence[str]) -> "subprocess.Popen[bytes]":
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    (trial.folder / "results.json").unlink(missing_ok=True)
-    full = [*command, *trial.arguments]
-    with _open_log(trial) as log:
-        trial.status, trial.problem, trial.started = "running", "", time.monotonic()
-        trial.save()
-        log.write(f"$ {shlex.join(full)}\n".encode())
-        log.flush()
-        # Its own session keeps the terminal's Ctrl-C from the trial's data workers; it needs them to save.
-        process = subprocess.Popen(
-            full, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    _say(trial, "started", pairs(trial.overrides))
-    return process
-
-
-def _finish(trial: Trial, exit_code: int, *, metric: str, interrupted: bool) -> None:
-    trial.seconds += time.monotonic() - trial.started
-    if exit_code == 0 and (trial.folder / "results.json").is_file():
-        trial.status = "done"
-        trial.read_results(metric)
-        outcome = trial.problem if trial.metric is None else f"{metric} {trial.metric:.4f}"
-    elif interrupted:
-        trial.status, outcome = "interrupted", "not finished"
-    else:
-        trial.status = "failed"
-        trial.problem = f"exit code {exit_code}: {_last_line(trial.folder / 'log.txt')}"
-        outcome = f"{trial.problem} [{trial.folder / 'log.txt'}]"
-    trial.save()
-    _say(trial, trial.status, f"{format_duration(trial.seconds)}  {outcome}")
-
-
-def _say(trial: Trial, event: str, text: str) -> None:
-    print(f"{trial.name}  {event:<11}  {text}", flush=True)
-
-
-def _stop(processes: Iterable["subprocess.Popen[bytes]"], number: int) -> None:
-    """Signals trials: SIGTERM the process alone, which looks after its workers; SIGKILL the whole session."""
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            if number == signal.SIGKILL:
-                os.killpg(process.pid, number)
-            else:
-                process.send_signal(number)
-
-
-def _last_line(path: pathlib.Path) -> str:
-    """The last line of a log with something on it, fit for a terminal."""
-    with path.open("rb") as log:
-        log.seek(max(0, path.stat().st_size - 8192))
-        lines = log.read().decode(errors="replace").splitlines()
-    printable = ("".join(filter(str.isprintable, line)).strip() for line in reversed(lines))
-    return next(filter(None, printable), "")[:200]
 
 
 def _slug(overrides: dict[str, Any]) -> str:

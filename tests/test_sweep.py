@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -267,6 +268,19 @@ def test_missing_flags_and_wrong_sweep_files(bench, capsys):
     assert "must define get_sweep() that returns a Sweep; it gave dict" in error_of(bench, capsys)
     (bench.folder / "sweep.py").write_text("")
     assert "must define get_sweep() that returns a Sweep; it gave NoneType" in error_of(bench, capsys)
+
+
+def test_a_trial_is_trained_by_the_command_that_is_asked_for(bench, capsys):
+    script = bench.folder / "two words.sh"
+    script.write_text(f'#!/bin/sh\n[ "$1" = 4 ] && shift && exec {shlex.join(bench.command)} "$@"\n')
+    script.chmod(0o755)
+    command = shlex.join([str(script), "4"])
+    assert sweep_module.main(bench.arguments(f"--train_command={command}")) == 0
+    assert len(bench.trials()) == 3 and bench.runs() == [1, 1, 1]
+    assert (bench.trials()[0] / "log.txt").read_text().startswith(f"$ {command} --config=")
+    capsys.readouterr()
+    assert "there is no command 'nosuch'" in error_of(bench, capsys, "--train_command=nosuch train")
+    assert "No closing quotation" in error_of(bench, capsys, "--train_command='x")
 
 
 # Signals

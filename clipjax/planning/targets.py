@@ -15,6 +15,7 @@ HERE = "here"
 ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else two processes of one machine cannot compile at once
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # else the CUDA plugin does not load without a GPU
+    "TF_CPP_MIN_LOG_LEVEL": "1",  # else compilers tell that they found no accelerator
     # Without these, libtpu asks the network which TPU it runs on, and complains that it does not.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",

@@ -125,20 +125,46 @@ def _sent(kind: str, size: int, n: int) -> int:
 
 
 def replica_groups(instruction: Instruction, num_devices: int) -> np.ndarray | None:
-    """Which chips take part together, [groups, chips of each]; None for a permutation."""
+    """Which chips take part together, [groups, chips of each]; None for a permutation.
+
+    Written are lists, or an iota that is reshaped and transposed, or axes of a mesh that is an iota.
+
+    Raises:
+        ValueError: the text is in none of these forms.
+    """
     text = instruction.attributes
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, dims = (tuple(int(n) for n in iota[i].split(",")) for i in (1, 2))
-        order = np.arange(np.prod(dims)).reshape(dims)
-        if iota[3]:
-            order = order.transpose([int(n) for n in iota[3].split(",")])
-        return order.reshape(shape)
-    if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text):
-        rows = [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", listed[1])]
-        return np.asarray(rows)
     if "source_target_pairs" in text:
         return None
-    return np.arange(num_devices)[None]
+    written = re.search(r"replica_groups=(.*)", text)
+    if written is None or written[1].startswith("{}"):
+        return np.arange(num_devices)[None]
+    if iota := re.match(r"\[([\d,]+)\]<=" + _IOTA, written[1]):
+        return _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
+    if listed := re.match(r"\{(\{[\d,{}]*\})\}", written[1]):
+        return np.asarray([_numbers(row) for row in re.findall(r"\{([\d,]+)\}", listed[1])])
+    if named := re.match(rf"mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", written[1]):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        along = re.findall(r"'([^']+)'(?!:)", named[4])
+        order = _iota(named[2], named[3]) if named[2] else np.arange(num_devices)
+        if len(along) == named[4].count("'") // 2:
+            others = [place for place, name in enumerate(sizes) if name not in along]
+            own = [place for place, name in enumerate(sizes) if name in along]
+            grid = order.reshape(tuple(sizes.values())).transpose([*others, *own])
+            return grid.reshape(-1, math.prod(sizes[name] for name in along))
+    raise ValueError(f"replica groups in a form that is not known: {written[0][:200]}")
+
+
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _iota(shape: str, transposed: str | None) -> np.ndarray:
+    """0, 1, 2, ... in this shape, transposed, flat."""
+    order = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return (order.transpose(_numbers(transposed)) if transposed else order).reshape(-1)
 
 
 def _route(groups: np.ndarray | None, mesh: Any, chip: Chip, moved: int, kind: str) -> tuple[str, float]:

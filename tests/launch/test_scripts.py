@@ -188,3 +188,22 @@ def test_four_processes_train_with_fsdp(tiny_config, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 12/12" in done.stdout + done.stderr and (tmp_path / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_trials_have_two_processes(tiny_config, tmp_path):
+    (tmp_path / "sweep.py").write_text(
+        "from clipjax.search import *\n"
+        "def get_sweep():\n"
+        '    search = Grid({"optim.learning_rate": [0.001, 0.002]})\n'
+        '    return Sweep(search=search, metric="scenes/val:top1")\n'
+    )
+    command = [sys.executable, "-m", "clipjax.sweep", f"--train_command={LAUNCH / 'local.sh'} 2 --devices=1"]
+    command += [f"--config={tiny_config}", f"--sweep={tmp_path / 'sweep.py'}", f"--workdir={tmp_path / 'work'}"]
+    done = subprocess.run([*command, "--config.total_examples=64"], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "best: " in done.stdout
+    for folder in (tmp_path / "work").glob("trial-*"):
+        start = json.loads((folder / "run.json").read_text())["starts"][0]
+        assert start["num_processes"] == 2
+        assert (folder / "logs" / "rank-00001.log").exists()

@@ -57,11 +57,21 @@ def test_a_permutation_sends_all_of_it():
         ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
         ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
         ("replica_groups={}", [[0, 1, 2, 3]]),
+        ("channel_id=1, replica_groups=mesh['a'=2,'b'=2] {'b'}, use_global_device_ids=true", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}, dimensions={0}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'c'}, dimensions={0}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
     ],
 )
 def test_groups_in_every_notation(text, groups):
     instruction = hlo.Instruction("x", "all-reduce", "f32[]", (), text, "")
     np.testing.assert_array_equal(traffic.replica_groups(instruction, 4), groups)
+
+
+def test_groups_in_an_unknown_notation_are_no_guess():
+    instruction = hlo.Instruction("x", "all-reduce", "f32[]", (), "replica_groups=mesh['a'=4] {'a':(1)2}", "")
+    with pytest.raises(ValueError, match="form that is not known"):
+        traffic.replica_groups(instruction, 4)
 
 
 def test_a_steps_gradients_are_no_less_than_the_least():
