@@ -10,6 +10,7 @@ import optax
 from clipjax import agreement, compile_cache, flags, optim, rank_log, run_record, sharding
 from clipjax.agreement import Facts
 from clipjax.checkpoint import newest_checkpoint
+from clipjax.compiler_options import compiler_options
 from clipjax.config import Config
 from clipjax.distributed import is_first
 from clipjax.flags import Arguments
@@ -90,6 +91,7 @@ def record_start(workdir: Path, facts: Mapping[str, Mapping[str, object]]) -> No
     about = {
         **run_record.describe_start(),
         "compile_cache": jax.config.jax_compilation_cache_dir,  # pyright: ignore[reportAttributeAccessIssue]
+        "compiler_options": dict(compiler_options(jax.devices())),
         "digests": agreement.digests(facts),
     }
     try:

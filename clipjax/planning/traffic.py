@@ -53,8 +53,7 @@ def collectives(program: Program, mesh: Any, chip: Chip) -> list[Collective]:
         chip: one of the mesh's.
     """
     sums: dict[tuple[str, str, bool], list[float]] = defaultdict(lambda: [0, 0, 0.0])
-    for instruction, times, overlapped in _found(program):
-        kind = _kind(instruction)
+    for kind, instruction, times, overlapped in _found(program):
         if kind in _SLICES:
             if kind == "recv":  # the other end of a send
                 continue
@@ -62,7 +61,7 @@ def collectives(program: Program, mesh: Any, chip: Chip) -> list[Collective]:
             groups = None
         else:
             groups = replica_groups(instruction, mesh.devices.size)
-            moved = _sent(kind, _result_bytes(instruction, program), groups.shape[1] if groups is not None else 2)
+            moved = _sent(kind, _whole_bytes(kind, instruction, program), groups.shape[1] if groups is not None else 2)
         axis, seconds = _route(groups, mesh, chip, moved, kind)
         total = sums[kind, axis, overlapped]
         total[0] += times * moved
@@ -80,31 +79,39 @@ def _kind(instruction: Instruction) -> str:
     return instruction.opcode.removesuffix("-start")
 
 
-def _found(program: Program) -> list[tuple[Instruction, int, bool]]:
-    """Every collective once, with how often it runs and whether computation hides it.
+def _found(program: Program) -> list[tuple[str, Instruction, int, bool]]:
+    """Every collective once: its kind, itself, how often it runs, and whether computation hides it.
 
-    The TPU compiler spreads a hidden collective over several fusions, which repeat its instruction: those are one, of
-    the channel that they share, and it runs as often as the fusion that starts it.
+    The TPU compiler spreads a hidden collective over several fusions, which repeat its instruction: it is counted where
+    it starts. A fusion of a collective that nothing has started runs by itself: so are reduce-scatters written, as an
+    all-reduce of which each chip keeps its part.
     """
-    found, fused, aside = [], {}, program.runs_aside()
+    found, parts, aside = [], [], program.runs_aside()
     for instruction, times in program.executed():
         kind = _kind(instruction)
         if kind in KINDS or kind in _SLICES:
             hidden = instruction.opcode.endswith("-start") or kind in _SLICES or instruction.name in aside
-            found.append((instruction, times, hidden))
+            found.append((kind, instruction, times, hidden))
         elif instruction.opcode == "fusion":
-            parts = list(program.inside(instruction))
-            for part in parts:
-                if _kind(part) in KINDS:
-                    channel = part.attribute(r"channel_id=(\d+)") or part.name
-                    if channel not in fused or any(_STARTS in other.attributes for other in parts):
-                        fused[channel] = (part, times, True)
-    return [*found, *fused.values()]
+            inside = list(program.inside(instruction))
+            starts = any(_STARTS in part.attributes for part in inside)
+            parts += [(instruction, part, times, starts) for part in inside if _kind(part) in KINDS]
+    started = {_identity(part) for _, part, _, starts in parts if starts}
+    for fusion, part, times, starts in parts:
+        if starts or _identity(part) not in started:
+            scatters = _kind(part) == "all-reduce" and bytes_of(fusion.shape) < bytes_of(part.shape)
+            found.append(("reduce-scatter" if scatters else _kind(part), part, times, starts))
+    return found
 
 
-def _result_bytes(instruction: Instruction, program: Program) -> int:
+def _identity(collective: Instruction) -> tuple[str, str]:
+    """Of a collective that is written several times; channels alone are shared by some that are not the same."""
+    return collective.attribute(r"channel_id=(\d+)"), str(arrays_of(collective.shape))
+
+
+def _whole_bytes(kind: str, instruction: Instruction, program: Program) -> int:
     """Of an all-gather's result, or of what enters the others."""
-    if _kind(instruction) == "all-gather":
+    if kind == "all-gather":
         shape = instruction.shape
         if instruction.opcode.endswith("-start"):  # (inputs, results)
             arrays = arrays_of(shape)

@@ -88,3 +88,48 @@ def test_a_steps_gradients_are_no_less_than_the_least():
     sent = sum(one.bytes for one in traffic.collectives(hlo.parse(text), mesh, CHIPS["h100"]))
     assert set(least) == {"data"}
     assert least["data"] <= sent < 1.2 * least["data"]
+
+
+TPU_TEXT = """HloModule m
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter (input: f32[64,32]) -> f32[16,32] {
+  %input = f32[64,32] parameter(0)
+  %all-reduce = f32[64,32] all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %at = s32[] constant(0)
+  ROOT %part = f32[16,32] dynamic-slice(%all-reduce, %at, %at), dynamic_slice_sizes={16,32}
+}
+
+%start (p: f32[16,32]) -> (f32[16,32], f32[64,32]) {
+  %p = f32[16,32] parameter(0)
+  %gathers = f32[64,32] all-gather(%p), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  ROOT %begun = (f32[16,32], f32[64,32]) custom-call(%gathers), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (q: f32[16,32]) -> f32[64,32] {
+  %q = f32[16,32] parameter(0)
+  %again = f32[64,32] all-gather(%q), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  ROOT %ended = f32[64,32] custom-call(%q, %again), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: f32[64,32]) -> f32[64,32] {
+  %a = f32[64,32] parameter(0)
+  %scattered = f32[16,32] fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+  %begins = (f32[16,32], f32[64,32]) fusion(%scattered), kind=kCustom, calls=%start
+  ROOT %ends = f32[64,32] fusion(%scattered), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_what_a_tpus_compiler_writes_as_fusions():
+    """A reduce-scatter is an all-reduce of which a part is kept, and waits; a gather that is started does not."""
+    mesh = sharding.make_mesh(MeshConfig(slice=1, data=2, fsdp=4))
+    gather, scatter = sorted(traffic.collectives(hlo.parse(TPU_TEXT), mesh, CHIPS["v5e"]), key=lambda one: one.kind)
+    sent = 64 * 32 * 4 * 3 // 4
+    assert (scatter.kind, scatter.axis, scatter.bytes, scatter.overlapped) == ("reduce-scatter", "fsdp", sent, False)
+    assert (gather.kind, gather.count, gather.bytes, gather.overlapped) == ("all-gather", 1, sent, True)
