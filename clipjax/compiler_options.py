@@ -1,16 +1,45 @@
-"""What the compiler is told beyond its defaults, by kind of device: how to hide communication behind computation."""
+"""What XLA's compiler is told beyond its defaults, by chip: a preset for each, and why.
 
-from collections.abc import Mapping
+`clipjax plan` compiles with them, so what an option is worth is seen there; `run.json` records them for every start.
+"""
+
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
-from jax.sharding import Mesh
+from clipjax.chips import of_kind
 
-TPU = MappingProxyType({})
-GPU = MappingProxyType({})
+Options = Mapping[str, bool | int | str]
 
-PRESETS: Mapping[str, Mapping[str, bool | int | str]] = MappingProxyType({"tpu": TPU, "gpu": GPU})
+OVERLAP: Options = MappingProxyType(
+    {
+        "xla_tpu_enable_latency_hiding_scheduler": True,
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+    }
+)
+"""Gathers of parameters run while products do. Today's compiler does this by itself; said so that it stays so."""
 
 
-def compiler_options(mesh: Mesh) -> Mapping[str, bool | int | str]:
-    """The options for the devices of a mesh; none for CPUs."""
-    return PRESETS.get(mesh.devices.flat[0].platform, {})
+def _scoped_vmem(mebibytes: int) -> Options:
+    """How much of a chip's own memory one operation may take: more lets products have larger tiles."""
+    return {"xla_tpu_scoped_vmem_limit_kib": mebibytes * 1024}
+
+
+PRESETS: Mapping[str, Options] = MappingProxyType(
+    {
+        "v4": OVERLAP,
+        "v5e": OVERLAP,
+        "v5p": OVERLAP,
+        "v6e": OVERLAP,
+    }
+)
+
+
+def compiler_options(devices: Sequence[Any]) -> dict[str, bool | int | str]:
+    """The options for a program on these devices; none where nothing is known of their kind, as on CPUs."""
+    chip = of_kind(devices[0].device_kind)
+    return {} if chip is None else dict(PRESETS.get(chip.name, {}))

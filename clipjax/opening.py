@@ -91,7 +91,7 @@ def record_start(workdir: Path, facts: Mapping[str, Mapping[str, object]]) -> No
     about = {
         **run_record.describe_start(),
         "compile_cache": jax.config.jax_compilation_cache_dir,  # pyright: ignore[reportAttributeAccessIssue]
-        "compiler_options": dict(compiler_options(jax.devices())),
+        "compiler_options": compiler_options(jax.devices()),
         "digests": agreement.digests(facts),
     }
     try:

@@ -51,7 +51,7 @@ class Program:
             self.train_step,
             out_shardings=(sharding.of(state), sharding.replicated(self.mesh)),
             donate_argnums=0,
-            compiler_options=dict(compiler_options(self.mesh.devices.flat)),
+            compiler_options=compiler_options(list(self.mesh.devices.flat)),
         )
 
     def abstract_state(self) -> TrainState:

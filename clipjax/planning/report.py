@@ -88,7 +88,7 @@ def make_plan(config: Config, target: Target, compiled: Compiled, *, price: floa
         "hbm_bytes": target.chip.memory_bytes,
         "compile_seconds": round(compiled.seconds, 1),
         "versions": compiler_versions(),
-        "compiler_options": dict(compiler_options(compiled.mesh.devices.flat)),
+        "compiler_options": compiler_options(list(compiled.mesh.devices.flat)),
     }
     if compiled.executable is None:
         return {**plan, "fits": False, "reason": compiled.refusal}
