@@ -25,16 +25,19 @@ OVERLAP: Options = MappingProxyType(
 
 
 def _scoped_vmem(mebibytes: int) -> Options:
-    """How much of a chip's own memory one operation may take: more lets products have larger tiles."""
+    """How much of a chip's own memory one operation may take: more lets products have larger tiles.
+
+    ViT-L/14 on v5e:16x16 by cycles: 697 ms with 16 MiB, the default, 656 with 48, 675 with 64; ViT-B/16: 195, 184, 195.
+    """
     return {"xla_tpu_scoped_vmem_limit_kib": mebibytes * 1024}
 
 
 PRESETS: Mapping[str, Options] = MappingProxyType(
     {
-        "v4": OVERLAP,
-        "v5e": OVERLAP,
-        "v5p": OVERLAP,
-        "v6e": OVERLAP,
+        "v4": OVERLAP,  # has 16 MiB
+        "v5e": MappingProxyType({**OVERLAP, **_scoped_vmem(48)}),
+        "v5p": MappingProxyType({**OVERLAP, **_scoped_vmem(32)}),
+        "v6e": MappingProxyType({**OVERLAP, **_scoped_vmem(48)}),
     }
 )
 

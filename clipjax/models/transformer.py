@@ -126,21 +126,23 @@ class Attention(nn.Module):
         """The same in one kernel, which takes and gives all heads side by side."""
         width, parts = x.shape[-1], shards("heads")
 
+        # Barriers: else the compiler takes the gradients' products apart into heads, and copies activations for it.
         def by_part(parameter: Array) -> Array:
             """[..., 3, n, d] -> [..., 3 w]: queries, keys and values of each part of the heads side by side."""
             *outer, _, count, dim = parameter.shape
             apart = parameter.reshape(*outer, 3, parts, count // parts, dim)
-            merged = jnp.moveaxis(apart, -4, -3).reshape(*outer, 3 * width)
-            # Else the compiler takes the gradient's product apart into heads, and copies activations for it.
-            return jax.lax.optimization_barrier(merged)
+            return jax.lax.optimization_barrier(jnp.moveaxis(apart, -4, -3).reshape(*outer, 3 * width))
+
+        def by_width(parameter: Array) -> Array:
+            """[n, d, w] -> [n d, w], and a bias as it is."""
+            return parameter if parameter.ndim == 1 else jax.lax.optimization_barrier(parameter.reshape(-1, width))
 
         qkv = Linear((width,), heads, self.numerics, self.init.qkv, merge=by_part, name="qkv")(x)
         qkv = constrain(qkv, "batch", None, "heads")
         interpret = self.numerics.attention is AttentionMethod.FUSED and runs_on() != "tpu"
         mixed = fused_attention(qkv, num_heads=heads[1], causal=self.causal, interpret=interpret)
         mixed = checkpoint_name(mixed, PRODUCT)
-        merge = lambda parameter: parameter.reshape(-1, width) if parameter.ndim > 1 else parameter  # noqa: E731
-        return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, merge=merge, name="out")(mixed)
+        return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, merge=by_width, name="out")(mixed)
 
 
 class CrossAttention(nn.Module):
