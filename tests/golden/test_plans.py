@@ -60,7 +60,7 @@ def summary(plan: dict) -> dict:
         "peak_hbm_bytes": plan["peak_hbm_bytes"],
         "sent_bytes": dict(sorted(sent.items())),
         "own_microseconds": round(1e6 * (plan["predicted_seconds"]["compute"] + plan["predicted_seconds"]["kernels"])),
-        "versions": plan["versions"],
+        "versions": {name: plan["versions"][name] for name in ("jax", "libtpu")},
     }
 
 
