@@ -15,6 +15,7 @@ ITEM_BYTES = {
     "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8, "token": 0, "opaque": 0,
 }  # fmt: skip
 FUSIONS = ("fusion", "fusion-start")
+_WORK = ("fusion", "custom-call", "dot", "convolution", "while", "call", "conditional")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%[\w.\-]+)"
@@ -135,13 +136,22 @@ class Program:
                         yield from self._walk(name, times)
 
     def runs_aside(self) -> set[str]:
-        """Names of the instructions that run beside those after them, because an `async-start` began them."""
+        """Names of the instructions that run while others compute: begun by a start, with work before its done."""
         names = set()
         for instructions in self.computations.values():
+            begun: dict[str, tuple[Instruction, bool]] = {}
             for instruction in instructions:
-                if instruction.opcode == "async-start":
-                    for computation in instruction.called("calls"):
-                        names |= {part.name for part in self.computations[computation]}
+                if instruction.opcode.endswith("-done") and instruction.operands[0] in begun:
+                    start, worked = begun.pop(instruction.operands[0])
+                    if worked:
+                        names.add(start.name)
+                        names |= {part.name for name in start.called("calls") for part in self.computations[name]}
+                elif instruction.opcode in _WORK:
+                    begun = {name: (start, True) for name, (start, _) in begun.items()}
+                elif instruction.opcode.endswith("-update") and instruction.operands[0] in begun:
+                    begun[instruction.name] = begun.pop(instruction.operands[0])
+                elif instruction.opcode.endswith("-start") or instruction.opcode in ("send", "recv"):
+                    begun[instruction.name] = (instruction, False)
         return names
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:

@@ -90,8 +90,7 @@ def _found(program: Program) -> list[tuple[str, Instruction, int, bool]]:
     for instruction, times in program.executed():
         kind = _kind(instruction)
         if kind in KINDS or kind in _SLICES:
-            hidden = instruction.opcode.endswith("-start") or kind in _SLICES or instruction.name in aside
-            found.append((kind, instruction, times, hidden))
+            found.append((kind, instruction, times, instruction.name in aside))
         elif instruction.opcode == "fusion":
             inside = list(program.inside(instruction))
             starts = any(_STARTS in part.attributes for part in inside)

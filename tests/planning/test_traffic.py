@@ -133,3 +133,34 @@ def test_what_a_tpus_compiler_writes_as_fusions():
     sent = 64 * 32 * 4 * 3 // 4
     assert (scatter.kind, scatter.axis, scatter.bytes, scatter.overlapped) == ("reduce-scatter", "fsdp", sent, False)
     assert (gather.kind, gather.count, gather.bytes, gather.overlapped) == ("all-gather", 1, sent, True)
+
+
+GPU_TEXT = """HloModule m, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%twice (p: f32[64,32]) -> f32[64,32] {
+  %p = f32[64,32] parameter(0)
+  ROOT %both = f32[64,32] add(%p, %p)
+}
+
+ENTRY %main (a: f32[64,32]) -> (f32[64,32], f32[64,32], f32[64,32]) {
+  %a = f32[64,32] parameter(0)
+  %first = f32[64,32] all-reduce-start(%a), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %work = f32[64,32] fusion(%a), kind=kLoop, calls=%twice
+  %summed = f32[64,32] all-reduce-done(%first)
+  %second = f32[64,32] all-reduce-start(%work), channel_id=2, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  %waited = f32[64,32] all-reduce-done(%second)
+  ROOT %all = (f32[64,32], f32[64,32], f32[64,32]) tuple(%summed, %work, %waited)
+}
+"""
+
+
+def test_what_is_waited_for_at_once_is_not_hidden():
+    mesh = sharding.make_mesh(MeshConfig(slice=1, data=2, fsdp=4))
+    found = traffic.collectives(hlo.parse(GPU_TEXT), mesh, CHIPS["h100"])
+    assert {one.axis: one.overlapped for one in found} == {"fsdp": True, "data": False}
