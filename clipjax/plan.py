@@ -12,7 +12,7 @@ from typing import Any
 from clipjax import flags
 from clipjax.config import AttentionMethod, Config
 from clipjax.planning import targets
-from clipjax.validation import validate, validate_devices
+from clipjax.validation import validate
 
 PROGRAM = "clipjax plan"
 OPTIONS = {
@@ -67,39 +67,22 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
             raise ValueError(f"--{name}={path}: there is no folder {pathlib.Path(path).parent}; make it first")
     price = None if options["price"] is None else _price(options["price"])
     num_samples, slices = _number(options, "num_samples", 400_000_000), _number(options, "slices", 1)
-    target = targets.find_target(topology, slices)
-    if options["measure"] == "yes" and not target.is_here:
-        raise ValueError("--measure=yes runs the step, and needs --topology=here")
-    if config.model.attention is AttentionMethod.CUDNN and not target.is_here:
+    if config.model.attention is AttentionMethod.CUDNN and topology != targets.HERE:
         raise ValueError(
             f"config.model.attention=cudnn cannot be compiled for --topology={topology}, which is not here: cuDNN has "
             "to run for it; plan with --config.model.attention=xla, whose memory is the same within 2 % "
             "(docs/planning.md), or on such a machine with --topology=here"
         )
+    target = targets.find_target(topology, slices)
+    if options["measure"] == "yes" and not target.is_here:
+        raise ValueError("--measure=yes runs the step, and needs --topology=here")
     teacher = _teacher(config)
     if options["search"] == "yes":
         from clipjax.planning.search import search
 
         return lambda: search(config, target, num_samples=num_samples, teacher=teacher, output=options["output"])
-    check_devices(config, target, teacher)
+    targets.check_devices(config, target, teacher)
     return lambda: _plan(config, target, options, num_samples=num_samples, teacher=teacher, price=price)
-
-
-def check_devices(config: Config, target: targets.Target, teacher: Config | None) -> None:
-    """Refuse a config that cannot be shared out over the target's devices.
-
-    Raises:
-        ValueError: all that does not fit.
-    """
-    validate_devices(
-        config,
-        num_devices=len(target.devices),
-        num_processes=len({device.process_index for device in target.devices}),
-        num_slices=target.num_slices,
-        batch_fields=("global_batch_size", "microbatch_size"),
-        teacher=teacher,
-        platform=target.chip.platform,
-    )
 
 
 def _plan(

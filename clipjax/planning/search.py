@@ -14,8 +14,8 @@ from typing import Any
 from clipjax.config import Config, LossMethod, Remat
 from clipjax.metrics import format_table
 from clipjax.planning.report import DOES_NOT_FIT, GIB, compile_step, make_plan
-from clipjax.planning.targets import Target
-from clipjax.validation import validate, validate_devices
+from clipjax.planning.targets import Target, check_devices
+from clipjax.validation import validate
 
 FSDP = (1, 4, 8, 16, 32, 64)
 MICROBATCHES = (2, 4, 8)
@@ -62,7 +62,7 @@ class Search:
         config = changed(self._config, changes)
         try:
             validate(config)
-            _check(config, self._target, self._teacher)
+            check_devices(config, self._target, self._teacher)
         except ValueError:
             return
         compiled = compile_step(config, self._target, num_samples=self._num_samples, teacher=self._teacher)
@@ -98,17 +98,6 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
     config.microbatch_size = changes["microbatch"]
     config.loss.method = changes["method"]
     return config
-
-
-def _check(config: Config, target: Target, teacher: Config | None) -> None:
-    validate_devices(
-        config,
-        num_devices=len(target.devices),
-        num_processes=len({device.process_index for device in target.devices}),
-        num_slices=target.num_slices,
-        batch_fields=("global_batch_size", "microbatch_size"),
-        teacher=teacher,
-    )
 
 
 HEADER = ("remat", "mesh.fsdp", "microbatch", "loss.method", "fits", "GiB", "ms predicted", "MFU")

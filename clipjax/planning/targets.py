@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipjax.chips import CHIPS, Chip, Gpu, of_kind
+from clipjax.config import Config
+from clipjax.validation import validate_devices
 
 HERE = "here"
 
 ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else two processes of one machine cannot compile at once
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # else the CUDA plugin does not load without a GPU
-    "TF_CPP_MIN_LOG_LEVEL": "1",  # else compilers tell that they found no accelerator
     # Without these, libtpu asks the network which TPU it runs on, and complains that it does not.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -126,7 +127,7 @@ def _gpu_devices(chip: Gpu, nodes: int, each: int) -> Sequence[Any]:
     except Exception as error:
         raise ValueError(
             f"--topology={chip.name}:... needs JAX's CUDA plugin, which is not installed or does not load: "
-            f"pip install 'clipjax[plan]' ({str(error).splitlines()[0]})"
+            f"pip install 'clipjax[plan-gpu]' ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -159,6 +160,23 @@ def gpu_description(chip: Gpu) -> str:
         'platform_name: "CUDA"\n'
         "dnn_version_info { major: 9 minor: 10 patch: 2 }\n"
         f'device_description_str: "{chip.kinds[0]}"\n'
+    )
+
+
+def check_devices(config: Config, target: Target, teacher: Config | None) -> None:
+    """Refuse a config that cannot be shared out over the target's devices.
+
+    Raises:
+        ValueError: all that does not fit.
+    """
+    validate_devices(
+        config,
+        num_devices=len(target.devices),
+        num_processes=len({device.process_index for device in target.devices}),
+        num_slices=target.num_slices,
+        batch_fields=("global_batch_size", "microbatch_size"),
+        teacher=teacher,
+        platform=target.chip.platform,
     )
 
 

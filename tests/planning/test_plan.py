@@ -145,6 +145,7 @@ def test_hidden_collectives_count_only_beyond_what_hides_them():
         (("--topology=v5e:4x4", "--search=maybe"), "--search=maybe must be yes or no"),
         (("--topology=v5e:4x4", "--price=-1"), "--price=-1"),
         (("--topology=here",), "no accelerator whose peaks are known"),
+        (("--topology=h100:8", "--config.model.attention=cudnn"), "plan with --config.model.attention=xla"),
     ],
 )
 def test_refusals(options, expected, tmp_path, capsys, monkeypatch):
