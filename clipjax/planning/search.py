@@ -1,7 +1,8 @@
 """Try rematerialisation, meshes, microbatches and loss methods for a run, and rank what fits by predicted seconds.
 
 Every try compiles the whole step. One choice is varied at a time, each from the best so far: rematerialisation first,
-which decides what fits, then how parameters are split, then microbatches where nothing has fitted, then the loss.
+which decides what fits, then how parameters and then products are split, then microbatches where nothing has fitted,
+then the loss.
 """
 
 import copy
@@ -18,6 +19,7 @@ from clipjax.planning.targets import Target, check_devices
 from clipjax.validation import validate
 
 FSDP = (1, 4, 8, 16, 32, 64)
+TENSOR = (1, 2, 4)
 MICROBATCHES = (2, 4, 8)
 
 
@@ -77,6 +79,8 @@ class Search:
             return
         for fsdp in FSDP:
             self.attempt(fsdp=fsdp)
+        for tensor in TENSOR:
+            self.attempt(tensor=tensor)
         if not any(attempt.plan["fits"] for attempt in self.tries):
             for parts in MICROBATCHES:
                 self.attempt(microbatch=self._config.global_batch_size // parts)
@@ -85,7 +89,8 @@ class Search:
 
 
 def _first(config: Config) -> Iterator[dict[str, Any]]:
-    start = {"fsdp": config.mesh.fsdp, "microbatch": config.microbatch_size, "method": config.loss.method}
+    mesh = {"fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+    start = {**mesh, "microbatch": config.microbatch_size, "method": config.loss.method}
     for remat in (config.model.remat, *(policy for policy in Remat if policy is not config.model.remat)):
         yield {**start, "remat": remat}
 
@@ -95,12 +100,13 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
     config = copy.deepcopy(config)
     config.model.remat = changes["remat"]
     config.mesh.fsdp = changes["fsdp"]
+    config.mesh.tensor = changes["tensor"]
     config.microbatch_size = changes["microbatch"]
     config.loss.method = changes["method"]
     return config
 
 
-HEADER = ("remat", "mesh.fsdp", "microbatch", "loss.method", "fits", "GiB", "ms predicted", "MFU")
+HEADER = ("remat", "mesh.fsdp", "mesh.tensor", "microbatch", "loss.method", "fits", "GiB", "ms predicted", "MFU")
 
 
 def row(attempt: Try) -> list[str]:
@@ -112,6 +118,7 @@ def row(attempt: Try) -> list[str]:
     return [
         changes["remat"].value,
         str(changes["fsdp"]),
+        str(changes["tensor"]),
         str(changes["microbatch"]),
         changes["method"].value,
         "yes" if plan["fits"] else "no",

@@ -11,7 +11,16 @@ import pytest
 
 from clipjax import plan as front_door
 from clipjax.chips import CHIPS
-from clipjax.config import Config, DataConfig, Dtype, ModelConfig, Remat, TextTransformerConfig, ViTConfig
+from clipjax.config import (
+    Config,
+    DataConfig,
+    Dtype,
+    LossMethod,
+    ModelConfig,
+    Remat,
+    TextTransformerConfig,
+    ViTConfig,
+)
 from clipjax.planning import measure, report, search, targets, timing
 from clipjax.program import build_program
 
@@ -114,17 +123,58 @@ def test_a_planned_step_is_the_step_that_trains(compiled):
     assert float(metrics["loss"]) == measured["loss"]
 
 
-def test_a_search_ranks_what_fits_first(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "FSDP", (1, 8))
+@pytest.mark.slow
+def test_a_search_compiles_and_ranks(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "FSDP", (1, 4))
+    monkeypatch.setattr(search, "TENSOR", (1, 2))
     code = search.search(tiny(), here(), num_samples=1000, teacher=None, output=str(tmp_path / "plans.json"))
     assert code == 0
     plans = json.loads((tmp_path / "plans.json").read_text())
     seconds = [plan["predicted_step_seconds"] for plan in plans]
     assert seconds == sorted(seconds)
-    tried = {(plan["changes"]["remat"], plan["changes"]["fsdp"]) for plan in plans}
-    assert {policy for policy, _ in tried} == {policy.value for policy in Remat}
-    assert {fsdp for _, fsdp in tried} == {1, 8}
+    for choice, values in {"remat": {policy.value for policy in Remat}, "fsdp": {1, 4}, "tensor": {1, 2}}.items():
+        assert {plan["changes"][choice] for plan in plans} == values
     assert "ms predicted" in capsys.readouterr().out
+
+
+def searched(monkeypatch, predict) -> list[search.Try]:
+    """A search for which `predict` tells whether a config fits, its peak bytes, and its seconds."""
+
+    def made(config, _target, _compiled):
+        fits, peak, seconds = predict(config)
+        return {"fits": fits, "peak_hbm_bytes": peak, "predicted_step_seconds": seconds, "predicted_mfu": 0.5}
+
+    monkeypatch.setattr(search, "compile_step", lambda *_, **__: None)
+    monkeypatch.setattr(search, "make_plan", made)
+    tries = search.Search(tiny(), here(), num_samples=1000, teacher=None)
+    tries.run()
+    return tries.tries
+
+
+def test_a_search_goes_on_from_the_best(monkeypatch):
+    def predict(config):
+        slower = {Remat.NONE: -9, Remat.DOTS: 2, Remat.MLP: 3, Remat.FULL: 4}[config.model.remat]
+        return config.model.remat is not Remat.NONE, 1, slower + abs(config.mesh.fsdp - 4) + 1 / config.mesh.tensor
+
+    tries = searched(monkeypatch, predict)
+    best = min(tries, key=lambda attempt: attempt.rank)
+    assert best.changes["remat"] is Remat.DOTS  # the fastest of those that fit
+    assert (best.changes["fsdp"], best.changes["tensor"]) == (4, 2)
+    assert {attempt.changes["fsdp"] for attempt in tries} == {1, 4, 8}  # 16 and more do not divide 8 devices
+    assert {attempt.changes["microbatch"] for attempt in tries} == {None}  # something fits without
+    assert {attempt.changes["method"] for attempt in tries} == {LossMethod.AUTO, LossMethod.GATHERED, LossMethod.RING}
+    fastest = min(tries, key=lambda attempt: attempt.plan["predicted_step_seconds"])
+    assert fastest.changes["remat"] is Remat.NONE and fastest is not best
+
+
+def test_a_search_splits_the_batch_where_nothing_fits(monkeypatch):
+    def predict(config):
+        size = config.microbatch_size or config.global_batch_size
+        return size <= 16, size, 1.0
+
+    tries = searched(monkeypatch, predict)
+    assert {attempt.changes["microbatch"] for attempt in tries} == {None, 32, 16, 8}
+    assert min(tries, key=lambda attempt: attempt.rank).plan["fits"]
 
 
 def test_hidden_collectives_count_only_beyond_what_hides_them():
