@@ -1,6 +1,6 @@
 """Accelerators by name: what their makers publish of them. Free of JAX.
 
-A memory size is what a program may use; rates are peaks, per chip. A chip of several cores counts as one device.
+Rates are peaks, per chip. A chip of several cores counts as one device.
 
 Source:
     TPUs: cloud.google.com/tpu/docs (system architecture pages of v4, v5e, v5p, v6e); links and networks as tabulated in
@@ -23,12 +23,11 @@ class Chip:
         kinds: what `jax.Device.device_kind` may say.
         platform: "tpu" or "gpu".
         peak_tflops: dense bfloat16 products, TFLOP/s.
-        memory_bytes: that a program may use.
+        memory_bytes: of the chip; compiler and runtime keep a little of it (a v5e's 0.25 GiB).
         memory_bandwidth: bytes/s.
         link_bandwidth: to the other chips of a slice or node, bytes/s: of a TPU along one side of the torus in one
             direction, of a GPU in all.
         network_bandwidth: to chips of other slices or nodes, bytes/s.
-        chips_per_host: that share a host's processors.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Chip:
     memory_bandwidth: float
     link_bandwidth: float
     network_bandwidth: float
-    chips_per_host: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +48,13 @@ class Tpu(Chip):
         clock_hertz: in which the compiler's cycles are counted.
         cores: each with vector units of its own.
         torus: dimensions of the network inside a slice.
+        pod: chips of the largest slice.
     """
 
     clock_hertz: float
     cores: int
     torus: int
+    pod: int
 
     @property
     def vector_rate(self) -> float:
@@ -88,51 +88,51 @@ CHIPS: dict[str, Chip] = {
     for chip in (
         Tpu(
             name="v4", kinds=("TPU v4",), platform="tpu", peak_tflops=275, memory_bytes=32 * GIB,
-            memory_bandwidth=1228e9, link_bandwidth=45e9, network_bandwidth=6.25e9, chips_per_host=4,
-            clock_hertz=1.05e9, cores=2, torus=3,
+            memory_bandwidth=1228e9, link_bandwidth=45e9, network_bandwidth=6.25e9,
+            clock_hertz=1.05e9, cores=2, torus=3, pod=4096,
         ),
         Tpu(
             name="v5e", kinds=("TPU v5 lite", "TPU v5e"), platform="tpu", peak_tflops=197, memory_bytes=16 * GIB,
-            memory_bandwidth=819e9, link_bandwidth=45e9, network_bandwidth=3.125e9, chips_per_host=8,
-            clock_hertz=1.5e9, cores=1, torus=2,
+            memory_bandwidth=819e9, link_bandwidth=45e9, network_bandwidth=3.125e9,
+            clock_hertz=1.5e9, cores=1, torus=2, pod=256,
         ),
         Tpu(
             name="v5p", kinds=("TPU v5", "TPU v5p"), platform="tpu", peak_tflops=459, memory_bytes=95 * GIB,
-            memory_bandwidth=2765e9, link_bandwidth=90e9, network_bandwidth=6.25e9, chips_per_host=4,
-            clock_hertz=1.75e9, cores=2, torus=3,
+            memory_bandwidth=2765e9, link_bandwidth=90e9, network_bandwidth=6.25e9,
+            clock_hertz=1.75e9, cores=2, torus=3, pod=8960,
         ),
         Tpu(
             name="v6e", kinds=("TPU v6 lite", "TPU v6e"), platform="tpu", peak_tflops=918, memory_bytes=32 * GIB,
-            memory_bandwidth=1640e9, link_bandwidth=90e9, network_bandwidth=12.5e9, chips_per_host=8,
-            clock_hertz=1.75e9, cores=1, torus=2,
+            memory_bandwidth=1640e9, link_bandwidth=90e9, network_bandwidth=12.5e9,
+            clock_hertz=1.75e9, cores=1, torus=2, pod=256,
         ),
         Gpu(
             name="a100-40", kinds=("NVIDIA A100-SXM4-40GB",), platform="gpu", peak_tflops=312, memory_bytes=40 * GB,
-            memory_bandwidth=1555e9, link_bandwidth=300e9, network_bandwidth=25e9, chips_per_host=8,
+            memory_bandwidth=1555e9, link_bandwidth=300e9, network_bandwidth=25e9,
             capability=(8, 0), multiprocessors=108, clock_hertz=1.41e9, shared_memory_bytes=164 * 1024,
             cache_bytes=40 * 2**20,
         ),
         Gpu(
             name="a100", kinds=("NVIDIA A100-SXM4-80GB",), platform="gpu", peak_tflops=312, memory_bytes=80 * GB,
-            memory_bandwidth=2039e9, link_bandwidth=300e9, network_bandwidth=25e9, chips_per_host=8,
+            memory_bandwidth=2039e9, link_bandwidth=300e9, network_bandwidth=25e9,
             capability=(8, 0), multiprocessors=108, clock_hertz=1.41e9, shared_memory_bytes=164 * 1024,
             cache_bytes=40 * 2**20,
         ),
         Gpu(
             name="h100", kinds=("NVIDIA H100 80GB HBM3",), platform="gpu", peak_tflops=989.4, memory_bytes=80 * GB,
-            memory_bandwidth=3352e9, link_bandwidth=450e9, network_bandwidth=50e9, chips_per_host=8,
+            memory_bandwidth=3352e9, link_bandwidth=450e9, network_bandwidth=50e9,
             capability=(9, 0), multiprocessors=132, clock_hertz=1.98e9, shared_memory_bytes=228 * 1024,
             cache_bytes=50 * 2**20, feature="ACCELERATED_FEATURES",
         ),
         Gpu(
             name="h200", kinds=("NVIDIA H200",), platform="gpu", peak_tflops=989.4, memory_bytes=141 * GB,
-            memory_bandwidth=4800e9, link_bandwidth=450e9, network_bandwidth=50e9, chips_per_host=8,
+            memory_bandwidth=4800e9, link_bandwidth=450e9, network_bandwidth=50e9,
             capability=(9, 0), multiprocessors=132, clock_hertz=1.98e9, shared_memory_bytes=228 * 1024,
             cache_bytes=60 * 2**20, feature="ACCELERATED_FEATURES",
         ),
         Gpu(
             name="b200", kinds=("NVIDIA B200",), platform="gpu", peak_tflops=2250, memory_bytes=180 * GB,
-            memory_bandwidth=7700e9, link_bandwidth=900e9, network_bandwidth=50e9, chips_per_host=8,
+            memory_bandwidth=7700e9, link_bandwidth=900e9, network_bandwidth=50e9,
             capability=(10, 0), multiprocessors=148, clock_hertz=1.965e9, shared_memory_bytes=228 * 1024,
             cache_bytes=126 * 2**20, feature="ACCELERATED_FEATURES",
         ),

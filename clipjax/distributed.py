@@ -144,16 +144,16 @@ def _store() -> Any:
     return distributed.global_state.client
 
 
-def abandon() -> int:
-    """Give up after an error: one of several processes ends here and now, and so the others soon; else returns 1.
+def abandon(exit_code: int = 1) -> int:
+    """Give up after an error: one of several processes ends here and now, and so the others soon; else returns the code.
 
     At an ordinary exit JAX waits for the others, which wait for this one.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
-    return 1
+        os._exit(exit_code)
+    return exit_code
 
 
 @contextmanager

@@ -24,6 +24,9 @@ from clipjax.fields import field_type, members, path_parts
 
 USAGE_ERROR = 2
 
+UNUSABLE_DATA = 3
+"""Exit code of training that a person has to look at: started again, it would stop at the same place."""
+
 
 @dataclass(frozen=True)
 class Arguments:

@@ -22,15 +22,16 @@ OPTIONS = {
     "dump_hlo": "file for the text of the compiled step",
     "price": "per chip and hour, in any currency: adds the cost of the run",
     "num_samples": "size of the training source; only the memory of loss.kind=global depends on it (400000000)",
-    "search": "yes: try rematerialisation, microbatches, meshes and loss methods, and rank what fits",
-    "measure": "yes: with --topology=here, run the step as well and print what it takes",
+    "search": "try rematerialisation, microbatches, meshes and loss methods, and rank what fits (no)",
+    "measure": "with --topology=here, run the step as well and print what it takes (no)",
 }
+SWITCHES = ("search", "measure")
 HELP = f"""Tell what a run will need before it starts, by compiling its step for accelerators that are not here.
 
   {PROGRAM} --config=FILE[:ARG] --topology=CHIP:SHAPE [--slices=N] [--output=FILE] [--dump_hlo=FILE]
-      [--price=P] [--search=yes] [--config.FIELD=VALUE ...]
+      [--price=P] [--search] [--config.FIELD=VALUE ...]
 
-Exit code 0 if the run fits, 3 if it does not.
+Exit code 0 if the run fits, 3 if it does not, 2 if something is refused.
 
 """
 
@@ -41,9 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.wants_help(argv):
         print(HELP + "\n".join(f"  --{name:<12} {text}" for name, text in OPTIONS.items()))
         return 0
+    argv = _switched(argv)
     given = [argument.partition("=")[2] for argument in argv if argument.lstrip("-").startswith("topology=")]
     targets.prepare_environment(given[-1] if given else "")
     return flags.front_door(PROGRAM, lambda: prepare(argv))
+
+
+def _switched(argv: Sequence[str]) -> list[str]:
+    """`--search` alone means `--search=yes`."""
+    following = [*argv[1:], ""]
+    return [
+        f"{argument}=yes" if argument.lstrip("-") in SWITCHES and after not in ("yes", "no") else argument
+        for argument, after in zip(argv, following, strict=True)
+    ]
 
 
 def prepare(argv: Sequence[str]) -> Callable[[], int]:
@@ -57,14 +68,13 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     topology = options["topology"]
     if not topology:
         raise ValueError("--topology=CHIP:SHAPE is missing, for example --topology=v5e:16x16")
-    for name in ("search", "measure"):
+    for name in SWITCHES:
         if options[name] not in (None, "yes", "no"):
             raise ValueError(f"--{name}={options[name]} must be yes or no")
     validate(config)
     for name in ("output", "dump_hlo"):
-        path = options[name]
-        if path and not pathlib.Path(path).parent.is_dir():
-            raise ValueError(f"--{name}={path}: there is no folder {pathlib.Path(path).parent}; make it first")
+        if options[name]:
+            _check_writable(name, pathlib.Path(options[name] or ""))
     price = None if options["price"] is None else _price(options["price"])
     num_samples, slices = _number(options, "num_samples", 400_000_000), _number(options, "slices", 1)
     if config.model.attention is AttentionMethod.CUDNN and topology != targets.HERE:
@@ -78,9 +88,14 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         raise ValueError("--measure=yes runs the step, and needs --topology=here")
     teacher = _teacher(config)
     if options["search"] == "yes":
-        from clipjax.planning.search import search
+        from clipjax.planning import search
 
-        return lambda: search(config, target, num_samples=num_samples, teacher=teacher, output=options["output"])
+        if options["measure"] == "yes" or options["dump_hlo"]:
+            raise ValueError("--measure and --dump_hlo are of one plan; give them with what the search has found")
+        tries = search.Search(
+            config, target, num_samples=num_samples, teacher=teacher, price=price, output=options["output"]
+        )
+        return lambda: search.report(tries)
     targets.check_devices(config, target, teacher)
     return lambda: _plan(config, target, options, num_samples=num_samples, teacher=teacher, price=price)
 
@@ -109,6 +124,19 @@ def _plan(
         if path := options[name]:
             pathlib.Path(path).write_text(text, encoding="utf-8")
     return 0 if plan["fits"] else report.DOES_NOT_FIT
+
+
+def _check_writable(name: str, path: pathlib.Path) -> None:
+    """Before minutes of compilation."""
+    if not path.parent.is_dir():
+        raise ValueError(f"--{name}={path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise ValueError(f"--{name}={path} is a folder; name a file in it")
+    existed = path.exists()
+    with path.open("a"):
+        pass
+    if not existed:
+        path.unlink()
 
 
 def _teacher(config: Config) -> Config | None:

@@ -52,9 +52,10 @@ def main(argv: list[str], *, command: Sequence[str] = TRAIN_COMMAND) -> int:
         sweep = load_sweep(options.sweep)
         only = options.trial if options.launcher == "local" else ()
         trials = plan_trials(sweep, config=options.config, workdir=options.workdir, passed=passed, check=only)
-        options.workdir.mkdir(parents=True, exist_ok=True)
+        if not options.dry_run:
+            options.workdir.mkdir(parents=True, exist_ok=True)
         if options.launcher == "slurm":
-            return _on_slurm(sweep, trials, options, argv)
+            return _on_slurm(sweep, trials, options, passed)
     except (ValueError, OSError) as error:
         print(f"clipjax sweep: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -89,7 +90,7 @@ def _all_measured(sweep: Sweep, trials: Sequence[Trial]) -> bool:
     return all(trial.metric is not None for trial in trials)
 
 
-def _on_slurm(sweep: Sweep, trials: Sequence[Trial], options: argparse.Namespace, argv: Sequence[str]) -> int:
+def _on_slurm(sweep: Sweep, trials: Sequence[Trial], options: argparse.Namespace, passed: Sequence[str]) -> int:
     """Gathers what is finished, and submits the rest unless it is in the queue already."""
     waiting = [trial.index for trial in trials if trial.status != "done"]
     extra = shlex.split(options.sbatch_options)
@@ -100,9 +101,9 @@ def _on_slurm(sweep: Sweep, trials: Sequence[Trial], options: argparse.Namespace
     job = in_queue(options.workdir)
     print(f"{len(trials)} trials in {options.workdir}, {len(trials) - len(waiting)} finished", flush=True)
     if job is None and waiting:
-        own = ("--launcher", "--sbatch_options", "--wait", "--dry-run")
-        passed = [argument for argument in argv if argument.partition("=")[0] not in own]
-        command = [sys.executable, "-m", "clipjax.sweep", *passed]
+        named = ("config", "sweep", "workdir", *(("train_command",) if options.train_command else ()))
+        own = [f"--{name}={getattr(options, name)}" for name in named]
+        command = [sys.executable, "-m", "clipjax.sweep", *own, *passed]
         job = submit_array(options.workdir, waiting, command=command, options=extra)
         if not options.wait:
             print(f"submitted {len(waiting)} trials as job {job}; the same command gathers the leaderboard")

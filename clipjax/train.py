@@ -42,6 +42,7 @@ HELP = f"""Train a model, or go on with the run that the workdir holds.
       [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 SIGTERM and Ctrl-C save a checkpoint and leave (exit code 128 + signal); the same command then goes on from there.
+Exit code 2: arguments, config or files are refused; 3: a checkpoint or too much of the data is unusable; 1: a defect.
 The workdir gets metrics.jsonl, tensorboard/, checkpoints/, run.json, logs/ and, at the end, results.json.
 Several processes find each other by themselves under Slurm, Open MPI and on TPU pods, else by the last three options.
 
@@ -86,7 +87,7 @@ def train(config: Config, workdir: pathlib.Path, inputs: Inputs, tx: optax.Gradi
             teacher = None if inputs.teacher is None else load_params(inputs.teacher, mesh)
         except ValueError as error:  # a damaged checkpoint: not a defect, so no traceback
             flags.fail(PROGRAM, error)
-            return distributed.abandon()
+            return distributed.abandon(flags.UNUSABLE_DATA)
         journal = Journal(config, workdir, start_step=start.step, times=rank_times())
         stack.callback(journal.close)
         journal.message(describe_loss(config, mesh))
@@ -138,7 +139,7 @@ def _loop(run: Run, state: TrainState, start: Position) -> int:
         except TooManyBadSamples as error:
             run.save(state, step - 1)
             flags.fail(PROGRAM, error)
-            return 1
+            return flags.UNUSABLE_DATA
         state, metrics = run.train_step(state, batch)
         run.follow(step, metrics)
         journal.flush()

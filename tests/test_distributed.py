@@ -77,8 +77,8 @@ def test_an_error_ends_one_of_several_processes_at_once(monkeypatch, processes, 
     monkeypatch.setattr(os, "_exit", ended.append)
     with contextlib.suppress(KeyError), distributed.no_survivors():
         raise KeyError("defect")
-    assert distributed.abandon() == 1
-    assert ended == [1, 1] * (processes - 1)  # alone, the error goes on as any other
+    assert distributed.abandon(3) == 3
+    assert ended == [1, 3] * (processes - 1)  # alone, the error goes on as any other
     assert ("KeyError: 'defect'" in capsys.readouterr().err) == (processes > 1)
 
 

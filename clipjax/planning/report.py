@@ -23,6 +23,9 @@ GIB = 2**30
 DOES_NOT_FIT = 3
 """Exit code."""
 
+GPU_POOL = 0.75
+"""Of a GPU's memory, that JAX takes when it starts (docs.jax.dev, GPU memory allocation)."""
+
 DEFAULT_SAMPLES = 400_000_000
 """Of the training source where nobody says: only the memory of `loss.kind=global` depends on it."""
 
@@ -91,7 +94,10 @@ def make_plan(config: Config, target: Target, compiled: Compiled, *, price: floa
         "compiler_options": compiler_options(list(compiled.mesh.devices.flat)),
     }
     if compiled.executable is None:
-        return {**plan, "fits": False, "reason": compiled.refusal}
+        unknown = dict.fromkeys(
+            ("peak_hbm_bytes", "predicted_step_seconds", "roofline_step_seconds", "predicted_mfu", "collectives")
+        )
+        return {**plan, **unknown, "fits": False, "reason": compiled.refusal}
     analysis = compiled.executable.memory_analysis()
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     peak = max(analysis.peak_memory_in_bytes, arguments) if target.chip.platform == "tpu" else arguments + temporaries
@@ -126,6 +132,11 @@ def make_plan(config: Config, target: Target, compiled: Compiled, *, price: floa
         "predicted_hours": hours,
         "predicted_chip_hours": hours * chips,
     }
+    if target.chip.platform == "gpu" and peak > GPU_POOL * target.chip.memory_bytes:
+        plan["note"] = (
+            f"more than the {GPU_POOL:.0%} of a GPU that JAX takes at first, and older versions at most: "
+            "set XLA_CLIENT_MEM_FRACTION=0.95"
+        )
     if price is not None:
         plan |= {"price_per_chip_hour": price, "predicted_cost": price * hours * chips}
     return plan
@@ -136,8 +147,8 @@ def describe(plan: Mapping[str, Any]) -> str:
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
     where = plan["topology"] + (f", {plan['slices']} slices" if plan["slices"] > 1 else "")
     lines = [f"{where}: {plan['chips']} chips ({mesh}), batch {plan['global_batch_size']:,}", ""]
-    if "peak_hbm_bytes" not in plan:
-        lines += [f"DOES NOT FIT: {plan['reason']}", "Try --search, or model.remat, microbatch_size, mesh.fsdp."]
+    if plan["peak_hbm_bytes"] is None:
+        lines += [f"DOES NOT FIT: {plan['reason']}", "Try --search=yes, or model.remat, microbatch_size, mesh.fsdp."]
         return "\n".join(lines)
     lines += [*_memory_lines(plan), "", *_time_lines(plan), "", *_traffic_lines(plan)]
     if measured := plan.get("measured"):
@@ -145,11 +156,12 @@ def describe(plan: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"measured     on {measured['device']}: step {1e3 * step:.1f} ms, MFU {measured['mfu']:.1%}, "
-            f"{plan['predicted_step_seconds'] / step:.2f} x predicted / measured",
+            f"predicted / measured {plan['predicted_step_seconds'] / step:.2f}, "
+            f"roofline / measured {plan['roofline_step_seconds'] / step:.2f}",
         ]
         if peak is not None:
             lines.append(
-                f"             peak {peak / GIB:.2f} GiB, {plan['peak_hbm_bytes'] / peak:.3f} x predicted / measured"
+                f"             peak {peak / GIB:.2f} GiB, predicted / measured {plan['peak_hbm_bytes'] / peak:.3f}"
             )
     return "\n".join(lines)
 
@@ -161,6 +173,7 @@ def _memory_lines(plan: Mapping[str, Any]) -> list[str]:
     return [
         f"memory       {peak / GIB:.2f} of {there / GIB:.1f} GiB per chip at the peak: {verdict}",
         f"  GiB        {kinds}",
+        *([f"             {plan['note']}"] if "note" in plan else []),
     ]
 
 
@@ -168,7 +181,7 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
     parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * s:.1f}" for name, s in plan["predicted_seconds"].items())
     lines = [
         f"step         {1e3 * plan['predicted_step_seconds']:.1f} ms predicted, MFU {plan['predicted_mfu']:.1%}; "
-        f"no less than {1e3 * plan['roofline_step_seconds']:.1f} ms (roofline)",
+        f"roofline of this program {1e3 * plan['roofline_step_seconds']:.1f} ms",
         f"  ms         {parts}",
         f"input        {plan['images_per_second_per_host']:,.0f} images per second on each of {plan['hosts']} hosts",
         f"run          {plan['steps']:,} steps: {plan['predicted_hours']:,.1f} hours, "

@@ -8,7 +8,7 @@ then the loss.
 import copy
 import json
 import pathlib
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,44 +39,99 @@ class Try:
     def rank(self) -> tuple[bool, float]:
         """What fits comes first, then what is fastest; of what does not fit, what needs least memory."""
         fits = self.plan["fits"]
-        worst = self.plan.get("peak_hbm_bytes", float("inf"))
-        return not fits, self.plan["predicted_step_seconds"] if fits else worst
+        return not fits, self.plan["predicted_step_seconds"] if fits else needed_bytes(self.plan)
+
+
+def needed_bytes(plan: dict[str, Any]) -> float:
+    """The peak, or what the compiler says when it refuses a step: of temporaries alone at times, so only to rank by."""
+    if plan["peak_hbm_bytes"] is not None:
+        return plan["peak_hbm_bytes"]
+    found = re.search(r"(\d+(?:\.\d+)?)([KMGT])", plan["reason"])
+    return float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1) if found else float("inf")
 
 
 class Search:
     """Configurations tried so far, each once."""
 
-    def __init__(self, config: Config, target: Target, *, num_samples: int, teacher: Config | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        target: Target,
+        *,
+        num_samples: int,
+        teacher: Config | None = None,
+        price: float | None = None,
+        output: str | None = None,
+    ) -> None:
+        """Find a mesh to start from: the config's own, or else the first that the devices allow.
+
+        Raises:
+            ValueError: they allow none, nor the config's own, of which the message speaks.
+        """
         self._config, self._target = config, target
         self._num_samples, self._teacher = num_samples, teacher
+        self._price, self._output = price, output
+        self._start = {
+            "remat": config.model.remat,
+            "fsdp": config.mesh.fsdp,
+            "tensor": config.mesh.tensor,
+            "microbatch": config.microbatch_size,
+            "method": config.loss.method,
+        }
         self.tries: list[Try] = []
+        if self._refusal(self._start):
+            meshes = [{**self._start, "fsdp": fsdp, "tensor": 1} for fsdp in FSDP]
+            possible = [changes for changes in meshes if not self._refusal(changes)]
+            if not possible:
+                raise ValueError(self._refusal(self._start))
+            self._start = possible[0]
 
     @property
     def best(self) -> dict[str, Any]:
         """Changes of the best so far."""
-        return min(self.tries, key=lambda attempt: attempt.rank).changes if self.tries else {}
+        return min(self.tries, key=lambda attempt: attempt.rank).changes if self.tries else self._start
 
     def attempt(self, **changes: Any) -> None:
         """Compile one more; what the mesh or the batch does not allow is passed over."""
         changes = {**self.best, **changes}
-        if any(attempt.changes == changes for attempt in self.tries):
+        if any(attempt.changes == changes for attempt in self.tries) or self._refusal(changes):
             return
+        config = changed(self._config, changes)
+        compiled = compile_step(config, self._target, num_samples=self._num_samples, teacher=self._teacher)
+        self.tries.append(Try(changes, make_plan(config, self._target, compiled, price=self._price)))
+        print(" ".join(row(self.tries[-1])), flush=True)
+        self._write()
+
+    @property
+    def ranked(self) -> list[Try]:
+        """All, the best first."""
+        return sorted(self.tries, key=lambda attempt: attempt.rank)
+
+    def _refusal(self, changes: dict[str, Any]) -> str:
         config = changed(self._config, changes)
         try:
             validate(config)
             check_devices(config, self._target, self._teacher)
-        except ValueError:
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def _write(self) -> None:
+        if not self._output:
             return
-        compiled = compile_step(config, self._target, num_samples=self._num_samples, teacher=self._teacher)
-        self.tries.append(Try(changes, make_plan(config, self._target, compiled)))
-        print(" ".join(row(self.tries[-1])), flush=True)
+        plans = [
+            {
+                "changes": {name: getattr(value, "value", value) for name, value in attempt.changes.items()},
+                **attempt.plan,
+            }
+            for attempt in self.ranked
+        ]
+        pathlib.Path(self._output).write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
 
     def run(self) -> None:
         """All stages."""
-        for changes in _first(self._config):
-            self.attempt(**changes)
-        if self.best.get("remat") is None and not any(attempt.plan["fits"] for attempt in self.tries):
-            return
+        for remat in (self._config.model.remat, *Remat):
+            self.attempt(remat=remat)
         for fsdp in FSDP:
             self.attempt(fsdp=fsdp)
         for tensor in TENSOR:
@@ -86,13 +141,6 @@ class Search:
                 self.attempt(microbatch=self._config.global_batch_size // parts)
         for method in (LossMethod.GATHERED, LossMethod.RING):
             self.attempt(method=method)
-
-
-def _first(config: Config) -> Iterator[dict[str, Any]]:
-    mesh = {"fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
-    start = {**mesh, "microbatch": config.microbatch_size, "method": config.loss.method}
-    for remat in (config.model.remat, *(policy for policy in Remat if policy is not config.model.remat)):
-        yield {**start, "remat": remat}
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
@@ -112,7 +160,7 @@ HEADER = ("remat", "mesh.fsdp", "mesh.tensor", "microbatch", "loss.method", "fit
 def row(attempt: Try) -> list[str]:
     """A try as a line of the ranking."""
     changes, plan = attempt.changes, attempt.plan
-    peak = f"{plan['peak_hbm_bytes'] / GIB:.2f}" if "peak_hbm_bytes" in plan else "-"
+    peak = f"{plan['peak_hbm_bytes'] / GIB:.2f}" if plan["peak_hbm_bytes"] is not None else "-"
     step = f"{1e3 * plan['predicted_step_seconds']:.1f}" if plan["fits"] else "-"
     mfu = f"{plan['predicted_mfu']:.1%}" if plan["fits"] else "-"
     return [
@@ -128,19 +176,9 @@ def row(attempt: Try) -> list[str]:
     ]
 
 
-def search(config: Config, target: Target, *, num_samples: int, teacher: Config | None, output: str | None) -> int:
-    """Try, print the ranking, and write it; returns the exit code."""
-    tries = Search(config, target, num_samples=num_samples, teacher=teacher)
+def report(tries: Search) -> int:
+    """Try, and print the ranking; returns the exit code."""
+    print("trying, each on a line: " + ", ".join(HEADER), flush=True)
     tries.run()
-    ranked = sorted(tries.tries, key=lambda attempt: attempt.rank)
-    print("\n" + format_table([row(attempt) for attempt in ranked], HEADER))
-    if output:
-        plans = [
-            {
-                "changes": {name: getattr(value, "value", value) for name, value in attempt.changes.items()},
-                **attempt.plan,
-            }
-            for attempt in ranked
-        ]
-        pathlib.Path(output).write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
-    return 0 if ranked and ranked[0].plan["fits"] else DOES_NOT_FIT
+    print("\n" + format_table([row(attempt) for attempt in tries.ranked], HEADER))
+    return 0 if tries.ranked[0].plan["fits"] else DOES_NOT_FIT

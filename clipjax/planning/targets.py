@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clipjax.chips import CHIPS, Chip, Gpu, of_kind
+from clipjax.chips import CHIPS, Chip, Gpu, Tpu, of_kind
 from clipjax.config import Config
 from clipjax.validation import validate_devices
 
@@ -49,7 +49,7 @@ class Target:
     @property
     def num_hosts(self) -> int:
         """Machines that feed the devices."""
-        return math.ceil(len(self.devices) / self.chip.chips_per_host)
+        return len({device.process_index for device in self.devices})
 
 
 def prepare_environment(topology: str) -> None:
@@ -75,6 +75,8 @@ def find_target(name: str, num_slices: int = 1) -> Target:
         ValueError: no such chip or shape, or the compiler for it is not installed.
     """
     if name == HERE:
+        if num_slices > 1:
+            raise ValueError(f"--slices={num_slices}: --topology={HERE} has the slices that it has; leave --slices out")
         return _here()
     chip_name, separator, shape = name.partition(":")
     chip = CHIPS.get(chip_name)
@@ -93,18 +95,25 @@ def find_target(name: str, num_slices: int = 1) -> Target:
             raise ValueError(f"--slices={num_slices}: nodes of GPUs are one slice; write --topology={chip_name}:NxM")
         nodes, each = ([1, *sides])[-2:]
         return Target(name, chip, _gpu_devices(chip, nodes, each))
-    if not sides:
-        raise ValueError(f"--topology={name}: a shape of TPU chips looks like 4x4 or 4x4x8")
+    assert isinstance(chip, Tpu)
+    if not 1 <= len(sides) <= chip.torus or math.prod(sides) > chip.pod:
+        example = "x".join(["4"] * chip.torus)
+        raise ValueError(
+            f"--topology={name}: a shape of {chip_name} chips looks like {example}: {chip.torus} sides at most, and "
+            f"{chip.pod} chips in one slice (--slices=N for more)"
+        )
     return Target(name, chip, _tpu_devices(name, chip, sides, num_slices), num_slices)
 
 
-def _tpu_devices(name: str, chip: Chip, sides: Sequence[int], num_slices: int) -> Sequence[Any]:
+def _tpu_devices(name: str, chip: Tpu, sides: Sequence[int], num_slices: int) -> Sequence[Any]:
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
     if chip.name == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device
-    shape = "x".join(str(side) for side in [*sides, 1, 1][: max(len(sides), getattr(chip, "torus", 2))])
+    if math.prod(sides) == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]  # else a host has four of them
+    shape = "x".join(str(side) for side in [*sides, 1, 1][: chip.torus])
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{shape}", **options).devices
     except Exception as error:

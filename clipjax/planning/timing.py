@@ -1,4 +1,4 @@
-"""How long a compiled step may take: a prediction to rank by, and the bound that no program can go below.
+"""How long a compiled step may take: a prediction to rank by, and the bound that it cannot go below.
 
 On TPUs the prediction adds up the compiler's own estimates of cycles, each as often as its instruction runs. They cover
 neither kernels of ours nor collectives, so both are added from what they compute and move (`kernel_seconds`,
@@ -33,7 +33,8 @@ class Timing:
         kernels: of our own.
         exposed: collectives that nothing hides.
         hidden: collectives that run beside computation.
-        roofline: the bound: the largest of what products, memory and links need.
+        roofline: the bound of this program: the largest of what its products (those that are computed again included),
+            its memory and its links need.
         flops: of all products of one chip, those that are computed again included.
     """
 

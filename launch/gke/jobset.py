@@ -10,8 +10,8 @@ instead of nothing being sent: this script itself never talks to a cluster, and 
 
 The bucket is mounted at /bucket by the Cloud Storage FUSE driver, since clipjax's workdir is a path, not an address:
 the cluster needs that driver, and `--service_account` names one that may write to the bucket. A failed or preempted
-process restarts the whole set, at most --restarts times, and the run goes on from its checkpoint; exit codes 1 (bad
-data) and 2 (refused arguments) fail the set at once.
+process restarts the whole set, at most --restarts times, and the run goes on from its checkpoint; exit codes 2
+(refused arguments) and 3 (unusable data or checkpoint) fail the set at once.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
         "backoffLimit": 0,
         "podFailurePolicy": {
             "rules": [
-                {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [1, 2]}}
+                {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [2, 3]}}
             ]
         },
         "template": {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": _pod(options)},

@@ -345,7 +345,7 @@ def test_bad_data_of_one_process_stops_both_and_is_counted_over_both(tiny_config
         "--config.data.max_bad_fraction=0",
     )
     with processes(2, *arguments, **cache) as both:
-        texts = outputs(both, expect=1)
+        texts = outputs(both, expect=3)
     assert all("(corrupt_image 1)" in text and "Traceback" not in text for text in texts)
     assert sum("the latest: corrupt_image in shard" in text and "key 000" in text for text in texts) == 1
     with processes(2, *arguments[:-1], "--config.data.max_bad_fraction=0.05", **cache) as both:

@@ -189,7 +189,7 @@ def make_tar(path: pathlib.Path, *, corrupt: int) -> None:
 def test_a_run_on_bad_data_saves_stops_and_goes_on_once_that_is_allowed(tiny_config, tmp_path):
     make_tar(tmp_path / "pairs.tar", corrupt=8)
     arguments = train_arguments(tiny_config, tmp_path / "run", f"--config.data.train={tmp_path}/pairs.tar")
-    output = run(*arguments, expect=1)
+    output = run(*arguments, expect=3)
     assert "data.max_bad_fraction=0.05" in output and "(corrupt_image " in output
     assert "pairs.tar, key 00" in output and "raise data.max_bad_fraction" in output
     assert "Traceback" not in output

@@ -45,7 +45,7 @@ def digest(name: str) -> dict:
         command = [sys.executable, "-m", "clipjax.plan", *RUNS[name], f"--output={output}"]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode in (0, 3), done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         plan = json.loads(output.read_text())
     return summary(plan)
 
@@ -56,7 +56,6 @@ def summary(plan: dict) -> dict:
     for one in plan["collectives"]:
         sent[f"{one['kind']} {one['axis']} {'hidden' if one['overlapped'] else 'exposed'}"] += one["bytes"]
     return {
-        "fits": plan["fits"],
         "peak_hbm_bytes": plan["peak_hbm_bytes"],
         "sent_bytes": dict(sorted(sent.items())),
         "own_microseconds": round(1e6 * (plan["predicted_seconds"]["compute"] + plan["predicted_seconds"]["kernels"])),
@@ -69,7 +68,6 @@ def summary(plan: dict) -> dict:
 def test_a_step_costs_no_more_than_it_did(name):
     known, now = json.loads(GOLDEN.read_text())[name], digest(name)
     remedy = f"if that is meant, python -m tests.golden.test_plans {name}\nbefore: {known}\nnow: {now}"
-    assert now["fits"] >= known["fits"], remedy
     assert now["peak_hbm_bytes"] <= SLACK * known["peak_hbm_bytes"], f"more memory; {remedy}"
     assert now["own_microseconds"] <= SLACK * known["own_microseconds"], f"more computation; {remedy}"
     for what in now["sent_bytes"].keys() | known["sent_bytes"].keys():

@@ -119,14 +119,21 @@ def test_dry_run_shows_the_command_and_mistakes_are_refused():
 
 CRASH = 'if [ "$SLURM_PROCID" = 1 ]; then kill -SEGV $$; fi\nexec sleep 60\n'
 SAVE = 'echo "stopped by signal 15 after step 3; the same command goes on from here"\nexit 143\n'
+FAIL = "exit 1\n"
+UNUSABLE_DATA = "exit 3\n"
 
 
 @pytest.mark.parametrize(
-    ("does", "says"),
-    [(CRASH, "not requeued: failed 1 times"), (SAVE, "+ scontrol requeue")],
-    ids=["crashed", "saved"],
+    ("does", "code", "says"),
+    [
+        (CRASH, 143, "not requeued: failed 1 times"),
+        (SAVE, 143, "+ scontrol requeue"),
+        (FAIL, 1, "not requeued: failed 1 times"),
+        (UNUSABLE_DATA, 3, "not requeued: see"),
+    ],
+    ids=["crashed", "saved", "failed", "data"],
 )
-def test_only_a_saved_run_is_requeued_without_end(slurm, tmp_path, does, says):
+def test_only_a_saved_run_is_requeued_without_end(slurm, tmp_path, does, code, says):
     """Where one process crashes and SIGTERM ends the other before it can save, srun reports 143 too."""
     (tmp_path / "fake.sh").write_text(does)
     before = slurm.env["CLIPJAX"]
@@ -143,4 +150,4 @@ def test_only_a_saved_run_is_requeued_without_end(slurm, tmp_path, does, says):
 
     until(decided, 60, lambda: story(slurm, tmp_path))
     slurm.call("scancel", job)
-    assert "left with exit code 143" in log.read_text() and says in log.read_text()
+    assert f"left with exit code {code}" in log.read_text() and says in log.read_text()

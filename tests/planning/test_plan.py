@@ -127,26 +127,32 @@ def test_a_planned_step_is_the_step_that_trains(compiled):
 def test_a_search_compiles_and_ranks(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "FSDP", (1, 4))
     monkeypatch.setattr(search, "TENSOR", (1, 2))
-    code = search.search(tiny(), here(), num_samples=1000, teacher=None, output=str(tmp_path / "plans.json"))
-    assert code == 0
+    tries = search.Search(tiny(), here(), num_samples=1000, price=1.0, output=str(tmp_path / "plans.json"))
+    assert search.report(tries) == 0
     plans = json.loads((tmp_path / "plans.json").read_text())
     seconds = [plan["predicted_step_seconds"] for plan in plans]
     assert seconds == sorted(seconds)
     for choice, values in {"remat": {policy.value for policy in Remat}, "fsdp": {1, 4}, "tensor": {1, 2}}.items():
         assert {plan["changes"][choice] for plan in plans} == values
+    assert all(plan["predicted_cost"] > 0 for plan in plans)
     assert "ms predicted" in capsys.readouterr().out
 
 
-def searched(monkeypatch, predict) -> list[search.Try]:
-    """A search for which `predict` tells whether a config fits, its peak bytes, and its seconds."""
+def searched(monkeypatch, predict, config: Config | None = None) -> list[search.Try]:
+    """A search for which `predict` tells of a config whether it fits, its peak bytes, and its seconds.
 
-    def made(config, _target, _compiled):
+    Peak bytes in words are what a compiler says when it refuses.
+    """
+
+    def made(config, _target, _compiled, **_):
         fits, peak, seconds = predict(config)
-        return {"fits": fits, "peak_hbm_bytes": peak, "predicted_step_seconds": seconds, "predicted_mfu": 0.5}
+        refused = isinstance(peak, str)
+        plan = {"fits": fits, "predicted_step_seconds": seconds, "predicted_mfu": 0.5}
+        return {**plan, "peak_hbm_bytes": None if refused else peak, **({"reason": peak} if refused else {})}
 
     monkeypatch.setattr(search, "compile_step", lambda *_, **__: None)
     monkeypatch.setattr(search, "make_plan", made)
-    tries = search.Search(tiny(), here(), num_samples=1000, teacher=None)
+    tries = search.Search(tiny() if config is None else config, here(), num_samples=1000)
     tries.run()
     return tries.tries
 
@@ -177,6 +183,44 @@ def test_a_search_splits_the_batch_where_nothing_fits(monkeypatch):
     assert min(tries, key=lambda attempt: attempt.rank).plan["fits"]
 
 
+def test_a_search_follows_what_the_compiler_says_when_it_refuses(monkeypatch):
+    def predict(config):
+        size = {Remat.NONE: 90, Remat.DOTS: 60, Remat.MLP: 40, Remat.FULL: 20}[config.model.remat]
+        fits = config.model.remat is Remat.FULL and config.mesh.fsdp == 8
+        words = f"the total memory required for HLO temporaries ({size - config.mesh.fsdp}.5G) exceeds (15.75G)."
+        return (True, 1, 1.0) if fits else (False, words, None)
+
+    best = min(searched(monkeypatch, predict), key=lambda attempt: attempt.rank)
+    assert best.plan["fits"] and (best.changes["remat"], best.changes["fsdp"]) == (Remat.FULL, 8)
+
+
+def test_a_search_starts_from_a_mesh_that_is_possible(monkeypatch):
+    config = tiny()
+    config.mesh.fsdp = 16  # of 8 devices
+    tries = searched(monkeypatch, lambda config: (True, 1, 1.0 / config.mesh.fsdp), config)
+    assert min(tries, key=lambda attempt: attempt.rank).changes["fsdp"] == 8
+    config.global_batch_size = 60
+    with pytest.raises(ValueError, match="global_batch_size=60"):
+        search.Search(config, here(), num_samples=1000)
+
+
+def test_a_step_that_is_refused_has_all_fields(monkeypatch, compiled):
+    refused = report.Compiled(**{**vars(compiled), "executable": None, "refusal": "Used 20.00G of 15.75G hbm."})
+    plan = report.make_plan(tiny(), here(), refused)
+    unknown = ("peak_hbm_bytes", "predicted_step_seconds", "roofline_step_seconds", "predicted_mfu", "collectives")
+    assert not plan["fits"] and all(plan[name] is None for name in unknown) and plan["hbm_bytes"] > 0
+    assert "DOES NOT FIT: Used 20.00G" in report.describe(plan)
+    assert search.needed_bytes(plan) == 20 * 2**30
+
+
+def test_a_gpu_that_is_nearly_full_is_noted(compiled):
+    plan = report.make_plan(tiny(), here(), compiled)
+    assert "note" not in plan
+    small = here(memory_bytes=int(1.1 * plan["peak_hbm_bytes"]))
+    plan = report.make_plan(tiny(), small, compiled)
+    assert plan["fits"] and "XLA_CLIENT_MEM_FRACTION" in report.describe(plan)
+
+
 def test_hidden_collectives_count_only_beyond_what_hides_them():
     assert timing.Timing(compute=3, kernels=1, exposed=0.5, hidden=2, roofline=1, flops=1).predicted == 4.5
     assert timing.Timing(compute=3, kernels=1, exposed=0.5, hidden=6, roofline=1, flops=1).predicted == 6.5
@@ -194,6 +238,11 @@ def test_hidden_collectives_count_only_beyond_what_hides_them():
         (("--topology=v5e:4x4", "--slices=0"), "--slices=0"),
         (("--topology=v5e:4x4", "--search=maybe"), "--search=maybe must be yes or no"),
         (("--topology=v5e:4x4", "--price=-1"), "--price=-1"),
+        (("--topology=v5e:4x4x4",), "v5e chips looks like 4x4: 2 sides at most, and 256 chips in one slice"),
+        (("--topology=v5e:64x64",), "256 chips in one slice"),
+        (("--topology=here", "--slices=2"), "--topology=here has the slices that it has"),
+        (("--topology=v5e:4x4", "--output=."), "--output=. is a folder"),
+        (("--topology=v5e:4x4", "--output=no/such"), "there is no folder no"),
         (("--topology=here",), "no accelerator whose peaks are known"),
         (("--topology=h100:8", "--config.model.attention=cudnn"), "plan with --config.model.attention=xla"),
     ],
@@ -231,7 +280,7 @@ def test_a_tpu_that_is_not_here(tmp_path):
     plan = run_plan(tmp_path, "--topology=v5e:2x2", f"--dump_hlo={tmp_path / 'step.txt'}")
     text = (tmp_path / "step.txt").read_text()
     assert "attention_forward" in text and "attention_backward" in text  # one kernel each, compiled for TPUs
-    assert plan["chips"] == 4 and plan["fits"]
+    assert plan["chips"] == 4 and plan["hosts"] == 1 and plan["fits"]
     assert plan["predicted_seconds"]["kernels"] > 0
     assert {one["axis"] for one in plan["collectives"]} <= {"data", "part of data"}
     assert plan["least_bytes"]["data"] <= sum(one["bytes"] for one in plan["collectives"])
@@ -240,5 +289,5 @@ def test_a_tpu_that_is_not_here(tmp_path):
 @pytest.mark.skipif(not has("jax_cuda12_plugin"), reason="needs JAX's CUDA plugin: pip install 'clipjax[plan-gpu]'")
 def test_a_gpu_that_is_not_here(tmp_path):
     plan = run_plan(tmp_path, "--topology=h100:2x4")
-    assert plan["chips"] == 8 and plan["fits"]
+    assert plan["chips"] == 8 and plan["hosts"] == 2 and plan["fits"]
     assert plan["predicted_step_seconds"] > 0
