@@ -145,7 +145,7 @@ def _store() -> Any:
 
 
 def abandon(exit_code: int = 1) -> int:
-    """Give up after an error: one of several processes ends here and now, and so the others soon; else returns the code.
+    """Give up after an error: one of several processes ends here and now, and so the others soon; else its code.
 
     At an ordinary exit JAX waits for the others, which wait for this one.
     """

@@ -57,8 +57,8 @@ def collectives(program: Program, mesh: Any, chip: Chip) -> list[Collective]:
         if kind in _SLICES:
             if kind == "recv":  # the other end of a send
                 continue
-            moved = sum(bytes_of(program.shape(name)) for name in instruction.operands[:1])
-            groups = None
+            size = sum(bytes_of(program.shape(name)) for name in instruction.operands[:1])
+            moved, groups = _sent_to_slices(instruction, size, mesh.shape["slice"]), None
         else:
             groups = replica_groups(instruction, mesh.devices.size)
             moved = _sent(kind, _whole_bytes(kind, instruction, program), groups.shape[1] if groups is not None else 2)
@@ -126,6 +126,19 @@ def _sent(kind: str, size: int, n: int) -> int:
             return 2 * size * (n - 1) // n
         case "all-gather" | "reduce-scatter" | "all-to-all":
             return size * (n - 1) // n
+        case _:
+            return size
+
+
+def _sent_to_slices(send: Instruction, size: int, n: int) -> int:
+    """Of what a chip hands to the network between slices, which does the whole collective."""
+    match send.attribute(r'_xla_megascale_transfer_type="(\w+)"'):
+        case "ALL_REDUCE":
+            return _sent("all-reduce", size, n)
+        case "ALL_GATHER":
+            return _sent("all-gather", n * size, n)
+        case "REDUCE_SCATTER" | "ALL_TO_ALL":
+            return _sent("all-to-all", size, n)
         case _:
             return size
 

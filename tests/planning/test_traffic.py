@@ -50,6 +50,35 @@ def test_a_permutation_sends_all_of_it():
     assert (one.kind, one.axis, one.bytes) == ("collective-permute", "neighbours", 64 * 128 * 4)
 
 
+@pytest.mark.parametrize("slices", [2, 4])
+@pytest.mark.parametrize(
+    ("transfer", "share"),
+    [
+        ("ALL_REDUCE", lambda n: 2 * (n - 1) / n),
+        ("ALL_GATHER", lambda n: n - 1),
+        ("REDUCE_SCATTER", lambda n: (n - 1) / n),
+        ("ONE_TO_ONE", lambda n: 1),
+    ],
+)
+def test_the_network_between_slices_does_whole_collectives(transfer, share, slices):
+    """As libtpu 0.0.42.1 writes them: one send of a chip's part, and what is to become of it."""
+    text = f"""HloModule step, entry_computation_layout={{()->f32[32,64]{{1,0}}}}
+
+ENTRY %main (part: f32[32,64]) -> f32[32,64] {{
+  %part = f32[32,64]{{1,0}} parameter(0)
+  %token = token[] after-all()
+  %send = (f32[32,64]{{1,0}}, u32[], token[]) send(%part, %token), channel_id=5, is_host_transfer=true, \
+frontend_attributes={{_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="{transfer}"}}
+  %done = token[] send-done(%send), channel_id=5
+  ROOT %result = f32[32,64]{{1,0}} copy(%part)
+}}
+"""
+    mesh = sharding.make_mesh(MeshConfig(slice=slices, data=8 // slices))
+    (one,) = traffic.collectives(hlo.parse(text), mesh, CHIPS["v5e"])
+    assert (one.kind, one.axis, one.bytes) == ("send", "slice", 32 * 64 * 4 * share(slices))
+    assert one.seconds == pytest.approx(one.bytes / CHIPS["v5e"].network_bandwidth)
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [
