@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parent
 TEST = [
     "beartype>=0.20",
     "import-linter>=2.1",
+    "kubeflow-trainer-api>=2.1,<3",  # types of the JobSet API
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.3",
     "ruff>=0.11",

@@ -9,8 +9,8 @@
 #
 # Process 0 writes to this terminal; lines of the others begin with "[rank I]". SIGTERM and Ctrl-C reach all processes:
 # they save at the same step and leave with 143; the same command goes on. When a process fails, the others are
-# ended after 15 seconds, and the exit code is that of the first that failed.
-# CLIPJAX names another command than "clipjax", CUDA_VISIBLE_DEVICES the GPUs to share out.
+# ended after 15 seconds, and the exit code is that of the first that failed (of several at once, the highest).
+# CLIPJAX names another command than "clipjax", CUDA_VISIBLE_DEVICES the GPUs to share out (empty: none).
 set -euo pipefail
 
 usage() { sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p}' "$0"; }
@@ -36,7 +36,7 @@ command -v "${clipjax[0]}" >/dev/null || refuse "there is no command ${clipjax[0
 
 gpus=()
 if [[ -z $devices && ${JAX_PLATFORMS:-} != cpu ]]; then
-  if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+  if [[ -v CUDA_VISIBLE_DEVICES ]]; then
     IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
   elif command -v nvidia-smi >/dev/null; then
     mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)
@@ -86,21 +86,22 @@ if [[ -n $passed ]]; then pass_on TERM; fi  # it came while they were being star
 
 code=0 deadline='' running=("${!pids[@]}")
 while [[ ${#running[@]} -gt 0 ]]; do
-  left=()
+  left=() worst=0
   for rank in "${running[@]}"; do
     if kill -0 "${pids[$rank]}" 2>/dev/null; then left+=("$rank"); continue; fi
     result=0; wait "${pids[$rank]}" || result=$?
     if [[ $result -ne 0 && $code -eq 0 ]]; then
-      code=$result deadline=$((SECONDS + 15))
       printf 'launch/local.sh: rank %s left with exit code %s\n' "$rank" "$result" >&2
+      if [[ $result -gt $worst ]]; then worst=$result; fi
     fi
   done
+  if [[ $worst -ne 0 ]]; then code=$worst deadline=$((SECONDS + 15)); fi
   running=("${left[@]}")
   if [[ -n $deadline && $SECONDS -ge $deadline && ${#running[@]} -gt 0 ]]; then
     printf 'launch/local.sh: ending what is left: rank %s\n' "${running[*]}" >&2
     for rank in "${running[@]}"; do kill -KILL -- "-${pids[$rank]}" 2>/dev/null || true; done
     deadline=''
   fi
-  if [[ ${#running[@]} -gt 0 ]]; then sleep 0.2 || true; fi
+  if [[ ${#running[@]} -gt 0 ]]; then sleep 0.1 || true; fi
 done
 exit "$code"

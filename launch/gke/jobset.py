@@ -5,8 +5,8 @@
         [--slices=N] [--chips=4] -- --config=FILE --workdir=/bucket/runs/NAME [any argument of clipjax train]
     launch/gke/jobset.py --name=NAME --image=IMAGE --bucket=BUCKET --gpu=nvidia-h100-80gb --nodes=2 [--gpus=8] -- ...
 
-Print it, read it, then pipe it: `launch/gke/jobset.py ... | kubectl apply -f -`. `--dry-run` has kubectl check it
-instead of nothing being sent: this script itself never talks to a cluster, and --dry-run prints that command.
+Print it, read it, then pipe it: `launch/gke/jobset.py ... | kubectl apply -f -`. The script itself never talks to a
+cluster; `--dry-run` shows command and manifest on stderr and leaves stdout empty, so that a pipe applies nothing.
 
 The bucket is mounted at /bucket by the Cloud Storage FUSE driver, since clipjax's workdir is a path, not an address:
 the cluster needs that driver, and `--service_account` names one that may write to the bucket. A failed or preempted
@@ -33,8 +33,9 @@ def main(argv: list[str]) -> int:
         print(f"launch/gke/jobset.py: error: {error}", file=sys.stderr)
         return 2
     if options.dry_run:
-        print("+ kubectl apply --dry-run=server -f -", file=sys.stderr)
-    print(text)
+        print(f"+ kubectl apply -f - <<'END'\n{text}\nEND", file=sys.stderr)
+    else:
+        print(text)
     return 0
 
 
@@ -46,10 +47,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     kind.add_argument("--tpu", help="value of cloud.google.com/gke-tpu-accelerator")
     kind.add_argument("--gpu", help="value of cloud.google.com/gke-accelerator")
     parser.add_argument("--topology", help="of one TPU slice, like 4x4")
-    parser.add_argument("--slices", type=int, default=1)
-    parser.add_argument("--chips", type=int, default=4, help="TPU chips per host")
-    parser.add_argument("--nodes", type=int, default=1, help="GPU nodes, one process on each")
-    parser.add_argument("--gpus", type=int, default=8, help="per node")
+    parser.add_argument("--slices", type=int, help="of that topology (1)")
+    parser.add_argument("--chips", type=int, help="TPU chips per host (4)")
+    parser.add_argument("--nodes", type=int, help="GPU nodes, one process on each (1)")
+    parser.add_argument("--gpus", type=int, help="per node (8)")
     parser.add_argument("--restarts", type=int, default=10)
     parser.add_argument("--service_account", default="default")
     parser.add_argument("--dry-run", action="store_true")
@@ -67,7 +68,13 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--name={options.name} must be at most 40 of a-z, 0-9 and -, begin with a letter, not end in -"
         )
-    for field in ("slices", "chips", "nodes", "gpus"):
+    kind, others = ("gpu", ("topology", "slices", "chips")) if options.gpu else ("tpu", ("nodes", "gpus"))
+    for field in others:
+        if getattr(options, field) is not None:
+            raise ValueError(f"--{field}={getattr(options, field)} does not go with --{kind}; leave it out")
+    for field, default in {"slices": 1, "chips": 4, "nodes": 1, "gpus": 8}.items():
+        if getattr(options, field) is None:
+            setattr(options, field, default)
         if getattr(options, field) < 1:
             raise ValueError(f"--{field}={getattr(options, field)} must be at least 1")
     if options.restarts < 0:
@@ -129,7 +136,7 @@ def _pod(options: argparse.Namespace) -> dict[str, Any]:
         "image": options.image,
         "command": ["clipjax", "train", *options.train],
         "env": env,
-        "ports": [{"containerPort": PORT}],
+        "ports": [{"containerPort": PORT, "protocol": "TCP"}],
         "resources": {"limits": limits},
         "volumeMounts": [{"name": "bucket", "mountPath": "/bucket"}, {"name": "memory", "mountPath": "/dev/shm"}],
     }

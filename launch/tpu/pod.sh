@@ -3,6 +3,7 @@
 #
 #   launch/tpu/pod.sh create  NAME --zone=ZONE --type=v5litepod-64 --version=RUNTIME [--queued] [--spot] [--dry-run]
 #   launch/tpu/pod.sh setup   NAME --zone=ZONE --source=URL_OF_CLIPJAX [--dry-run]
+#   launch/tpu/pod.sh copy    NAME --zone=ZONE [--dry-run] PATH...     configs, tokenizers: to the home of all hosts
 #   launch/tpu/pod.sh train   NAME --zone=ZONE [--dry-run] --config=FILE[:ARG] --workdir=DIR [clipjax train ...]
 #   launch/tpu/pod.sh stop    NAME --zone=ZONE [--dry-run]      SIGTERM to the processes: they save and leave
 #   launch/tpu/pod.sh delete  NAME --zone=ZONE [--queued] [--dry-run]
@@ -19,12 +20,23 @@ refuse() { printf 'launch/tpu/pod.sh: error: %s\n' "$*" >&2; exit 2; }
 
 case ${1:-} in -h|--help|'') usage; exit 0 ;; esac
 action=$1; shift
-case $action in create|setup|train|stop|delete) ;; *) refuse "$action is none of create, setup, train, stop, delete" ;; esac
+case $action in  # and what it takes
+  create) takes='zone type version queued spot' ;;
+  setup) takes='zone source' ;;
+  delete) takes='zone queued' ;;
+  copy|train|stop) takes=zone ;;
+  *) refuse "$action is none of create, setup, copy, train, stop, delete" ;;
+esac
 name=${1:-}
 [[ -n $name && $name != -* ]] || refuse "the pod's NAME must follow $action"
 shift
-zone='' type='' version='' source='' queued='' spot='' dry='' train=()
+zone='' type='' version='' source='' queued='' spot='' dry='' rest=()
 for argument in "$@"; do
+  option=${argument%%=*}
+  case $option in
+    --zone|--type|--version|--source|--queued|--spot)
+      [[ " $takes " == *" ${option#--} "* ]] || refuse "$option is not an option of $action; it takes --${takes// /, --}" ;;
+  esac
   case $argument in
     --zone=*) zone=${argument#*=} ;;
     --type=*) type=${argument#*=} ;;
@@ -33,8 +45,8 @@ for argument in "$@"; do
     --queued) queued=yes ;;
     --spot) spot=--spot ;;
     --dry-run) dry=yes ;;
-    *) [[ $action == train ]] || refuse "unknown argument $argument for $action"
-       train+=("$argument") ;;
+    *) [[ $action == train || $action == copy ]] || refuse "unknown argument $argument for $action"
+       rest+=("$argument") ;;
   esac
 done
 [[ -n $zone ]] || refuse "--zone=ZONE is missing"
@@ -59,9 +71,12 @@ case $action in
   setup)
     [[ -n $source ]] || refuse "setup needs --source=URL, what pip installs clipjax from"
     on_all "python3 -m venv clipjax-env && clipjax-env/bin/pip install $(printf '%q' "clipjax[tpu] @ $source")" ;;
+  copy)
+    [[ ${#rest[@]} -gt 0 ]] || refuse "name what to copy: copy NAME --zone=ZONE PATH..."
+    run gcloud compute tpus tpu-vm scp --recurse "${rest[@]}" "$name:" "--zone=$zone" --worker=all ;;
   train)
-    [[ ${#train[@]} -gt 0 ]] || refuse "the arguments of clipjax train are missing: --config=FILE --workdir=DIR"
-    on_all "clipjax-env/bin/clipjax train $(printf '%q ' "${train[@]}")" ;;
+    [[ ${#rest[@]} -gt 0 ]] || refuse "the arguments of clipjax train are missing: --config=FILE --workdir=DIR"
+    on_all "clipjax-env/bin/clipjax train $(printf '%q ' "${rest[@]}")" ;;
   stop) on_all "pkill -TERM -f '[c]lipjax train'" ;;
   delete)
     if [[ -n $queued ]]; then

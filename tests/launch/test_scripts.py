@@ -1,6 +1,7 @@
-"""Scripts of launch/: what --dry-run prints, what is refused, manifests that fit JobSet, and four real processes."""
+"""Scripts of launch/: what --dry-run prints, what is refused, JobSet manifests, and four real processes."""
 
 import contextlib
+import copy
 import json
 import os
 import pathlib
@@ -9,7 +10,9 @@ import subprocess
 import sys
 
 import pytest
+from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
+from clipjax.flags import UNUSABLE_DATA, USAGE_ERROR
 from tests.e2e.conftest import environment
 from tests.launch.conftest import until
 
@@ -19,74 +22,67 @@ GKE = ("--name=run", "--image=registry/clipjax", "--bucket=b", "--", "--config=c
 GPU = ("--gpu=nvidia-h100-80gb", "--nodes=2", *GKE)
 TPU = ("--tpu=tpu-v5-lite-podslice", "--topology=4x4", "--slices=2", *GKE)
 
-# The fields of jobset.x-k8s.io/v1alpha2 and of a pod that launch/gke writes, and no others.
-# Source: kubernetes-sigs/jobset, config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml.
-STRING = str
-LIMITS = {"google.com/tpu": STRING, "nvidia.com/gpu": STRING}
-FIELD_REF = {"fieldRef": {"fieldPath": STRING}}
-POD = {
-    "restartPolicy": STRING,
-    "terminationGracePeriodSeconds": int,
-    "serviceAccountName": STRING,
-    "nodeSelector": dict,
-    "containers": [
-        {
-            "name": STRING,
-            "image": STRING,
-            "command": [STRING],
-            "env": [{"name": STRING, "value": STRING, "valueFrom": FIELD_REF}],
-            "ports": [{"containerPort": int}],
-            "resources": {"limits": LIMITS},
-            "volumeMounts": [{"name": STRING, "mountPath": STRING}],
-        }
-    ],
-    "volumes": [{"name": STRING, "csi": {"driver": STRING, "volumeAttributes": dict}, "emptyDir": {"medium": STRING}}],
-}
-EXIT_CODES = {"containerName": STRING, "operator": STRING, "values": [int]}
-JOB = {
-    "parallelism": int,
-    "completions": int,
-    "completionMode": STRING,
-    "backoffLimit": int,
-    "podFailurePolicy": {"rules": [{"action": STRING, "onExitCodes": EXIT_CODES}]},
-    "template": {"metadata": {"annotations": dict}, "spec": POD},
-}
-JOBSET = {
-    "apiVersion": STRING,
-    "kind": STRING,
-    "metadata": {"name": STRING, "annotations": dict},
-    "spec": {
-        "network": {"enableDNSHostnames": bool, "subdomain": STRING},
-        "failurePolicy": {
-            "maxRestarts": int,
-            "rules": [{"name": STRING, "action": STRING, "onJobFailureReasons": [STRING]}],
-        },
-        "replicatedJobs": [{"name": STRING, "replicas": int, "template": {"spec": JOB}}],
-    },
-}
-
 
 def call(script: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
     command = [str(LAUNCH / script), *arguments]
     return subprocess.run(command, env={**ENV, **changes}, capture_output=True, text=True, timeout=300)
 
 
-def fits(value, schema, path="") -> list[str]:
-    """Where a manifest has a field that the schema lacks, or one of another type."""
-    if isinstance(schema, dict):
-        unknown = [f"{path}.{name}: unknown" for name in value if name not in schema]
-        return unknown + [
-            p for name in value if name in schema for p in fits(value[name], schema[name], f"{path}.{name}")
-        ]
-    if isinstance(schema, list):
-        return [p for i, item in enumerate(value) for p in fits(item, schema[0], f"{path}[{i}]")]
-    return [] if type(value) is schema else [f"{path}: {type(value).__name__}"]
+def fits(manifest: dict) -> bool:
+    """Whether a manifest is of the JobSet API: no field unknown, missing or of another type, down to the containers."""
+    try:
+        return JobsetV1alpha2JobSet.from_dict(manifest).to_dict() == manifest
+    except ValueError:
+        return False
 
 
-def test_jobsets_fit_their_schema_and_name_the_processes():
+def changed(manifest: dict, path: tuple, value) -> dict:
+    """A copy with another value at a path; None takes it out."""
+    manifest = copy.deepcopy(manifest)
+    *folders, name = path
+    place = manifest["spec"]
+    for folder in folders:
+        place = place[folder]
+    if value is None:
+        del place[name]
+    else:
+        place[name] = value
+    return manifest
+
+
+JOB = ("replicatedJobs", 0, "template", "spec")
+CONTAINER = (*JOB, "template", "spec", "containers", 0)
+
+
+@pytest.mark.parametrize("arguments", [GPU, TPU], ids=["gpu", "tpu"])
+def test_jobsets_fit_the_api(arguments):
+    manifest = json.loads(call("gke/jobset.py", *arguments).stdout)
+    assert fits(manifest)
+    for path, value in (
+        ((*CONTAINER, "name"), None),
+        ((*CONTAINER, "resource"), {}),
+        ((*CONTAINER, "command"), "clipjax train"),
+        ((*JOB, "completions"), "2"),
+        (("failurePolicy", "maxRestart"), 3),
+        (("failurePolicy", "rules", 0, "action"), None),
+    ):
+        assert not fits(changed(manifest, path, value)), path
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    # Values that the API's types leave open. Kubernetes takes a podFailurePolicy only where pods are never restarted.
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["completionMode"] == "Indexed" and job["template"]["spec"]["restartPolicy"] == "Never"
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"] == {
+        "containerName": job["template"]["spec"]["containers"][0]["name"],
+        "operator": "In",
+        "values": [USAGE_ERROR, UNUSABLE_DATA],
+    }
+    (rule,) = manifest["spec"]["failurePolicy"]["rules"]
+    assert rule["action"] == "FailJobSet" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+
+
+def test_jobsets_name_the_processes():
     gpu, tpu = (json.loads(call("gke/jobset.py", *arguments).stdout) for arguments in (GPU, TPU))
-    assert fits(gpu, JOBSET) == fits(tpu, JOBSET) == []
-    assert fits({**gpu, "status": {}}, JOBSET) == [".status: unknown"]
     job = gpu["spec"]["replicatedJobs"][0]["template"]["spec"]
     container = job["template"]["spec"]["containers"][0]
     assert job["completions"] == 2 and container["env"][0]["value"] == "run-train-0-0.run:8476"
@@ -95,12 +91,23 @@ def test_jobsets_fit_their_schema_and_name_the_processes():
     assert slices["replicas"] == 2 and slices["template"]["spec"]["completions"] == 4
 
 
+def test_a_dry_run_of_a_jobset_leaves_nothing_for_a_pipe():
+    done = call("gke/jobset.py", "--dry-run", *GPU)
+    assert done.returncode == 0 and not done.stdout
+    assert done.stderr.startswith("+ kubectl apply -f -") and '"kind": "JobSet"' in done.stderr
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
         ("gke/jobset.py", ("--tpu=x", "--topology=4", *GKE), "--topology=4 must be like 4x4"),
         ("gke/jobset.py", ("--tpu=x", "--topology=3x3", *GKE), "has 9 chips, not a multiple of --chips=4"),
         ("gke/jobset.py", ("--gpu=x", "--nodes=0", *GKE), "--nodes=0 must be at least 1"),
+        ("gke/jobset.py", ("--gpu=x", "--slices=2", *GKE), "--slices=2 does not go with --gpu"),
+        ("gke/jobset.py", ("--tpu=x", "--topology=4x4", "--gpus=3", *GKE), "--gpus=3 does not go with --tpu"),
+        ("tpu/pod.sh", ("train", "pod", "--queued"), "--queued is not an option of train; it takes --zone"),
+        ("tpu/pod.sh", ("create", "pod", "--source=x"), "it takes --zone, --type, --version, --queued, --spot"),
+        ("tpu/pod.sh", ("copy", "pod", "--zone=z"), "name what to copy"),
         ("local.sh", ("none", "--config=x"), "N=none must be a whole number of processes"),
         ("local.sh", ("2", "--devices=0", "--config=x"), "--devices=0 must be a whole number"),
         ("local.sh", ("2",), "arguments of clipjax train are missing"),
@@ -126,6 +133,7 @@ def test_mistakes_are_refused(script, arguments, message):
             "queued-resources create pod --node-id=pod",
         ),
         (("train", "pod", "--config=x", "--workdir=w"), "tpu-vm ssh pod --zone=z --worker=all --command=clipjax-env"),
+        (("copy", "pod", "configs", "a b"), "tpu-vm scp --recurse configs a\\ b pod: --zone=z --worker=all"),
         (("delete", "pod", "--queued"), "queued-resources delete pod --zone=z --force"),
     ],
 )
@@ -139,6 +147,8 @@ def test_gpus_are_shared_out():
     lines = done.stderr.splitlines()
     assert "JAX_PROCESS_ID=0 CUDA_VISIBLE_DEVICES=3 " in lines[0] and "CUDA_VISIBLE_DEVICES=5 " in lines[1]
     assert "train --config=a\\ b" in lines[1]
+    hidden = call("local.sh", "2", "--dry-run", "--config=x", CUDA_VISIBLE_DEVICES="", JAX_PLATFORMS="")
+    assert hidden.returncode == 0 and "CUDA_VISIBLE_DEVICES" not in hidden.stderr
     refused = call("local.sh", "3", "--dry-run", "--config=x", CUDA_VISIBLE_DEVICES="3,5", JAX_PLATFORMS="")
     assert refused.returncode == 2 and "N=3 processes need a GPU each, but there are 2" in refused.stderr
 
