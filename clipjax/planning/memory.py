@@ -24,8 +24,8 @@ def bytes_on_a_chip(tree: Any) -> int:
 def by_kind(config: Config, state: Any, batch: Any, teacher: Any, peak_bytes: int) -> Mapping[str, int]:
     """Bytes of one chip at the peak of a step. What is no argument of the step is split by what is known of it.
 
-    `loss` is what the embeddings of the whole batch take, `activations` is the rest: what the towers keep for the
-    backward pass, and what they work in.
+    `loss` is what the embeddings of the whole batch take, which a ring never has together; `activations` is the rest:
+    what the towers keep for the backward pass, what they work in, and blocks of logits.
     """
     params = bytes_on_a_chip(state.params)
     kinds = {

@@ -41,6 +41,21 @@ def test_dry_run_prints_the_command_and_options_are_checked(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_the_array_runs_trials_with_the_sweeps_own_arguments(tmp_path, monkeypatch):
+    (tmp_path / "config.py").write_text("")
+    submitted = []
+    monkeypatch.setattr(sweep_module, "require_slurm", lambda: None)
+    monkeypatch.setattr(sweep_module, "submit_array", lambda *_, command, **__: submitted.append(command) or "7")
+    more = ["--launcher", "slurm", "--sbatch_options=--time=60", "--config.total_examples=64"]
+    asked = [argument for argument in arguments(tmp_path, tmp_path / "config.py") if "launcher" not in argument]
+    assert sweep_module.main([*asked, *more, "--train_command=env"]) == 0
+    ((python, *_, module), given) = submitted[0][:3], submitted[0][3:]
+    assert (python, module) == (sys.executable, "clipjax.sweep")
+    options, passed = sweep_module._parse([*given, "--trial=1"])  # as the script of the array calls it
+    assert (options.launcher, options.trial, options.train_command) == ("local", (1,), "env")
+    assert passed == ["--config.total_examples=64"] and str(options.workdir) == f"{tmp_path}/work"
+
+
 @pytest.mark.slow
 def test_an_array_job_with_one_leaderboard(slurm, tiny_config, tmp_path):
     command = (sys.executable, "-m", "clipjax.sweep", *arguments(tmp_path, tiny_config, "--config.total_examples=64"))
