@@ -44,7 +44,7 @@ def setting(kind: str):
     return clip.init(jax.random.key(1)), make_encode(clip, config.data)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (8, 1, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("kind", "method"), [("softmax", "gathered"), ("sigmoid", "ring")])
 def test_cached_gradients_are_the_direct_ones(kind, method, sizes):
     params, encode = setting(kind)

@@ -29,16 +29,6 @@ from tests.e2e.test_run import make_tar
 LAST_STEP = 12
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> dict[str, str]:
-    """Environment of processes that share compiled steps."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-
 def train_arguments(config: pathlib.Path, workdir: pathlib.Path) -> tuple[str, ...]:
     return ("clipjax.train", f"--config={config}", f"--workdir={workdir}")
 

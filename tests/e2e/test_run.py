@@ -48,10 +48,10 @@ def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_config, tmp_path_factory) -> pathlib.Path:
+def finished(tiny_config, tmp_path_factory, cache) -> pathlib.Path:
     """The workdir of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("undisturbed")
-    output = run(*train_arguments(tiny_config, workdir))
+    output = run(*train_arguments(tiny_config, workdir), **cache)
     assert "step 12/12" in output
     return workdir
 
@@ -102,14 +102,16 @@ def kill_after_lines(process, workdir: pathlib.Path, seen: int) -> None:
     assert not (workdir / "results.json").exists()
 
 
-@pytest.mark.parametrize("seen", [pytest.param(2, marks=pytest.mark.slow), 5, 10])
+@pytest.mark.parametrize("seen", [pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_with_sigkill_and_started_again_equals_the_undisturbed_run(tiny_config, finished, tmp_path, seen):
+    """What it compiles, it compiles anew each time."""
     kill_after_lines(start(*train_arguments(tiny_config, tmp_path)), tmp_path, seen)
     run(*train_arguments(tiny_config, tmp_path))
     assert_same_run(tmp_path, finished)
 
 
-def test_memory_of_every_sample_and_a_teacher_survive_kill_and_other_devices(tiny_config, finished, tmp_path):
+@pytest.mark.slow
+def test_memory_of_every_sample_and_a_teacher_survive_kill_and_other_devices(tiny_config, finished, tmp_path, cache):
     teacher = tmp_path / "teacher"
     shutil.copytree(finished, teacher)
     shutil.rmtree(teacher / "checkpoints" / "12")
@@ -125,15 +127,15 @@ def test_memory_of_every_sample_and_a_teacher_survive_kill_and_other_devices(tin
             *overrides,
         )
 
-    run(*arguments("undisturbed"))
+    run(*arguments("undisturbed"), **cache)
     memory = arrays(tmp_path / "undisturbed", 12)["train['memory']"]
     assert np.isfinite(memory).all(axis=1).sum() == 384  # every sample so far was drawn once
-    kill_after_lines(start(*arguments("killed")), tmp_path / "killed", 8)
+    kill_after_lines(start(*arguments("killed"), **cache), tmp_path / "killed", 8)
     shutil.copytree(finished / "checkpoints" / "12", teacher / "checkpoints" / "12")  # the teacher has gone on
-    run(*arguments("killed"))
+    run(*arguments("killed"), **cache)
     assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "12")
-    many = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    many = cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     run(*arguments("killed", "--config.mesh.slice=2", "--config.mesh.fsdp=2"), **many)
     again = arrays(tmp_path / "killed", 12)["train['memory']"]
     np.testing.assert_array_equal(np.isfinite(again), np.isfinite(memory))
@@ -157,8 +159,8 @@ def test_a_teacher_with_other_inputs_is_refused(tiny_config, finished, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves_and_the_run_goes_on(tiny_config, finished, tmp_path, number):
-    process = start(*train_arguments(tiny_config, tmp_path))
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(tiny_config, finished, tmp_path, cache, number):
+    process = start(*train_arguments(tiny_config, tmp_path), **cache)
     path = tmp_path / "metrics.jsonl"
     while not (path.exists() and path.read_bytes().count(b"\n") >= 1):
         assert process.poll() is None
@@ -169,7 +171,7 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(tiny_config, finished, tm
     assert "Traceback" not in output
     _, step = find_checkpoint(tmp_path)
     assert f"after step {step}" in output
-    run(*train_arguments(tiny_config, tmp_path))
+    run(*train_arguments(tiny_config, tmp_path), **cache)
     assert_same_run(tmp_path, finished)
 
 
@@ -186,15 +188,15 @@ def make_tar(path: pathlib.Path, *, corrupt: int) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
-def test_a_run_on_bad_data_saves_stops_and_goes_on_once_that_is_allowed(tiny_config, tmp_path):
+def test_a_run_on_bad_data_saves_stops_and_goes_on_once_that_is_allowed(tiny_config, tmp_path, cache):
     make_tar(tmp_path / "pairs.tar", corrupt=8)
     arguments = train_arguments(tiny_config, tmp_path / "run", f"--config.data.train={tmp_path}/pairs.tar")
-    output = run(*arguments, expect=3)
+    output = run(*arguments, expect=3, **cache)
     assert "data.max_bad_fraction=0.05" in output and "(corrupt_image " in output
     assert "pairs.tar, key 00" in output and "raise data.max_bad_fraction" in output
     assert "Traceback" not in output
     assert 0 < find_checkpoint(tmp_path / "run")[1] < 12
-    run(*arguments, "--config.data.max_bad_fraction=0.2")
+    run(*arguments, "--config.data.max_bad_fraction=0.2", **cache)
     steps = [line for line in log_lines(tmp_path / "run") if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert steps[-1]["samples_skipped"]["corrupt_image"] == 6 * 8  # six epochs
@@ -214,21 +216,22 @@ def test_going_on_with_another_config_is_refused(tiny_config, finished):
     assert "Traceback" not in output
 
 
-def test_eval_needs_only_the_checkpoint_and_gives_what_training_gave(finished, tmp_path):
-    output = run("clipjax.eval", f"--checkpoint={finished}", f"--output={tmp_path}/results.json")
+def test_eval_needs_only_the_checkpoint_and_gives_what_training_gave(finished, tmp_path, cache):
+    output = run("clipjax.eval", f"--checkpoint={finished}", f"--output={tmp_path}/results.json", **cache)
     assert "scenes/val" in output
     ours = json.loads((tmp_path / "results.json").read_text())
     assert ours == json.loads((finished / "results.json").read_text())
-    one = run("clipjax.eval", f"--checkpoint={finished}/checkpoints/9", "--tasks=scenes/val")
+    one = run("clipjax.eval", f"--checkpoint={finished}/checkpoints/9", "--tasks=scenes/val", **cache)
     assert "scenes/pairs" not in one
     refused = run("clipjax.eval", f"--checkpoint={finished}", "--tasks=imagenet", expect=2)
     assert "imagenet is not among the tasks of the checkpoint's config (scenes/val, scenes/pairs)" in refused
 
 
-def test_mesh_of_simulated_devices_gives_the_same_loss(tiny_config, finished, tmp_path):
+def test_mesh_of_simulated_devices_gives_the_same_loss(tiny_config, finished, tmp_path, cache):
     run(
         *train_arguments(tiny_config, tmp_path, "--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
         XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        **cache,
     )
     ours = [line["loss"] for line in log_lines(tmp_path) if "loss" in line]
     theirs = [line["loss"] for line in log_lines(finished) if "loss" in line]
