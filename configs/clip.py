@@ -6,7 +6,8 @@
 The argument is `vit_b32`, `vit_b16`, `vit_l14` or `vit_l14_336`, the paper's extra epoch at 336 pixels; `vit_h14` or
 `so400m`, two larger models of later papers (arXiv 2212.07143, 2303.15343) with nothing tuned for them here; or `tiny`,
 a model for trying the batch itself. `,batch=N` after it sets another global batch.
-Made for 256 accelerators of 16 GB (128 pairs each), by `clipjax plan`; not run at that size by us.
+Made for 256 accelerators of 16 GB (128 pairs each), by `clipjax plan`; not run at that size by us. With a smaller batch
+more is kept for the backward pass, with a larger one less (`FITS`).
 """
 
 from clipjax import presets
@@ -30,24 +31,34 @@ NAMES = ("vit_b32", "vit_b16", "vit_l14", "vit_l14_336", "vit_h14", "so400m", "t
 BATCH = 32_768
 EPOCH = 400_000_000  # pairs in the paper's WebImageText
 
+FITS = {
+    "vit_b32": {Remat.DOTS: 65_536},
+    "vit_b16": {Remat.DOTS: 65_536},
+    "vit_l14": {Remat.DOTS: 16_384, Remat.MLP: 32_768},
+    "vit_l14_336": {Remat.DOTS: 8_192, Remat.MLP: 16_384},
+    "vit_h14": {Remat.DOTS: 8_192, Remat.MLP: 16_384},
+    "so400m": {Remat.DOTS: 16_384, Remat.MLP: 32_768},
+}
+"""The largest batch, of those planned, that 256 accelerators of 16 GB hold with a policy of rematerialisation."""
+
 
 def get_config(argument: str = "vit_b32") -> Config:
     """The run of one architecture, with the paper's hyper-parameters for it."""
     architecture, *options = argument.split(",")
     match architecture:
         case "vit_b32":
-            config = _run(presets.model("ViT-B/32"), learning_rate=5e-4, remat=Remat.DOTS)
+            config = _run(presets.model("ViT-B/32"), learning_rate=5e-4)
         case "vit_b16":
-            config = _run(presets.model("ViT-B/16"), learning_rate=5e-4, remat=Remat.DOTS)
+            config = _run(presets.model("ViT-B/16"), learning_rate=5e-4)
         case "vit_l14":
-            config = _run(presets.model("ViT-L/14"), learning_rate=4e-4, remat=Remat.MLP, fsdp=16)
+            config = _run(presets.model("ViT-L/14"), learning_rate=4e-4, fsdp=16)
         case "vit_l14_336":
-            config = _run(presets.model("ViT-L/14@336px"), learning_rate=2e-5, remat=Remat.FULL, fsdp=16)
+            config = _run(presets.model("ViT-L/14@336px"), learning_rate=2e-5, fsdp=16)
             config.total_examples = EPOCH
         case "vit_h14":
-            config = _run(presets.model("ViT-H/14"), learning_rate=5e-4, remat=Remat.FULL, fsdp=16)
+            config = _run(presets.model("ViT-H/14"), learning_rate=5e-4, fsdp=16)
         case "so400m":
-            config = _run(presets.model("SigLIP-So400m/14@224px"), learning_rate=1e-3, remat=Remat.FULL, fsdp=16)
+            config = _run(presets.model("SigLIP-So400m/14@224px"), learning_rate=1e-3, fsdp=16)
             config.loss.kind = LossKind.SIGMOID
         case "tiny":
             config = _tiny()
@@ -58,7 +69,15 @@ def get_config(argument: str = "vit_b32") -> Config:
         if name != "batch" or not value.isdigit():
             raise ValueError(f"configs/clip.py:{argument}: {option!r} is not understood; options look like batch=32768")
         config.global_batch_size = int(value)
+    config.model.remat = _remat(architecture, config.global_batch_size)
     return config
+
+
+def _remat(architecture: str, batch: int) -> Remat:
+    """What recomputes least of that which fits."""
+    if architecture not in FITS:
+        return Remat.NONE
+    return next((policy for policy, largest in FITS[architecture].items() if batch <= largest), Remat.FULL)
 
 
 def _tiny() -> Config:
@@ -72,7 +91,6 @@ def _tiny() -> Config:
             matmul_dtype=Dtype.BFLOAT16,
         ),
         learning_rate=5e-4,
-        remat=Remat.NONE,
     )
     config.total_examples, config.warmup_examples, config.microbatch_size = 4 * BATCH, 0, 1_024
     config.data = DataConfig(train="tfds:scenes/large/train", tfds_dir="data", tokenizer="bytes", crop=Crop.CENTER)
@@ -80,8 +98,7 @@ def _tiny() -> Config:
     return config
 
 
-def _run(model: ModelConfig, *, learning_rate: float, remat: Remat, fsdp: int = 1) -> Config:
-    model.remat = remat
+def _run(model: ModelConfig, *, learning_rate: float, fsdp: int = 1) -> Config:
     return Config(
         total_examples=32 * EPOCH,
         warmup_examples=2_000 * BATCH,

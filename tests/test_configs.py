@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from clipjax import optim, sharding
-from clipjax.config import Config, MeshConfig, total_steps
+from clipjax.config import Config, MeshConfig, Remat, total_steps
 from clipjax.config_json import from_dict, to_dict
 from clipjax.models.clip import abstract_params, build_clip
 from clipjax.search import Sweep
@@ -15,7 +15,7 @@ from clipjax.step import make_init_state
 from clipjax.validation import validate
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
-CLIP_SIZES = ("vit_b32", "vit_b16", "vit_l14", "vit_l14_336", "tiny,batch=32768")
+CLIP_SIZES = ("vit_b32", "vit_b16", "vit_l14", "vit_l14_336", "vit_h14", "so400m", "tiny,batch=32768")
 
 
 def configs() -> list[str]:
@@ -53,6 +53,20 @@ def test_config_is_valid_and_its_state_has_a_place(name):
 def test_every_clip_size_is_another_model():
     models = [load(f"clip.py:{size}").model for size in CLIP_SIZES]
     assert all(a != b for i, a in enumerate(models) for b in models[:i])
+
+
+@pytest.mark.parametrize(
+    ("argument", "remat"),
+    [
+        ("vit_l14", Remat.MLP),
+        ("vit_l14,batch=16384", Remat.DOTS),
+        ("vit_l14,batch=65536", Remat.FULL),
+        ("vit_b16,batch=65536", Remat.DOTS),
+        ("vit_h14", Remat.FULL),
+    ],
+)
+def test_a_larger_batch_keeps_less_for_the_backward_pass(argument, remat):
+    assert load(f"clip.py:{argument}").model.remat is remat
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.py")), ids=lambda path: path.name)
