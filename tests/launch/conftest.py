@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.e2e.conftest import environment, tiny_config  # noqa: F401
+from tests.e2e.conftest import cache, environment, tiny_config  # noqa: F401
 
 CONF = """
 ClusterName=test
@@ -48,16 +48,6 @@ MinJobAge=300
 NodeName={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment of processes that share what is compiled."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
 
 
 def free_ports(count: int) -> list[int]:
@@ -107,7 +97,7 @@ def kill_jobs(variable: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def slurm(compiled: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def slurm(cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:  # noqa: F811
     """The running cluster."""
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if not shutil.which(name)]
     if missing or os.geteuid() != 0:
@@ -125,9 +115,7 @@ def slurm(compiled: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     conf.write_text(CONF.format(host=host, folder=folder, ports=free_ports(2), first_job=first_job))
     scripts = pathlib.Path(sys.executable).parent
     repository = pathlib.Path(__file__).parents[2]
-    env = environment(
-        SLURM_CONF=str(conf), PATH=f"{scripts}:{os.environ['PATH']}", PYTHONPATH=str(repository), **compiled
-    )
+    env = environment(SLURM_CONF=str(conf), PATH=f"{scripts}:{os.environ['PATH']}", PYTHONPATH=str(repository), **cache)
     env["CLIPJAX"] = f"{sys.executable} -m clipjax.cli"
     munge = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket"]
     munge += [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]

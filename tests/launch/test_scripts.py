@@ -153,9 +153,9 @@ def test_gpus_are_shared_out():
     assert refused.returncode == 2 and "N=3 processes need a GPU each, but there are 2" in refused.stderr
 
 
-def start_two(config, workdir, compiled) -> subprocess.Popen:
+def start_two(config, workdir, cache) -> subprocess.Popen:
     command = [str(LAUNCH / "local.sh"), "2", "--devices=1", f"--config={config}", f"--workdir={workdir}"]
-    return subprocess.Popen(command, env=ENV | compiled, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=ENV | cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def end(process: subprocess.Popen) -> None:
@@ -173,14 +173,14 @@ def begun(process: subprocess.Popen, workdir: pathlib.Path) -> bool:
     return (workdir / "metrics.jsonl").exists()
 
 
-def test_a_signal_is_passed_on_and_a_killed_rank_ends_the_others(tiny_config, compiled, tmp_path):
-    process = start_two(tiny_config, tmp_path, compiled)
+def test_a_signal_is_passed_on_and_a_killed_rank_ends_the_others(tiny_config, cache, tmp_path):
+    process = start_two(tiny_config, tmp_path, cache)
     try:
         until(lambda: begun(process, tmp_path), 120, lambda: "never began")
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=90)
         assert process.returncode == 143, output
-        process = start_two(tiny_config, tmp_path / "killed", compiled)
+        process = start_two(tiny_config, tmp_path / "killed", cache)
         until(lambda: begun(process, tmp_path / "killed"), 120, lambda: "never began")
         children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         ranks = [pid for pid in children if b"JAX_PROCESS_ID=1" in pathlib.Path(f"/proc/{pid}/environ").read_bytes()]
