@@ -39,8 +39,8 @@ FITS = {
     "vit_h14": {Remat.MLP: 16_384},
     "so400m": {Remat.DOTS: 16_384, Remat.MLP: 32_768},
 }
-"""The largest batch that 256 accelerators of 16 GB hold with a policy of rematerialisation: of 16,384, 32,768 and 65,536,
-the last planned as 32,768 on half as many (docs/planning.md, the table)."""
+"""The largest batch that 256 accelerators of 16 GB hold with a policy of rematerialisation: of 16,384, 32,768 and
+65,536, the last planned as 32,768 on half as many (docs/planning.md, the table)."""
 
 
 def get_config(argument: str = "vit_b32") -> Config:
