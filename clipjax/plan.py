@@ -73,8 +73,8 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
             raise ValueError(f"--{name}={options[name]} must be yes or no")
     validate(config)
     for name in ("output", "dump_hlo"):
-        if options[name]:
-            _check_writable(name, pathlib.Path(options[name] or ""))
+        if path := options[name]:
+            _check_writable(name, pathlib.Path(path))
     price = None if options["price"] is None else _price(options["price"])
     num_samples, slices = _number(options, "num_samples", 400_000_000), _number(options, "slices", 1)
     if config.model.attention is AttentionMethod.CUDNN and topology != targets.HERE:

@@ -26,8 +26,13 @@ DOES_NOT_FIT = 3
 GPU_POOL = 0.75
 """Of a GPU's memory, that JAX takes when it starts (docs.jax.dev, GPU memory allocation)."""
 
-DEFAULT_SAMPLES = 400_000_000
-"""Of the training source where nobody says: only the memory of `loss.kind=global` depends on it."""
+NEARLY_FULL = (
+    f"more than the {GPU_POOL:.0%} of a GPU that JAX takes at first, and older versions at most: "
+    "set XLA_CLIENT_MEM_FRACTION=0.95"
+)
+
+UNKNOWN = ("peak_hbm_bytes", "predicted_step_seconds", "roofline_step_seconds", "predicted_mfu", "collectives")
+"""What a plan always has; null where the compiler refuses the step."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,7 @@ def make_plan(config: Config, target: Target, compiled: Compiled, *, price: floa
         "compiler_options": compiler_options(list(compiled.mesh.devices.flat)),
     }
     if compiled.executable is None:
-        unknown = dict.fromkeys(
-            ("peak_hbm_bytes", "predicted_step_seconds", "roofline_step_seconds", "predicted_mfu", "collectives")
-        )
-        return {**plan, **unknown, "fits": False, "reason": compiled.refusal}
+        return {**plan, **dict.fromkeys(UNKNOWN), "fits": False, "reason": compiled.refusal}
     analysis = compiled.executable.memory_analysis()
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     peak = max(analysis.peak_memory_in_bytes, arguments) if target.chip.platform == "tpu" else arguments + temporaries
@@ -133,10 +135,7 @@ def make_plan(config: Config, target: Target, compiled: Compiled, *, price: floa
         "predicted_chip_hours": hours * chips,
     }
     if target.chip.platform == "gpu" and peak > GPU_POOL * target.chip.memory_bytes:
-        plan["note"] = (
-            f"more than the {GPU_POOL:.0%} of a GPU that JAX takes at first, and older versions at most: "
-            "set XLA_CLIENT_MEM_FRACTION=0.95"
-        )
+        plan["note"] = NEARLY_FULL
     if price is not None:
         plan |= {"price_per_chip_hour": price, "predicted_cost": price * hours * chips}
     return plan

@@ -79,17 +79,17 @@ class Search:
             "method": config.loss.method,
         }
         self.tries: list[Try] = []
-        if self._refusal(self._start):
+        if refusal := self._refusal(self._start):
             meshes = [{**self._start, "fsdp": fsdp, "tensor": 1} for fsdp in FSDP]
             possible = [changes for changes in meshes if not self._refusal(changes)]
             if not possible:
-                raise ValueError(self._refusal(self._start))
+                raise ValueError(refusal)
             self._start = possible[0]
 
     @property
     def best(self) -> dict[str, Any]:
         """Changes of the best so far."""
-        return min(self.tries, key=lambda attempt: attempt.rank).changes if self.tries else self._start
+        return self.ranked[0].changes if self.tries else self._start
 
     def attempt(self, **changes: Any) -> None:
         """Compile one more; what the mesh or the batch does not allow is passed over."""
