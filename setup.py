@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["clipjax", "clipjax.*"]),
-    entry_points={"console_scripts": ["clipjax=clipjax.cli:console"]},
+    entry_points={"console_scripts": ["clipjax=clipjax.cli.main:console"]},
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8.1",

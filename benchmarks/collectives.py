@@ -138,7 +138,7 @@ def compile_loss(mesh: Any, *, pairs: int, embed: int = EMBED, **options: Any) -
     import jax.numpy as jnp
 
     from clipjax.losses import make_loss
-    from clipjax.sharding import batch_sharding, replicated
+    from clipjax.runtime.sharding import batch_sharding, replicated
 
     loss = jax.value_and_grad(make_loss(mesh=mesh, **options), argnums=(0, 1, 2), has_aux=True)
     rows = jax.ShapeDtypeStruct((pairs, embed), jnp.float32, sharding=batch_sharding(mesh))
@@ -192,7 +192,7 @@ def main() -> None:
     import jax
 
     from clipjax.config import MeshConfig
-    from clipjax.sharding import make_mesh
+    from clipjax.runtime.sharding import make_mesh
 
     rows = []
 

@@ -36,7 +36,7 @@ def measure(way: str, n: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
     from benchmarks.machine import peak_bytes, reset_peak, unit_rows
     from clipjax.losses import make_loss, softmax_loss
-    from clipjax.losses.kinds import Softmax
+    from clipjax.losses.softmax import Softmax
     from clipjax.losses.tiles import DEFAULT_TILE, Product
 
     dot = Product(Softmax(), DEFAULT_TILE, jnp.dtype(arguments.dtype)).dot

@@ -45,7 +45,8 @@ def command(case: str, topology: str, output: pathlib.Path, *more: str) -> list[
     config, *overrides = CASES[case]
     config = f"--config=configs/clip.py:{config}"
     return [
-        sys.executable, "-m", "clipjax.plan", config, f"--topology={topology}", f"--output={output}", *overrides, *more
+        sys.executable, "-m", "clipjax", "plan", config, f"--topology={topology}", f"--output={output}",
+        *overrides, *more,
     ]  # fmt: skip
 
 

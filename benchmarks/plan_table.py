@@ -30,7 +30,7 @@ def plan(preset: str, chip: str, batch: int, remat: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "plan.json"
         command = [
-            "-m", "clipjax.plan", f"--config=configs/clip.py:{preset},batch={batch}", f"--topology={topology}",
+            "-m", "clipjax", "plan", f"--config=configs/clip.py:{preset},batch={batch}", f"--topology={topology}",
             *([f"--slices={slices}"] if slices else []), f"--config.model.remat={remat}",
         ]  # fmt: skip
         done = subprocess.run(

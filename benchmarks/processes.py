@@ -54,7 +54,7 @@ def start(folder: pathlib.Path, name: str, count: int, each: int, total: int) ->
         port = probe.getsockname()[1]
     flags = f"--xla_force_host_platform_device_count={each}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "2", "XLA_FLAGS": flags}
-    words = [sys.executable, "-m", "clipjax.train", f"--config={config}", f"--workdir={folder / name}"]
+    words = [sys.executable, "-m", "clipjax", "train", f"--config={config}", f"--workdir={folder / name}"]
     return [
         subprocess.Popen(
             [*words, f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"],

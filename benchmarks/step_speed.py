@@ -35,20 +35,21 @@ def clipjax_step(batch_size: int) -> tuple[Callable[[], float], dict]:
     import jax
     import numpy as np
 
-    from clipjax import grads, optim, sharding
     from clipjax.losses import make_loss
     from clipjax.models.clip import abstract_params, build_clip, make_encode
-    from clipjax.step import make_init_state, make_train_step
+    from clipjax.runtime import sharding
+    from clipjax.training import gradients, optimizer
+    from clipjax.training.step import make_init_state, make_train_step
     from configs.emoji import get_config
 
     config = get_config()
     config.global_batch_size = batch_size
     mesh, clip = sharding.make_mesh(config.mesh), build_clip(config.model)
-    tx = optim.make_tx(config, abstract_params(config.model))
-    grads_fn = functools.partial(grads.direct, make_encode(clip, config.data), make_loss(mesh=mesh))
+    tx = optimizer.make_tx(config, abstract_params(config.model))
+    grads_fn = functools.partial(gradients.direct, make_encode(clip, config.data), make_loss(mesh=mesh))
     jax.set_mesh(mesh)
     state = jax.jit(make_init_state(config, clip.init, tx, num_samples=1))(jax.random.key(0))
-    step = jax.jit(make_train_step(config, grads_fn, tx, optim.make_schedule(config)), donate_argnums=0)
+    step = jax.jit(make_train_step(config, grads_fn, tx, optimizer.make_schedule(config)), donate_argnums=0)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (batch_size, 64, 64, 3)).astype(np.uint8),

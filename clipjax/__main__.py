@@ -2,7 +2,7 @@
 
 import sys
 
-from clipjax.cli import main
+from clipjax.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,17 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from clipjax import sharding
-from clipjax.checkpoint import SavedCheckpoint
+from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.config import Config, DecoderConfig, MeshConfig
+from clipjax.config.validation import check_embeddings
 from clipjax.data.images import make_view
-from clipjax.data.tokenizer import Tokenizer, tokenize
+from clipjax.data.tokenizers.protocol import Tokenizer, tokenize
 from clipjax.evals.zero_shot import zero_shot_classifier
-from clipjax.generation import Frame, beam_search, generate, greedy, make_top_k
-from clipjax.models.clip import abstract_model, build_clip, normalise_pixels
+from clipjax.models.clip import build_clip, normalise_pixels
+from clipjax.models.generation import Frame, beam_search, generate, greedy, make_top_k
+from clipjax.runtime import sharding
 from clipjax.typing import Params
 
 CAPTIONS_AT_ONCE = 64
@@ -178,19 +178,6 @@ class Model:
         return np.concatenate(parts)
 
 
-def check_embeddings(config: Config) -> None:
-    """Refuse a model that was not trained to embed anything.
-
-    Raises:
-        ValueError: it is one.
-    """
-    if config.loss.contrastive_weight == 0:
-        raise ValueError(
-            "this model predicts captions only (loss.contrastive_weight=0): it has no embeddings; zero-shot evaluation "
-            "ranks classes by the likelihood of their prompts"
-        )
-
-
 def _batches(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
     """Rows in batches padded to a power of two, so that few shapes are compiled, and how many of each count."""
     for start in range(0, len(rows), size):
@@ -231,9 +218,3 @@ def load(path: str | pathlib.Path) -> Model:
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     params = load_params(saved, mesh)
     return Model(saved.config, params, saved.tokenizer())
-
-
-def load_params(saved: SavedCheckpoint, mesh: Mesh) -> Params:
-    """The parameters to evaluate, on any mesh."""
-    abstract = abstract_model(saved.config.model)
-    return saved.params(sharding.placed(abstract, sharding.state_shardings(mesh, abstract)))

@@ -10,7 +10,6 @@ Made for 256 accelerators of 16 GB (128 pairs each), by `clipjax plan`; not run 
 more is kept for the backward pass, with a larger one less (`FITS`).
 """
 
-from clipjax import presets
 from clipjax.config import (
     CheckpointConfig,
     Config,
@@ -25,6 +24,7 @@ from clipjax.config import (
     Remat,
     TextTransformerConfig,
     ViTConfig,
+    presets,
 )
 
 NAMES = ("vit_b32", "vit_b16", "vit_l14", "vit_l14_336", "vit_h14", "so400m", "tiny")

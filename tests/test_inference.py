@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from clipjax.config import Config, DecoderConfig, ModelConfig, TextTransformerConfig, ViTConfig
-from clipjax.data.tokenizer import BytesTokenizer
+from clipjax.data.tokenizers.bytes import BytesTokenizer
 from clipjax.inference import Model
 from clipjax.models.clip import build_clip
 

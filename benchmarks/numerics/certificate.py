@@ -158,9 +158,10 @@ def measure(case: Case, scales: Sequence[float] = SCALES) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from clipjax import grads, sharding
     from clipjax.config import MeshConfig
     from clipjax.losses import Memory, Teacher, make_loss
+    from clipjax.runtime import sharding
+    from clipjax.training import gradients
     from clipjax.typing import Encoded
 
     slices, data, fsdp, tensor = case.mesh
@@ -175,7 +176,7 @@ def measure(case: Case, scales: Sequence[float] = SCALES) -> dict[str, float]:
         return Encoded(*picked, params["scale"], params["bias"])
 
     devices = sharding.batch_devices(mesh)
-    grads_fn = grads.make_cached(len(image) // 2 // devices * devices, devices) if case.cached else grads.direct
+    grads_fn = gradients.make_cached(len(image) // 2 // devices * devices, devices) if case.cached else gradients.direct
     given = chosen.given()
     given |= {name: make(*given[name]) for name, make in (("teacher", Teacher), ("memory", Memory)) if name in given}
     found = []

@@ -14,12 +14,13 @@ import sys
 import jax
 import numpy as np
 
-from clipjax import flags, optim
-from clipjax.data.pipeline import TrainStream
-from clipjax.data.tokenizer import TextToTokens
-from clipjax.inputs import open_inputs
+from clipjax.cli import arguments
+from clipjax.data.tokenizers.protocol import TextToTokens
+from clipjax.data.training_stream import TrainStream
 from clipjax.models.clip import abstract_params, build_clip, make_encode
-from clipjax.step import make_init_state
+from clipjax.training import optimizer
+from clipjax.training.inputs import open_inputs
+from clipjax.training.step import make_init_state
 
 ROWS = 1024
 
@@ -38,11 +39,11 @@ def softmax_loss(image: np.ndarray, text: np.ndarray, scale: float) -> float:
 
 
 def main() -> None:
-    arguments = flags.parse("first_loss", sys.argv[1:], options={"workdir": "of the run"})
-    config = arguments.config
+    parsed = arguments.parse("first_loss", sys.argv[1:], options={"workdir": "of the run"})
+    config = parsed.config
     inputs = open_inputs(config)
     clip, tokenize = build_clip(config.model), TextToTokens(inputs.tokenizer, config.model.text.context_length)
-    tx = optim.make_tx(config, abstract_params(config.model))
+    tx = optimizer.make_tx(config, abstract_params(config.model))
     params = jax.jit(make_init_state(config, clip.init, tx, num_samples=1))(jax.random.key(config.seed)).params
     stream = TrainStream(inputs.source, tokenize=tokenize, config=config)
     batch = next(stream)
@@ -54,7 +55,7 @@ def main() -> None:
     ]
     image, text = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in (0, 1))
     expected = softmax_loss(image, text, float(parts[0][2]))
-    log = pathlib.Path(arguments.options["workdir"]) / "metrics.jsonl"
+    log = pathlib.Path(parsed.options["workdir"]) / "metrics.jsonl"
     first = json.loads(log.read_text().splitlines()[0])
     error = abs(first["loss"] - expected) / expected
     print(f"step {first['step']}: logged {first['loss']:.9f}, float64 {expected:.9f}, relative difference {error:.1e}")

@@ -22,11 +22,12 @@ import numpy as np
 
 import clipjax
 from benchmarks.machine import describe
+from clipjax.cli.convert import main_convert, main_export
 from clipjax.config import DecoderConfig, Dtype
-from clipjax.data.tokenizer import build_tokenizer, tokenize
+from clipjax.data.tokenizers.build import build_tokenizer
+from clipjax.data.tokenizers.protocol import tokenize
 from clipjax.inference import Model
 from clipjax.models.clip import build_clip
-from clipjax.weights import main_convert, main_export
 
 BIG_VISION_PEER = pathlib.Path(__file__).with_name("big_vision_peer.py")
 PEER = pathlib.Path(__file__).with_name("peer.py")

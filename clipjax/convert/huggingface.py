@@ -17,7 +17,7 @@ from clipjax.config import (
     TextTransformerConfig,
     ViTConfig,
 )
-from clipjax.convert.known import MOST_LAYERS, Known
+from clipjax.convert.peer_config import MOST_LAYERS, Known
 from clipjax.convert.rules import Rule, Table, attention, heads_out, linear, norm, rule
 
 ACTIVATIONS = {

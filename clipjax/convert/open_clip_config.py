@@ -17,7 +17,7 @@ from clipjax.config import (
     TextTransformerConfig,
     ViTConfig,
 )
-from clipjax.convert.known import MOST, MOST_LAYERS, Known
+from clipjax.convert.peer_config import MOST, MOST_LAYERS, Known
 
 SIGLIP_TRUNKS = {
     "vit_base_patch16_siglip": (16, 768, 12, 12, None, Activation.GELU),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clipjax.config import CLIP_MEAN, CLIP_STD, DataConfig, Interpolation, Resize
-from clipjax.convert.known import Known
+from clipjax.convert.peer_config import Known
 
 HALF = (0.5, 0.5, 0.5)
 MOST_MEAN = 1_000

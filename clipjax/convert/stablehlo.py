@@ -17,7 +17,7 @@ from jax import export
 from clipjax.config import Config
 from clipjax.convert import files
 from clipjax.models.clip import build_clip, normalise_pixels
-from clipjax.trees import from_flat
+from clipjax.pytrees import from_flat
 
 IMAGE_FILE, TEXT_FILE, WEIGHTS_FILE = "image.stablehlo", "text.stablehlo", "model.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")

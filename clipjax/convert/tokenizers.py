@@ -7,19 +7,14 @@ from typing import Any
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from clipjax.convert import tokenizer_json
+from clipjax.convert import tokenizer_export
 from clipjax.convert.files import read_json
-from clipjax.data.bpe import END_TEXT, MERGES_FILE, START_TEXT, ClipBpe, read_file
-from clipjax.data.tokenizer import (
-    BytesTokenizer,
-    HuggingFaceTokenizer,
-    NoTokenizer,
-    SentencePieceTokenizer,
-    Siglip2Tokenizer,
-    SiglipTokenizer,
-    Tokenizer,
-    build_tokenizer,
-)
+from clipjax.data.tokenizers.build import build_tokenizer
+from clipjax.data.tokenizers.bytes import BytesTokenizer
+from clipjax.data.tokenizers.clip_bpe import END_TEXT, MERGES_FILE, START_TEXT, ClipBpe, read_file
+from clipjax.data.tokenizers.huggingface import HuggingFaceTokenizer, Siglip2Tokenizer
+from clipjax.data.tokenizers.protocol import NoTokenizer, Tokenizer
+from clipjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, SiglipTokenizer
 
 OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
 PIECES_FILE = "spiece.model"
@@ -103,9 +98,9 @@ def write(tokenizer: Tokenizer, context_length: int) -> dict[str, bytes]:
             return _fast_files(tokenizers.Tokenizer.from_str(content.decode()), tokenizer, context_length)
         case SentencePieceTokenizer():
             [content] = tokenizer.files().values()
-            return _fast_files(tokenizer_json.of_sentencepiece(content), tokenizer, context_length)
+            return _fast_files(tokenizer_export.of_sentencepiece(content), tokenizer, context_length)
         case BytesTokenizer():
-            return _fast_files(tokenizer_json.of_bytes(), tokenizer, context_length)
+            return _fast_files(tokenizer_export.of_bytes(), tokenizer, context_length)
         case _:
             return {}
 

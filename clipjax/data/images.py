@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.config import Config, Interpolation, Resize
-from clipjax.data.sources import BadSample
+from clipjax.data.sample import BadSample
 
 _FORMATS = ("PNG", "WEBP")
 _ASPECT = (3 / 4, 4 / 3)  # width / height of a random crop, as in torchvision

@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clipjax.config import Config
-from clipjax.data.tokenizer import Tokenizer, tokenize
+from clipjax.data.tokenizers.protocol import Tokenizer, tokenize
 from clipjax.models.clip import Clip, normalise_pixels
 from clipjax.models.text import end_of_text
-from clipjax.sharding import batch_sharding, global_batch, replicated
+from clipjax.runtime.sharding import batch_sharding, global_batch, replicated
 from clipjax.typing import Params
 
 

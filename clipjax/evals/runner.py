@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 
 from clipjax.config import Config, TaskConfig, TaskKind
+from clipjax.data.eval_batches import eval_batches
 from clipjax.data.images import make_view
-from clipjax.data.pipeline import eval_batches
-from clipjax.data.sources import Source, build_source
+from clipjax.data.sample import Source
+from clipjax.data.sources import build_source
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.prompts import load_classes, load_templates
 from clipjax.evals.retrieval import image_retrieval, retrieval

@@ -16,11 +16,11 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from clipjax.config import LossMethod
-from clipjax.losses.kinds import Own
+from clipjax.losses.logit_loss import Own
+from clipjax.losses.partitioning import Gathered, Pairs, Ring, Saved, Start, Way, Whole
 from clipjax.losses.tiles import Gradients, Product, Scaling
 from clipjax.losses.topology import choose_method, gather_stages
-from clipjax.losses.ways import Gathered, Pairs, Ring, Saved, Start, Way, Whole
-from clipjax.sharding import SLICE, batch_axes, batch_devices
+from clipjax.runtime.sharding import SLICE, batch_axes, batch_devices
 from clipjax.typing import Metrics
 
 TIE = 1e-6

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from clipjax.losses.kinds import Kind, Tile
+from clipjax.losses.logit_loss import Kind, Tile
 
 DEFAULT_TILE = 1024
 

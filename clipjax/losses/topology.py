@@ -3,9 +3,9 @@
 import numpy as np
 from jax.sharding import Mesh
 
-from clipjax.chips import memory_bytes
 from clipjax.config import LossMethod
-from clipjax.sharding import SLICE, batch_axes, batch_devices
+from clipjax.runtime.chips import memory_bytes
+from clipjax.runtime.sharding import SLICE, batch_axes, batch_devices
 
 RING_ROWS = 1024
 """Pairs of one device from which `auto` takes the ring. It needs 8 r n e FLOPs where gathering needs 10, and no memory

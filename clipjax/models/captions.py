@@ -13,7 +13,7 @@ from clipjax.config import DecoderConfig, ModelConfig, TextTransformerConfig
 from clipjax.models.layers import LayerNorm, Linear, Numerics
 from clipjax.models.text import end_of_text
 from clipjax.models.transformer import Block, CrossAttention, Mlp, stack_blocks, text_block_init
-from clipjax.sharding import constrain
+from clipjax.runtime.sharding import constrain
 
 
 class DecoderLayer(nn.Module):

@@ -28,7 +28,7 @@ from clipjax.models.layers import Numerics
 from clipjax.models.resnet import ModifiedResNet
 from clipjax.models.text import Cbow, TextTransformer
 from clipjax.models.vit import VisionTransformer
-from clipjax.trees import map_with_name, match_any, names
+from clipjax.pytrees import map_with_name, match_any, names
 from clipjax.typing import Batch, Encoded, Key, Params
 
 

@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from clipjax.model_validation import LANES
-from clipjax.sharding import on_shards, shards
+from clipjax.config.model_validation import LANES
+from clipjax.runtime.sharding import on_shards, shards
 
 BLOCK_BYTES = 2**20
 """Of queries, keys and values that one program of the grid reads, as long as that is more than one sequence."""

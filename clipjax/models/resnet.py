@@ -17,7 +17,7 @@ from clipjax.config import ModelConfig, ResNetConfig
 from clipjax.models.layers import Initializer, Numerics, align, torch_uniform
 from clipjax.models.pool import MeanQueryPool
 from clipjax.models.transformer import remat_block, stack_blocks
-from clipjax.sharding import constrain
+from clipjax.runtime.sharding import constrain
 
 MOMENTUM = 0.1
 """Share of the newest batch in the running statistics, as in PyTorch."""

@@ -10,7 +10,7 @@ from clipjax.config import CbowConfig, ModelConfig, Projection, TextPool, TextTr
 from clipjax.models.layers import LayerNorm, Numerics, align, tower_projection
 from clipjax.models.pool import AttentionPool
 from clipjax.models.transformer import Transformer, text_block_init
-from clipjax.sharding import constrain
+from clipjax.runtime.sharding import constrain
 
 
 def end_of_text(tokens: Int[Array, "b l"]) -> Int[Array, " b"]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from clipjax.config import Activation, AttentionMethod, ModelConfig, Remat, TextTransformerConfig, ViTConfig
 from clipjax.models.fused_attention import fused_attention, is_supported
 from clipjax.models.layers import HIDDEN, PRODUCT, Initializer, LayerNorm, Linear, Numerics, activation, torch_uniform
-from clipjax.sharding import constrain, platform, runs_on, shards
+from clipjax.runtime.sharding import constrain, platform, runs_on, shards
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from clipjax.models.layers import LayerNorm, Linear, Numerics, align, torch_unif
 from clipjax.models.pool import AttentionPool, QueryPool
 from clipjax.models.positions import sincos
 from clipjax.models.transformer import Transformer, image_block_init
-from clipjax.sharding import constrain
+from clipjax.runtime.sharding import constrain
 
 
 def patchify(pixels: Float[Array, "b h w c"], size: int) -> Float[Array, "b l size size c"]:

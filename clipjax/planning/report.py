@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 
-from clipjax import hlo, sharding
-from clipjax.compiler_options import compiler_options
 from clipjax.config import Config, total_steps
-from clipjax.flops import model_flops
-from clipjax.metrics import format_table
-from clipjax.planning import memory, timing, traffic
+from clipjax.models.flops import model_flops
+from clipjax.planning import hlo, memory, timing, traffic
 from clipjax.planning.targets import Target, compiler_versions
-from clipjax.program import build_program
+from clipjax.runtime import sharding
+from clipjax.runtime.compilation import compiler_options
+from clipjax.runtime.terminal import format_table
+from clipjax.training.program import build_program
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 GIB = 2**30

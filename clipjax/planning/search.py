@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipjax.config import Config, LossMethod, Remat
-from clipjax.metrics import format_table
+from clipjax.config.validation import validate
 from clipjax.planning.report import DOES_NOT_FIT, GIB, compile_step, make_plan
 from clipjax.planning.targets import Target, check_devices
-from clipjax.validation import validate
+from clipjax.runtime.terminal import format_table
 
 FSDP = (1, 4, 8, 16, 32, 64)
 TENSOR = (1, 2, 4)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clipjax.chips import CHIPS, Chip, Gpu, Tpu, of_kind
 from clipjax.config import Config
-from clipjax.validation import validate_devices
+from clipjax.config.validation import validate_devices
+from clipjax.runtime.chips import CHIPS, Chip, Gpu, Tpu, of_kind
 
 HERE = "here"
 

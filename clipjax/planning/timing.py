@@ -8,9 +8,9 @@ the shares of the peaks that an H200 was seen to reach.
 
 from dataclasses import dataclass
 
-from clipjax.chips import Chip, Tpu
-from clipjax.hlo import Instruction, Program
+from clipjax.planning.hlo import Instruction, Program
 from clipjax.planning.traffic import KINDS, Collective
+from clipjax.runtime.chips import Chip, Tpu
 
 GPU_PRODUCT_SHARE, GPU_MEMORY_SHARE = 0.6, 0.8
 """Of a GPU's peaks, that products and memory traffic of a training step reach."""

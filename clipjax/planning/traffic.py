@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from clipjax.chips import Chip, Tpu
 from clipjax.config import Config, Dtype, TextTransformerConfig, ViTConfig
-from clipjax.hlo import Instruction, Program, arrays_of, bytes_of
+from clipjax.planning.hlo import Instruction, Program, arrays_of, bytes_of
+from clipjax.runtime.chips import Chip, Tpu
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _SLICES = ("send", "recv")

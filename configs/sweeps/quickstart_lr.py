@@ -3,7 +3,7 @@
 clipjax sweep --config=configs/quickstart.py --sweep=configs/sweeps/quickstart_lr.py --workdir=runs/quickstart_lr
 """
 
-from clipjax.search import Grid, Sweep
+from clipjax.sweeps import Grid, Sweep
 
 
 def get_sweep() -> Sweep:

@@ -7,8 +7,10 @@ import pytest
 from safetensors import numpy as safetensors
 
 import clipjax
-from clipjax import presets
-from clipjax.weights import main_convert, read_peer
+from clipjax.cli.convert import main_convert
+from clipjax.config import presets
+from clipjax.convert.importer import read_peer
+from tests.commands import exit_code
 
 HEADS = 4
 
@@ -102,7 +104,7 @@ def test_weights_agree_with_the_peer(shared: pathlib.Path, tmp_path: pathlib.Pat
     arrays = arrange(as_big_vision(safetensors.load_file(root / "weights.safetensors")))
     np.savez(tmp_path / "weights.npz", **arrays)
     arguments = ["--from=big_vision", f"--input={tmp_path / 'weights.npz'}", "--model=small"]
-    assert main_convert([*arguments, f"--output={tmp_path / 'ours'}"]) == 0
+    assert exit_code(main_convert, [*arguments, f"--output={tmp_path / 'ours'}"]) == 0
     ours, target = clipjax.load(tmp_path / "ours"), np.load(root / "reference.npz", allow_pickle=False)
     found = {
         "image_features": ours.embed_pixels(target["images"].transpose(0, 2, 3, 1)),
@@ -120,7 +122,7 @@ def test_a_missing_and_an_unknown_array_are_told(shared: pathlib.Path, tmp_path:
     del arrays["params/img/Transformer/encoderblock_1/LayerNorm_0/scale"]
     np.savez(tmp_path / "weights.npz", **arrays, **{"params/opt": np.zeros(1, np.float32)})
     arguments = ["--from=big_vision", f"--input={tmp_path / 'weights.npz'}", "--model=small"]
-    assert main_convert([*arguments, f"--output={tmp_path / 'ours'}"]) == 2
+    assert exit_code(main_convert, [*arguments, f"--output={tmp_path / 'ours'}"]) == 2
     told = capsys.readouterr().err
     assert "params/img/Transformer/encoderblock_1/LayerNorm_0/scale: missing" in told
     assert "params/opt: no rule for it" in told

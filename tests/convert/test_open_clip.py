@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from clipjax import presets
 from clipjax.config import (
     Activation,
     CbowConfig,
@@ -18,11 +17,12 @@ from clipjax.config import (
     TextPool,
     TextTransformerConfig,
     ViTConfig,
+    presets,
 )
 from clipjax.convert import huggingface, open_clip, open_clip_config
 from clipjax.convert.rules import to_ours, to_theirs
 from clipjax.models.clip import abstract_model
-from clipjax.trees import to_flat
+from clipjax.pytrees import to_flat
 
 VIT = {"image_size": 16, "patch_size": 8, "width": 128, "depth": 2, "num_heads": 2}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "depth": 2, "num_heads": 2}

@@ -7,8 +7,9 @@ import pytest
 from safetensors import numpy as safetensors
 
 import clipjax
+from clipjax.cli.convert import main_convert
 from clipjax.convert import pytorch
-from clipjax.weights import main_convert
+from tests.commands import exit_code
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def test_without_pytorch_the_extra_is_named(tmp_path: pathlib.Path, monkeypatch:
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     (tmp_path / "model.pt").write_bytes(b"\x80\x04")
     arguments = ["--from=openai", f"--input={tmp_path / 'model.pt'}", "--model=ViT-B/32"]
-    assert main_convert([*arguments, f"--output={tmp_path / 'out'}"]) == 2
+    assert exit_code(main_convert, [*arguments, f"--output={tmp_path / 'out'}"]) == 2
     told = capsys.readouterr().err
     assert "a pickle can run any code" in told and "pip install 'clipjax[torch]'" in told
 
@@ -42,7 +43,10 @@ def test_tensors_are_read(torch, shared: pathlib.Path, tmp_path: pathlib.Path, w
     (tmp_path / "in").mkdir()
     torch.save(saved, tmp_path / "in" / "model.bin")
     (tmp_path / "in" / "config.json").write_bytes((root / "config.json").read_bytes())
-    assert main_convert(["--from=open_clip", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'ours'}"]) == 0
+    assert (
+        exit_code(main_convert, ["--from=open_clip", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'ours'}"])
+        == 0
+    )
     ours, target = clipjax.load(tmp_path / "ours"), np.load(root / "reference.npz", allow_pickle=False)
     np.testing.assert_allclose(
         ours.embed_tokens(target["tokens"].astype(np.int32)), target["text_features"], rtol=0, atol=2e-5

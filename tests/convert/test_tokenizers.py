@@ -8,18 +8,13 @@ import random
 import numpy as np
 import pytest
 
-from clipjax.convert import tokenizer_json
+from clipjax.convert import tokenizer_export
 from clipjax.convert.tokenizers import find, open_clip_fields, write
-from clipjax.data.tokenizer import (
-    BytesTokenizer,
-    NoTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    build_tokenizer,
-    tokenize,
-    without_surrogates,
-)
-from clipjax.data.tokenizer_training import train_sentencepiece
+from clipjax.data.tokenizers.build import build_tokenizer
+from clipjax.data.tokenizers.bytes import BytesTokenizer
+from clipjax.data.tokenizers.protocol import NoTokenizer, Tokenizer, tokenize, without_surrogates
+from clipjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from clipjax.data.tokenizers.training import train_sentencepiece
 
 LENGTH = 24
 WORDS = ("a", "photo", "of", "the", "red", "Dog's", "café", "naïve", "ÉCOLE", "3,141", "½", "東京", "😀", "ﬁ", "\u200d")
@@ -109,7 +104,7 @@ def test_a_model_of_words_is_refused():
     options = {"vocab_size": 8, "model_type": "word", "hard_vocab_limit": False, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(WORDS * 3), model_writer=model, **options)
     with pytest.raises(ValueError, match=r"a tokenizer\.json cannot hold"):
-        tokenizer_json.of_sentencepiece(model.getvalue())
+        tokenizer_export.of_sentencepiece(model.getvalue())
 
 
 def test_clips_own_vocabulary_is_found_again(shared: pathlib.Path, tmp_path: pathlib.Path):

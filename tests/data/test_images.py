@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from clipjax.data.images import decode, random_resized_crop, resize_center_crop
-from clipjax.data.sources import BadSample
+from clipjax.data.sample import BadSample
 
 
 def encoded(image: Image.Image, image_format: str, **options) -> bytes:

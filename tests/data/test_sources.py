@@ -1,7 +1,6 @@
 """Captions, arrays, prepared TFDS data and the strings that name a source."""
 
 import io
-import os
 import pathlib
 import pickle
 import socket
@@ -12,10 +11,10 @@ import pytest
 from PIL import Image
 
 from clipjax.config import DataConfig
-from clipjax.data.sources import REASONS, ArraySource, BadSample, build_source, clean_caption
+from clipjax.data.sample import REASONS, BadSample, clean_caption
+from clipjax.data.sources import ArraySource, build_source
 from clipjax.data.webdataset import TarSource
-
-SHARED = pathlib.Path(os.environ.get("CLIPJAX_SHARED", pathlib.Path(__file__).resolve().parents[2].parent / "shared"))
+from tests.conftest import SHARED
 
 
 def reason_of(source, index: int) -> str:

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from clipjax.data.sources import BadSample, Sample
+from clipjax.data.sample import BadSample, Sample
 from clipjax.data.webdataset import TarSource
 
 IMAGE = b"\xff\xd8 not decoded here"

@@ -70,7 +70,7 @@ def environment(**changes: str) -> dict[str, str]:
 def start(*arguments: str, **changes: str) -> subprocess.Popen:
     """A front door as a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
+        [sys.executable, "-m", "clipjax", *arguments],
         env=environment(**changes),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 import clipjax
-from clipjax.checkpoint import find_checkpoint
-from clipjax.journal import sample_digest
+from clipjax.checkpoints.saved import find_checkpoint
+from clipjax.monitoring.run_logger import sample_digest
 from tests.e2e.conftest import run, start
 from tests.e2e.test_run import make_tar
 
@@ -30,7 +30,7 @@ LAST_STEP = 12
 
 
 def train_arguments(config: pathlib.Path, workdir: pathlib.Path) -> tuple[str, ...]:
-    return ("clipjax.train", f"--config={config}", f"--workdir={workdir}")
+    return ("train", f"--config={config}", f"--workdir={workdir}")
 
 
 def devices(count: int) -> dict[str, str]:
@@ -266,7 +266,7 @@ def test_four_processes_save_what_one_restores_and_back(tiny_config, four, tmp_p
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_evaluation_gives_the_same_on_several_processes(finished, tmp_path, cache, count):
-    arguments = ("clipjax.eval", f"--checkpoint={finished}", f"--output={tmp_path}/results.json")
+    arguments = ("eval", f"--checkpoint={finished}", f"--output={tmp_path}/results.json")
     with processes(count, *arguments, **cache) as all_of_them:
         first, *others = outputs(all_of_them, expect=0)
     assert "scenes/val" in first and not any("scenes/val" in text for text in others)

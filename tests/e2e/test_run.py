@@ -13,14 +13,15 @@ import pytest
 from PIL import Image
 
 import clipjax
-from clipjax.checkpoint import SavedCheckpoint, find_checkpoint
+from clipjax.checkpoints.saved import SavedCheckpoint, find_checkpoint
+from tests.commands import exit_code
 from tests.e2e.conftest import run, start
 
 TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left")
 
 
 def train_arguments(config: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> tuple[str, ...]:
-    return ("clipjax.train", f"--config={config}", f"--workdir={workdir}", *overrides)
+    return ("train", f"--config={config}", f"--workdir={workdir}", *overrides)
 
 
 def log_lines(workdir: pathlib.Path) -> list[dict]:
@@ -217,13 +218,13 @@ def test_going_on_with_another_config_is_refused(tiny_config, finished):
 
 
 def test_eval_needs_only_the_checkpoint_and_gives_what_training_gave(finished, tmp_path, cache):
-    output = run("clipjax.eval", f"--checkpoint={finished}", f"--output={tmp_path}/results.json", **cache)
+    output = run("eval", f"--checkpoint={finished}", f"--output={tmp_path}/results.json", **cache)
     assert "scenes/val" in output
     ours = json.loads((tmp_path / "results.json").read_text())
     assert ours == json.loads((finished / "results.json").read_text())
-    one = run("clipjax.eval", f"--checkpoint={finished}/checkpoints/9", "--tasks=scenes/val", **cache)
+    one = run("eval", f"--checkpoint={finished}/checkpoints/9", "--tasks=scenes/val", **cache)
     assert "scenes/pairs" not in one
-    refused = run("clipjax.eval", f"--checkpoint={finished}", "--tasks=imagenet", expect=2)
+    refused = run("eval", f"--checkpoint={finished}", "--tasks=imagenet", expect=2)
     assert "imagenet is not among the tasks of the checkpoint's config (scenes/val, scenes/pairs)" in refused
 
 
@@ -341,20 +342,20 @@ def test_init_from_another_model_is_refused(tiny_config, finished, tmp_path):
     ],
 )
 def test_mistakes_are_refused_in_one_clear_message(tiny_config, tmp_path, overrides, message, capfd, monkeypatch):
-    from clipjax import train
+    from clipjax.cli import train
 
     monkeypatch.setattr("jax.device_count", lambda: 1)
-    assert train.main([f"--config={tiny_config}", f"--workdir={tmp_path}", *overrides]) == 2
+    assert exit_code(train.main, [f"--config={tiny_config}", f"--workdir={tmp_path}", *overrides]) == 2
     error = capfd.readouterr().err
     assert message in error
     assert all(line.startswith("clipjax train: error: ") for line in error.splitlines())
 
 
 def test_an_unwritable_workdir_is_refused(tiny_config, tmp_path, capfd):
-    from clipjax import train
+    from clipjax.cli import train
 
     (tmp_path / "file").write_text("")
-    assert train.main([f"--config={tiny_config}", f"--workdir={tmp_path}/file/run"]) == 2
+    assert exit_code(train.main, [f"--config={tiny_config}", f"--workdir={tmp_path}/file/run"]) == 2
     assert "cannot be written to" in capfd.readouterr().err
 
 

@@ -21,7 +21,7 @@ from clipjax.convert import huggingface, open_clip, open_clip_config
 from clipjax.convert.rules import Table, to_ours, to_theirs
 from clipjax.losses import sigmoid_loss, softmax_loss
 from clipjax.models.clip import abstract_model, build_clip
-from clipjax.trees import from_flat, to_flat
+from clipjax.pytrees import from_flat, to_flat
 
 TOLERANCE = 2e-5
 FOLDERS = ("openclip-vit-gelu", "openclip-vit-quickgelu", "openclip-rn-gelu", "hf-clip-quickgelu", "hf-siglip")

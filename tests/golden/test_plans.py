@@ -42,7 +42,7 @@ def digest(name: str) -> dict:
     """Of the step of a run, compiled now."""
     with tempfile.TemporaryDirectory() as folder:
         output = pathlib.Path(folder) / "plan.json"
-        command = [sys.executable, "-m", "clipjax.plan", *RUNS[name], f"--output={output}"]
+        command = [sys.executable, "-m", "clipjax", "plan", *RUNS[name], f"--output={output}"]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

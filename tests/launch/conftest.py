@@ -116,7 +116,7 @@ def slurm(cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> It
     scripts = pathlib.Path(sys.executable).parent
     repository = pathlib.Path(__file__).parents[2]
     env = environment(SLURM_CONF=str(conf), PATH=f"{scripts}:{os.environ['PATH']}", PYTHONPATH=str(repository), **cache)
-    env["CLIPJAX"] = f"{sys.executable} -m clipjax.cli"
+    env["CLIPJAX"] = f"{sys.executable} -m clipjax"
     munge = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket"]
     munge += [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]
     commands = [munge, ["slurmctld", "-D"], ["slurmd", "-D"]]

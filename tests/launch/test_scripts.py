@@ -12,12 +12,12 @@ import sys
 import pytest
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-from clipjax.flags import UNUSABLE_DATA, USAGE_ERROR
+from clipjax.cli.errors import UNUSABLE_DATA, USAGE_ERROR
 from tests.e2e.conftest import environment
 from tests.launch.conftest import until
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
-ENV = environment(CLIPJAX=f"{sys.executable} -m clipjax.cli", PYTHONPATH=str(LAUNCH.parent))
+ENV = environment(CLIPJAX=f"{sys.executable} -m clipjax", PYTHONPATH=str(LAUNCH.parent))
 GKE = ("--name=run", "--image=registry/clipjax", "--bucket=b", "--", "--config=c.py", "--workdir=/bucket/run")
 GPU = ("--gpu=nvidia-h100-80gb", "--nodes=2", *GKE)
 TPU = ("--tpu=tpu-v5-lite-podslice", "--topology=4x4", "--slices=2", *GKE)
@@ -203,12 +203,12 @@ def test_four_processes_train_with_fsdp(tiny_config, tmp_path):
 @pytest.mark.slow
 def test_a_sweep_whose_trials_have_two_processes(tiny_config, tmp_path):
     (tmp_path / "sweep.py").write_text(
-        "from clipjax.search import *\n"
+        "from clipjax.sweeps import *\n"
         "def get_sweep():\n"
         '    search = Grid({"optim.learning_rate": [0.001, 0.002]})\n'
         '    return Sweep(search=search, metric="scenes/val:top1")\n'
     )
-    command = [sys.executable, "-m", "clipjax.sweep", f"--train_command={LAUNCH / 'local.sh'} 2 --devices=1"]
+    command = [sys.executable, "-m", "clipjax", "sweep", f"--train_command={LAUNCH / 'local.sh'} 2 --devices=1"]
     command += [f"--config={tiny_config}", f"--sweep={tmp_path / 'sweep.py'}", f"--workdir={tmp_path / 'work'}"]
     done = subprocess.run([*command, "--config.total_examples=64"], env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

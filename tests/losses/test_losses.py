@@ -22,7 +22,7 @@ from benchmarks.numerics.reference import reference
 from clipjax.config import LossMethod, MeshConfig
 from clipjax.losses import Memory, Teacher, choose_method, make_loss, sigmoid_loss, softmax_loss
 from clipjax.losses.topology import gather_stages
-from clipjax.sharding import AXES, batch_sharding, make_mesh, replicated
+from clipjax.runtime.sharding import AXES, batch_sharding, make_mesh, replicated
 
 TOLERANCE = 2e-6
 PLAIN = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}

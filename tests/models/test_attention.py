@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax import sharding
 from clipjax.config import AttentionMethod, Config, Dtype, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
-from clipjax.model_validation import model_errors
+from clipjax.config.model_validation import model_errors
+from clipjax.config.validation import validate_devices
 from clipjax.models.clip import build_clip
 from clipjax.models.fused_attention import fused_attention, is_supported, main_columns
-from clipjax.validation import validate_devices
+from clipjax.runtime import sharding
 
 
 def reference(qkv: np.ndarray, heads: int, causal: bool, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

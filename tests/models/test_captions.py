@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax import grads, optim
 from clipjax.config import (
     CbowConfig,
     Config,
@@ -23,12 +22,13 @@ from clipjax.config import (
     ViTConfig,
     WordsConfig,
 )
+from clipjax.config.validation import validate
 from clipjax.losses import build_loss
 from clipjax.models.captions import bag_of, caption_likelihood, words_likelihood
 from clipjax.models.clip import abstract_params, build_clip, make_encode
-from clipjax.sharding import batch_sharding, make_mesh, state_shardings
-from clipjax.trees import to_flat
-from clipjax.validation import validate
+from clipjax.pytrees import to_flat
+from clipjax.runtime.sharding import batch_sharding, make_mesh, state_shardings
+from clipjax.training import gradients, optimizer
 
 END, START = 63, 62
 VIT = {"image_size": 16, "patch_size": 8, "width": 32, "depth": 1, "num_heads": 4}
@@ -109,7 +109,7 @@ def test_the_loss_on_a_mesh_and_in_microbatches_is_the_loss_of_one_device(name: 
 
     def run(mesh, size):
         loss = build_loss(config.loss, mesh)
-        grads_fn = grads.make_cached(size, 4) if size else grads.direct
+        grads_fn = gradients.make_cached(size, 4) if size else gradients.direct
         with jax.set_mesh(mesh):
             rows = {name: jax.device_put(data[name], batch_sharding(mesh)) for name in ("image", "tokens")}
             placed = jax.device_put(params, state_shardings(mesh, abstract_params(config.model)))
@@ -127,7 +127,7 @@ def test_the_loss_on_a_mesh_and_in_microbatches_is_the_loss_of_one_device(name: 
             assert np.linalg.norm(ours - np.asarray(grad)) <= 1e-4 * norm + 1e-6, path  # sums in another order
     flat = to_flat(expected)
     assert np.abs(np.asarray(flat["caption/proj/kernel"])).max() > 0
-    labels = optim.decay_mask(params)
+    labels = optimizer.decay_mask(params)
     assert to_flat(labels)["caption/proj/kernel"]
 
 

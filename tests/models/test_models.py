@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax import presets
-from clipjax.config import Config, DataConfig, Dtype, ModelConfig, Remat, TextTransformerConfig, ViTConfig
+from clipjax.config import Config, DataConfig, Dtype, ModelConfig, Remat, TextTransformerConfig, ViTConfig, presets
 from clipjax.losses import softmax_loss
 from clipjax.models.clip import abstract_params, build_clip, make_encode, normalise_pixels
 from clipjax.models.vit import patchify

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax import presets
+from clipjax.cli.presets import count_params
 from clipjax.config import (
     CbowConfig,
     Config,
@@ -24,15 +24,15 @@ from clipjax.config import (
     TextPool,
     TextTransformerConfig,
     ViTConfig,
+    presets,
 )
-from clipjax.flops import model_flops, tower_flops
-from clipjax.model_table import count_params
+from clipjax.config.validation import validate
 from clipjax.models.clip import abstract_model, abstract_params, build_clip
+from clipjax.models.flops import model_flops, tower_flops
 from clipjax.models.positions import fit_positions, resize_grid, resize_text, sincos
 from clipjax.models.vit import drop_patches, kept_patches
-from clipjax.sharding import batch_sharding, make_mesh, replicated, state_shardings
-from clipjax.trees import to_flat
-from clipjax.validation import validate
+from clipjax.pytrees import to_flat
+from clipjax.runtime.sharding import batch_sharding, make_mesh, replicated, state_shardings
 
 VIT = {"image_size": 16, "patch_size": 4, "width": 32, "depth": 2, "num_heads": 4}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "depth": 2, "num_heads": 4}

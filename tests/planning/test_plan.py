@@ -9,20 +9,12 @@ import sys
 import jax
 import pytest
 
-from clipjax import plan as front_door
-from clipjax.chips import CHIPS
-from clipjax.config import (
-    Config,
-    DataConfig,
-    Dtype,
-    LossMethod,
-    ModelConfig,
-    Remat,
-    TextTransformerConfig,
-    ViTConfig,
-)
+from clipjax.cli import plan
+from clipjax.config import Config, DataConfig, Dtype, LossMethod, ModelConfig, Remat, TextTransformerConfig, ViTConfig
 from clipjax.planning import measure, report, search, targets, timing
-from clipjax.program import build_program
+from clipjax.runtime.chips import CHIPS
+from clipjax.training.program import build_program
+from tests.commands import exit_code
 
 CONFIG = """
 from clipjax.config import *
@@ -252,7 +244,7 @@ def test_refusals(options, expected, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     path = tmp_path / "config.py"
     path.write_text(CONFIG)
-    assert front_door.main([f"--config={path}", *options]) == 2
+    assert exit_code(plan.main, [f"--config={path}", *options]) == 2
     assert expected in capsys.readouterr().err
 
 
@@ -269,7 +261,15 @@ def run_plan(tmp_path, *options: str) -> dict:
     path = tmp_path / "config.py"
     path.write_text(CONFIG)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    command = [sys.executable, "-m", "clipjax.plan", f"--config={path}", f"--output={tmp_path / 'plan.json'}", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "clipjax",
+        "plan",
+        f"--config={path}",
+        f"--output={tmp_path / 'plan.json'}",
+        *options,
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((tmp_path / "plan.json").read_text())

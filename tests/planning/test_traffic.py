@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from clipjax import hlo, sharding
-from clipjax.chips import CHIPS
 from clipjax.config import Config, MeshConfig
-from clipjax.planning import traffic
-from clipjax.program import build_program
+from clipjax.planning import hlo, traffic
+from clipjax.runtime import sharding
+from clipjax.runtime.chips import CHIPS
+from clipjax.training.program import build_program
 
 
 def found(function, in_spec, out_spec, shape=(64, 128)):

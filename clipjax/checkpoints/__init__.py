@@ -1,0 +1,1 @@
+"""Checkpoints: arrays, data position, config, tokenizer and preprocessing, all in one step directory."""

@@ -1,0 +1,53 @@
+"""The JSON records of a checkpoint: config, data position, tokenizer, preprocessing."""
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+from clipjax.config import Config
+from clipjax.config.serialization import to_dict
+from clipjax.data.tokenizers.build import tokenizer_from_files
+from clipjax.data.tokenizers.protocol import Tokenizer
+
+FOLDER = "checkpoints"
+
+
+RECORDS = ("config", "data", "tokenizer", "preprocessing")
+
+
+def pack_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer as a JSON record."""
+    files = {name: base64.b64encode(content).decode() for name, content in tokenizer.files().items()}
+    return {"name": tokenizer.name, "files": files}
+
+
+def unpack_tokenizer(record: Any) -> Tokenizer:
+    """The tokenizer of a record.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    try:
+        files = {str(name): base64.b64decode(content, validate=True) for name, content in record["files"].items()}
+        return tokenizer_from_files(str(record["name"]), files)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the checkpoint's tokenizer is damaged: {error!r}") from error
+
+
+def make_records(config: Config, tokenizer: Tokenizer, data_position: Mapping[str, Any]) -> dict[str, Any]:
+    """All records of a checkpoint.
+
+    `preprocessing` repeats what of the config turns a picture into the model's input, for readers of other kinds.
+    """
+    return {
+        "config": to_dict(config),
+        "data": dict(data_position),
+        "tokenizer": pack_tokenizer(tokenizer),
+        "preprocessing": {
+            "image_size": config.model.image.image_size,
+            "resize": config.data.resize.value,
+            "interpolation": f"{config.data.interpolation.value}, antialiased",
+            "mean": list(config.data.mean),
+            "std": list(config.data.std),
+        },
+    }

@@ -1,0 +1,112 @@
+"""A checkpoint opened for reading."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from clipjax.checkpoints.manager import restore_items
+from clipjax.checkpoints.records import FOLDER, RECORDS, unpack_tokenizer
+from clipjax.config import Config
+from clipjax.config.serialization import from_dict
+from clipjax.data.tokenizers.protocol import Tokenizer
+from clipjax.models.clip import abstract_model
+from clipjax.runtime import sharding
+from clipjax.typing import Params
+
+
+class SavedCheckpoint:
+    """One checkpoint opened for reading.
+
+    Args:
+        path: a workdir (its newest step is taken), its `checkpoints` folder, or one step directory.
+        step: another step in the same place.
+
+    Raises:
+        ValueError: there is no checkpoint there, or its records are damaged.
+    """
+
+    def __init__(self, path: str | pathlib.Path, *, step: int | None = None) -> None:
+        folder, newest = find_checkpoint(pathlib.Path(path))
+        step = newest if step is None else step
+        if not (folder / str(step)).is_dir():
+            raise ValueError(f"checkpoint {folder / str(step)} is needed, but no longer there; bring it back")
+        self.step = step
+        self.path = folder / str(step)
+        reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        self._restore = functools.partial(reader.restore, self.path.absolute())
+        items: dict[str, Any] = {name: ocp.args.JsonRestore() for name in RECORDS}
+        try:
+            records = _lone_reader().restore(self.path.absolute(), args=ocp.args.Composite(**items))
+            self.records: dict[str, Any] = dict(records.items())
+            self.config: Config = from_dict(self.records["config"])
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(f"checkpoint {self.path} is damaged or not clipjax's: {error}") from error
+
+    @property
+    def params_group(self) -> str:
+        """The group to evaluate: `ema` where one was kept, else `params`."""
+        return "ema" if (self.path / "ema").is_dir() else "params"
+
+    def params(self, abstract_params: Any) -> Any:
+        """The parameters to evaluate, placed as the shardings of `abstract_params` say.
+
+        BatchNorm's statistics are among them, as `batch_stats`, where they are among those.
+        """
+        group, wanted = self.params_group, dict(abstract_params)
+        groups = {"batch_stats": wanted.pop("batch_stats")} if "batch_stats" in wanted else {}
+        restored = restore_items(self._restore, self.path, {group: wanted, **groups})
+        return {**restored[group], **{name: restored[name] for name in groups}}
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that was saved."""
+        return unpack_tokenizer(self.records["tokenizer"])
+
+
+def _lone_reader() -> ocp.Checkpointer:
+    """Reads without waiting for other processes, which may be unable to."""
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=options)
+
+
+def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int]:
+    """The folder of steps and the step that a path means.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path.name.isdigit() and (path / "config").is_dir():
+        return path.parent, int(path.name)
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        raise ValueError(
+            f"no checkpoint at {str(path)!r}: give a workdir that training has saved to, or one of its "
+            f"{FOLDER}/STEP directories"
+        )
+    return folder, max(steps)
+
+
+def newest_checkpoint(workdir: pathlib.Path) -> SavedCheckpoint | None:
+    """The newest checkpoint in a workdir, or None where there is none yet.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        find_checkpoint(workdir)
+    except ValueError:
+        return None
+    return SavedCheckpoint(workdir)
+
+
+def load_params(saved: SavedCheckpoint, mesh: Mesh) -> Params:
+    """The parameters to evaluate, on any mesh."""
+    abstract = abstract_model(saved.config.model)
+    return saved.params(sharding.placed(abstract, sharding.state_shardings(mesh, abstract)))

@@ -1,0 +1,64 @@
+"""How a command ends when something is wrong: messages and exit codes. Nothing below `cli` knows an exit code.
+
+`refusals` surrounds all that can be refused before the work starts, `stops` the work itself.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from absl import logging
+
+from clipjax.checkpoints.manager import DamagedCheckpoint
+from clipjax.data.training_stream import TooManyBadSamples
+from clipjax.runtime import process_log, processes
+
+USAGE_ERROR = 2
+
+UNUSABLE_DATA = 3
+"""Exit code of training that a person has to look at: started again, it would stop at the same place."""
+
+
+@contextlib.contextmanager
+def refusals(program: str) -> Iterator[None]:
+    """End with a message and exit code 2 where something is the user's to mend (`ValueError`, `OSError`).
+
+    A defect of ours, or an error after this block, shows in full.
+
+    Args:
+        program: what messages call the command.
+
+    Raises:
+        SystemExit: something was refused.
+    """
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print_error(program, error)
+        raise SystemExit(USAGE_ERROR) from error
+
+
+@contextlib.contextmanager
+def stops(program: str) -> Iterator[None]:
+    """End with a message and exit code 3 where a run meets unusable data or a damaged checkpoint.
+
+    Raises:
+        SystemExit: it did. One of several processes whose checkpoint is damaged ends at once instead, since the others
+            may wait for it.
+    """
+    try:
+        yield
+    except TooManyBadSamples as error:  # all processes meet it at the same step
+        print_error(program, error)
+        raise SystemExit(UNUSABLE_DATA) from error
+    except DamagedCheckpoint as error:
+        print_error(program, error)
+        raise SystemExit(processes.abandon(UNUSABLE_DATA)) from error
+
+
+def print_error(program: str, error: Exception) -> None:
+    """Print an error's message for a person, a line per finding."""
+    for line in str(error).splitlines() or [repr(error)]:
+        print(f"{program}: error: {line}", file=sys.stderr)
+        process_log.note(f"error: {line}")

@@ -1,0 +1,66 @@
+"""What can be wrong with a loss's config: field, value, rule, remedy."""
+
+import math
+
+from clipjax.config.loss import GroupRole, LossConfig, LossKind, SamePair
+from clipjax.config.run import Config
+
+
+def _loss_errors(config: Config) -> list[str]:
+    errors, loss, bias = [], config.loss, config.model.init_logit_bias
+    if loss.tile is not None and loss.tile < 1:
+        errors.append(f"loss.tile={loss.tile} must be at least 1, or None for the default")
+    if (loss.kind is LossKind.SIGMOID) != (bias is not None):
+        errors.append(
+            f"model.init_logit_bias={bias}: loss.kind=sigmoid needs a bias (arXiv 2303.15343 starts at -10, with "
+            "model.init_logit_scale=10); softmax would ignore it, so leave it None there"
+        )
+    if not 0 <= loss.label_smoothing < 1:
+        errors.append(f"loss.label_smoothing={loss.label_smoothing} must be at least 0 and less than 1")
+    if loss.label_smoothing and loss.kind is not LossKind.SOFTMAX:
+        errors.append(f"loss.label_smoothing={loss.label_smoothing}: only loss.kind=softmax has targets to smooth")
+    if loss.label_smoothing and loss.same_pair is not SamePair.NONE:
+        errors.append(f"loss.label_smoothing={loss.label_smoothing} needs loss.same_pair=none")
+    errors += _loss_option_errors(config)
+    size, batch = config.microbatch_size, config.global_batch_size
+    if size is not None and (size < 1 or batch % size):
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - size))
+        errors.append(f"microbatch_size={size} must divide global_batch_size={batch}; nearest: {nearest}")
+    return errors
+
+
+def _loss_option_errors(config: Config) -> list[str]:
+    """Options of one kind or way that another would ignore, and their ranges."""
+    errors, loss, default = [], config.loss, LossConfig()
+    if loss.group_role is GroupRole.POSITIVE and (loss.same_pair is SamePair.NONE or loss.kind is LossKind.GLOBAL):
+        errors.append(
+            f"loss.group_role=positive needs loss.same_pair=index or caption (it is {loss.same_pair.value}) and "
+            f"loss.kind=softmax or sigmoid (it is {loss.kind.value})"
+        )
+    if loss.distill_from is None and loss.distill_weight != default.distill_weight:
+        errors.append(f"loss.distill_weight={loss.distill_weight} needs loss.distill_from, a clipjax checkpoint")
+    if loss.distill_from is not None and not loss.distill_from:
+        errors.append("loss.distill_from='' must name a clipjax checkpoint, or be None")
+    if loss.distill_from is not None and loss.rho is not None:
+        errors.append(f"loss.rho={loss.rho} would divide what is learned from loss.distill_from too; leave one out")
+    if loss.gamma == 1 and loss.gamma_decay_examples:
+        errors.append(f"loss.gamma_decay_examples={loss.gamma_decay_examples}: with loss.gamma=1 nothing decays")
+    if loss.gamma_decay_examples > config.total_examples:
+        errors.append(
+            f"loss.gamma_decay_examples={loss.gamma_decay_examples} must not exceed "
+            f"total_examples={config.total_examples}"
+        )
+    for path, good, rule in (
+        ("distill_weight", loss.distill_weight > 0, "must be greater than 0"),
+        ("gamma", 0 < loss.gamma <= 1, "must be greater than 0 and at most 1"),
+        ("gamma_decay_examples", loss.gamma_decay_examples >= 0, "must be at least 0"),
+        ("epsilon", 1e-30 <= loss.epsilon < 1, "must lie between 1e-30 and 1"),
+        ("rho", loss.rho is None or loss.rho >= 0, "must be at least 0"),
+    ):
+        value = getattr(loss, path)
+        if not (good and (value is None or math.isfinite(value))):
+            errors.append(f"loss.{path}={value} {rule}")
+        if path != "distill_weight" and loss.kind is not LossKind.GLOBAL and value != getattr(default, path):
+            errors.append(f"loss.{path}={value}: loss.kind={loss.kind.value} would ignore it; only global uses it")
+    return errors

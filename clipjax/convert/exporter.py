@@ -1,0 +1,57 @@
+"""A checkpoint becomes a directory that a peer's own loader opens."""
+
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from clipjax.checkpoints.saved import SavedCheckpoint, load_params
+from clipjax.config import Config, MeshConfig
+from clipjax.convert import files, huggingface, open_clip, open_clip_config, preprocessing, stablehlo, tokenizers
+from clipjax.convert.rules import to_theirs
+from clipjax.data.tokenizers.protocol import Tokenizer
+from clipjax.pytrees import to_flat
+from clipjax.runtime import sharding
+
+TARGETS = ("open_clip", "huggingface", "stablehlo")
+
+
+def export(saved: SavedCheckpoint, target: str, output: pathlib.Path) -> None:
+    """A directory that the peer's own loader opens."""
+    config, tokenizer = saved.config, saved.tokenizer()
+    tokenizer_files = tokenizers.write(tokenizer, config.model.text.context_length)
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    params = {name: np.asarray(leaf) for name, leaf in to_flat(load_params(saved, mesh)).items()}
+    with files.new_directory(output) as folder:
+        match target:
+            case "huggingface":
+                _write_huggingface(config, params, folder)
+            case "open_clip":
+                _write_open_clip(config, params, tokenizer, folder)
+            case _:
+                stablehlo.write(config, params, folder)
+                files.write_json(folder / "preprocessing.json", saved.records["preprocessing"])
+        for name, content in tokenizer_files.items():
+            (folder / name).write_bytes(content)
+
+
+def _write_huggingface(config: Config, params: Mapping[str, np.ndarray], folder: pathlib.Path) -> None:
+    model, size = config.model, config.model.image.image_size
+    files.write_weights(folder / "model.safetensors", to_theirs(huggingface.table(model), params))
+    files.write_json(folder / "config.json", huggingface.write_config(model))
+    picture = preprocessing.write_huggingface(config.data, size, siglip=huggingface.is_siglip(model))
+    files.write_json(folder / "preprocessor_config.json", picture)
+
+
+def _write_open_clip(
+    config: Config, params: Mapping[str, np.ndarray], tokenizer: Tokenizer, folder: pathlib.Path
+) -> None:
+    model = config.model
+    table = open_clip.table(model, custom_text=open_clip_config.is_custom(model))
+    files.write_weights(folder / "open_clip_model.safetensors", to_theirs(table, params))
+    picture = preprocessing.write_open_clip(config.data)
+    written = open_clip_config.write_config(model)
+    written["text_cfg"] |= tokenizers.open_clip_fields(tokenizer)
+    whole = {"model_cfg": written, "preprocess_cfg": picture}
+    files.write_json(folder / "open_clip_config.json", whole)

@@ -1,0 +1,167 @@
+"""A peer's directory becomes a clipjax checkpoint at step 0, without a training state."""
+
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from clipjax.checkpoints.manager import Checkpoints
+from clipjax.checkpoints.records import make_records
+from clipjax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    Dtype,
+    LossConfig,
+    LossKind,
+    ModelConfig,
+    presets,
+)
+from clipjax.config.model_validation import caption_errors, model_errors
+from clipjax.convert import big_vision, files, huggingface, open_clip, open_clip_config, preprocessing, tokenizers
+from clipjax.convert.peer_config import MOST_LOG_SCALE
+from clipjax.convert.rules import Table, to_ours
+from clipjax.data.tokenizers.build import build_tokenizer
+from clipjax.data.tokenizers.protocol import NoTokenizer, Tokenizer
+from clipjax.models.clip import abstract_model
+from clipjax.pytrees import from_flat, to_flat
+
+SOURCES = ("openai", "open_clip", "huggingface", "big_vision")
+
+
+_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+WEIGHT_FILES = {
+    "openai": _OPEN_CLIP_FILES,
+    "open_clip": _OPEN_CLIP_FILES,
+    "huggingface": ("model*.safetensors", "pytorch_model*.bin"),
+}
+"""Names by which hubs tell the weights of one library from those of another."""
+
+
+CAPTION_WEIGHT = 2.0
+"""Of a converted CoCa's captioning loss (arXiv 2205.01917, section 4.1)."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A peer's model, read.
+
+    Attributes:
+        config: what a checkpoint of it records.
+        params: our arrays by path, `batch_stats/...` among them.
+        tokenizer: its tokenizer, or `NoTokenizer`.
+    """
+
+    config: Config
+    params: Mapping[str, np.ndarray]
+    tokenizer: Tokenizer
+
+    @property
+    def num_params(self) -> int:
+        """Without running statistics."""
+        return sum(array.size for name, array in self.params.items() if not name.startswith("batch_stats"))
+
+    @property
+    def told(self) -> str:
+        """The tokenizer, in words."""
+        if isinstance(self.tokenizer, NoTokenizer):
+            return "no tokenizer found (texts cannot be read; --tokenizer=KIND:PATH adds one)"
+        return f"tokenizer {self.tokenizer.name} with {self.tokenizer.vocab_size} ids"
+
+
+def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, tokenizer: str | None = None) -> Peer:
+    """Read a peer's weights, config, preprocessing and tokenizer.
+
+    Raises:
+        ValueError: everything that is wrong with one of them.
+    """
+    weights = files.read_weights(path, WEIGHT_FILES.get(source, ()))
+    model_config, data = _read_config(source, path, model)
+    model_config.compute_dtype = Dtype.FLOAT32
+    loss = LossConfig(caption_weight=0.0 if model_config.caption is None else CAPTION_WEIGHT)
+    config = Config(model=model_config, data=data, loss=loss)
+    if errors := model_errors(config) + caption_errors(config):
+        raise ValueError("\n".join(errors))
+    shapes = {name: tuple(leaf.shape) for name, leaf in to_flat(abstract_model(model_config)).items()}
+    params = to_ours(_table(source, model_config, weights), weights, shapes)
+    if abs(params["log_logit_scale"]) > MOST_LOG_SCALE:
+        raise ValueError(
+            f"the logarithm of the logit scale is {float(params['log_logit_scale'])}: it must lie between "
+            f"-{MOST_LOG_SCALE} and {MOST_LOG_SCALE}, the file is damaged"
+        )
+    found = build_tokenizer(tokenizer) if tokenizer else tokenizers.find(path if path.is_dir() else None)
+    if found.vocab_size > model_config.text.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {found.vocab_size} ids, but the model knows {model_config.text.vocab_size}: it belongs "
+            "to another model"
+        )
+    config.data.tokenizer = tokenizer or found.name
+    config.data.train = f"converted from {source}"
+    if model_config.init_logit_bias is not None:
+        config.loss.kind = LossKind.SIGMOID
+    return Peer(config, params, found)
+
+
+def _read_config(source: str, path: pathlib.Path, model: str | None) -> tuple[ModelConfig, DataConfig]:
+    """The model and how it looks at pictures."""
+    found = None
+    if path.is_dir():
+        names = ("open_clip_config.json", "config.json") if source in ("openai", "open_clip") else ("config.json",)
+        found = next((path / name for name in names if (path / name).is_file()), None)
+    if (found is None or source == "big_vision") == (model is None):
+        raise ValueError(
+            f"--model={model}: give a preset exactly where there is no config of {source} beside the weights"
+            f" ({found or 'none found'}); presets: {', '.join(presets.MODELS)}"
+        )
+    if model is not None:
+        config = presets.model(model)
+        if source == "open_clip" and f"{model}{presets.GELU_SUFFIX}" in presets.MODELS:
+            raise ValueError(
+                f"--model={model} is OpenAI's, with QuickGELU, but open_clip's model of that size has GELU: take "
+                f"--model={model}{presets.GELU_SUFFIX}, or --from=openai if these weights were trained with QuickGELU"
+            )
+        return config, preprocessing.default(siglip=config.init_logit_bias is not None)
+    assert found is not None
+    peer = files.read_json(found)
+    inside = peer.get("config", peer) if isinstance(peer, dict) else peer
+    if not isinstance(inside, dict):
+        raise ValueError(f"{found}: must be a JSON object")
+    fields = {"model_type": "huggingface", "model_cfg": "open_clip", "vision_cfg": "open_clip"}
+    theirs = next((kind for name, kind in fields.items() if name in inside), None)
+    if theirs is not None and (theirs == "huggingface") != (source == "huggingface"):
+        raise ValueError(f"{found} is a config of {theirs}: give --from={theirs}, or take the directory of {source}")
+    if source == "huggingface":
+        config = huggingface.read_config(inside)
+        siglip, picture = huggingface.is_siglip(config), path / "preprocessor_config.json"
+        if picture.is_file():
+            size = config.image.image_size
+            return config, preprocessing.read_huggingface(files.read_json(picture), size, siglip=siglip)
+        return config, preprocessing.default(siglip=siglip)
+    config = open_clip_config.read_config(inside)
+    siglip = config.init_logit_bias is not None
+    return config, preprocessing.read_open_clip(inside.get("preprocess_cfg", {}), siglip=siglip)
+
+
+def _table(source: str, config: ModelConfig, weights: Mapping[str, np.ndarray]) -> Table:
+    match source:
+        case "huggingface":
+            return huggingface.table(config)
+        case "big_vision":
+            return big_vision.table(config, stacked=any("/encoderblock/" in name for name in weights))
+        case _:
+            return open_clip.table(config, custom_text=any(name.startswith("text.") for name in weights))
+
+
+def save(peer: Peer, output: pathlib.Path) -> None:
+    """A checkpoint at step 0, there as a whole or not at all."""
+    tree = from_flat(peer.params)
+    batch_stats = tree.pop("batch_stats", None)
+    arrays = {"params": tree, **({} if batch_stats is None else {"batch_stats": batch_stats})}
+    with files.new_directory(output) as folder:
+        checkpoints = Checkpoints(folder, CheckpointConfig())
+        checkpoints.save(0, jax.tree.map(jax.numpy.asarray, arrays), make_records(peer.config, peer.tokenizer, {}))
+        checkpoints.close()

@@ -1,0 +1,102 @@
+"""Evaluation batches: once through a source, in its order. Axes: b batch of this process, s image_size."""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+
+from clipjax.data.images import View, decode
+from clipjax.data.sample import REASONS, BadSample, Source
+from clipjax.data.training_stream import GOOD, per_process
+
+
+def eval_batches(
+    source: Source,
+    *,
+    view: View,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    max_examples: int | None = None,
+    max_image_pixels: int,
+    num_threads: int,
+) -> Iterator[dict[str, Any]]:
+    """Goes once through a source, in its order; every process gets as many batches.
+
+    Process p's part of global batch g is positions g * batch_size + p, + p + process_count, and so on. Bad samples
+    and the padding of the last batch are rows of zeros with a false `mask`.
+
+    Args:
+        source: samples; they need no captions and no labels.
+        view: what becomes of the images.
+        batch_size: over all processes.
+        process_index: which of `process_count` processes this one is.
+        process_count: how many processes share each batch.
+        max_examples: reads only this many, from the start; None reads all.
+        max_image_pixels: larger images are bad.
+        num_threads: decoding threads.
+
+    Returns:
+        Batches of `image` uint8 [b, s, s, 3], `label` int32 [b] (-1: none), `mask` bool [b], `index` int64 [b] in
+        the source (-1: padding), `reason` int32 [b] (why a sample is bad, an index into `REASONS`; -1: it is not)
+        and `captions`, a list of b tuples of texts.
+
+    Raises:
+        ValueError: if `batch_size` is not divisible by `process_count`.
+    """
+    local_size = per_process("batch_size", batch_size, process_count)
+    total = len(source) if max_examples is None else min(len(source), max_examples)
+    parts = [range(start + process_index, start + batch_size, process_count) for start in range(0, total, batch_size)]
+    assert all(len(part) == local_size for part in parts)
+
+    def read(index: int) -> dict[str, Any]:
+        if index >= total:
+            return _eval_row(view.size, index=-1)
+        try:
+            sample = source[index]
+            image = view(decode(sample.image, max_pixels=max_image_pixels))
+        except BadSample as bad:
+            return _eval_row(view.size, index=index, reason=REASONS.index(bad.reason))
+        return _eval_row(view.size, index=index) | {
+            "image": image,
+            "label": sample.label,
+            "mask": True,
+            "captions": sample.captions,
+        }
+
+    return _read_ahead(parts, read, num_threads)
+
+
+def _eval_row(image_size: int, *, index: int, reason: int = GOOD) -> dict[str, Any]:
+    image = np.zeros((image_size, image_size, 3), np.uint8)
+    return {"image": image, "label": -1, "mask": False, "index": index, "reason": reason, "captions": ()}
+
+
+def _read_ahead(
+    parts: Sequence[range], read: Callable[[int], dict[str, Any]], num_threads: int
+) -> Iterator[dict[str, Any]]:
+    """Stacks each part's rows, while threads read the next part's."""
+    pool = futures.ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="eval-read")
+    try:
+        waiting: collections.deque[list[futures.Future[dict[str, Any]]]] = collections.deque()
+        for part in itertools.chain(parts, [None]):
+            if part is not None:
+                waiting.append([pool.submit(read, index) for index in part])
+            if waiting and (part is None or len(waiting) > 1):
+                yield _stack_rows([row.result() for row in waiting.popleft()])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _stack_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "image": np.stack([row["image"] for row in rows]),
+        "label": np.array([row["label"] for row in rows], np.int32),
+        "mask": np.array([row["mask"] for row in rows], np.bool_),
+        "index": np.array([row["index"] for row in rows], np.int64),
+        "reason": np.array([row["reason"] for row in rows], np.int32),
+        "captions": [row["captions"] for row in rows],
+    }

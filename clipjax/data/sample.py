@@ -1,0 +1,94 @@
+"""The contract of every source: `Sample`, `Source`, and `BadSample` for what cannot be used.
+
+Everything that a source reads is untrusted: what cannot be used raises `BadSample` with one of `REASONS`, and nothing
+is ever unpickled, extracted to disk or fetched from a network."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+REASONS = (
+    "missing_image",
+    "missing_caption",
+    "corrupt_image",
+    "image_too_large",
+    "empty_caption",
+    "caption_not_utf8",
+    "caption_too_long",
+    "bad_metadata",
+    "corrupt_record",
+    "duplicate_key",
+    "truncated_tar",
+)
+"""Why a sample was skipped. Append only: counters in checkpoints refer to these names."""
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used. `reason` is one of `REASONS`."""
+
+    def __init__(self, reason: str):
+        assert reason in REASONS, reason
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image with its captions.
+
+    Attributes:
+        image: an encoded JPEG, PNG or WebP, or pixels uint8 [h, w, 3].
+        captions: stripped and not empty; no caption at all is `()`, which evaluation by label allows.
+        label: class of the image, or -1.
+        key: what the data calls this sample.
+    """
+
+    image: bytes | np.ndarray
+    captions: tuple[str, ...]
+    label: int = -1
+    key: str = ""
+
+
+class Source(Protocol):
+    """Random access to samples.
+
+    It is pickled to worker processes and read from several threads at once, so it opens files lazily and holds no
+    position.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Reads one sample. Raises `BadSample` if it cannot be used."""
+        ...
+
+    def where(self, index: int) -> str:
+        """Where a sample lies, for error messages: "shard train-00001.tar, key 000000123"."""
+        ...
+
+
+def clean_caption(raw: bytes | str, *, max_bytes: int) -> str:
+    """Checks and strips one caption of at most `max_bytes` bytes of UTF-8.
+
+    Raises:
+        BadSample: `caption_too_long`, `caption_not_utf8` or `empty_caption`.
+    """
+    if len(raw) > max_bytes:
+        raise BadSample("caption_too_long")
+    try:
+        # A str can hold lone surrogates (from JSON escapes), which no tokenizer can encode.
+        encoded = raw.encode("utf-8") if isinstance(raw, str) else raw
+        text = encoded.decode("utf-8-sig").strip()
+    except UnicodeError:
+        raise BadSample("caption_not_utf8") from None
+    if len(encoded) > max_bytes:
+        raise BadSample("caption_too_long")
+    if not text:
+        raise BadSample("empty_caption")
+    return text
+
+
+def is_label(value: Any) -> bool:
+    """Whether a value is a class number that fits int32."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= int(value) < 2**31

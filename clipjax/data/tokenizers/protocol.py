@@ -1,0 +1,115 @@
+"""Captions to token ids: the one interface, and the tokenizers that a config can name.
+
+Reading order: `Tokenizer` (the promise that the text tower relies on), `tokenize` (captions to an array),
+`build_tokenizer` (a config's string to a tokenizer), then the kinds. Axes: n captions, l tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+PAD_ID = 0
+
+
+class Tokenizer(Protocol):
+    """Text to ids, each text with an end, and a start unless `start_id` is None; rows are padded with `pad_id`.
+
+    Instances are cheap to use from several threads, and pickle (for worker processes) as the bytes of `files`.
+
+    Attributes:
+        ends_highest: whether `end_id` is the largest id, and `start_id` the one below it. A text tower that pools at
+            the end of a text (`TextPool.END`) finds it as the largest id of a row, as OpenAI's CLIP does.
+    """
+
+    name: str
+    vocab_size: int
+    end_id: int
+    pad_id: int
+    ends_highest: bool
+
+    @property
+    def start_id(self) -> int | None:
+        """Id before every text, if there is one."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a caption, without start and end."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; start and end are left out."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """Everything that `tokenizer_from_files` needs to rebuild the tokenizer, by file name."""
+        ...
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> np.ndarray:
+    """Start, ids and end of every text, padded; a text that is too long loses its tail but not its end.
+
+    Returns:
+      int32 [n, l] with l = `context_length`.
+
+    Raises:
+      ValueError: `context_length` is below 2.
+      TypeError: `texts` is a single string.
+    """
+    if isinstance(texts, str):
+        raise TypeError(f"texts={texts[:40]!r} must be a sequence of strings: put a single caption into a list.")
+    if context_length < 2:
+        raise ValueError(f"context_length={context_length} must be at least 2, for the start and the end of a text.")
+    tokens = np.full((len(texts), context_length), tokenizer.pad_id, np.int32)
+    start = [] if tokenizer.start_id is None else [tokenizer.start_id]
+    for row, text in zip(tokens, texts, strict=True):
+        ids = [*start, *tokenizer.encode(text)][: context_length - 1]
+        row[: len(ids) + 1] = [*ids, tokenizer.end_id]
+    return tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToTokens:
+    """`text -> int32 [context_length]`, as the pipeline wants it; pickles to data workers."""
+
+    tokenizer: Tokenizer
+    context_length: int
+
+    def __call__(self, text: str) -> np.ndarray:
+        """One row of `tokenize`."""
+        return tokenize(self.tokenizer, [text], self.context_length)[0]
+
+
+def without_surrogates(text: str) -> str:
+    """Replaces lone surrogates, which JSON can smuggle into a caption and UTF-8 cannot carry, by "?"."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+class NoTokenizer:
+    """Stands in for the tokenizer of a model that came without one: token ids can be embedded, texts cannot."""
+
+    name = "none"
+    vocab_size = 0
+    start_id: int | None = None
+    end_id = pad_id = PAD_ID
+    ends_highest = True
+
+    def encode(self, text: str) -> list[int]:
+        """Refuse.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(
+            f"The model came without its tokenizer, so {text[:40]!r} cannot be read; convert it again with "
+            "--tokenizer=KIND:PATH, or give token ids."
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; start and end are left out."""
+        raise ValueError("The model came without its tokenizer, so no text can be made of token ids.")
+
+    def files(self) -> dict[str, bytes]:
+        """Nothing."""
+        return {}

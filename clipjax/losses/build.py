@@ -1,0 +1,219 @@
+"""From options or a config to a loss function.
+
+`contrastive` holds the plain references; `logit_loss` and its kinds say what a loss does with a logit, `tiles` walks
+through a block of the similarity matrix, `partitioning` and `topology` share the matrix out among devices, `sharded`
+makes a differentiable function of it, `moving_averages` keeps what `global` remembers of each sample."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from clipjax.config import Config, Dtype, GroupRole, LossConfig, LossKind, LossMethod
+from clipjax.losses.distillation import Distilled
+from clipjax.losses.logit_loss import Kind
+from clipjax.losses.partitioning import Pairs
+from clipjax.losses.sharded import make_sharded_loss
+from clipjax.losses.sigmoid import Sigmoid
+from clipjax.losses.signature import LossFunction, Memory, Teacher
+from clipjax.losses.softmax import Global, Positives, Softmax
+from clipjax.losses.tiles import DEFAULT_TILE, Product, Scaling
+from clipjax.losses.topology import choose_method
+from clipjax.runtime.sharding import SLICE, batch_devices
+from clipjax.typing import Metrics
+
+DEFAULT_EPSILON = LossConfig().epsilon
+
+
+def make_loss(
+    *,
+    kind: LossKind | str = LossKind.SOFTMAX,
+    method: LossMethod | str = LossMethod.AUTO,
+    mesh: Mesh | None = None,
+    tile: int | None = None,
+    dtype: Dtype | str = Dtype.FLOAT32,
+    label_smoothing: float = 0.0,
+    group_role: GroupRole | str = GroupRole.IGNORED,
+    distill_weight: float | None = None,
+    epsilon: float = DEFAULT_EPSILON,
+    rho: float | None = None,
+) -> LossFunction:
+    """The loss of this kind, in tiles, on this mesh; without a mesh, on whole arrays.
+
+    Args:
+        kind: `softmax`, `sigmoid` or `global`.
+        method: `gathered`, `ring` or `auto`, which chooses by the number of pairs per device, memory and topology.
+        mesh: has some of the axes `slice`, `data` and `fsdp`, over which the rows of both embeddings are split.
+        tile: at most so many rows and columns of the similarity matrix exist on a device at a time; None: 1,024.
+        dtype: of the embeddings that move between devices and enter the products. Sums are float32.
+        label_smoothing: softmax only: the share of the target that is spread evenly over the batch.
+        group_role: pairs of the same group are `ignored`, or each other's `positive`.
+        distill_weight: of the cross-entropy against a teacher, besides the loss itself; None: no teacher.
+        epsilon: global only: added to each sample's moving average.
+        rho: global only: the loss is divided by the logit scale, and rho / logit_scale added, so that the scale is
+            learned as in FastCLIP-v3; None: neither.
+
+    Returns:
+        A function of global arrays. Its metrics: in-batch accuracy both ways (a tie is a miss), mean similarity of the
+        pairs, and mean over images of their most similar other text. Derivatives of metrics are zero.
+
+    Raises:
+        ValueError: unknown kind, method, dtype or role; options that this kind would ignore. From the function: a
+            teacher, memory or groups that are missing, or that this loss would ignore.
+
+    Source:
+        arXiv 2103.00020, figure 3 (softmax); arXiv 2303.15343, equation 1 (sigmoid); arXiv 2407.01445 (global); arXiv
+        2004.11362, equation 2 (several positives); arXiv 2309.12314 (distillation).
+
+    Cost:
+        Memory per device: linear in its rows and columns, and one tile; see `losses.ways` for what moves.
+    """
+    kind, method, dtype, group_role = LossKind(kind), LossMethod(method), Dtype(dtype), GroupRole(group_role)
+    positives = group_role is GroupRole.POSITIVE
+    _check_options(kind, positives, label_smoothing, tile, distill_weight, epsilon, rho)
+    rules = _rules(kind, positives, epsilon, distill_weight)
+    product = Product(rules, DEFAULT_TILE if tile is None else tile, jnp.dtype(dtype.value), positives)
+    tiled = make_sharded_loss(product, method=method, mesh=mesh)
+
+    def loss(
+        image_embed: Float[Array, "n e"],
+        text_embed: Float[Array, "n e"],
+        logit_scale: Float[Array, ""],
+        logit_bias: Float[Array, ""] | None = None,
+        *,
+        group: Int[Array, "n"] | None = None,
+        teacher: Teacher | None = None,
+        memory: Memory | None = None,
+    ) -> tuple[Float[Array, ""], Metrics]:
+        _check_given("teacher", teacher, needed=distill_weight is not None)
+        _check_given("memory", memory, needed=kind is LossKind.GLOBAL)
+        if positives or label_smoothing:
+            _check_given("group", group, needed=positives)
+        # Only a sigmoid depends on the bias; what is zero here gets no gradient there.
+        bias = logit_bias if kind is LossKind.SIGMOID and logit_bias is not None else jnp.zeros_like(logit_scale)
+        pairs = Pairs(image_embed, text_embed, group)
+        scaling = Scaling(logit_scale, bias)
+        if teacher is not None:
+            pairs = pairs._replace(teacher=(teacher.image_embed, teacher.text_embed))
+            scaling = scaling._replace(teacher=teacher.logit_scale)
+        if memory is not None:
+            pairs, scaling = pairs._replace(memory=memory.log_mean), scaling._replace(gamma=memory.gamma)
+        value, metrics, new_memory = tiled(pairs, scaling)
+        if label_smoothing:
+            own = jnp.mean(jnp.sum(image_embed * text_embed, axis=1))
+            every = jnp.sum(jnp.mean(image_embed, axis=0) * jnp.mean(text_embed, axis=0))
+            value = value + label_smoothing * logit_scale * (own - every)
+        if rho is not None:
+            value = (value + rho) / logit_scale
+        return value, metrics if new_memory is None else {**metrics, "memory": new_memory}
+
+    return loss
+
+
+def _check_options(
+    kind: LossKind,
+    positives: bool,
+    label_smoothing: float,
+    tile: int | None,
+    distill_weight: float | None,
+    epsilon: float,
+    rho: float | None,
+) -> None:
+    """Refuse values out of range, and options that this kind would ignore."""
+    if label_smoothing and (kind is not LossKind.SOFTMAX or positives):
+        raise ValueError(f"label_smoothing={label_smoothing} needs kind=softmax and group_role=ignored")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile={tile} must be at least 1, or None for {DEFAULT_TILE}")
+    if distill_weight is not None and not distill_weight > 0:
+        raise ValueError(f"distill_weight={distill_weight} must be greater than 0, or None for no teacher")
+    if distill_weight is not None and rho is not None:
+        raise ValueError(f"rho={rho} would divide what is learned from a teacher too; leave out one of them")
+    if not 0 < epsilon < 1:
+        raise ValueError(f"epsilon={epsilon} must lie between 0 and 1")
+    if kind is LossKind.GLOBAL and positives:
+        raise ValueError("group_role=positive needs kind=softmax or kind=sigmoid, not global")
+    if kind is not LossKind.GLOBAL and (rho is not None or epsilon != DEFAULT_EPSILON):
+        raise ValueError(f"rho={rho} and epsilon={epsilon} need kind=global; kind={kind.value} would ignore them")
+
+
+def _rules(kind: LossKind, positives: bool, epsilon: float, distill_weight: float | None) -> Kind:
+    """What is done with each logit."""
+    rules: Kind
+    match kind:
+        case LossKind.SOFTMAX:
+            rules = Positives() if positives else Softmax()
+        case LossKind.SIGMOID:
+            rules = Sigmoid()
+        case LossKind.GLOBAL:
+            rules = Global(epsilon)
+    return rules if distill_weight is None else Distilled(rules, distill_weight)
+
+
+def _check_given(name: str, value: object, *, needed: bool) -> None:
+    if needed and value is None:
+        raise ValueError(f"this loss needs {name}=...")
+    if not needed and value is not None:
+        raise ValueError(f"this loss would ignore {name}; make it with the options that use it")
+
+
+def build_loss(config: LossConfig, mesh: Mesh) -> LossFunction:
+    """The loss that a config describes: contrastive, of captions, or both."""
+    contrastive = _build_contrastive(config, mesh) if config.contrastive_weight else None
+    if contrastive is not None and not config.caption_weight and config.contrastive_weight == 1:
+        return contrastive
+    return with_captions(contrastive, config.contrastive_weight, config.caption_weight)
+
+
+def with_captions(contrastive: LossFunction | None, contrastive_weight: float, caption_weight: float) -> LossFunction:
+    """Weighted sum of a contrastive loss (None: without) and the mean negative log-likelihood of captions' tokens.
+
+    What it returns also takes `nll` and `num_tokens` [n]; the mean is over all tokens of the global batch.
+
+    Source:
+        arXiv 2205.01917, equation 3.
+    """
+
+    def loss(*embeds: Any, nll: Any = None, num_tokens: Any = None, **options: Any) -> tuple[Any, Metrics]:
+        value, metrics = jnp.zeros((), jnp.float32), {}
+        if contrastive is not None:
+            of_pairs, metrics = contrastive(*embeds, **options)
+            value = contrastive_weight * of_pairs
+            metrics["contrastive_loss"] = of_pairs
+        if caption_weight:
+            of_captions = jnp.sum(nll) / jnp.sum(num_tokens)
+            value = value + caption_weight * of_captions
+            metrics["caption_loss"] = of_captions
+        return value, metrics
+
+    return loss
+
+
+def _build_contrastive(config: LossConfig, mesh: Mesh) -> LossFunction:
+    return make_loss(
+        kind=config.kind,
+        method=config.method,
+        mesh=mesh,
+        tile=config.tile,
+        dtype=config.dtype,
+        label_smoothing=config.label_smoothing,
+        group_role=config.group_role,
+        distill_weight=None if config.distill_from is None else config.distill_weight,
+        epsilon=config.epsilon,
+        rho=config.rho,
+    )
+
+
+def describe_loss(config: Config, mesh: Mesh) -> str:
+    """What was chosen, for the log."""
+    devices, loss = batch_devices(mesh), config.loss
+    pair_bytes = 2 * config.model.embed_dim * jnp.dtype(loss.dtype.value).itemsize
+    method = choose_method(loss.method, mesh, config.global_batch_size, pair_bytes)
+    slices = f" in {mesh.shape[SLICE]} slices" if mesh.shape[SLICE] > 1 else ""
+    way = f"{method.value} over {devices} devices{slices}, " if devices > 1 else ""
+    tile = f"tiles of at most {DEFAULT_TILE if loss.tile is None else loss.tile}"
+    cached = "" if config.microbatch_size is None else f", {config.microbatch_size} pairs encoded at a time"
+    return f"loss: {loss.kind.value}, {way}{tile}{cached}"

@@ -1,0 +1,63 @@
+"""What every loss takes and gives."""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from jax import Array
+from jaxtyping import Float, Int
+
+from clipjax.typing import Metrics
+
+
+class Teacher(NamedTuple):
+    """What a frozen model makes of the same pairs.
+
+    Attributes:
+        image_embed: unit-norm; its size may differ from the student's.
+        text_embed: unit-norm.
+        logit_scale: multiplier of the teacher's similarities.
+    """
+
+    image_embed: Float[Array, "n t"]
+    text_embed: Float[Array, "n t"]
+    logit_scale: Float[Array, ""]
+
+
+class Memory(NamedTuple):
+    """What the `global` loss remembers of the pairs of a batch.
+
+    Attributes:
+        log_mean: logarithms of the moving averages of each image and each text; -inf: not seen yet.
+        gamma: weight of the new value, above 0 and at most 1.
+    """
+
+    log_mean: Float[Array, "n 2"]
+    gamma: Float[Array, ""]
+
+
+@runtime_checkable
+class LossFunction(Protocol):
+    """A loss over the global batch."""
+
+    def __call__(
+        self,
+        image_embed: Float[Array, "n e"],
+        text_embed: Float[Array, "n e"],
+        logit_scale: Float[Array, ""],
+        logit_bias: Float[Array, ""] | None = None,
+        *,
+        group: Int[Array, "n"] | None = None,
+        teacher: Teacher | None = None,
+        memory: Memory | None = None,
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Loss and metrics.
+
+        Args:
+            image_embed: unit-norm.
+            text_embed: unit-norm; row i belongs to image i.
+            logit_scale: multiplier of the similarities.
+            logit_bias: added to the logits; a softmax does not depend on it.
+            group: pairs of the same group are no negatives of each other.
+            teacher: to learn from; a loss made with `distill_weight` needs it.
+            memory: of these pairs; the `global` loss needs it, and returns the new `log_mean` as `metrics["memory"]`.
+        """
+        ...

@@ -1,0 +1,193 @@
+"""What a run tells: `metrics.jsonl`, TensorBoard, the progress line, each process's log. It never makes a device wait.
+
+A step's metrics are kept as they come, still being computed, and fetched one step later.
+"""
+
+import pathlib
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from clipjax.config import Config, total_steps
+from clipjax.monitoring.progress import Progress, StepClock, mfu
+from clipjax.monitoring.stragglers import RankTimes, Spent
+from clipjax.monitoring.writers import MetricsWriter
+from clipjax.runtime import process_log, processes
+from clipjax.runtime.chips import of_kind
+from clipjax.runtime.terminal import format_table
+from clipjax.typing import Metrics
+
+
+class Journal:
+    """Writes metrics and shows progress on the first process; the others only keep their own log.
+
+    Args:
+        config: the run.
+        workdir: where the files go.
+        start_step: completed updates; later lines of an earlier try are dropped.
+        flops_per_pair: of the model's forward pass, for MFU.
+        skip_reasons: names of the counts in the metric `samples_skipped`.
+        enabled: whether this process writes and talks; None: the first one does.
+        times: brings together how long each of several processes takes; None for one alone.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: pathlib.Path,
+        *,
+        start_step: int,
+        flops_per_pair: int,
+        skip_reasons: Sequence[str],
+        enabled: bool | None = None,
+        times: RankTimes | None = None,
+    ) -> None:
+        enabled = processes.is_first() if enabled is None else enabled
+        self._batch = config.global_batch_size
+        self._flops, self._skip_reasons = flops_per_pair, skip_reasons
+        chip = of_kind(jax.devices()[0].device_kind)
+        self._peak_tflops = config.log.peak_tflops or (None if chip is None else chip.peak_tflops)
+        self._writer = (
+            MetricsWriter(workdir, tensorboard=config.log.tensorboard, start_step=start_step) if enabled else None
+        )
+        steps = total_steps(config)
+        self._progress = Progress(steps, enabled=enabled)
+        self._clock = StepClock(steps, step=start_step, examples_seen=start_step * self._batch)
+        self._pending: tuple[int, Metrics, dict[str, Any]] | None = None
+        self._times, self._last_step = times, start_step
+        self._blocked_seconds = 0.0  # since the last note
+        self._samples = 0
+
+    def feed(self, index: np.ndarray) -> None:
+        """Take note of the samples that this process feeds into a step."""
+        self._samples = (self._samples + sample_digest(index)) % 2**64
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Time in here the host waits for the devices, and thereby for other processes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._blocked_seconds += time.perf_counter() - start
+
+    def note(self, step: int, metrics: Metrics, wait_seconds: float) -> None:
+        """Remember a step to log; its numbers are fetched by the next `flush`.
+
+        Args:
+            step: completed updates.
+            metrics: what the step gave.
+            wait_seconds: total time that training has waited for data.
+        """
+        rates = self._clock.lap(step=step, examples_seen=step * self._batch, wait_seconds=wait_seconds)
+        self._pending = (step, metrics, rates)
+        self._account(step, rates)
+
+    def _account(self, step: int, rates: Mapping[str, float]) -> None:
+        """Log and pass on what this process did since the last note."""
+        steps = step - self._last_step
+        seconds = self._batch / rates["examples_per_second"]
+        spent = Spent(
+            host=socket.gethostname(),
+            step_seconds=seconds,
+            input_wait_seconds=rates["input_wait_fraction"] * seconds,
+            blocked_seconds=min(self._blocked_seconds / steps, seconds),
+            samples=f"{self._samples:016x}",
+        )
+        self._last_step, self._blocked_seconds, self._samples = step, 0.0, 0
+        process_log.note(
+            f"step {step}: {seconds:.4f} s/step: {spent.input_wait_seconds:.4f} waiting for data, "
+            f"{spent.host_seconds:.4f} working on the host, {spent.blocked_seconds:.4f} waiting for the devices; "
+            f"samples {spent.samples}"
+        )
+        if self._times is not None:
+            self._times.send(step, steps, spent)
+
+    def flush(self) -> None:
+        """Write the remembered step, if there is one."""
+        if self._pending is None:
+            return
+        step, metrics, host = self._pending
+        self._pending = None
+        if self._writer is None:
+            return
+        with self.blocked():
+            skipped = np.asarray(metrics["samples_skipped"]).tolist()
+        values = {
+            "examples_seen": step * self._batch,
+            **{name: float(value) for name, value in metrics.items() if name != "samples_skipped"},
+            **host,
+            "samples_skipped": dict(zip(self._skip_reasons, skipped, strict=True)),
+        }
+        if self._peak_tflops is not None:
+            rate = host["examples_per_second"]
+            values["mfu"] = mfu(rate, self._flops, jax.device_count(), self._peak_tflops)
+        slow: list[str] = []
+        if self._times is not None:
+            ranks, slow = self._times.receive(before=step)
+            values |= ranks
+        self._writer.write(step, values)
+        self._progress.update(step, values)
+        process_log.note(f"step {step}: loss {values['loss']:.6g}")
+        for line in slow:
+            self.message(line)
+
+    def results(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
+        """Write the results of an evaluation, and show them."""
+        if self._writer is not None:
+            self._writer.write(step, {"examples_seen": step * self._batch, "eval": results})
+            shown = (
+                f"{task} {name} {value:.3f}" for task, metrics in results.items() for name, value in metrics.items()
+            )
+            self.message("  ".join(item for item in shown if " num_" not in item))
+
+    def message(self, text: str) -> None:
+        """Show a line; every process logs it."""
+        process_log.note(text)
+        if self._writer is not None:
+            self._progress.message(text)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time in here is not training: it does not enter the rates."""
+        with self._clock.pause():
+            yield
+
+    def finish(self) -> None:
+        """Show how long each of several processes took; all of them must call it."""
+        if self._times is not None and (table := self._times.table()):
+            self.message(table)
+
+    def close(self) -> None:
+        """Write what is pending, close the files."""
+        self.flush()
+        self._progress.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def sample_digest(index: np.ndarray) -> int:
+    """A digest of samples by their number in the source, the same in any order.
+
+    It is a sum modulo 2^64, so those of all processes add up to that of the global batch, and those of all steps of
+    an epoch to that of the whole source: if one sample were read twice, or left out, they would not.
+    """
+    mixed = index.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)  # splitmix64, which has no two equal values
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int((mixed ^ (mixed >> np.uint64(31))).sum(dtype=np.uint64))
+
+
+def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """Results for a person: a line per task and metric, shares as percentages."""
+    rows = [
+        [task, name, f"{value:.0f}" if name.startswith("num_") else f"{100 * value:.1f} %"]
+        for task, metrics in results.items()
+        for name, value in metrics.items()
+    ]
+    return format_table(rows, ("task", "metric", "value"))

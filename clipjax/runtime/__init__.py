@@ -1,0 +1,1 @@
+"""The machine: chips, compiler, processes, mesh, files, terminal."""

@@ -1,0 +1,210 @@
+"""Processes: starting them, telling the first one, talking between them, and the signal to stop.
+
+A run with several processes is started by a launcher (Slurm, Kubernetes, TPU pods, Open MPI, or by hand);
+`clipjax.launchers` finds out which one this process is, and `start` joins the others.
+"""
+
+import importlib.util
+import os
+import signal
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from clipjax.runtime.launchers import Launch, find_launch
+
+SHUTDOWN_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+HEARTBEAT_SECONDS = 10
+"""After so long without a sign of life a process counts as dead, and the others end. JAX's default is 100 seconds."""
+
+START_SECONDS = 300
+"""How long the processes wait for each other at the start; machines of one job can come up minutes apart."""
+
+_PATIENCE_SECONDS = 15.0  # then every process that still waits says so
+_KEY = "clipjax/"
+
+
+def start(options: Mapping[str, str | None] | None = None, environment: Mapping[str, str] = os.environ) -> None:
+    """Join the other processes of this run, if a launcher started any, and open the devices.
+
+    Args:
+        options: values of `launchers.OPTIONS` from the command line; they beat the environment.
+        environment: what a launcher left.
+
+    Raises:
+        ValueError: what was given is incomplete or nonsense, or the meeting point cannot be used. If the others
+            never come, JAX ends the process after `START_SECONDS`; nothing can catch that, so it is announced before.
+    """
+    if jax.distributed.is_initialized():
+        return
+    launch = find_launch(options, environment, on_tpu=_on_tpu(environment))
+    if launch is None:
+        return
+    known: dict[str, Any] = {"coordinator_address": launch.coordinator}
+    if launch.process_id is not None:
+        # Without "deactivate", JAX would ask the cluster again, and give the only process of a machine one GPU.
+        known |= {"num_processes": launch.num_processes, "process_id": launch.process_id}
+        known |= {"local_device_ids": launch.gpus, "cluster_detection_method": "deactivate"}
+    with _announced(launch):
+        try:
+            jax.distributed.initialize(
+                **known, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(
+                f"the processes ({launch.launcher}) cannot meet at {launch.coordinator or 'the address JAX found'}: "
+                f"{error}; is the port free, the address that of process 0, and every process started? "
+                "--coordinator=HOST:PORT --num_processes=N --process_id=I say all of it outright"
+            ) from error
+        # Opening the devices waits for all processes: now, while all of them are sure to come.
+        joined = jax.process_count()
+    if launch.num_processes not in (None, joined):
+        raise ValueError(
+            f"{launch.num_processes} processes were started ({launch.launcher}), but the devices know of {joined}; "
+            "does JAX_PLATFORMS name a platform that all of them have?"
+        )
+
+
+def _on_tpu(environment: Mapping[str, str]) -> bool:
+    """Whether JAX has found TPU chips: where there are none, importing it sets this variable."""
+    return importlib.util.find_spec("libtpu") is not None and "TPU_SKIP_MDS_QUERY" not in environment
+
+
+@contextmanager
+def _announced(launch: Launch) -> Iterator[None]:
+    """Say whom this process waits for: process 0 at once, the others if it takes long."""
+    number = "" if launch.process_id is None else f"process {launch.process_id}: "
+    others = f"{launch.num_processes or 'the other'} processes at {launch.coordinator or 'the address JAX finds'}"
+
+    def say(text: str) -> None:
+        print(f"clipjax: {number}{text}", file=sys.stderr, flush=True)
+
+    def remind() -> None:
+        say(
+            f"still waiting for {others}; all of them must be started, and that address reachable. Without them this "
+            f"process is ended after {START_SECONDS} seconds"
+        )
+
+    if launch.process_id == 0:
+        say(f"waiting for {others} ({launch.launcher})")
+    reminder = threading.Timer(_PATIENCE_SECONDS, remind)
+    reminder.daemon = True
+    reminder.start()
+    try:
+        yield
+    finally:
+        reminder.cancel()
+
+
+def is_first() -> bool:
+    """Whether this process writes what only one may write."""
+    return jax.process_index() == 0
+
+
+def publish(key: str, value: str) -> None:
+    """Leave a text for the other processes, with the coordinator; a key is used once. Costs no device any time."""
+    _store().key_value_set(_KEY + key, value)
+
+
+def fetch(key: str, *, timeout_seconds: float) -> str:
+    """The text that some process publishes under a key; waits for it.
+
+    Raises:
+        TimeoutError: nothing came.
+    """
+    try:
+        return _store().blocking_key_value_get(_KEY + key, int(1000 * timeout_seconds))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise TimeoutError(f"no process has sent {key} within {timeout_seconds:.0f} seconds") from error
+
+
+def published(folder: str) -> dict[str, str]:
+    """What lies in a folder of keys by now, by the last part of the key; never waits."""
+    return {key.rpartition("/")[2]: value for key, value in _store().key_value_dir_get(f"{_KEY}{folder}/")}
+
+
+def forget(folder: str) -> None:
+    """Delete a folder of keys."""
+    _store().key_value_delete(f"{_KEY}{folder}/")
+
+
+def _store() -> Any:
+    """The key-value store of the coordinator. JAX has no public way to it; Orbax takes the same one."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def abandon(exit_code: int = 1) -> int:
+    """Give up after an error: one of several processes ends here and now, and so the others soon; else its code.
+
+    At an ordinary exit JAX waits for the others, which wait for this one.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    return exit_code
+
+
+@contextmanager
+def no_survivors() -> Iterator[None]:
+    """An error that leaves this ends the process at once, if it is one of several."""
+    try:
+        yield
+    except Exception:
+        if jax.distributed.is_initialized() and jax.process_count() > 1:
+            traceback.print_exc()
+            abandon()
+        raise
+
+
+class ShutdownSignal:
+    """Remembers SIGTERM or SIGINT, so that the loop can save and leave; a second signal ends the process at once.
+
+    With several processes JAX's own notifier catches SIGTERM (it looks once a second) and lets all of them agree on the
+    step at which to stop; so SIGTERM is left to it, and SIGINT is passed on to it.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._several = jax.process_count() > 1
+        caught = (signal.SIGINT,) if self._several else SHUTDOWN_SIGNALS
+        self._previous = {number: signal.signal(number, self._receive) for number in caught}
+
+    def _receive(self, number: int, frame: types.FrameType | None) -> None:
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def due(self, step: int) -> bool:
+        """Whether to stop after this step; in a run of several processes, the same answer on all of them."""
+        if not self._several:
+            return self.number is not None
+        from jax.experimental import multihost_utils
+
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.number = self.number or signal.SIGTERM
+            return True
+        return False
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as a shell reports it; 0 without a signal."""
+        return 0 if self.number is None else 128 + self.number
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,221 @@
+"""The mesh, and which axis of it each dimension of each array lies on.
+
+Three tables decide everything: `PARAMETER_RULES` names the dimensions of every parameter by its path,
+`MESH_AXES` says on which mesh axis a named dimension is split, and `BATCH_AXES` are the axes that split the batch.
+Models are written as single-device code; they only call `constrain` on activations.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clipjax.config import MeshConfig, resolve_mesh
+from clipjax.pytrees import first_match, map_with_name
+
+SLICE = "slice"
+AXES = (SLICE, "data", "fsdp", "tensor")
+BATCH_AXES = (SLICE, "data", "fsdp")
+
+MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "width": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "embed": "tensor",
+}
+"""Mesh axis of a named dimension; one that is not listed is never split."""
+
+PARAMETER_RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
+    (r"(blocks|layers/text)/attn/qkv/kernel", ("layers", "width", None, "heads", None)),
+    (r"(blocks|layers/text)/attn/qkv/bias", ("layers", None, "heads", None)),
+    (r"(blocks|layers/text)/attn/out/kernel", ("layers", "heads", None, "width")),
+    (r"(blocks|layers|layers/text)/mlp/fc_in/kernel", ("layers", "width", "mlp")),
+    (r"(blocks|layers|layers/text)/mlp/fc_in/bias", ("layers", "mlp")),
+    (r"(blocks|layers|layers/text)/mlp/fc_out/kernel", ("layers", "mlp", "width")),
+    (r"(blocks|layers|layers/text)/(attn/out|cross_attn/out|mlp/fc_out|ln_\w+)/(bias|scale)", ("layers", None)),
+    (r"layers/cross_attn/[qkv]/kernel", ("layers", "width", "heads", None)),
+    (r"layers/cross_attn/[qkv]/bias", ("layers", "heads", None)),
+    (r"layers/cross_attn/out/kernel", ("layers", "heads", None, "width")),
+    (r"caption/proj/kernel", ("width", "vocab")),
+    (r"caption/proj/bias", ("vocab",)),
+    (r"image/patch_embed/kernel", (None, None, None, "width")),
+    (r"image/patch_embed/bias", (None,)),
+    (r"(image|text)/class_embed", (None,)),
+    (r"image/registers|pool/probe|pool/queries", (None, "width")),
+    (r"(image|text|pool)/pos_embed", (None, "width")),
+    (r"(image|text)/proj/kernel", ("width", "embed")),
+    (r"(image|text)/proj/bias", (None,)),
+    (r"text/token_embed", ("vocab", "width")),
+    (r"(image|text|caption)/ln_(pre|post|final)/(bias|scale)", (None,)),
+    (r"pool/attn/[qkv]/kernel", ("width", "heads", None)),
+    (r"pool/attn/[qkv]/bias", ("heads", None)),
+    (r"pool/attn/out/kernel", ("heads", None, "width")),
+    (r"pool/mlp/fc_in/kernel", ("width", "mlp")),
+    (r"pool/mlp/fc_in/bias", ("mlp",)),
+    (r"pool/mlp/fc_out/kernel", ("mlp", "width")),
+    (r"pool/(attn/out|mlp/fc_out|ln|ln_q|ln_k)/(bias|scale)", (None,)),
+    (r"stage_\d/(conv_\d)/kernel", ("layers", None, None, None, "width")),
+    (r"stage_\d/bn_\w+/(scale|bias|mean|variance)", ("layers", None)),
+    (r"(conv_\d|downsample)/kernel", (None, None, None, "width")),
+    (r"bn_\w+/(scale|bias|mean|variance)", (None,)),
+    (r"log_logit_scale|logit_bias", ()),
+    (r"samples_skipped", (None,)),
+    (r"memory", ("batch", None)),
+)
+"""First match wins; the path of an optimizer moment ends in its parameter's path, so it follows the parameter."""
+
+
+def hardware_slices(devices: Sequence[Any]) -> int:
+    """How many groups with slow links between them the hardware says that these devices form."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh with the axes `slice`, `data`, `fsdp`, `tensor` over all devices (or those given).
+
+    A slice of the mesh is one of the hardware where that has several, else the devices of processes that follow each
+    other.
+
+    Raises:
+        ValueError: the axis sizes do not multiply to the number of devices, or slices are not those of the hardware.
+    """
+    devices = jax.devices() if devices is None else devices
+    num_slices = hardware_slices(devices)
+    sizes = resolve_mesh(config, len(devices), num_slices)
+    if num_slices not in (1, sizes[0]):
+        raise ValueError(f"mesh.slice={sizes[0]} must be {num_slices}, the slices of these devices; None finds out")
+    if devices[0].platform == "cpu":
+        grid = np.asarray(devices, dtype=object).reshape(sizes)
+    else:
+        places = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
+        count = len(devices) // sizes[0]
+        parts = [places[start : start + count] for start in range(0, len(devices), count)]
+        grid = np.stack([_torus_mesh(sizes[1:], part) for part in parts])
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _torus_mesh(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices such that neighbours on an axis are neighbours on the torus; its sides are split only where need be."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices=devices)
+    except NotImplementedError:  # 8 of a torus of 16 x 16
+        return mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
+
+
+def partition_spec(dims: Sequence[str | None]) -> PartitionSpec:
+    """Mesh axes of an array whose dimensions have these names."""
+    return PartitionSpec(*(MESH_AXES.get(dim) if dim else None for dim in dims))
+
+
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of this mesh that split the batch; a mesh of a user's own may lack some of `BATCH_AXES`."""
+    return tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """How many parts the batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """First dimension split over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
+    """Sharding of every leaf of a training state (or of bare parameters), from `PARAMETER_RULES`.
+
+    Scalars and PRNG keys are replicated. Any other leaf must match a rule with as many dimensions as it has.
+
+    Raises:
+        ValueError: leaves that no rule covers, all of them listed.
+    """
+    unmatched: list[str] = []
+
+    def leaf_sharding(name: str, leaf: Any) -> NamedSharding:
+        if leaf.ndim == 0:
+            return replicated(mesh)
+        dims = first_match(PARAMETER_RULES, name)
+        if dims is None or len(dims) != leaf.ndim:
+            unmatched.append(f"{name} {tuple(leaf.shape)}")
+            return replicated(mesh)
+        return NamedSharding(mesh, partition_spec(dims))
+
+    shardings = map_with_name(leaf_sharding, abstract_state)
+    if unmatched:
+        raise ValueError("no rule in sharding.PARAMETER_RULES covers: " + ", ".join(unmatched))
+    return shardings
+
+
+def placed(abstract: Any, shardings: Any) -> Any:
+    """Shapes and dtypes together with where each leaf is to lie."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
+    )
+
+
+def of(tree: Any) -> Any:
+    """Where each leaf of a tree of arrays lies."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
+    """Pin an activation to the mesh in force (`jax.set_mesh`) by the names of its dimensions; without a mesh, x."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(dims))
+
+
+def platform() -> str:
+    """Of the devices of the mesh in force ("cpu", "gpu", "tpu"); "" without a mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return "" if device is None else device.platform
+
+
+def runs_on() -> str:
+    """`platform`, or without a mesh that of the default device."""
+    return platform() or jax.default_backend()
+
+
+def shards(dim: str) -> int:
+    """Into how many parts the mesh in force cuts a dimension of this name."""
+    axes, mesh = MESH_AXES.get(dim), jax.sharding.get_abstract_mesh()
+    if mesh.empty or axes is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def on_shards(run: Callable[..., jax.Array], *dims: Sequence[str | None]) -> Callable[..., jax.Array]:
+    """`run` on every device with its part of the arrays, whose dimensions have these names, as those of the result.
+
+    The result's names are those of the first array. Without a mesh, `run` as it is.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return run
+    specs = tuple(partition_spec(names) for names in dims)
+    return jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)
+
+
+def global_batch(mesh: Mesh, local: Any) -> Any:
+    """Global arrays, split over the batch axes, from the rows that this process has read.
+
+    The rows of process 0 come first, then those of process 1, and so on.
+    """
+    sharding, processes = batch_sharding(mesh), jax.process_count()
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(
+            sharding, rows, (processes * rows.shape[0], *rows.shape[1:])
+        ),
+        local,
+    )

@@ -1,0 +1,137 @@
+"""From a sweep file to its trials, with what earlier runs left of them."""
+
+import hashlib
+import json
+import pathlib
+import re
+import runpy
+import shlex
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from clipjax.config import Config
+from clipjax.config.serialization import check_override
+from clipjax.sweeps.local import open_log
+from clipjax.sweeps.space import Sweep
+from clipjax.sweeps.trial import Trial, formatted, read_json
+
+
+def path_of(argument: str) -> str:
+    """Return the field's path of a `--config.FIELD=VALUE`."""
+    return argument.removeprefix("--config.").partition("=")[0]
+
+
+def load_sweep(path: pathlib.Path) -> Sweep:
+    """Runs a sweep file, which is the user's own Python, and returns what its `get_sweep()` returns.
+
+    Raises:
+        ValueError: There is no such file or function, it fails, or it returns something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"--sweep={path} must be a Python file; there is none")
+    try:
+        names = runpy.run_path(str(path))
+        sweep = names["get_sweep"]() if "get_sweep" in names else None
+    except Exception as error:  # whatever the user's code raises is theirs to see, with its line
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}:{lines[-1]}" if lines else str(path)
+        raise ValueError(f"--sweep={where}: {type(error).__name__}: {error}") from error
+    if not isinstance(sweep, Sweep):
+        raise ValueError(f"--sweep={path} must define get_sweep() that returns a Sweep; it gave {type(sweep).__name__}")
+    return sweep
+
+
+def plan_trials(
+    sweep: Sweep, *, config: str, workdir: pathlib.Path, passed: Sequence[str], check: Sequence[int] | None = None
+) -> list[Trial]:
+    """The trials of a sweep with what earlier runs of it left in `workdir`; starts and writes nothing.
+
+    Args:
+        sweep: The definition.
+        config: FILE or FILE:ARG.
+        workdir: Folder of the sweep.
+        passed: `--config.FIELD=VALUE` for all trials.
+        check: The trials that nobody else may be training now; all by default.
+
+    Raises:
+        ValueError: A field or value does not fit the config, or `workdir` holds trials of another definition.
+    """
+    all_overrides = sweep.trials()
+    _check_fields(all_overrides, passed)
+    config_path = pathlib.Path(config.partition(":")[0])
+    if not config_path.is_file():
+        raise ValueError(f"--config={config} must be a Python file, or FILE:ARG; there is no {config_path}")
+    source = hashlib.sha256(config_path.read_bytes()).hexdigest()
+    trials = []
+    for index, overrides in enumerate(all_overrides):
+        folder = workdir / f"trial-{index:04d}-{_slug(overrides)}"
+        arguments = [f"--config={config}", f"--workdir={folder}", *passed]
+        arguments += [f"--config.{path}={value}" for path, value in formatted(overrides).items()]
+        identity = [source, config.partition(":")[2], list(passed), formatted(overrides)]
+        definition = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        trials.append(
+            Trial(index=index, folder=folder, overrides=overrides, arguments=arguments, definition=definition)
+        )
+    _check_folders(trials, workdir)
+    for index in check or ():
+        if not 0 <= index < len(trials):
+            raise ValueError(f"--trial={index} must be from 0 to {len(trials) - 1}")
+    for trial in trials:
+        restore(trial, check_lock=check is None or trial.index in check)
+    return trials
+
+
+def _check_fields(all_overrides: Sequence[dict[str, Any]], passed: Sequence[str]) -> None:
+    problems: dict[str, None] = {}  # an ordered set
+    fixed = {path_of(argument) for argument in passed}
+    for path, value in (item for overrides in all_overrides for item in overrides.items()):
+        if path in fixed:
+            problems[f"{path} is both in the sweep and on the command line; remove --config.{path}"] = None
+        try:
+            check_override(Config, path, value)
+        except ValueError as error:
+            problems[str(error)] = None
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _check_folders(trials: Sequence[Trial], workdir: pathlib.Path) -> None:
+    planned = {trial.folder.name for trial in trials}
+    for folder in sorted(workdir.glob("trial-[0-9]*")):
+        if folder.name not in planned:
+            raise ValueError(
+                f"{folder} is a trial of another sweep definition; give another --workdir, undo the change of the "
+                "sweep, or delete that folder"
+            )
+
+
+def restore(trial: Trial, *, check_lock: bool) -> None:
+    """Takes over what an earlier run left of a trial."""
+    record = read_json(trial.folder / "trial.json")
+    if not record:
+        return
+    if record.get("definition") != trial.definition:
+        changed = [
+            argument
+            for argument in sorted(set(record.get("arguments", [])) ^ set(trial.arguments))
+            if not argument.startswith("--workdir=")
+        ]
+        what = f"its arguments differ in {shlex.join(changed)}" if changed else "the config file has changed since"
+        raise ValueError(
+            f"{trial.folder} was trained by another definition: {what}; give another --workdir, undo the change, or "
+            "delete that folder"
+        )
+    trial.seconds = float(record.get("seconds", 0.0))
+    if record.get("status") == "done" and (trial.folder / "results.json").is_file():
+        trial.status = "done"
+    elif check_lock:
+        open_log(trial).close()
+    else:  # only to be told
+        left = record.get("status", "waiting")
+        trial.status, trial.problem = "waiting" if left == "done" else left, record.get("problem", "")
+
+
+def _slug(overrides: dict[str, Any]) -> str:
+    text = "-".join(f"{path.rpartition('.')[2]}-{value}" for path, value in formatted(overrides).items())
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)[:60].strip("-.")

@@ -1,0 +1,88 @@
+"""A trial of a sweep: its record on disk and its result."""
+
+import contextlib
+import json
+import math
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+from clipjax.sweeps.space import format_value
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Trial:
+    """One training run of a sweep. `status` is waiting, running, done, failed or interrupted."""
+
+    index: int
+    folder: pathlib.Path
+    overrides: dict[str, Any]
+    arguments: list[str]  # of the training command
+    definition: str  # hash of all that makes this trial what it is
+    status: str = "waiting"
+    seconds: float = 0.0  # of training, over all attempts
+    metric: float | None = None
+    loss: float | None = None
+    problem: str = ""
+    started: float = 0.0  # monotonic seconds
+
+    @property
+    def name(self) -> str:
+        """Its number, as in its folder's name."""
+        return f"trial-{self.index:04d}"
+
+    def save(self) -> None:
+        """Writes `trial.json` so that a kill leaves either the old one or the new one."""
+        record = {"status": self.status, "seconds": round(self.seconds, 3), "definition": self.definition}
+        record |= {"overrides": formatted(self.overrides), "arguments": self.arguments, "problem": self.problem}
+        temporary = self.folder / "trial.json.tmp"
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.folder / "trial.json")
+
+    def read_results(self, metric: str) -> None:
+        """Fills in `metric` and `loss` of a finished trial; `problem` says what is there if `metric` is not."""
+        try:
+            tasks = read_json(self.folder / "results.json")["tasks"]
+            found = {f"{task}:{name}": value for task, values in tasks.items() for name, value in values.items()}
+        except (ValueError, LookupError, AttributeError) as error:  # a broken trial must not end the sweep
+            self.problem = f"results.json cannot be read: {error!r}"
+            return
+        with contextlib.suppress(FileNotFoundError), (self.folder / "metrics.jsonl").open(encoding="utf-8") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    found |= json.loads(line)
+        numbers = {
+            name: float(value)
+            for name, value in found.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+        self.metric, self.loss = numbers.get(metric), numbers.get("loss")
+        if self.metric is None:
+            self.problem = f"has no {metric}; the sweep's metric may be {', '.join(sorted(numbers)) or 'nothing'}"
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); delete it to run that trial again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; delete it to run that trial again")
+    return content
+
+
+def formatted(overrides: dict[str, Any]) -> dict[str, str]:
+    """Overrides with values as the command line takes them."""
+    return {path: format_value(value) for path, value in overrides.items()}
+
+
+def pairs(overrides: dict[str, Any]) -> str:
+    """Overrides in a line: `a.b=1 c=2`."""
+    return " ".join(f"{path}={value}" for path, value in formatted(overrides).items())

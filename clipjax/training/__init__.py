@@ -1,0 +1,1 @@
+"""One run: preflight, state, step, loop."""

@@ -1,0 +1,96 @@
+"""Fingerprints of a run: the config, code, checkpoints and data that all of its processes must have in common."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from clipjax.checkpoints.records import FOLDER, pack_tokenizer
+from clipjax.checkpoints.saved import SavedCheckpoint
+from clipjax.config import Config
+from clipjax.config.serialization import flatten, to_dict
+from clipjax.data.sample import BadSample, Source
+from clipjax.data.tokenizers.protocol import Tokenizer
+from clipjax.monitoring.run_record import versions
+
+HOST_LOCAL = ("data.tfds_dir", "data.num_", "data.prefetch_batches", "compile_cache")
+"""Fields (by prefix) that may differ between machines: none of them touches what is computed."""
+
+
+_NAMES, _CONTENTS = 1000, 16  # samples whose place, and whose content, enters the digest of a source
+
+
+def digests(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """One digest of each section."""
+    return {section: _digest(json.dumps(values, sort_keys=True).encode()) for section, values in facts.items()}
+
+
+def _digest(*parts: bytes) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(len(part).to_bytes(8, "little") + part)
+    return total.hexdigest()[:16]
+
+
+def config_facts(config: Config) -> dict[str, Any]:
+    """Every field that must be the same everywhere."""
+    return {name: value for name, value in flatten(to_dict(config)).items() if not name.startswith(HOST_LOCAL)}
+
+
+def code_facts() -> dict[str, Any]:
+    """A digest of each of the package's files, and the versions of what it stands on."""
+    package = pathlib.Path(__file__).parents[1]
+    files = {
+        f"{package.name}/{path.relative_to(package).as_posix()}": _digest(path.read_bytes())
+        for path in sorted(package.rglob("*.py"))
+    }
+    return files | versions()
+
+
+def checkpoint_facts(workdir: pathlib.Path) -> dict[str, Any]:
+    """Which checkpoints this process sees in the workdir."""
+    folder = workdir / FOLDER
+    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    return {"steps in the workdir": ", ".join(map(str, steps)) or "none"}
+
+
+def data_facts(
+    sources: Mapping[str, Source], tokenizer: Tokenizer, checkpoints: Mapping[str, SavedCheckpoint | None]
+) -> dict[str, Any]:
+    """What can be told cheaply of the data that this process sees.
+
+    Args:
+        sources: by the config's name of them.
+        tokenizer: of the run.
+        checkpoints: whose weights are taken, by config field.
+    """
+    facts: dict[str, Any] = {"tokenizer": _digest(json.dumps(pack_tokenizer(tokenizer), sort_keys=True).encode())}
+    for name, source in sources.items():
+        facts |= {f"{name} {what}": value for what, value in describe_source(source).items()}
+    for name, saved in checkpoints.items():
+        if saved is not None:
+            facts[f"{name} step"] = saved.step
+            facts[f"{name} records"] = _digest(json.dumps(saved.records, sort_keys=True).encode())
+    return facts
+
+
+def describe_source(source: Source) -> dict[str, Any]:
+    """The number of samples, and digests of the places and contents of some that are spread evenly over the source."""
+    size = len(source)
+    places = [source.where(index).encode() for index in _spread(size, _NAMES)]
+    contents: list[bytes] = []
+    for index in _spread(size, _CONTENTS):
+        try:
+            sample = source[index]
+        except BadSample as bad:
+            contents.append(bad.reason.encode())
+            continue
+        image = sample.image if isinstance(sample.image, bytes) else sample.image.tobytes()
+        contents += [image, json.dumps([*sample.captions, sample.label]).encode()]
+    return {"samples": size, "places": _digest(*places), "contents": _digest(*contents)}
+
+
+def _spread(size: int, most: int) -> list[int]:
+    """At most so many positions, from the first to the last."""
+    return list(range(size)) if size <= most else [round(i * (size - 1) / (most - 1)) for i in range(most)]

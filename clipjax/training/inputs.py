@@ -1,0 +1,139 @@
+"""What a run reads, opened and checked before a device is touched: data, tokenizer, evaluation tasks, first weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import jax
+
+from clipjax.checkpoints.records import pack_tokenizer
+from clipjax.checkpoints.saved import SavedCheckpoint
+from clipjax.config import Config, LossKind, TextPool
+from clipjax.config.serialization import field_value
+from clipjax.config.validation import MEMORY_UNIT
+from clipjax.data.sample import Source
+from clipjax.data.sources import build_source, remembering
+from clipjax.data.tokenizers.build import build_tokenizer
+from clipjax.data.tokenizers.protocol import Tokenizer
+from clipjax.evals.runner import Task, build_tasks
+from clipjax.models.clip import abstract_params
+from clipjax.models.positions import fit_positions
+from clipjax.pytrees import match_any, names
+
+MOST_SAMPLES = 2**31 - 2 * MEMORY_UNIT
+"""That int32 can count, with the spare room of the memory."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that training reads.
+
+    Attributes:
+        source: the training pairs.
+        tokenizer: text to ids.
+        tasks: evaluation tasks by name.
+        initial: gives the first parameters where `init_from` names a checkpoint.
+        teacher: the model to learn from where `loss.distill_from` names a checkpoint.
+        sources: everything that is read, for training and evaluation, by the config's name of it.
+    """
+
+    source: Source
+    tokenizer: Tokenizer
+    tasks: dict[str, Task]
+    initial: SavedCheckpoint | None
+    teacher: SavedCheckpoint | None = None
+    sources: Mapping[str, Source] = field(default_factory=dict)
+
+
+def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
+    """Open all of it.
+
+    Args:
+        config: the run.
+        saved: where it goes on from, if it does: it has its own weights and does not need those of `init_from`, and
+            goes on learning from the step of its teacher that it began with.
+
+    Raises:
+        ValueError: something is missing or does not fit the config.
+    """
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.text.vocab_size:
+        raise ValueError(
+            f"model.text.vocab_size={config.model.text.vocab_size} must be at least {tokenizer.vocab_size}, "
+            f"the size of data.tokenizer={config.data.tokenizer!r}"
+        )
+    if getattr(config.model.text, "pool", None) in (None, TextPool.END) and not tokenizer.ends_highest:
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer!r} does not give the end of a text the largest id, by which "
+            "model.text.pool=end and bags of words find it; use pool=last or attention, or another tokenizer"
+        )
+    initial = None
+    if config.init_from is not None and saved is None:
+        initial = SavedCheckpoint(config.init_from)
+        check_same_shapes(config, initial)
+    source = build_source(config.data.train, data=config.data)
+    if len(source) < config.global_batch_size:
+        raise ValueError(
+            f"global_batch_size={config.global_batch_size} must not exceed the {len(source)} samples of "
+            f"data.train={config.data.train!r}"
+        )
+    if config.loss.kind is LossKind.GLOBAL and len(source) > MOST_SAMPLES:
+        raise ValueError(
+            f"loss.kind=global remembers at most {MOST_SAMPLES} samples; data.train={config.data.train!r} has "
+            f"{len(source)}"
+        )
+    teacher = None
+    if config.loss.distill_from is not None:
+        step = None if saved is None else saved.records["data"].get("teacher_step")
+        teacher = SavedCheckpoint(config.loss.distill_from, step=step)
+        check_same_inputs(config, tokenizer, teacher)
+    sources = {config.data.train: source}
+    return Inputs(source, tokenizer, build_tasks(config, remembering(sources)), initial, teacher, sources)
+
+
+def check_same_inputs(config: Config, tokenizer: Tokenizer, teacher: SavedCheckpoint) -> None:
+    """Refuse a teacher that cannot see the pictures and read the tokens of this run.
+
+    Raises:
+        ValueError: everything that differs.
+    """
+    differing = [
+        f"{path}={ours} (teacher: {theirs})"
+        for path in ("model.image.image_size", "model.text.context_length")
+        if (ours := field_value(config, path)) != (theirs := field_value(teacher.config, path))
+    ]
+    if teacher.records["tokenizer"] != pack_tokenizer(tokenizer):
+        differing.append(f"data.tokenizer={config.data.tokenizer} (teacher: another)")
+    if differing:
+        raise ValueError(
+            f"loss.distill_from={config.loss.distill_from!r} takes other inputs: {', '.join(differing)}; "
+            "student and teacher see the same pixels and tokens"
+        )
+
+
+def is_taken(config: Config, name: str) -> bool:
+    """Whether `init_from` gives this parameter."""
+    return not config.init_match or match_any(config.init_match, name)
+
+
+def check_same_shapes(config: Config, initial: SavedCheckpoint) -> None:
+    """Refuse first weights of another shape; positions are fitted to another image size or context length.
+
+    Raises:
+        ValueError: every parameter that differs, or a pattern of `init_match` that matches none.
+    """
+    old, new = initial.config.model, config.model
+    given = jax.eval_shape(lambda params: fit_positions(params, old, new), abstract_params(old))
+    ours, theirs = (
+        dict(zip(names(tree), (leaf.shape for leaf in jax.tree.leaves(tree)), strict=True))
+        for tree in (abstract_params(new), given)
+    )
+    for pattern in config.init_match:
+        if not any(match_any([pattern], name) for name in ours):
+            raise ValueError(f"init_match={pattern!r} matches no parameter; paths look like {next(iter(ours))!r}")
+    differing = [
+        f"{name} {ours.get(name)} (checkpoint: {theirs.get(name)})"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name) and is_taken(config, name)
+    ]
+    if differing:
+        raise ValueError(f"init_from={config.init_from!r} holds another model: {', '.join(differing)}")

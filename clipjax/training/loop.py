@@ -1,0 +1,46 @@
+"""The loop: step after step; log, evaluate and save when due."""
+
+from clipjax.config import steps_of, total_steps
+from clipjax.data.training_stream import TooManyBadSamples
+from clipjax.evals.runner import Results
+from clipjax.training.run import Run
+
+
+def train(run: Run) -> int:
+    """Train to the end, or to the first signal; returns the exit code of that signal, or 0.
+
+    Raises:
+        TooManyBadSamples: too much of the data is unusable; the state before is saved.
+    """
+    config, journal, state, start = run.config, run.journal, run.state, run.start
+    last = total_steps(config)
+    log_every = steps_of(config.log.every_examples, config)
+    save_every = steps_of(config.checkpoint.every_examples, config)
+    eval_every = last if config.eval.every_examples is None else steps_of(config.eval.every_examples, config)
+    journal.message(f"step {start.step} of {last}, workdir {run.workdir}")
+    results: Results | None = None
+    if start.step and start.step % eval_every == 0 and not start.evaluated:  # a signal came in between
+        results = run.evaluate(state, start.step)
+    for step in range(start.step + 1, last + 1):
+        try:
+            batch = run.next_batch()
+        except TooManyBadSamples:
+            run.save(state, step - 1)
+            raise
+        state, metrics = run.train_step(state, batch)
+        run.follow(step, metrics)
+        journal.flush()
+        if step % log_every == 0 or step == last:
+            journal.note(step, metrics, run.stream.wait_seconds)
+        stop = run.signal.due(step) and step < last
+        if step == last or (step % eval_every == 0 and not stop):
+            results = run.evaluate(state, step)
+            run.save(state, step, results)
+        elif stop or step % save_every == 0:
+            run.save(state, step)
+        if stop:
+            number = run.signal.number
+            journal.message(f"stopped by signal {number} after step {step}; the same command goes on from here")
+            return run.signal.exit_code
+    run.finish(state, last, results)
+    return 0

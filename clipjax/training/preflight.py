@@ -1,0 +1,98 @@
+"""Opening a run: everything that can be refused before training, by all of its processes together."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import optax
+
+from clipjax.checkpoints.saved import newest_checkpoint
+from clipjax.config import Config
+from clipjax.config.validation import validate, validate_devices
+from clipjax.models.clip import abstract_params
+from clipjax.monitoring import run_record
+from clipjax.runtime import compilation, consistency, files, process_log, sharding
+from clipjax.runtime.compilation import compiler_options
+from clipjax.runtime.consistency import Facts
+from clipjax.runtime.processes import is_first
+from clipjax.training import fingerprints, optimizer
+from clipjax.training.inputs import Inputs, open_inputs
+from clipjax.training.resume import check_same_run
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that may begin.
+
+    Attributes:
+        config: all of its knobs.
+        workdir: where its files go.
+        inputs: what it reads.
+        tx: the optimizer.
+    """
+
+    config: Config
+    workdir: Path
+    inputs: Inputs
+    tx: optax.GradientTransformation
+
+
+def open_run(parse: Callable[[], tuple[Config, Path]]) -> Opened:
+    """Open and check everything, on all processes; they go on only if all of them can, and would do the same.
+
+    Args:
+        parse: gives the config and the workdir of the command line.
+
+    Raises:
+        ValueError: for the user, on every process: with field, value, rule and remedy.
+    """
+    opened, facts = consistency.together("train", lambda: _open_here(*parse()))
+    consistency.check_shared(opened.workdir)
+    if is_first():
+        record_start(opened.workdir, facts)
+    return opened
+
+
+def _open_here(config: Config, workdir: Path) -> tuple[Opened, Facts]:
+    """This process's part."""
+    validate(config)
+    files.require_writable(workdir)
+    process_log.open_log(workdir, rank=jax.process_index(), header=run_record.describe_start())
+    compilation.enable(config.compile_cache)
+    saved = newest_checkpoint(workdir)
+    inputs = open_inputs(config, saved)
+    if saved is not None:
+        check_same_run(saved, config, inputs)
+    tx = optimizer.make_tx(config, abstract_params(config.model))
+    validate_devices(
+        config,
+        num_devices=jax.device_count(),
+        num_processes=jax.process_count(),
+        num_slices=sharding.hardware_slices(jax.devices()),
+        teacher=None if inputs.teacher is None else inputs.teacher.config,
+        platform=jax.devices()[0].platform,
+    )
+    facts: Facts = {
+        "config": fingerprints.config_facts(config),
+        "code": fingerprints.code_facts(),
+        "checkpoint": fingerprints.checkpoint_facts(workdir),
+        "data": fingerprints.data_facts(
+            inputs.sources, inputs.tokenizer, {"init_from": inputs.initial, "loss.distill_from": inputs.teacher}
+        ),
+    }
+    return Opened(config, workdir, inputs, tx), facts
+
+
+def record_start(workdir: Path, facts: Mapping[str, Mapping[str, object]]) -> None:
+    """Add this start to `run.json`; what cannot be written there does not keep the run from starting."""
+    about = {
+        **run_record.describe_start(),
+        "compile_cache": jax.config.jax_compilation_cache_dir,  # pyright: ignore[reportAttributeAccessIssue]
+        "compiler_options": compiler_options(jax.devices()),
+        "digests": fingerprints.digests(facts),
+    }
+    try:
+        run_record.write(workdir, about)
+    except OSError as error:
+        process_log.note(f"run.json cannot be written: {error}")

@@ -1,0 +1,132 @@
+"""Where a run starts: afresh, from another run's weights, or where its own newest checkpoint left off."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+from jax.sharding import Mesh
+
+from clipjax.checkpoints.manager import Checkpoints
+from clipjax.checkpoints.records import pack_tokenizer
+from clipjax.checkpoints.saved import SavedCheckpoint, load_params
+from clipjax.config import Config
+from clipjax.config.serialization import flatten, to_dict
+from clipjax.models.positions import fit_positions
+from clipjax.pytrees import map_with_name, names
+from clipjax.runtime import sharding
+from clipjax.training.inputs import Inputs, is_taken
+from clipjax.training.step import TrainState, from_groups, to_groups
+
+RESUMABLE = (
+    "mesh.",
+    "log.",
+    "eval.",
+    "checkpoint.",
+    "init_from",
+    "compile_cache",
+    "data.tfds_dir",
+    "data.max_bad_fraction",
+    "data.num_",
+    "data.prefetch_batches",
+)
+"""Fields (by prefix) that may change when a run goes on: none of them touches the state or the order of samples."""
+
+
+def check_resumable(step: int, saved: Config, config: Config) -> None:
+    """Refuse to go on with a config that would make a different run.
+
+    Raises:
+        ValueError: every field that differs, with both values.
+    """
+    old, new = flatten(to_dict(saved)), flatten(to_dict(config))
+    changed = [
+        f"{path}={new.get(path)!r} (checkpoint: {old.get(path)!r})"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path) and not path.startswith(RESUMABLE)
+    ]
+    if changed:
+        raise ValueError(
+            f"the workdir holds a run at step {step} with another config: {', '.join(changed)}; "
+            "use the old values to go on with it, or another workdir to start anew"
+        )
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come.
+
+    Attributes:
+        step: completed updates.
+        evaluated: whether the tasks were run at this step.
+        num_samples: size of the training source.
+        teacher_step: of the checkpoint that is distilled from, if any.
+    """
+
+    step: int = 0
+    evaluated: bool = False
+    num_samples: int = 0
+    teacher_step: int | None = None
+
+
+def check_same_run(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> None:
+    """Refuse to go on if the continuation would not be the run that was saved.
+
+    Raises:
+        ValueError: another config, another tokenizer or other training data; with what differs.
+    """
+    check_resumable(saved.step, saved.config, config)
+    if saved.records["tokenizer"] != pack_tokenizer(inputs.tokenizer):
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer!r} is not the tokenizer that the run at step {saved.step} in the "
+            "workdir was trained with; bring that back, or use another workdir to start anew"
+        )
+    num_samples = saved.records["data"]["num_samples"]
+    if len(inputs.source) != num_samples:
+        raise ValueError(
+            f"data.train={config.data.train!r} has {len(inputs.source)} samples, but the run in the workdir was "
+            f"trained on {num_samples}; bring those back, or use another workdir to start anew"
+        )
+
+
+def start_state(
+    config: Config,
+    inputs: Inputs,
+    checkpoints: Checkpoints,
+    init_state: Callable[[jax.Array], TrainState],
+    mesh: Mesh,
+) -> tuple[TrainState, Position]:
+    """The newest checkpoint's state and position, or a fresh state; either way every array is born on its shards.
+
+    Raises:
+        ValueError: the checkpoint's arrays are damaged.
+    """
+
+    def init() -> TrainState:
+        return init_state(jax.random.key(config.seed))
+
+    abstract = jax.eval_shape(init)
+    shardings = sharding.state_shardings(mesh, abstract)
+    placed = sharding.placed(abstract, shardings)
+    latest = checkpoints.latest_step()
+    if latest is not None:
+        groups, records = checkpoints.restore(latest, to_groups(placed))
+        return from_groups(groups), Position(**records["data"])
+    state = jax.jit(init, out_shardings=shardings)()
+    if inputs.initial is not None:
+        state = _take(state, inputs.initial, config, mesh)
+    return state, Position()
+
+
+def _take(state: TrainState, initial: SavedCheckpoint, config: Config, mesh: Mesh) -> TrainState:
+    """The state with what `init_match` names of another run's parameters; BatchNorm's statistics follow their tower."""
+    given = dict(load_params(initial, mesh))
+    batch_stats = given.pop("batch_stats", None)
+    where = sharding.of(state.params)
+    fit = jax.jit(lambda given: fit_positions(given, initial.config.model, config.model))
+    theirs = dict(zip(names(given), jax.tree.leaves(fit(given)), strict=True))
+    params = map_with_name(lambda name, ours: theirs[name] if is_taken(config, name) else ours, state.params)
+    params = jax.device_put(params, where)
+    if batch_stats is None or not all(is_taken(config, f"image/{name}") for name in names(state.params["image"])):
+        batch_stats = state.batch_stats
+    ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
+    return replace(state, params=params, ema=ema, batch_stats=batch_stats)

@@ -1,0 +1,157 @@
+"""Configs: plain JSON and back, what is refused and how it is worded, and that they cost nothing to import."""
+
+import dataclasses
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+
+from clipjax.config import Config, GroupRole, LossKind, MeshConfig, TaskConfig, resolve_mesh, steps_of, total_steps
+from clipjax.config.serialization import field_value, from_dict, to_dict
+from clipjax.config.validation import validate, validate_devices
+
+
+def valid() -> Config:
+    config = Config()
+    config.data.train = "tfds:scenes/train"
+    return config
+
+
+def set_field(config: Config, path: str, value: object) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(field_value(config, parent) if parent else config, name, value)
+
+
+def test_to_dict_and_back_changes_nothing():
+    config = valid()
+    config.optim.freeze = ("image/.*",)
+    config.optim.ema_decay = 0.99
+    config.eval.tasks["scenes/val"] = TaskConfig(source="tfds:scenes/val", classes="scenes", templates="scenes")
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sead": 1}, "unknown ['sead']"),
+        ({"seed": "1"}, "config.seed='1' must be of type int"),
+        ({"seed": True}, "config.seed=True must be of type int"),
+        ({"optim": {"learning_rate": "fast"}}, "config.optim.learning_rate='fast' must be of type float"),
+        ({"loss": {"kind": "hinge"}}, "config.loss.kind='hinge' must be one of softmax"),
+        ({"optim": 3}, "config.optim: unknown 3"),
+        ([], "config: unknown []"),
+    ],
+)
+def test_from_dict_refuses_what_it_does_not_know(values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("data.train", "", "data.train='' must name a source"),
+        ("global_batch_size", 0, "global_batch_size=0 must be greater than 0"),
+        ("optim.learning_rate", float("nan"), "optim.learning_rate=nan must be greater than 0"),
+        ("optim.beta2", 1.5, "optim.beta2=1.5 must be at least 0 and below 1"),
+        ("seed", -1, "seed=-1 must not be negative"),
+        ("seed", "one", "seed='one' must be of type int"),
+        ("total_examples", 10, "total_examples=10 must be at least one global_batch_size=256"),
+        ("warmup_examples", 10**9, "must not exceed total_examples"),
+        ("mesh.data", 0, "mesh.data=0 must be at least 1, or -1 to fill up"),
+        ("mesh.data", 3, "global_batch_size=256 must be divisible by 3"),
+        ("mesh.tensor", 3, "model.text.num_heads=8 must be divisible by 3 (mesh.tensor=3); nearest: 6, 9"),
+        ("model.image.patch_size", 30, "model.image.image_size=224 must be a multiple of model.image.patch_size=30"),
+        ("model.text.num_heads", 7, "model.text.width=512 must be a multiple of model.text.num_heads=7"),
+        ("model.text.context_length", 2, "at least 3"),
+        ("model.init_logit_scale", 200.0, "must not exceed model.max_logit_scale=100.0"),
+        ("microbatch_size", 63, "microbatch_size=63 must divide global_batch_size="),
+        ("microbatch_size", 0, "microbatch_size=0 must divide global_batch_size="),
+        ("loss.tile", 0, "loss.tile=0 must be at least 1"),
+        ("loss.kind", LossKind.SIGMOID, "model.init_logit_bias=None: loss.kind=sigmoid needs a bias"),
+        ("model.init_logit_bias", -10.0, "softmax would ignore it"),
+        ("loss.label_smoothing", 1.0, "loss.label_smoothing=1.0 must be at least 0 and less than 1"),
+        ("loss.group_role", GroupRole.POSITIVE, "loss.group_role=positive needs loss.same_pair=index or caption"),
+        ("loss.distill_weight", 2.0, "loss.distill_weight=2.0 needs loss.distill_from, a clipjax checkpoint"),
+        ("loss.distill_weight", -1.0, "loss.distill_weight=-1.0 must be greater than 0"),
+        ("loss.gamma", 0.0, "loss.gamma=0.0 must be greater than 0 and at most 1"),
+        ("loss.gamma", 0.5, "loss.gamma=0.5: loss.kind=softmax would ignore it; only global uses it"),
+        ("loss.gamma_decay_examples", -1, "loss.gamma_decay_examples=-1 must be at least 0"),
+        ("loss.epsilon", 0.0, "loss.epsilon=0.0 must lie between 1e-30 and 1"),
+        ("loss.rho", math.nan, "loss.rho=nan must be at least 0"),
+        ("mesh.slice", -1, "mesh.slice=-1 must be at least 1, or None for those of the hardware"),
+        ("loss.distill_from", "", "loss.distill_from='' must name a clipjax checkpoint"),
+        ("optim.freeze", ("(",), "is no regular expression"),
+        ("checkpoint.best_metric", "val:top1", "must be TASK:METRIC, one of none: no tasks"),
+        ("eval.tasks", {"a": TaskConfig(source="x")}, "zero_shot needs classes and templates"),
+        ("eval.tasks", {"a": TaskConfig(classes="scenes", templates="plain")}, "eval.tasks.a.source='' must name"),
+        ("data.std", (0.0, 1.0, 1.0), "a standard deviation must be greater than 0"),
+    ],
+)
+def test_validate_names_field_value_and_rule(path, value, message):
+    config = valid()
+    set_field(config, path, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        validate(config)
+
+
+def test_a_memory_that_cannot_be_split_evenly_is_refused():
+    config = valid()
+    config.loss.kind, config.global_batch_size, config.eval.batch_size = LossKind.GLOBAL, 7 * 64, 7 * 64
+    validate(config)
+    with pytest.raises(ValueError, match="loss.kind=global .* needs a number of devices that divides 61440"):
+        validate_devices(config, num_devices=7, num_processes=1)
+
+
+def test_validate_lists_everything_that_is_wrong():
+    config = valid()
+    config.global_batch_size = -1
+    config.optim.epsilon = 0.0
+    with pytest.raises(ValueError) as caught:
+        validate(config)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_validate_accepts_the_defaults():
+    validate(valid())
+
+
+def test_mesh_fills_up():
+    assert resolve_mesh(MeshConfig(fsdp=2, tensor=2), 8) == (1, 2, 2, 2)
+    assert resolve_mesh(MeshConfig(data=8), 8) == (1, 8, 1, 1)
+    with pytest.raises(ValueError, match="8 devices cannot be divided by 3"):
+        resolve_mesh(MeshConfig(tensor=3), 8)
+    with pytest.raises(ValueError, match="make 4 devices, but there are 8; set one axis to -1"):
+        resolve_mesh(MeshConfig(data=4), 8)
+
+
+def test_validate_devices_names_the_nearest_batch():
+    config = valid()
+    config.global_batch_size = 100
+    with pytest.raises(ValueError, match=r"global_batch_size=100 must be divisible by 8 .*nearest: 96, 104"):
+        validate_devices(config, num_devices=8, num_processes=1)
+    config.mesh.tensor = -1
+    config.mesh.data = 1
+    config.global_batch_size = 96
+    with pytest.raises(ValueError, match=r"model.image.num_heads=12 must be divisible by 8 \(mesh.tensor=8\)"):
+        validate_devices(config, num_devices=8, num_processes=1)
+
+
+def test_time_is_told_in_examples():
+    config = dataclasses.replace(valid(), total_examples=1000, global_batch_size=64)
+    assert total_steps(config) == 15
+    assert steps_of(0, config) == 0
+    assert steps_of(1, config) == 1
+    assert steps_of(160, config) == 2
+    assert steps_of(170, config) == 3
+
+
+def test_import_is_light():
+    code = (
+        "import sys, time; start = time.perf_counter(); import clipjax.config, clipjax; "
+        "assert time.perf_counter() - start < 0.3; "
+        "heavy = {'jax', 'numpy', 'flax', 'tensorflow', 'grain'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,81 @@
+"""The compile cache is this user's alone."""
+
+import os
+import stat
+
+import jax
+import pytest
+
+from clipjax.runtime import compilation
+
+
+@pytest.fixture(autouse=True)
+def kept():
+    """JAX's own settings come back after a test."""
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_named_directory_is_made_for_this_user_alone(tmp_path):
+    folder = tmp_path / "new" / "cache"
+    assert compilation.enable(str(folder)) == str(folder)
+    assert mode(folder) == 0o700
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+
+
+def test_one_that_others_may_read_is_closed(tmp_path):
+    tmp_path.chmod(0o755)
+    compilation.enable(str(tmp_path))
+    assert mode(tmp_path) == 0o700
+
+
+@pytest.mark.parametrize("bits", [0o770, 0o707, 0o777])
+def test_one_that_others_may_write_to_is_refused(tmp_path, bits):
+    tmp_path.chmod(bits)
+    with pytest.raises(ValueError, match=rf"may be written to by others \(mode {bits:04o}\).*chmod 700"):
+        compilation.enable(str(tmp_path))
+    assert mode(tmp_path) == bits
+
+
+def test_another_users_directory_a_link_and_a_file_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "file").write_text("")
+    for name in ("link", "file"):
+        with pytest.raises(ValueError, match="must be a directory, and no link"):
+            compilation.enable(str(tmp_path / name))
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(ValueError, match=f"belongs to user {owner}, not to you"):
+        compilation.enable(str(tmp_path))
+
+
+def test_one_that_cannot_be_made_is_refused_if_it_was_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="compile_cache='.*' cannot be made"):
+        compilation.enable(str(tmp_path / "file" / "cache"))
+
+
+def test_auto_is_off_on_cpus_and_in_the_users_cache_on_accelerators(tmp_path, monkeypatch):
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert compilation.enable(compilation.AUTO, environment) is None
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compilation.enable(compilation.AUTO, environment) == str(tmp_path / "clipjax" / "xla")
+    assert mode(tmp_path / "clipjax" / "xla") == 0o700
+    (tmp_path / "file").write_text("")
+    assert compilation.enable(compilation.AUTO, {"XDG_CACHE_HOME": str(tmp_path / "file")}) is None
+    home = compilation.enable(compilation.AUTO, {"HOME": str(tmp_path)})
+    assert home == str(tmp_path / ".cache" / "clipjax" / "xla")
+    assert compilation.enable(compilation.AUTO, environment | {"JAX_COMPILATION_CACHE_DIR": "mine"}) == "mine"
+
+
+def test_none_switches_jaxs_own_cache_off_too():
+    assert compilation.enable(None) is None
+    assert not jax.config.jax_enable_compilation_cache

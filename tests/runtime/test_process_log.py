@@ -1,0 +1,49 @@
+"""The log file of a process."""
+
+import logging
+import warnings
+
+import pytest
+
+from clipjax.runtime import process_log
+
+
+def test_a_log_has_header_notes_warnings_and_the_traceback(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    process_log.note("before there is a log")
+    with pytest.raises(KeyError), process_log.session():
+        process_log.open_log(tmp_path, rank=3, header={"host": "node-3"})
+        process_log.note("two\nlines")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("careful", UserWarning, stacklevel=1)
+        logging.getLogger("library").warning("of a library")
+        logging.getLogger("library").info("a detail")
+        raise KeyError("defect")
+    process_log.note("after it was closed")
+    text = process_log.path_of(tmp_path, 3).read_text()
+    assert process_log.path_of(tmp_path, 3) == tmp_path / "logs" / "rank-00003.log"
+    lines = [line.split("  ", 1)[1] for line in text.splitlines()]
+    assert lines[:4] == ["---- start ----", "host: node-3", "two", "lines"]
+    assert any("UserWarning: careful" in line for line in lines)
+    assert "WARNING library: of a library" in lines
+    assert lines[-1] == "KeyError: 'defect'"
+    assert "a detail" not in text and "before" not in text and "after" not in text
+    assert shown == ["careful"]  # as before
+
+
+def test_a_second_start_appends(tmp_path):
+    for word in ("one", "two"):
+        with process_log.session():
+            process_log.open_log(tmp_path, rank=0, header={"command": word})
+    text = process_log.path_of(tmp_path, 0).read_text()
+    assert text.count("---- start ----") == 2
+    assert text.index("command: one") < text.index("command: two")
+
+
+def test_handlers_are_given_back(tmp_path):
+    before = (list(logging.root.handlers), warnings.showwarning)
+    with process_log.session():
+        process_log.open_log(tmp_path, rank=0, header={})
+    assert (logging.root.handlers, warnings.showwarning) == before

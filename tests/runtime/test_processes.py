@@ -1,0 +1,149 @@
+"""How processes are started, and how a signal is remembered."""
+
+import contextlib
+import os
+import signal
+import time
+
+import jax
+import pytest
+
+from clipjax.runtime import processes
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[dict]:
+    """What `jax.distributed.initialize` was called with; as many processes join as were named."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    monkeypatch.setattr(jax, "process_count", lambda: calls[-1].get("num_processes", 1))
+    return calls
+
+
+TIMES = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 10}
+
+
+def test_a_lone_process_starts_nothing(calls):
+    processes.start({}, {"SLURM_NTASKS": "4"})
+    assert calls == []
+
+
+def test_start_says_what_is_known_and_keeps_jax_from_asking_again(calls, capsys):
+    processes.start({"coordinator": "host:1", "num_processes": "4", "process_id": "0"}, {})
+    known = {"coordinator_address": "host:1", "num_processes": 4, "process_id": 0, "local_device_ids": None}
+    assert calls == [known | TIMES | {"cluster_detection_method": "deactivate"}]
+    assert capsys.readouterr().err == "clipjax: process 0: waiting for 4 processes at host:1 (flags)\n"
+
+
+def test_start_leaves_tpu_pods_to_jax(calls):
+    processes.start({}, {"TPU_WORKER_HOSTNAMES": "worker-0,worker-1"})
+    assert calls == [{"coordinator_address": None} | TIMES]
+
+
+def test_one_process_per_gpu_takes_its_own(calls):
+    environment = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    processes.start({}, environment | {"OMPI_COMM_WORLD_LOCAL_RANK": "1"})
+    assert calls[0]["local_device_ids"] == (1,)
+
+
+def test_a_meeting_point_that_cannot_be_used_is_refused(calls, monkeypatch):
+    def fail(**_: object) -> None:
+        raise RuntimeError("address already in use")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(ValueError, match="cannot meet at host:1: address already in use; is the port free"):
+        processes.start({"coordinator": "host:1", "num_processes": "2", "process_id": "0"}, {})
+
+
+def test_processes_whose_devices_do_not_know_each_other_are_refused(calls, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"2 processes were started \(flags\), but the devices know of 1"):
+        processes.start({"coordinator": "host:1", "num_processes": "2", "process_id": "1"}, {})
+
+
+def test_whoever_waits_long_says_so(calls, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "_PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments) or time.sleep(0.2))
+    processes.start({"coordinator": "host:1", "num_processes": "2", "process_id": "1"}, {})
+    assert "process 1: still waiting for 2 processes at host:1; all of them must be started" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_ends_one_of_several_processes_at_once(monkeypatch, processes, capsys):
+    ended = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with contextlib.suppress(KeyError), processes.no_survivors():
+        raise KeyError("defect")
+    assert processes.abandon(3) == 3
+    assert ended == [1, 3] * (processes - 1)  # alone, the error goes on as any other
+    assert ("KeyError: 'defect'" in capsys.readouterr().err) == (processes > 1)
+
+
+def test_a_lone_process_is_the_first():
+    assert processes.is_first()
+
+
+@pytest.fixture
+def handlers():
+    """The handlers before a test; whatever it installs is taken out again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_first_signal_is_remembered_and_the_second_ends_the_process(handlers, monkeypatch, number, code):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    shutdown = processes.ShutdownSignal()
+    assert shutdown.number is None
+    assert not shutdown.due(1)
+    assert shutdown.exit_code == 0
+    signal.raise_signal(number)
+    assert shutdown.number == number
+    assert shutdown.due(2)
+    assert shutdown.due(3)  # it stays due
+    assert shutdown.exit_code == code
+    assert not ended
+    signal.raise_signal(signal.SIGINT)
+    assert ended == [130]
+
+
+def test_restore_gives_the_handlers_back(handlers):
+    def mine(*_: object) -> None: ...
+
+    signal.signal(signal.SIGTERM, mine)
+    shutdown = processes.ShutdownSignal()
+    assert signal.getsignal(signal.SIGTERM) is not mine
+    shutdown.restore()
+    assert signal.getsignal(signal.SIGTERM) is mine
+    assert signal.getsignal(signal.SIGINT) is handlers[signal.SIGINT]
+    assert shutdown.exit_code == 0
+
+
+def test_with_several_processes_jax_keeps_sigterm_and_gets_sigint_as_one(handlers, monkeypatch):
+    """JAX's notifier lives in the handler of SIGTERM: another one in its place, and no process would ever stop."""
+    sent = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    shutdown = processes.ShutdownSignal()
+    assert signal.getsignal(signal.SIGTERM) is handlers[signal.SIGTERM]
+    signal.raise_signal(signal.SIGINT)
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+    shutdown.restore()
+    assert signal.getsignal(signal.SIGINT) is handlers[signal.SIGINT]
+
+
+def test_with_several_processes_the_step_to_stop_at_is_jaxs(handlers, monkeypatch):
+    from jax.experimental import multihost_utils
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 5)
+    shutdown = processes.ShutdownSignal()
+    assert [shutdown.due(step) for step in (3, 4, 5)] == [False, False, True]
+    assert shutdown.exit_code == 143
+    shutdown.restore()

@@ -1,0 +1,107 @@
+"""GradCache: the gradients of the direct way, for every loss, on meshes, with randomness in the towers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipjax.config import Config, Dtype, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
+from clipjax.losses import make_loss
+from clipjax.models.clip import build_clip, make_encode
+from clipjax.pytrees import names
+from clipjax.runtime import sharding
+from clipjax.training import gradients
+from clipjax.typing import Encoded
+
+PAIRS = 16
+
+
+def small_config(kind: str) -> Config:
+    return Config(
+        model=ModelConfig(
+            embed_dim=16,
+            image=ViTConfig(image_size=16, patch_size=8, width=16, depth=2, num_heads=2),
+            text=TextTransformerConfig(context_length=8, vocab_size=64, width=16, depth=1, num_heads=2),
+            compute_dtype=Dtype.FLOAT32,
+            init_logit_bias=-3.0 if kind == "sigmoid" else None,
+        )
+    )
+
+
+def batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 62, (PAIRS, 8)).astype(np.int32)
+    tokens[:, -1] = 63
+    image = rng.integers(0, 256, (PAIRS, 16, 16, 3)).astype(np.uint8)
+    return {"image": image, "tokens": tokens, "group": np.arange(PAIRS, dtype=np.int32) // 2}
+
+
+@functools.cache
+def setting(kind: str):
+    config = small_config(kind)
+    clip = build_clip(config.model)
+    return clip.init(jax.random.key(1)), make_encode(clip, config.data)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(("kind", "method"), [("softmax", "gathered"), ("sigmoid", "ring")])
+def test_cached_gradients_are_the_direct_ones(kind, method, sizes):
+    params, encode = setting(kind)
+    data, fsdp, tensor = sizes
+    mesh = sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+    key = jax.random.key(0)
+    direct, metrics = jax.jit(functools.partial(gradients.direct, encode, make_loss(kind=kind)))(params, batch(), key)
+    loss = make_loss(kind=kind, method=method, mesh=mesh)
+    cached = functools.partial(gradients.make_cached(PAIRS // 2, data * fsdp), encode, loss)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding.state_shardings(mesh, params))
+        found, found_metrics = jax.jit(cached)(placed, sharding.global_batch(mesh, batch()), key)
+    assert metrics.keys() == found_metrics.keys()
+    assert float(found_metrics["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
+    for name, ours, theirs in zip(names(direct), jax.tree.leaves(found), jax.tree.leaves(direct), strict=True):
+        # Sums of sixteen float32 terms in another order, through three layers.
+        size = np.linalg.norm(theirs)
+        assert np.linalg.norm(np.asarray(ours) - theirs) <= 1e-4 * size + 1e-7, name
+
+
+def test_both_passes_draw_the_same_random_numbers():
+    """Noise by key in the tower: the gradient is that of the loss whose noise is drawn microbatch by microbatch."""
+    params = {"weight": jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)}
+    rng = np.random.default_rng(1)
+    data = {name: rng.normal(size=(PAIRS, 4)).astype(np.float32) for name in ("image", "tokens")}
+    key, size = jax.random.key(3), 4
+
+    def encode(params, part, key):
+        keep = jax.random.bernoulli(key, 0.5, part["image"].shape)
+        embeds = [jnp.where(keep, part[name], 0) @ params["weight"] for name in ("image", "tokens")]
+        unit = [x / jnp.linalg.norm(x + 1e-3, axis=1, keepdims=True) for x in embeds]
+        return Encoded(*unit, jnp.float32(5.0), None)
+
+    def whole(params, data, key):
+        parts = [
+            encode(params, {name: x[i * size : (i + 1) * size] for name, x in data.items()}, jax.random.fold_in(key, i))
+            for i in range(PAIRS // size)
+        ]
+        image, text = (jnp.concatenate([part[j] for part in parts]) for j in (0, 1))
+        return Encoded(image, text, jnp.float32(5.0), None)
+
+    loss = make_loss()
+    expected, _ = gradients.direct(whole, loss, params, data, key)
+    found, _ = gradients.make_cached(size, 1)(encode, loss, params, data, key)
+    np.testing.assert_allclose(found["weight"], expected["weight"], rtol=2e-5, atol=1e-6)
+
+
+def test_the_activations_of_one_microbatch_are_held_at_a_time():
+    params, encode = setting("softmax")
+    many = {name: np.concatenate([x] * 64) for name, x in batch().items()}
+
+    def temporaries(grads_fn) -> int:
+        memory = jax.jit(grads_fn).lower(params, many, jax.random.key(0)).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    loss = make_loss()
+    direct = temporaries(functools.partial(gradients.direct, encode, loss))
+    assert temporaries(functools.partial(gradients.make_cached(64, 1), encode, loss)) < direct / 4
