@@ -37,9 +37,9 @@ def measure(way: str, n: int, arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.machine import peak_bytes, reset_peak, unit_rows
     from clipjax.losses import make_loss, softmax_loss
     from clipjax.losses.softmax import Softmax
-    from clipjax.losses.tiles import DEFAULT_TILE, Product
+    from clipjax.losses.tiles import DEFAULT_TILE, TiledLogits
 
-    dot = Product(Softmax(), DEFAULT_TILE, jnp.dtype(arguments.dtype)).dot
+    dot = TiledLogits(Softmax(), DEFAULT_TILE, jnp.dtype(arguments.dtype)).dot
 
     def products(image: jax.Array, text: jax.Array) -> jax.Array:
         """(image text^T) text, tile by tile, twice: 2 * 2 * 2 N^2 D FLOPs."""

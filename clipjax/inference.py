@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.config import Config, DecoderConfig, MeshConfig
 from clipjax.config.validation import check_embeddings
-from clipjax.data.images import make_view
+from clipjax.data.images import make_eval_transform
 from clipjax.data.tokenizers.protocol import Tokenizer, tokenize
 from clipjax.evals.zero_shot import zero_shot_classifier
 from clipjax.models.clip import build_clip, normalise_pixels
-from clipjax.models.generation import Frame, beam_search, generate, greedy, make_top_k
+from clipjax.models.generation import TextFormat, beam_search, generate, greedy, make_top_k
 from clipjax.runtime import sharding
 from clipjax.typing import Params
 
@@ -45,7 +45,7 @@ class Model:
         self._writers: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.logit_scale = float(np.exp(params["log_logit_scale"]))
-        self._batch_size, self._view = batch_size, make_view(config)
+        self._batch_size, self._view = batch_size, make_eval_transform(config)
         self._encode_image, self._encode_text = jax.jit(clip.encode_image), jax.jit(clip.encode_text)
         self._encode_picture = jax.jit(
             lambda params, image: clip.encode_image(params, normalise_pixels(image, config.data))
@@ -104,7 +104,9 @@ class Model:
         if not (pictures := _pictures(images)):
             return []
         pixels = np.stack([self._view(picture) for picture in pictures])
-        frame = Frame(start_id, self.tokenizer.end_id, self.tokenizer.pad_id, self.config.model.text.context_length)
+        frame = TextFormat(
+            start_id, self.tokenizer.end_id, self.tokenizer.pad_id, self.config.model.text.context_length
+        )
         options = {"greedy": (), "top_k": (top_k,), "beam": (num_beams,)}[method]
         if (method, *options) not in self._writers:
             self._writers[method, *options] = jax.jit(self._make_writer(frame, method, *options))
@@ -119,7 +121,7 @@ class Model:
         return [self.tokenizer.decode(row[1:end].tolist()) for row, end in zip(rows, ends, strict=True)]
 
     def _make_writer(
-        self, frame: Frame, method: str, *count: int
+        self, frame: TextFormat, method: str, *count: int
     ) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
         """`write(params, images, key) -> tokens`; `count` is of beams, or of the tokens that are drawn from."""
         clip, config = self._clip, self.config

@@ -14,19 +14,19 @@ import jax.numpy as jnp
 T = TypeVar("T")
 
 
-def path_name(path: Sequence[Any]) -> str:
+def leaf_path(path: Sequence[Any]) -> str:
     """The name of one leaf, from the key path that `jax.tree_util` gives."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def map_with_name(function: Callable[[str, Any], Any], tree: Any) -> Any:
+def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
     """Apply `function(name, leaf)` to every leaf."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_name(path), leaf), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(leaf_path(path), leaf), tree)
 
 
-def names(tree: Any) -> list[str]:
+def leaf_paths(tree: Any) -> list[str]:
     """Names of all leaves, in tree order."""
-    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def first_match(rules: Sequence[tuple[str, T]], name: str) -> T | None:
@@ -50,7 +50,7 @@ def global_norm(tree: Any) -> jax.Array:
 
 def to_flat(tree: Any) -> dict[str, Any]:
     """Leaves by name."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def from_flat(leaves: Mapping[str, Any]) -> dict[str, Any]:

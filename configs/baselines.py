@@ -11,7 +11,7 @@ and the tokenizer; `python -m benchmarks.baselines` trains all three and draws t
 import pathlib
 import runpy
 
-from clipjax.config import CbowConfig, Config, DecoderConfig, TextTransformerConfig, WordsConfig
+from clipjax.config import BagOfWordsConfig, CbowConfig, Config, DecoderConfig, TextTransformerConfig
 
 QUICKSTART = pathlib.Path(__file__).with_name("quickstart.py")
 
@@ -25,7 +25,7 @@ def get_config(argument: str = "contrastive") -> Config:
         case "contrastive":
             model.text = words
         case "bag_of_words":
-            model.text, model.caption = words, WordsConfig()
+            model.text, model.caption = words, BagOfWordsConfig()
             loss.contrastive_weight, loss.caption_weight = 0.0, 1.0
         case "caption":
             assert isinstance(model.text, TextTransformerConfig)

@@ -159,7 +159,7 @@ def measure(case: Case, scales: Sequence[float] = SCALES) -> dict[str, float]:
     import jax.numpy as jnp
 
     from clipjax.config import MeshConfig
-    from clipjax.losses import Memory, Teacher, make_loss
+    from clipjax.losses import MovingAverages, Teacher, make_loss
     from clipjax.runtime import sharding
     from clipjax.training import gradients
     from clipjax.typing import Encoded
@@ -178,7 +178,9 @@ def measure(case: Case, scales: Sequence[float] = SCALES) -> dict[str, float]:
     devices = sharding.batch_devices(mesh)
     grads_fn = gradients.make_cached(len(image) // 2 // devices * devices, devices) if case.cached else gradients.direct
     given = chosen.given()
-    given |= {name: make(*given[name]) for name, make in (("teacher", Teacher), ("memory", Memory)) if name in given}
+    given |= {
+        name: make(*given[name]) for name, make in (("teacher", Teacher), ("memory", MovingAverages)) if name in given
+    }
     found = []
     with jax.set_mesh(mesh):
         batch = sharding.global_batch(mesh, {name: np.arange(len(image)) for name in ("image", "tokens")})

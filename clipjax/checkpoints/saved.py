@@ -109,4 +109,4 @@ def newest_checkpoint(workdir: pathlib.Path) -> SavedCheckpoint | None:
 def load_params(saved: SavedCheckpoint, mesh: Mesh) -> Params:
     """The parameters to evaluate, on any mesh."""
     abstract = abstract_model(saved.config.model)
-    return saved.params(sharding.placed(abstract, sharding.state_shardings(mesh, abstract)))
+    return saved.params(sharding.with_shardings(abstract, sharding.state_shardings(mesh, abstract)))

@@ -90,7 +90,7 @@ def _show(arguments: argparse.Namespace) -> int:
     for index in range(min(arguments.num, len(source))):
         try:
             sample = source[index]
-            print(f"{source.where(index)}: label {sample.label}; " + " | ".join(sample.captions))
+            print(f"{source.location(index)}: label {sample.label}; " + " | ".join(sample.captions))
         except BadSample as error:
-            print(f"{source.where(index)}: unusable, {error.reason}")
+            print(f"{source.location(index)}: unusable, {error.reason}")
     return 0

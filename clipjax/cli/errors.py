@@ -54,11 +54,11 @@ def stops(program: str) -> Iterator[None]:
         raise SystemExit(UNUSABLE_DATA) from error
     except DamagedCheckpoint as error:
         print_error(program, error)
-        raise SystemExit(processes.abandon(UNUSABLE_DATA)) from error
+        raise SystemExit(processes.abort(UNUSABLE_DATA)) from error
 
 
 def print_error(program: str, error: Exception) -> None:
     """Print an error's message for a person, a line per finding."""
     for line in str(error).splitlines() or [repr(error)]:
         print(f"{program}: error: {line}", file=sys.stderr)
-        process_log.note(f"error: {line}")
+        process_log.info(f"error: {line}")

@@ -15,7 +15,7 @@ from clipjax.cli.errors import refusals
 from clipjax.config import MeshConfig, TaskKind
 from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sample import Source
-from clipjax.data.sources import remembering
+from clipjax.data.sources import recording_sources
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.evals.encoder import make_encoder_factory
 from clipjax.evals.runner import Task, build_tasks, run_tasks, write_results
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.wants_help(argv):
         print(HELP)
         return 0
-    with processes.no_survivors():
+    with processes.abort_on_error():
         with refusals(PROGRAM):
             work = prepare(argv)
         return work()
@@ -67,10 +67,10 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         ValueError: for the user, with field, value, rule and remedy.
     """
     processes.start(arguments.option_values(argv, launchers.OPTIONS))
-    return consistency.together("eval", lambda: _open_here(argv))[0]
+    return consistency.run_on_all("eval", lambda: _open_here(argv))[0]
 
 
-def _open_here(argv: Sequence[str]) -> tuple[Callable[[], int], consistency.Facts]:
+def _open_here(argv: Sequence[str]) -> tuple[Callable[[], int], consistency.Fingerprint]:
     """This process's part, and what must be the same on all processes."""
     path = arguments.option_value(argv, "checkpoint")
     if not path:
@@ -93,7 +93,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Callable[[], int], consistency.Fact
     if any(task.kind is not TaskKind.IMAGE_RETRIEVAL for task in saved.config.eval.tasks.values()):
         tokenizer.encode("a")  # of a checkpoint that was converted without one, this says so
     sources: dict[str, Source] = {}
-    tasks = build_tasks(saved.config, remembering(sources))
+    tasks = build_tasks(saved.config, recording_sources(sources))
     validate_devices(
         saved.config,
         num_devices=jax.device_count(),
@@ -101,10 +101,10 @@ def _open_here(argv: Sequence[str]) -> tuple[Callable[[], int], consistency.Fact
         num_slices=sharding.hardware_slices(jax.devices()),
         batch_fields=("eval.batch_size",),
     )
-    facts: consistency.Facts = {
-        "config": fingerprints.config_facts(saved.config),
-        "code": fingerprints.code_facts(),
-        "data": fingerprints.data_facts(sources, tokenizer, {"checkpoint": saved}),
+    facts: consistency.Fingerprint = {
+        "config": fingerprints.config_fingerprint(saved.config),
+        "code": fingerprints.code_fingerprint(),
+        "data": fingerprints.data_fingerprint(sources, tokenizer, {"checkpoint": saved}),
     }
     return lambda: evaluate(saved, tokenizer, tasks, pathlib.Path(output) if output else None), facts
 

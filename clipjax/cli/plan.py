@@ -98,7 +98,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         tries = search.Search(
             config, target, num_samples=num_samples, teacher=teacher, price=price, output=options["output"]
         )
-        return lambda: search.report(tries)
+        return lambda: search.run_search(tries)
     targets.check_devices(config, target, teacher)
     return lambda: _plan(config, target, options, num_samples=num_samples, teacher=teacher, price=price)
 

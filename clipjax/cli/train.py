@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.wants_help(argv):
         print(HELP + "\n".join(arguments.describe_fields()))
         return 0
-    with processes.no_survivors(), process_log.session():
+    with processes.abort_on_error(), process_log.session():
         with refusals(PROGRAM):
             processes.start(arguments.option_values(argv, launchers.OPTIONS))
-            checked = preflight.open_run(lambda: _parse(argv))
+            checked = preflight.check(lambda: _parse(argv))
         with stops(PROGRAM), run.build(checked) as parts:
             return loop.train(parts)
 

@@ -20,6 +20,7 @@ from clipjax.config.loss import GroupRole, LossConfig, LossKind, LossMethod, Sam
 from clipjax.config.model import (
     Activation,
     AttentionMethod,
+    BagOfWordsConfig,
     CbowConfig,
     DecoderConfig,
     Dtype,
@@ -32,7 +33,6 @@ from clipjax.config.model import (
     TextPool,
     TextTransformerConfig,
     ViTConfig,
-    WordsConfig,
 )
 from clipjax.config.run import (
     CheckpointConfig,
@@ -50,6 +50,7 @@ __all__ = [
     "CLIP_STD",
     "Activation",
     "AttentionMethod",
+    "BagOfWordsConfig",
     "CbowConfig",
     "CheckpointConfig",
     "Config",
@@ -79,7 +80,6 @@ __all__ = [
     "TextPool",
     "TextTransformerConfig",
     "ViTConfig",
-    "WordsConfig",
     "resolve_mesh",
     "steps_of",
     "total_steps",

@@ -168,7 +168,7 @@ class DecoderConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class WordsConfig:
+class BagOfWordsConfig:
     """One layer that predicts from the image which tokens its caption has: the paper's bag-of-words prediction."""
 
     KIND: ClassVar[str] = "words"
@@ -181,7 +181,7 @@ class ModelConfig:
     embed_dim: int = 512
     image: ViTConfig | ResNetConfig = field(default_factory=ViTConfig)
     text: TextTransformerConfig | CbowConfig = field(default_factory=TextTransformerConfig)
-    caption: DecoderConfig | WordsConfig | None = None  # predicts captions; None: nothing does
+    caption: DecoderConfig | BagOfWordsConfig | None = None  # predicts captions; None: nothing does
     compute_dtype: Dtype = Dtype.BFLOAT16  # of activations; parameters, sums and the loss are float32 always
     matmul_dtype: Dtype | None = None  # of what enters a product with a parameter; None: compute_dtype
     init_logit_bias: float | None = None  # a learned bias of the logits, for the sigmoid loss; None: no bias

@@ -17,7 +17,7 @@ from clipjax.config import (
     TextTransformerConfig,
     ViTConfig,
 )
-from clipjax.convert.peer_config import MOST_LAYERS, Known
+from clipjax.convert.peer_config import MOST_LAYERS, PeerConfig
 from clipjax.convert.rules import Rule, Table, attention, heads_out, linear, norm, rule
 
 ACTIVATIONS = {
@@ -106,7 +106,7 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: everything in it that clipjax has no model for.
     """
-    known = Known(peer, "config")
+    known = PeerConfig(peer, "config")
     model_type = known.choose("model_type", {name: name for name in MODEL_TYPES})
     vision, text = known.group("vision_config"), known.group("text_config")
     known.skip(*_SILENT)
@@ -127,7 +127,7 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _read_image(cfg: Known, *, siglip: bool) -> ViTConfig:
+def _read_image(cfg: PeerConfig, *, siglip: bool) -> ViTConfig:
     cfg.skip(*_SILENT, "projection_dim")
     cfg.choose("num_channels", {3: 3}, 3)
     width = cfg.size("hidden_size", 768)
@@ -149,7 +149,7 @@ def _read_image(cfg: Known, *, siglip: bool) -> ViTConfig:
     )
 
 
-def _read_text(cfg: Known, *, siglip: bool) -> TextTransformerConfig:
+def _read_text(cfg: PeerConfig, *, siglip: bool) -> TextTransformerConfig:
     end = cfg.take("eos_token_id", (int, type(None)), None)
     cfg.skip(*_SILENT, "projection_dim", "projection_size")
     width = cfg.size("hidden_size", 768 if siglip else 512)
@@ -163,7 +163,7 @@ def _read_text(cfg: Known, *, siglip: bool) -> TextTransformerConfig:
     return TextTransformerConfig(context_length=length, vocab_size=vocab_size, **common)
 
 
-def _read_blocks(cfg: Known, width: int, *, siglip: bool, heads: int = 12) -> dict[str, Any]:
+def _read_blocks(cfg: PeerConfig, width: int, *, siglip: bool, heads: int = 12) -> dict[str, Any]:
     mlp_dim = cfg.size("intermediate_size", 3072 if siglip or width == 768 else 2048)
     return {
         "width": width,

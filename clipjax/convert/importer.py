@@ -47,7 +47,7 @@ CAPTION_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)
-class Peer:
+class PeerModel:
     """A peer's model, read.
 
     Attributes:
@@ -73,7 +73,7 @@ class Peer:
         return f"tokenizer {self.tokenizer.name} with {self.tokenizer.vocab_size} ids"
 
 
-def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, tokenizer: str | None = None) -> Peer:
+def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, tokenizer: str | None = None) -> PeerModel:
     """Read a peer's weights, config, preprocessing and tokenizer.
 
     Raises:
@@ -103,7 +103,7 @@ def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, toke
     config.data.train = f"converted from {source}"
     if model_config.init_logit_bias is not None:
         config.loss.kind = LossKind.SIGMOID
-    return Peer(config, params, found)
+    return PeerModel(config, params, found)
 
 
 def _read_config(source: str, path: pathlib.Path, model: str | None) -> tuple[ModelConfig, DataConfig]:
@@ -156,7 +156,7 @@ def _table(source: str, config: ModelConfig, weights: Mapping[str, np.ndarray]) 
             return open_clip.table(config, custom_text=any(name.startswith("text.") for name in weights))
 
 
-def save(peer: Peer, output: pathlib.Path) -> None:
+def save(peer: PeerModel, output: pathlib.Path) -> None:
     """A checkpoint at step 0, there as a whole or not at all."""
     tree = from_flat(peer.params)
     batch_stats = tree.pop("batch_stats", None)

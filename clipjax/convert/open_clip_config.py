@@ -17,7 +17,7 @@ from clipjax.config import (
     TextTransformerConfig,
     ViTConfig,
 )
-from clipjax.convert.peer_config import MOST, MOST_LAYERS, Known
+from clipjax.convert.peer_config import MOST, MOST_LAYERS, PeerConfig
 
 SIGLIP_TRUNKS = {
     "vit_base_patch16_siglip": (16, 768, 12, 12, None, Activation.GELU),
@@ -40,7 +40,7 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: everything in it that clipjax has no model for.
     """
-    known = Known(peer.get("model_cfg", peer), "model_cfg")
+    known = PeerConfig(peer.get("model_cfg", peer), "model_cfg")
     embed_dim, quick = known.size("embed_dim"), known.take("quick_gelu", bool, False)
     bias = known.take("init_logit_bias", float, None)
     known.take("custom_text", bool, False)
@@ -55,7 +55,7 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _read_image(cfg: Known, activation: Activation) -> ViTConfig | ResNetConfig:
+def _read_image(cfg: PeerConfig, activation: Activation) -> ViTConfig | ResNetConfig:
     size = cfg.size("image_size", 224)
     if cfg.has("timm_model_name"):
         return _read_trunk(cfg, size)
@@ -95,7 +95,7 @@ def _read_image(cfg: Known, activation: Activation) -> ViTConfig | ResNetConfig:
     )
 
 
-def _read_trunk(cfg: Known, size: int) -> ViTConfig:
+def _read_trunk(cfg: PeerConfig, size: int) -> ViTConfig:
     name = cfg.take("timm_model_name", str)
     cfg.take("timm_model_pretrained", bool, False)
     cfg.choose("timm_pool", {"map": True}, "avg")
@@ -123,7 +123,7 @@ def _read_trunk(cfg: Known, size: int) -> ViTConfig:
     )
 
 
-def _read_text(cfg: Known, activation: Activation) -> TextTransformerConfig:
+def _read_text(cfg: PeerConfig, activation: Activation) -> TextTransformerConfig:
     width = cfg.size("width", 512)
     for name in ("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "pad_id", "eos_id"):
         cfg.take(name, (str, dict, int, type(None)), None)
@@ -147,7 +147,7 @@ def _read_text(cfg: Known, activation: Activation) -> TextTransformerConfig:
     )
 
 
-def _read_decoder(known: Known, text: TextTransformerConfig, activation: Activation) -> DecoderConfig:
+def _read_decoder(known: PeerConfig, text: TextTransformerConfig, activation: Activation) -> DecoderConfig:
     """The text decoder of their CoCa, whose MLP is four times as wide whatever its config says."""
     cfg = known.group("multimodal_cfg")
     cfg.skip("context_length", "mlp_ratio", "dim_head", "n_queries", "attn_pooler_heads")
@@ -159,21 +159,21 @@ def _read_decoder(known: Known, text: TextTransformerConfig, activation: Activat
     )
 
 
-def _mlp_dim(width: int, cfg: Known) -> int | None:
+def _mlp_dim(width: int, cfg: PeerConfig) -> int | None:
     ratio = cfg.take("mlp_ratio", float, 4.0)
     if not 1 <= width * ratio <= MOST:
         cfg.refuse("mlp_ratio", ratio, f"must make a width between 1 and {MOST} of {width}")
     return None if ratio == 4 else int(width * ratio)
 
 
-def _is_tanh(cfg: Known) -> bool:
+def _is_tanh(cfg: PeerConfig) -> bool:
     found = cfg.take("act_kwargs", (dict, type(None)), None)
     if found not in (None, {}, _TANH):
         cfg.refuse("act_kwargs", found, f"must be {_TANH} or absent")
     return found == _TANH
 
 
-def _epsilon(cfg: Known) -> float:
+def _epsilon(cfg: PeerConfig) -> float:
     found = cfg.take("norm_kwargs", (dict, type(None)), None) or {}
     epsilon = found.get("eps", 1e-5)
     if not isinstance(epsilon, float) or found.keys() - {"eps"}:

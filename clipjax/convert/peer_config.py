@@ -13,7 +13,7 @@ MOST_LAYERS = 1_000
 MOST_LOG_SCALE = 20
 
 
-class Known:
+class PeerConfig:
     """One JSON object of a peer's config.
 
     Args:
@@ -24,7 +24,7 @@ class Known:
 
     def __init__(self, values: Any, path: str, errors: list[str] | None = None) -> None:
         self._errors = [] if errors is None else errors
-        self._groups: list[Known] = []
+        self._groups: list[PeerConfig] = []
         self._path, self._left = path, dict(values) if isinstance(values, Mapping) else {}
         if not isinstance(values, Mapping):
             self._errors.append(f"{path}: must be a JSON object, not {values!r}")
@@ -88,9 +88,9 @@ class Known:
             return next(iter(choices.values()))
         return choices[value]
 
-    def group(self, name: str) -> "Known":
+    def group(self, name: str) -> "PeerConfig":
         """An object inside."""
-        inside = Known(self._left.pop(name, {}), f"{self._path}.{name}", self._errors)
+        inside = PeerConfig(self._left.pop(name, {}), f"{self._path}.{name}", self._errors)
         self._groups.append(inside)
         return inside
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clipjax.config import CLIP_MEAN, CLIP_STD, DataConfig, Interpolation, Resize
-from clipjax.convert.peer_config import Known
+from clipjax.convert.peer_config import PeerConfig
 
 HALF = (0.5, 0.5, 0.5)
 MOST_MEAN = 1_000
@@ -26,7 +26,7 @@ def read_open_clip(peer: Mapping[str, Any], *, siglip: bool) -> DataConfig:
         ValueError: what clipjax does not do.
     """
     data = default(siglip=siglip)
-    known = Known(peer, "preprocess_cfg")
+    known = PeerConfig(peer, "preprocess_cfg")
     data.mean = _triple(known, "mean", data.mean)
     data.std = _triple(known, "std", data.std)
     known.skip("size", "mode", "fill_color")
@@ -54,7 +54,7 @@ def read_huggingface(peer: Mapping[str, Any], image_size: int, *, siglip: bool) 
         ValueError: what clipjax does not do, or a size that is not the model's.
     """
     data = default(siglip=siglip)
-    known = Known(peer, "preprocessor_config")
+    known = PeerConfig(peer, "preprocessor_config")
     known.skip("image_processor_type", "processor_class", "feature_extractor_type", "do_convert_rgb")
     known.skip("default_to_square", "disable_grouping", "input_data_format", "data_format", "device", "return_tensors")
     known.skip("do_pad", "pad_size", "image_seq_length", "size_divisor", "use_fast", "_valid_processor_keys")
@@ -96,7 +96,7 @@ def write_huggingface(data: DataConfig, image_size: int, *, siglip: bool) -> dic
     }
 
 
-def _read_size(known: Known, name: str, image_size: int, number: set[str]) -> bool:
+def _read_size(known: PeerConfig, name: str, image_size: int, number: set[str]) -> bool:
     """Check a size; whether it is that of the shorter side. A bare number stands for the sides of `number`."""
     size = known.take(name, (dict, int, type(None)), None)
     if size is None:
@@ -108,7 +108,7 @@ def _read_size(known: Known, name: str, image_size: int, number: set[str]) -> bo
     return set(sides) == {"shortest_edge"}
 
 
-def _triple(known: Known, name: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
+def _triple(known: PeerConfig, name: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
     value = known.take(name, list, list(default))
     if len(value) != 3 or not all(isinstance(item, int | float) and abs(item) <= MOST_MEAN for item in value):
         known.refuse(name, value, f"must be three numbers, none beyond {MOST_MEAN}")

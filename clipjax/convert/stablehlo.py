@@ -49,7 +49,7 @@ def write(config: Config, params: Mapping[str, np.ndarray], folder: pathlib.Path
 
 
 @dataclass(frozen=True)
-class Programs:
+class ExportedModel:
     """What `write` wrote, ready to run.
 
     Attributes:
@@ -61,7 +61,7 @@ class Programs:
     encode_text: Callable[[Any], jax.Array]
 
 
-def read(folder: pathlib.Path) -> Programs:
+def read(folder: pathlib.Path) -> ExportedModel:
     """Open the three files.
 
     Raises:
@@ -77,4 +77,4 @@ def read(folder: pathlib.Path) -> Programs:
         run = jax.jit(exported.call)
         return lambda rows: run(weights, rows)
 
-    return Programs(program(IMAGE_FILE), program(TEXT_FILE))
+    return ExportedModel(program(IMAGE_FILE), program(TEXT_FILE))

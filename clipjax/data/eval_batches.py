@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.data.images import View, decode
+from clipjax.data.images import EvalTransform, decode
 from clipjax.data.sample import REASONS, BadSample, Source
 from clipjax.data.training_stream import GOOD, per_process
 
@@ -16,7 +16,7 @@ from clipjax.data.training_stream import GOOD, per_process
 def eval_batches(
     source: Source,
     *,
-    view: View,
+    view: EvalTransform,
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,

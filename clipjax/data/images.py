@@ -124,7 +124,7 @@ def _crop_box(height: int, width: int, min_area: float, rng: np.random.Generator
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class EvalTransform:
     """How evaluation looks at a picture: uint8 [h, w, 3] of any size to uint8 [size, size, 3]."""
 
     size: int
@@ -141,9 +141,9 @@ class View:
         return np.asarray(Image.fromarray(image).resize(size, _filter(self.interpolation)))
 
 
-def make_view(config: Config) -> View:
+def make_eval_transform(config: Config) -> EvalTransform:
     """The view that a config asks for."""
-    return View(config.model.image.image_size, config.data.resize, config.data.interpolation)
+    return EvalTransform(config.model.image.image_size, config.data.resize, config.data.interpolation)
 
 
 def _filter(interpolation: Interpolation) -> Any:

@@ -63,7 +63,7 @@ class Source(Protocol):
         """Reads one sample. Raises `BadSample` if it cannot be used."""
         ...
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Where a sample lies, for error messages: "shard train-00001.tar, key 000000123"."""
         ...
 

@@ -61,7 +61,7 @@ class ArraySource:
             key=str(index),
         )
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Names the position in the arrays."""
         return f"array, index {index}"
 
@@ -120,7 +120,7 @@ def _expand(spec: str) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def remembering(sources: dict[str, Source]) -> Callable[..., Source]:
+def recording_sources(sources: dict[str, Source]) -> Callable[..., Source]:
     """`build_source` that leaves what it opens in a dict."""
 
     def open_source(spec: str, **options: Any) -> Source:

@@ -123,7 +123,7 @@ class TfdsSource:
             key=str(index),
         )
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Names the split and the record in it."""
         return f"{self._spec}, record {index}"
 

@@ -1,6 +1,6 @@
 """Training batches: Grain decides order, shares and prefetch; the integer step is the only state.
 
-Reading order: `TrainStream`, `_UsableSamples` (decoding and the substitution of bad samples), `_Augment` (crop and
+Reading order: `TrainStream`, `_SubstitutedSamples` (decoding and the substitution of bad samples), `_Augment` (crop and
 caption), `BadSampleLimit`. Axes: b batch of this process, s image_size, l tokens."""
 
 import collections
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.config import Config, Crop, SamePair
-from clipjax.data.images import View, decode, make_view, random_resized_crop
+from clipjax.data.images import EvalTransform, decode, make_eval_transform, random_resized_crop
 from clipjax.data.sample import REASONS, BadSample, Source
 
 GOOD = -1
@@ -46,7 +46,7 @@ class TooManyBadSamples(ValueError):
     """More of the data is unusable than `data.max_bad_fraction` allows."""
 
 
-class _UsableSamples:
+class _SubstitutedSamples:
     """The decoded samples of a source, with a fixed substitute for each bad one, so that batches keep their shape."""
 
     def __init__(self, source: Source, max_image_pixels: int):
@@ -75,7 +75,7 @@ class _UsableSamples:
             except BadSample as bad:
                 if first_reason == GOOD:
                     first_reason = REASONS.index(bad.reason)
-                failure = f"{bad.reason} in {self._source.where(probe)}"
+                failure = f"{bad.reason} in {self._source.location(probe)}"
         raise TooManyBadSamples(
             f"{min(size, _MAX_PROBES)} samples in a row are unusable, the last: {failure}; check data.train and that "
             "its image and caption keys name what the data holds"
@@ -87,7 +87,7 @@ class _Augment:
     """Draws a caption and a crop. Grain keys `rng` by the seed and the sample's global position."""
 
     tokenize: Callable[[str], np.ndarray]
-    view: View
+    view: EvalTransform
     crop: Crop
     min_area: float
 
@@ -163,8 +163,10 @@ class TrainStream:
                 f"global_batch_size={batch_size} is larger than the {len(source)} samples of data.train={data.train!r};"
                 f" set global_batch_size to at most {len(source)} or give more data"
             )
-        augment = _Augment(tokenize, make_view(config), data.crop, data.min_crop_area)
-        samples = grain.MapDataset.source(_UsableSamples(source, data.max_image_pixels)).seed(config.seed).shuffle()
+        augment = _Augment(tokenize, make_eval_transform(config), data.crop, data.min_crop_area)
+        samples = (
+            grain.MapDataset.source(_SubstitutedSamples(source, data.max_image_pixels)).seed(config.seed).shuffle()
+        )
         epoch_size = len(source) - len(source) % batch_size
         epoch = samples.slice(slice(epoch_size)).repeat()
         # The random map comes before the slice, else its randomness would depend on the number of processes; the
@@ -202,7 +204,7 @@ class TrainStream:
 
     def latest_bad(self) -> list[str]:
         """The last few unusable samples that this process met: reason and place, the latest first."""
-        return [f"{reason} in {self._source.where(index)}" for reason, index in reversed(self._latest)]
+        return [f"{reason} in {self._source.location(index)}" for reason, index in reversed(self._latest)]
 
     def close(self) -> None:
         """Stops threads and worker processes."""

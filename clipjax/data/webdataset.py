@@ -102,7 +102,7 @@ class TarSource:
             key=self._key(index),
         )
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Names the shard and the key."""
         key = self._key(index)[:_MAX_SHOWN_KEY]
         return f"shard {self._path(index)}, key {key if key.isprintable() else ascii(key)}"

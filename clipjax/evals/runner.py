@@ -11,7 +11,7 @@ import jax
 
 from clipjax.config import Config, TaskConfig, TaskKind
 from clipjax.data.eval_batches import eval_batches
-from clipjax.data.images import make_view
+from clipjax.data.images import make_eval_transform
 from clipjax.data.sample import Source
 from clipjax.data.sources import build_source
 from clipjax.evals.encoder import Encoder
@@ -43,7 +43,7 @@ def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Sou
         source = open_source(spec, data=config.data, label_key=task.tfds_label_key)
         return lambda: eval_batches(
             source,
-            view=make_view(config),
+            view=make_eval_transform(config),
             batch_size=config.eval.batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),

@@ -9,12 +9,12 @@ what `global` remembers of each sample, `build` puts them together.
 
 from clipjax.losses.build import build_loss, describe_loss, make_loss
 from clipjax.losses.contrastive import sigmoid_loss, softmax_loss
-from clipjax.losses.signature import LossFunction, Memory, Teacher
+from clipjax.losses.signature import LossFunction, MovingAverages, Teacher
 from clipjax.losses.topology import choose_method
 
 __all__ = [
     "LossFunction",
-    "Memory",
+    "MovingAverages",
     "Teacher",
     "build_loss",
     "choose_method",

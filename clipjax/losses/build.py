@@ -13,13 +13,13 @@ from jaxtyping import Float, Int
 
 from clipjax.config import Config, Dtype, GroupRole, LossConfig, LossKind, LossMethod
 from clipjax.losses.distillation import Distilled
-from clipjax.losses.logit_loss import Kind
+from clipjax.losses.logit_loss import LogitLoss
 from clipjax.losses.partitioning import Pairs
 from clipjax.losses.sharded import make_sharded_loss
 from clipjax.losses.sigmoid import Sigmoid
-from clipjax.losses.signature import LossFunction, Memory, Teacher
-from clipjax.losses.softmax import Global, Positives, Softmax
-from clipjax.losses.tiles import DEFAULT_TILE, Product, Scaling
+from clipjax.losses.signature import LossFunction, MovingAverages, Teacher
+from clipjax.losses.softmax import GlobalSoftmax, MultiPositiveSoftmax, Softmax
+from clipjax.losses.tiles import DEFAULT_TILE, Scaling, TiledLogits
 from clipjax.losses.topology import choose_method
 from clipjax.runtime.sharding import SLICE, batch_devices
 from clipjax.typing import Metrics
@@ -74,7 +74,7 @@ def make_loss(
     positives = group_role is GroupRole.POSITIVE
     _check_options(kind, positives, label_smoothing, tile, distill_weight, epsilon, rho)
     rules = _rules(kind, positives, epsilon, distill_weight)
-    product = Product(rules, DEFAULT_TILE if tile is None else tile, jnp.dtype(dtype.value), positives)
+    product = TiledLogits(rules, DEFAULT_TILE if tile is None else tile, jnp.dtype(dtype.value), positives)
     tiled = make_sharded_loss(product, method=method, mesh=mesh)
 
     def loss(
@@ -85,7 +85,7 @@ def make_loss(
         *,
         group: Int[Array, "n"] | None = None,
         teacher: Teacher | None = None,
-        memory: Memory | None = None,
+        memory: MovingAverages | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         _check_given("teacher", teacher, needed=distill_weight is not None)
         _check_given("memory", memory, needed=kind is LossKind.GLOBAL)
@@ -140,16 +140,16 @@ def _check_options(
         raise ValueError(f"rho={rho} and epsilon={epsilon} need kind=global; kind={kind.value} would ignore them")
 
 
-def _rules(kind: LossKind, positives: bool, epsilon: float, distill_weight: float | None) -> Kind:
+def _rules(kind: LossKind, positives: bool, epsilon: float, distill_weight: float | None) -> LogitLoss:
     """What is done with each logit."""
-    rules: Kind
+    rules: LogitLoss
     match kind:
         case LossKind.SOFTMAX:
-            rules = Positives() if positives else Softmax()
+            rules = MultiPositiveSoftmax() if positives else Softmax()
         case LossKind.SIGMOID:
             rules = Sigmoid()
         case LossKind.GLOBAL:
-            rules = Global(epsilon)
+            rules = GlobalSoftmax(epsilon)
     return rules if distill_weight is None else Distilled(rules, distill_weight)
 
 

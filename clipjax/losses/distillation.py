@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from clipjax.losses.logit_loss import Kind, Outcome, Own, Tile
+from clipjax.losses.logit_loss import LogitLoss, PairInputs, PairLosses, Tile
 from clipjax.losses.softmax import Softmax, Sums, finite, log_sum
 
 
-class Taught(NamedTuple):
+class DistillationSums(NamedTuple):
     """Of a loss with a teacher.
 
     Attributes:
@@ -35,7 +35,7 @@ class Distilled:
         arXiv 2309.12314 (TinyCLIP), affinity mimicking.
     """
 
-    base: Kind
+    base: LogitLoss
     share: float
     """Weight of the teacher's part; the base counts in full."""
 
@@ -45,38 +45,38 @@ class Distilled:
     def weight(self) -> float:
         return self.base.weight
 
-    def empty(self, n: int) -> Taught:
-        return Taught(self.base.empty(n), Softmax().empty(n), Softmax().empty(n), jnp.zeros(n, jnp.float32))
+    def empty(self, n: int) -> DistillationSums:
+        return DistillationSums(self.base.empty(n), Softmax().empty(n), Softmax().empty(n), jnp.zeros(n, jnp.float32))
 
-    def reduce(self, tile: Tile, axis: int) -> Taught:
+    def reduce(self, tile: Tile, axis: int) -> DistillationSums:
         assert tile.teacher is not None
         teacher = Softmax().reduce(Tile(tile.teacher), axis)
         shares = jnp.exp(tile.teacher - jnp.expand_dims(finite(teacher.peak), axis))
         cross = jnp.sum(shares * jnp.where(jnp.isfinite(tile.logits), tile.logits, 0), axis=axis)
-        return Taught(self.base.reduce(tile, axis), Softmax().reduce(tile, axis), teacher, cross)
+        return DistillationSums(self.base.reduce(tile, axis), Softmax().reduce(tile, axis), teacher, cross)
 
-    def merge(self, left: Taught, right: Taught) -> Taught:
+    def merge(self, left: DistillationSums, right: DistillationSums) -> DistillationSums:
         shift = finite(jnp.maximum(left.teacher.peak, right.teacher.peak))
-        return Taught(
+        return DistillationSums(
             self.base.merge(left.base, right.base),
             Softmax().merge(left.student, right.student),
             Softmax().merge(left.teacher, right.teacher),
             left.cross * jnp.exp(left.teacher.peak - shift) + right.cross * jnp.exp(right.teacher.peak - shift),
         )
 
-    def combine(self, part: Taught, axes: tuple[str, ...]) -> Taught:
+    def combine(self, part: DistillationSums, axes: tuple[str, ...]) -> DistillationSums:
         teacher = Softmax().combine(part.teacher, axes)
-        return Taught(
+        return DistillationSums(
             self.base.combine(part.base, axes),
             Softmax().combine(part.student, axes),
             teacher,
             jax.lax.psum(part.cross * jnp.exp(part.teacher.peak - finite(teacher.peak)), axes),
         )
 
-    def peak(self, statistics: Taught) -> Float[Array, "n"]:
+    def peak(self, statistics: DistillationSums) -> Float[Array, "n"]:
         return self.base.peak(statistics.base)
 
-    def finish(self, images: Taught, texts: Taught, own: Own) -> Outcome:
+    def finish(self, images: DistillationSums, texts: DistillationSums, own: PairInputs) -> PairLosses:
         assert own.teacher is not None
         outcome = self.base.finish(images.base, texts.base, own)
         share = self.share * 0.5 / self.base.weight
@@ -90,7 +90,7 @@ class Distilled:
             loss = loss + share * (jax.nn.softplus(student - own.positive) - expected)
             pull = pull + share * (jax.nn.sigmoid(student - own.positive) - others)
             known.append((of_base, jnp.logaddexp(student, own.positive), every))
-        return Outcome(loss, (known[0], known[1]), pull, outcome.memory)
+        return PairLosses(loss, (known[0], known[1]), pull, outcome.memory)
 
     def slope(self, tile: Tile, rows: tuple[Any, Array, Array], columns: tuple[Any, Array, Array]) -> Array:
         assert tile.teacher is not None

@@ -1,10 +1,10 @@
-"""The kinds of contrastive loss: what each does with the logits of a tile, and what the statistics come to.
+"""The protocol of a contrastive loss: what it does with the logits of a tile, and what its statistics come to.
 
 The diagonal of the similarity matrix (each image with its own text) is kept out of the statistics. So a small loss is a
 small number computed directly, and not the difference of two large ones.
 
-Read `Tile`, `Own`, `Outcome`, `Kind`, then the kinds: `Softmax`, `Positives`, `Sigmoid`, `Global`, and `Distilled`,
-which adds a teacher to any of them.
+Read `Tile`, `PairInputs`, `PairLosses`, `LogitLoss`; then the kinds in `softmax`, `sigmoid`, and `distillation`, which
+adds a teacher to any of them.
 Axes: n rows or columns, a rows of a tile, b columns of a tile.
 """
 
@@ -27,7 +27,7 @@ class Tile(NamedTuple):
     teacher: Float[Array, "a b"] | None = None
 
 
-class Own(NamedTuple):
+class PairInputs(NamedTuple):
     """What is known of each pair by itself.
 
     Attributes:
@@ -45,14 +45,14 @@ class Own(NamedTuple):
     gamma: Float[Array, ""] | None = None
 
 
-class Outcome(NamedTuple):
+class PairLosses(NamedTuple):
     """What complete statistics of some images and of their texts come to.
 
     Attributes:
         loss: the part of each pair.
         known: of each image's row and of each text's column: what `slope` needs.
         pull: minus the derivative by the logit on the diagonal.
-        memory: the averages of `Own.memory` with these pairs in them.
+        memory: the averages of `PairInputs.memory` with these pairs in them.
     """
 
     loss: Float[Array, "n"]
@@ -62,7 +62,7 @@ class Outcome(NamedTuple):
 
 
 @runtime_checkable
-class Kind(Protocol):
+class LogitLoss(Protocol):
     """A kind of loss. Statistics are trees of arrays, one number per row or column in each."""
 
     @property
@@ -95,7 +95,7 @@ class Kind(Protocol):
         """The largest logit of a negative; -inf where there is none."""
         ...
 
-    def finish(self, images: Any, texts: Any, own: Own) -> Outcome:
+    def finish(self, images: Any, texts: Any, own: PairInputs) -> PairLosses:
         """From the statistics of whole rows and columns."""
         ...
 

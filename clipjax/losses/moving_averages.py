@@ -16,7 +16,7 @@ from clipjax.config.validation import MEMORY_UNIT
 from clipjax.runtime.sharding import batch_axes
 
 
-def init_memory(num_samples: int) -> Float[Array, "samples 2"]:
+def init_moving_averages(num_samples: int) -> Float[Array, "samples 2"]:
     """Room for every sample, and some more (`validation.MEMORY_UNIT`); -inf: nothing is known yet.
 
     Cost:
@@ -26,7 +26,7 @@ def init_memory(num_samples: int) -> Float[Array, "samples 2"]:
     return jnp.full((capacity, 2), -jnp.inf, jnp.float32)
 
 
-class MemoryAccess(NamedTuple):
+class MovingAveragesAccess(NamedTuple):
     """How a batch reads and writes the memory of a mesh.
 
     Attributes:
@@ -39,7 +39,7 @@ class MemoryAccess(NamedTuple):
     remember: Callable[[Array, Array, Array], Array]
 
 
-def make_memory_access(mesh: Mesh) -> MemoryAccess:
+def make_moving_averages_access(mesh: Mesh) -> MovingAveragesAccess:
     """Access to a memory that is split over the batch axes of a mesh.
 
     Cost:
@@ -70,7 +70,7 @@ def make_memory_access(mesh: Mesh) -> MemoryAccess:
     def on_mesh(run: Callable[..., Array], inputs: int) -> Callable[..., Array]:
         return jax.shard_map(run, mesh=mesh, in_specs=(split,) * inputs, out_specs=split, check_vma=False)
 
-    return MemoryAccess(on_mesh(recall, 2), on_mesh(remember, 3))
+    return MovingAveragesAccess(on_mesh(recall, 2), on_mesh(remember, 3))
 
 
 def _is_first(index: Int[Array, "n"]) -> Array:

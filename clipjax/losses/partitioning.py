@@ -1,11 +1,11 @@
-"""How the devices of a mesh share the similarity matrix: what each computes, keeps and passes on.
+"""Partitionings of the similarity matrix over a mesh: what each device computes, keeps and passes on.
 
-Three ways, one answer. `Whole` has everything on one device. `Gathered` collects all embeddings once; then every device
-computes its own rows, and in the backward pass the complete gradient of its own images and texts, so that no gradient
-is summed across devices. Among slices (a mesh axis with slow links) it collects by a ring: each device passes its own
-part on, and what has arrived is gathered inside the slice. `Ring` passes blocks of texts from neighbour to neighbour,
-so that nobody ever holds all of them; with a block of texts travel the statistics, and later the gradient, of its
-columns.
+Three partitionings, one answer. `SingleDevice` has everything on one device. `AllGather` collects all embeddings once;
+then every device computes its own rows, and in the backward pass the complete gradient of its own images and texts, so
+that no gradient is summed across devices. Between slices (a mesh axis with slow links) it collects by a ring: each
+device passes its own part on, and what has arrived is gathered inside the slice. `Ring` passes blocks of texts from
+neighbour to neighbour, so that no device ever holds all of them; a block of texts travels with the statistics, and
+later the gradient, of its columns.
 
 Axes: n pairs of the global batch, r pairs of one device, e embed, t embed of a teacher.
 """
@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from clipjax.losses.tiles import (
     Gradients,
-    Product,
     Scaling,
     Side,
+    TiledLogits,
     block_gradients,
     block_statistics,
     block_statistics_and_gradients,
@@ -69,14 +69,14 @@ def _cast(pairs: Pairs, dtype: Any) -> Pairs:
     return Pairs(image, text, pairs.group, teacher)
 
 
-class Start(NamedTuple):
+class InitialGradients(NamedTuple):
     """Gradients of a device's images, of scale and bias, and of its texts, as far as the diagonal goes."""
 
     images: Gradients
     texts: Float[Array, "r e"]
 
 
-class Both(NamedTuple):
+class StatisticsAndGradients(NamedTuple):
     """Statistics of a device's images and texts, and gradients of both."""
 
     images: Any
@@ -86,37 +86,39 @@ class Both(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Whole:
+class SingleDevice:
     """Everything on one device."""
 
-    product: Product
+    product: TiledLogits
 
     def statistics(self, pairs: Pairs, scaling: Scaling) -> tuple[Any, Any, tuple[Pairs, ...]]:
         rows, columns = _sides(pairs, jnp.arange(pairs.image.shape[0]))
         return *block_statistics(self.product, rows, columns, scaling), ()
 
-    def gradients(self, saved: Saved, scaling: Scaling, weight: Array, start: Start) -> tuple[Gradients, Array]:
+    def gradients(
+        self, saved: Saved, scaling: Scaling, weight: Array, start: InitialGradients
+    ) -> tuple[Gradients, Array]:
         sides = _sides(saved.pairs, jnp.arange(saved.pull.shape[0]))
         so_far = start.images._replace(columns=start.texts)
         found = block_gradients(self.product, sides, saved.known, scaling, weight=weight, so_far=so_far)
         assert found.columns is not None
         return found, found.columns
 
-    def both(self, pairs: Pairs, scaling: Scaling, weight: Array, start: Start) -> Both:
+    def both(self, pairs: Pairs, scaling: Scaling, weight: Array, start: InitialGradients) -> StatisticsAndGradients:
         sides = _sides(pairs, jnp.arange(pairs.image.shape[0]))
         so_far = start.images._replace(columns=start.texts)
         images, texts, found = block_statistics_and_gradients(
             self.product, sides, scaling, weight=weight, so_far=so_far
         )
         assert found.columns is not None
-        return Both(images, texts, found, found.columns)
+        return StatisticsAndGradients(images, texts, found, found.columns)
 
     def sum(self, x: Array) -> Array:
         return x
 
 
 @dataclass(frozen=True)
-class Gathered:
+class AllGather:
     """Embeddings are collected once; what moves later are a few numbers per pair.
 
     Attributes:
@@ -130,7 +132,7 @@ class Gathered:
         holds, slices - 1 times. 10 r n e FLOPs, forward and backward together.
     """
 
-    product: Product
+    product: TiledLogits
     axes: tuple[str, ...]
     slices: int
     stages: Stages
@@ -185,7 +187,9 @@ class Gathered:
             texts = kind.combine(texts, (SLICE,))
         return jax.tree.map(lambda x: x[self._slice(0)], texts)
 
-    def gradients(self, saved: Saved, scaling: Scaling, weight: Array, start: Start) -> tuple[Gradients, Array]:
+    def gradients(
+        self, saved: Saved, scaling: Scaling, weight: Array, start: InitialGradients
+    ) -> tuple[Gradients, Array]:
         images, texts = _sides(saved.pairs, own_positions(self.axes, saved.pull.shape[0]))
         rows, columns = saved.known
         of_images, of_texts = start.images, start.images._replace(rows=start.texts)
@@ -196,7 +200,7 @@ class Gathered:
             of_texts = add((texts, all_images), (columns, known[0]), so_far=of_texts)
         return of_images, of_texts.rows
 
-    def both(self, pairs: Pairs, scaling: Scaling, weight: Array, start: Start) -> Both:
+    def both(self, pairs: Pairs, scaling: Scaling, weight: Array, start: InitialGradients) -> StatisticsAndGradients:
         count, kind = pairs.image.shape[0], self.product.kind
         rows, columns = _sides(pairs, own_positions(self.axes, count))
         images, parts = kind.empty(count), []
@@ -211,7 +215,7 @@ class Gathered:
             )
             images = kind.merge(images, of_rows)
             parts.append(of_columns)
-        return Both(images, self._combine(parts, count), of_images, of_texts.rows)
+        return StatisticsAndGradients(images, self._combine(parts, count), of_images, of_texts.rows)
 
     def sum(self, x: Array) -> Array:
         return jax.lax.psum(x, self.axes)
@@ -225,7 +229,7 @@ class Ring:
         Moved per device: n e numbers of embeddings forward, 2 n e backward. 8 r n e FLOPs; memory linear in r.
     """
 
-    product: Product
+    product: TiledLogits
     axes: tuple[str, ...]
     size: int
 
@@ -244,7 +248,9 @@ class Ring:
         (_, texts, images), _ = jax.lax.scan(visit, start, None, length=self.size)
         return images, texts, ()
 
-    def gradients(self, saved: Saved, scaling: Scaling, weight: Array, start: Start) -> tuple[Gradients, Array]:
+    def gradients(
+        self, saved: Saved, scaling: Scaling, weight: Array, start: InitialGradients
+    ) -> tuple[Gradients, Array]:
         rows, columns = self.sides(saved.pairs)
         of_rows, of_columns = saved.known
 
@@ -265,7 +271,7 @@ class Ring:
         (_, _, of_texts, of_images), _ = jax.lax.scan(visit, carry, None, length=self.size)
         return of_images, of_texts
 
-    def both(self, pairs: Pairs, scaling: Scaling, weight: Array, start: Start) -> Both:
+    def both(self, pairs: Pairs, scaling: Scaling, weight: Array, start: InitialGradients) -> StatisticsAndGradients:
         kind, count = self.product.kind, pairs.image.shape[0]
         rows, columns = self.sides(pairs)
 
@@ -285,7 +291,7 @@ class Ring:
 
         carry = (columns, (start.texts, kind.empty(count)), kind.empty(count), start.images)
         (_, (of_texts, texts), images, of_images), _ = jax.lax.scan(visit, carry, None, length=self.size)
-        return Both(images, texts, of_images, of_texts)
+        return StatisticsAndGradients(images, texts, of_images, of_texts)
 
     def sides(self, pairs: Pairs) -> tuple[Side, Side]:
         """This device's images, and its texts in the dtype that they travel in."""
@@ -301,7 +307,7 @@ class Ring:
         return jax.lax.psum(x, self.axes)
 
 
-Way = Whole | Gathered | Ring
+Partitioning = SingleDevice | AllGather | Ring
 
 
 def own_positions(axes: tuple[str, ...], rows: int) -> Int[Array, "r"]:

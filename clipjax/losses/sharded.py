@@ -16,9 +16,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from clipjax.config import LossMethod
-from clipjax.losses.logit_loss import Own
-from clipjax.losses.partitioning import Gathered, Pairs, Ring, Saved, Start, Way, Whole
-from clipjax.losses.tiles import Gradients, Product, Scaling
+from clipjax.losses.logit_loss import PairInputs
+from clipjax.losses.partitioning import AllGather, InitialGradients, Pairs, Partitioning, Ring, Saved, SingleDevice
+from clipjax.losses.tiles import Gradients, Scaling, TiledLogits
 from clipjax.losses.topology import choose_method, gather_stages
 from clipjax.runtime.sharding import SLICE, batch_axes, batch_devices
 from clipjax.typing import Metrics
@@ -33,17 +33,19 @@ def similarity_of_pairs(image: Array, text: Array, dtype: Any) -> Float[Array, "
     return jnp.sum(image * text, axis=1)
 
 
-def _own(way: Way, n: int, pairs: Pairs, scaling: Scaling) -> Own:
+def _own(way: Partitioning, n: int, pairs: Pairs, scaling: Scaling) -> PairInputs:
     """What is known of each pair of this device by itself."""
     dtype = way.product.dtype
     positive = scaling.scale * similarity_of_pairs(pairs.image, pairs.text, dtype) + scaling.bias
     of_teacher = None
     if pairs.teacher is not None and scaling.teacher is not None:
         of_teacher = scaling.teacher * similarity_of_pairs(*pairs.teacher, dtype)
-    return Own(positive, n, of_teacher, pairs.memory, scaling.gamma)
+    return PairInputs(positive, n, of_teacher, pairs.memory, scaling.gamma)
 
 
-def _conclude(way: Way, n: int, pairs: Pairs, scaling: Scaling, statistics: tuple[Any, Any]) -> tuple[Any, ...]:
+def _conclude(
+    way: Partitioning, n: int, pairs: Pairs, scaling: Scaling, statistics: tuple[Any, Any]
+) -> tuple[Any, ...]:
     """Loss and metrics over the global batch of n pairs; and what this device's own statistics come to."""
     kind, own, (images, texts) = way.product.kind, _own(way, n, pairs, scaling), statistics
     outcome = kind.finish(images, texts, own)
@@ -63,7 +65,7 @@ def _conclude(way: Way, n: int, pairs: Pairs, scaling: Scaling, statistics: tupl
 
 
 def _forward(
-    way: Way, n: int, pairs: Pairs, scaling: Scaling
+    way: Partitioning, n: int, pairs: Pairs, scaling: Scaling
 ) -> tuple[Array, Metrics, Float[Array, "r 2"] | None, Saved]:
     """Loss and metrics over the global batch of n pairs; the rest are this device's."""
     images, texts, everyone = way.statistics(pairs, scaling)
@@ -71,29 +73,33 @@ def _forward(
     return loss, metrics, outcome.memory, Saved(pairs, everyone, outcome.known, outcome.pull)
 
 
-def _diagonal(way: Way, pairs: Pairs, pull: Array, scaling: Scaling, weight: Array) -> Start:
+def _diagonal(way: Partitioning, pairs: Pairs, pull: Array, scaling: Scaling, weight: Array) -> InitialGradients:
     """Where gradients start."""
     push = -weight * pull
     along = (scaling.scale * push)[:, None]
     similarity = similarity_of_pairs(pairs.image, pairs.text, way.product.dtype)
     of_images = Gradients(along * pairs.text.astype(jnp.float32), None, push * similarity, push)
-    return Start(of_images, along * pairs.image.astype(jnp.float32))
+    return InitialGradients(of_images, along * pairs.image.astype(jnp.float32))
 
 
-def _finished(way: Way, pairs: Pairs, of_images: Gradients, of_texts: Array) -> tuple[Array, Array, Array, Array]:
+def _finished(
+    way: Partitioning, pairs: Pairs, of_images: Gradients, of_texts: Array
+) -> tuple[Array, Array, Array, Array]:
     """Gradients of this device's images and texts, and of scale and bias."""
     of_scale, of_bias = way.sum(jnp.stack([jnp.sum(of_images.scale), jnp.sum(of_images.bias)]))
     return of_images.rows.astype(pairs.image.dtype), of_texts.astype(pairs.text.dtype), of_scale, of_bias
 
 
-def _backward(way: Way, n: int, cotangent: Array, saved: Saved, scaling: Scaling) -> tuple[Array, Array, Array, Array]:
+def _backward(
+    way: Partitioning, n: int, cotangent: Array, saved: Saved, scaling: Scaling
+) -> tuple[Array, Array, Array, Array]:
     """Gradients of this device's images and texts, and of scale and bias."""
     weight = cotangent * (way.product.kind.weight / n)
     start = _diagonal(way, saved.pairs, saved.pull, scaling, weight)
     return _finished(way, saved.pairs, *way.gradients(saved, scaling, weight, start))
 
 
-def _single_pass(way: Way, n: int, pairs: Pairs, scaling: Scaling) -> tuple[Array, Metrics, None, Any]:
+def _single_pass(way: Partitioning, n: int, pairs: Pairs, scaling: Scaling) -> tuple[Array, Metrics, None, Any]:
     """Loss and metrics as `_forward` gives them, and the gradients of the loss: every logit is computed once."""
     kind, weight = way.product.kind, jnp.float32(way.product.kind.weight / n)
     nothing = kind.empty(pairs.image.shape[0])  # on which the pull of such a kind does not depend
@@ -104,7 +110,7 @@ def _single_pass(way: Way, n: int, pairs: Pairs, scaling: Scaling) -> tuple[Arra
 
 
 def make_sharded_loss(
-    product: Product, *, method: LossMethod, mesh: Mesh | None
+    product: TiledLogits, *, method: LossMethod, mesh: Mesh | None
 ) -> Callable[[Pairs, Scaling], tuple[Array, Metrics, Array | None]]:
     """A loss of global arrays, with a gradient of its own that recomputes what it needs; and the new memory."""
     devices = 1 if mesh is None else batch_devices(mesh)
@@ -113,13 +119,13 @@ def make_sharded_loss(
     slices = 1 if mesh is None else mesh.shape.get(SLICE, 1)
     saved_specs: Any = Saved(split, PartitionSpec(SLICE) if slices > 1 else whole, split, split)  # type: ignore[arg-type]
 
-    def way(image: Array) -> Way:
+    def way(image: Array) -> Partitioning:
         if devices == 1:
-            return Whole(product)
+            return SingleDevice(product)
         n, e = image.shape
         ring = choose_method(method, mesh, n, 2 * e * jnp.dtype(product.dtype).itemsize) is LossMethod.RING
         assert mesh is not None
-        return Ring(product, axes, devices) if ring else Gathered(product, axes, slices, gather_stages(mesh))
+        return Ring(product, axes, devices) if ring else AllGather(product, axes, slices, gather_stages(mesh))
 
     def on_mesh(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """Run on every device with its part of the arrays; without a mesh, as it is."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from clipjax.losses.logit_loss import Outcome, Own, Tile
+from clipjax.losses.logit_loss import PairInputs, PairLosses, Tile
 from clipjax.losses.softmax import Softmax, Sums
 
 
@@ -35,10 +35,10 @@ class Sigmoid:
     def peak(self, statistics: Sums) -> Float[Array, "n"]:
         return statistics.peak
 
-    def finish(self, images: Sums, texts: Sums, own: Own) -> Outcome:
+    def finish(self, images: Sums, texts: Sums, own: PairInputs) -> PairLosses:
         del texts  # the same logits once more
         pull = jax.nn.sigmoid(-own.positive)
-        return Outcome(jax.nn.softplus(-own.positive) + images.total, (None, None), pull)
+        return PairLosses(jax.nn.softplus(-own.positive) + images.total, (None, None), pull)
 
     def slope(self, tile: Tile, rows: None, columns: None) -> Float[Array, "a b"]:
         del rows, columns

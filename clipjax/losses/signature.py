@@ -22,7 +22,7 @@ class Teacher(NamedTuple):
     logit_scale: Float[Array, ""]
 
 
-class Memory(NamedTuple):
+class MovingAverages(NamedTuple):
     """What the `global` loss remembers of the pairs of a batch.
 
     Attributes:
@@ -47,7 +47,7 @@ class LossFunction(Protocol):
         *,
         group: Int[Array, "n"] | None = None,
         teacher: Teacher | None = None,
-        memory: Memory | None = None,
+        memory: MovingAverages | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         """Loss and metrics.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from clipjax.losses.logit_loss import Outcome, Own, Tile
+from clipjax.losses.logit_loss import PairInputs, PairLosses, Tile
 
 
 class Sums(NamedTuple):
@@ -57,13 +57,13 @@ class Softmax:
     def peak(self, statistics: Sums) -> Float[Array, "n"]:
         return statistics.peak
 
-    def finish(self, images: Sums, texts: Sums, own: Own) -> Outcome:
+    def finish(self, images: Sums, texts: Sums, own: PairInputs) -> PairLosses:
         positive = own.positive
         # -inf where a pair has no negatives: its loss is 0.
         row, column = log_sum(images), log_sum(texts)
         loss = jax.nn.softplus(row - positive) + jax.nn.softplus(column - positive)
         pull = jax.nn.sigmoid(row - positive) + jax.nn.sigmoid(column - positive)
-        return Outcome(loss, (jnp.logaddexp(row, positive), jnp.logaddexp(column, positive)), pull)
+        return PairLosses(loss, (jnp.logaddexp(row, positive), jnp.logaddexp(column, positive)), pull)
 
     def slope(self, tile: Tile, rows: Float[Array, "a"], columns: Float[Array, "b"]) -> Float[Array, "a b"]:
         return jnp.exp(tile.logits - rows[:, None]) + jnp.exp(tile.logits - columns[None, :])
@@ -85,7 +85,7 @@ class PositiveSums(NamedTuple):
     count: Float[Array, "*n"]
 
 
-class Positives:
+class MultiPositiveSoftmax:
     """Softmax whose target is shared equally by all positives of a row or column (arXiv 2004.11362, equation 2)."""
 
     weight, single_pass = 0.5, False
@@ -125,7 +125,7 @@ class Positives:
     def peak(self, statistics: PositiveSums) -> Float[Array, "n"]:
         return statistics.negatives.peak
 
-    def finish(self, images: PositiveSums, texts: PositiveSums, own: Own) -> Outcome:
+    def finish(self, images: PositiveSums, texts: PositiveSums, own: PairInputs) -> PairLosses:
         positive, loss, pull, known = own.positive, jnp.zeros(()), jnp.zeros(()), []
         for side in (images, texts):
             other = jnp.logaddexp(log_sum(side.negatives), log_sum(side.positives))
@@ -133,7 +133,7 @@ class Positives:
             loss = loss + jax.nn.softplus(other - positive) + share * (side.count * positive - side.logits)
             pull = pull + jax.nn.sigmoid(other - positive) - (1 - share)
             known.append((jnp.logaddexp(other, positive), share))
-        return Outcome(loss, (known[0], known[1]), pull)
+        return PairLosses(loss, (known[0], known[1]), pull)
 
     def slope(self, tile: Tile, rows: tuple[Array, Array], columns: tuple[Array, Array]) -> Float[Array, "a b"]:
         assert tile.same is not None
@@ -142,7 +142,7 @@ class Positives:
 
 
 @dataclass(frozen=True)
-class Global(Softmax):
+class GlobalSoftmax(Softmax):
     """Softmax against the whole dataset, whose sum each sample estimates by a moving average over its batches.
 
     With g the sum over the negatives j of exp(logit_ij - logit_ii), divided by the batch without i, and u its average
@@ -156,7 +156,7 @@ class Global(Softmax):
 
     epsilon: float
 
-    def finish(self, images: Sums, texts: Sums, own: Own) -> Outcome:
+    def finish(self, images: Sums, texts: Sums, own: PairInputs) -> PairLosses:
         assert own.memory is not None and own.gamma is not None
         size, small = math.log(max(1, own.batch_size - 1)), math.log(self.epsilon)
         loss, pull, known, memory = jnp.zeros(()), jnp.zeros(()), [], []
@@ -169,4 +169,4 @@ class Global(Softmax):
             pull = pull + jnp.exp(new - value)
             known.append(own.positive + size + value)
             memory.append(average)
-        return Outcome(loss, (known[0], known[1]), pull, jnp.stack(memory, axis=1))
+        return PairLosses(loss, (known[0], known[1]), pull, jnp.stack(memory, axis=1))

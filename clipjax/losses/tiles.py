@@ -4,7 +4,7 @@ A block is the product of some images with some texts. Only a tile of it exists 
 forgotten, once for the statistics and once more for the gradients, so memory is linear in the rows and columns.
 The diagonal (each image with its own text) is left out here; callers treat it in closed form.
 
-Read `Side`, `Product`, `block_statistics`, `block_gradients`.
+Read `Side`, `TiledLogits`, `block_statistics`, `block_gradients`.
 Axes: r rows (images), c columns (texts), e embed, t embed of a teacher, a rows of a tile, b columns of a tile.
 """
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from clipjax.losses.logit_loss import Kind, Tile
+from clipjax.losses.logit_loss import LogitLoss, Tile
 
 DEFAULT_TILE = 1024
 
@@ -54,13 +54,13 @@ class Scaling(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Product:
+class TiledLogits:
     """How logits are computed: in tiles of at most `tile` rows and columns, from operands of one dtype.
 
     float32 products are full float32 also where the hardware's default is fewer bits; sums are float32 always.
     """
 
-    kind: Kind
+    kind: LogitLoss
     tile: int
     dtype: Any = jnp.float32
     positives: bool = False
@@ -118,7 +118,7 @@ def join(tiles: Any, n: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], tiles)
 
 
-def block_statistics(product: Product, rows: Side, columns: Side, scaling: Scaling) -> tuple[Any, Any]:
+def block_statistics(product: TiledLogits, rows: Side, columns: Side, scaling: Scaling) -> tuple[Any, Any]:
     """Statistics of every row and of every column of a block, from one product.
 
     Cost:
@@ -158,7 +158,7 @@ class Gradients(NamedTuple):
 
 
 def block_gradients(
-    product: Product,
+    product: TiledLogits,
     sides: tuple[Side, Side],
     known: tuple[Any, Any],
     scaling: Scaling,
@@ -179,20 +179,20 @@ def block_gradients(
     Cost:
         4 r c e FLOPs, and 2 more with the columns' gradient; memory linear in r and c, and one tile.
     """
-    return _walk(product, sides, known, scaling, weight, so_far, reduces=False)[0]
+    return _scan_tiles(product, sides, known, scaling, weight, so_far, reduces=False)[0]
 
 
 def block_statistics_and_gradients(
-    product: Product, sides: tuple[Side, Side], scaling: Scaling, *, weight: Float[Array, ""], so_far: Gradients
+    product: TiledLogits, sides: tuple[Side, Side], scaling: Scaling, *, weight: Float[Array, ""], so_far: Gradients
 ) -> tuple[Any, Any, Gradients]:
     """What `block_statistics` and `block_gradients` give, from one product: for a kind of loss of a single pass."""
     assert product.kind.single_pass
-    found, of_rows, of_columns = _walk(product, sides, (None, None), scaling, weight, so_far, reduces=True)
+    found, of_rows, of_columns = _scan_tiles(product, sides, (None, None), scaling, weight, so_far, reduces=True)
     return of_rows, of_columns, found
 
 
-def _walk(
-    product: Product,
+def _scan_tiles(
+    product: TiledLogits,
     sides: tuple[Side, Side],
     known: tuple[Any, Any],
     scaling: Scaling,

@@ -74,7 +74,7 @@ def caption_likelihood(
     return -jnp.where(inside, chosen, 0).sum(1), inside.sum(1).astype(jnp.float32)
 
 
-class Words(nn.Module):
+class BagOfWords(nn.Module):
     """Logits of the tokens that a caption may have, from the image's features.
 
     Source:

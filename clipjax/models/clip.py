@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from clipjax.config import (
+    BagOfWordsConfig,
     CbowConfig,
     DataConfig,
     DecoderConfig,
@@ -21,14 +22,13 @@ from clipjax.config import (
     ResNetConfig,
     TextTransformerConfig,
     ViTConfig,
-    WordsConfig,
 )
-from clipjax.models.captions import Decoder, Words, caption_likelihood, words_likelihood
+from clipjax.models.captions import BagOfWords, Decoder, caption_likelihood, words_likelihood
 from clipjax.models.layers import Numerics
 from clipjax.models.resnet import ModifiedResNet
 from clipjax.models.text import Cbow, TextTransformer
 from clipjax.models.vit import VisionTransformer
-from clipjax.pytrees import map_with_name, match_any, names
+from clipjax.pytrees import leaf_paths, map_with_path, match_any
 from clipjax.typing import Batch, Encoded, Key, Params
 
 
@@ -80,7 +80,7 @@ class _Towers:
 
         A tower of which nothing is trained keeps its running statistics and uses them.
         """
-        if batch_stats and all(match_any(self.frozen, f"image/{name}") for name in names(params["image"])):
+        if batch_stats and all(match_any(self.frozen, f"image/{name}") for name in leaf_paths(params["image"])):
             return self.see({**params, "batch_stats": batch_stats}, pixels), batch_stats
         variables = {"params": params["image"], "batch_stats": batch_stats}
         rngs, mutable = {"patch_dropout": key}, ["batch_stats"]
@@ -153,8 +153,8 @@ def _towers(config: ModelConfig, frozen: Sequence[str]) -> _Towers:
         case DecoderConfig():
             assert isinstance(config.text, TextTransformerConfig)
             caption = Decoder(config.caption, config.text, config, numerics(config.caption))
-        case WordsConfig():
-            caption = Words(config.text.vocab_size, numerics(config.caption))
+        case BagOfWordsConfig():
+            caption = BagOfWords(config.text.vocab_size, numerics(config.caption))
     return _Towers(image, text, caption, frozen)
 
 
@@ -188,7 +188,7 @@ def build_clip(config: ModelConfig, *, frozen: Sequence[str] = ()) -> Clip:
         pixels = jnp.zeros((1, size, size, 3), jnp.float32)
         shapes = jax.eval_shape(lambda: towers.image.init(jax.random.key(0), pixels))
         start = lambda name, x: jnp.full(x.shape, float(name.endswith("variance")), x.dtype)  # noqa: E731
-        return map_with_name(start, shapes.get("batch_stats", {}))
+        return map_with_path(start, shapes.get("batch_stats", {}))
 
     def encode_image(params: Params, pixels: Float[Array, "b h w c"]) -> Float[Array, "b e"]:
         return unit_norm(towers.see(params, pixels)[0])

@@ -1,6 +1,7 @@
 """FLOPs of a model's forward pass, from its config alone. Free of JAX."""
 
 from clipjax.config import (
+    BagOfWordsConfig,
     CbowConfig,
     ImagePool,
     ModelConfig,
@@ -9,7 +10,6 @@ from clipjax.config import (
     TextPool,
     TextTransformerConfig,
     ViTConfig,
-    WordsConfig,
 )
 
 
@@ -49,7 +49,7 @@ def caption_flops(config: ModelConfig) -> int:
     image, text, caption = config.image, config.text, config.caption
     if caption is None:
         return 0
-    if isinstance(caption, WordsConfig):
+    if isinstance(caption, BagOfWordsConfig):
         return 2 * config.embed_dim * text.vocab_size
     seen, seen_width = _image_tokens(image, config.embed_dim)
     length, width = text.context_length, text.width

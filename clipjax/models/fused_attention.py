@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from clipjax.config.model_validation import LANES
-from clipjax.runtime.sharding import on_shards, shards
+from clipjax.runtime.sharding import num_shards, shard_map_by_dims
 
 BLOCK_BYTES = 2**20
 """Of queries, keys and values that one program of the grid reads, as long as that is more than one sequence."""
@@ -56,8 +56,8 @@ def is_supported(batch: int, length: int, num_heads: int, head_dim: int) -> bool
     Each device's width has to be a multiple of `LANES`, one sequence has to fit into a chip's own memory, and a batch
     that the devices cannot share is that of initialisation.
     """
-    parts = shards("heads")
-    if num_heads % parts or num_heads // parts * head_dim % LANES or batch % shards("batch"):
+    parts = num_shards("heads")
+    if num_heads % parts or num_heads // parts * head_dim % LANES or batch % num_shards("batch"):
         return False
     blocks = 2 * 7 * length * (num_heads // parts * head_dim) * 2  # of the backward kernel in bfloat16, twice each
     return blocks + 4 * 4 * length * _up(length, LANES) <= _vmem_bytes()
@@ -79,7 +79,7 @@ def fused_attention(
         Backward 5 products of l x l x d per head, forward 2, each with d rounded up to tiles of 128 lanes; read and
         written are qkv, the result, and their gradients, once.
     """
-    parts = shards("heads")
+    parts = num_shards("heads")
     dim = qkv.shape[-1] // 3 // num_heads
     heads = Heads(num_heads // parts, dim, causal)
     return _attention(qkv, heads, interpret)
@@ -92,12 +92,12 @@ def _attention(qkv: Array, heads: Heads, interpret: bool) -> Array:
 
 def _forward(qkv: Array, heads: Heads, interpret: bool) -> tuple[Array, Array]:
     run = functools.partial(_call, _forward_kernel, heads=heads, outputs=1, interpret=interpret)
-    return on_shards(run, ("batch", None, "heads"))(qkv), qkv
+    return shard_map_by_dims(run, ("batch", None, "heads"))(qkv), qkv
 
 
 def _backward(heads: Heads, interpret: bool, qkv: Array, grad: Array) -> tuple[Array]:
     run = functools.partial(_call, _backward_kernel, heads=heads, outputs=3, interpret=interpret)
-    return (on_shards(run, ("batch", None, "heads"), ("batch", None, "heads"))(qkv, grad),)
+    return (shard_map_by_dims(run, ("batch", None, "heads"), ("batch", None, "heads"))(qkv, grad),)
 
 
 _attention.defvjp(_forward, _backward)

@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int
 from clipjax.typing import Key
 
 NextLogits = Callable[[Int[Array, "n l"]], Float[Array, "n l v"]]
-Choose = Callable[[Float[Array, "b v"], Key], Int[Array, " b"]]
+Sampler = Callable[[Float[Array, "b v"], Key], Int[Array, " b"]]
 
 
 @dataclass(frozen=True)
-class Frame:
+class TextFormat:
     """What frames a text: ids of its start, its end and the padding, and the length of a row."""
 
     start_id: int
@@ -37,7 +37,7 @@ def greedy(logits: Float[Array, "b v"], key: Key) -> Int[Array, " b"]:
     return jnp.argmax(logits, axis=-1)
 
 
-def make_top_k(count: int, temperature: float = 1.0) -> Choose:
+def make_top_k(count: int, temperature: float = 1.0) -> Sampler:
     """`choose(logits, key)`: one of the `count` likeliest tokens, drawn by their probability at a temperature."""
 
     def choose(logits: Float[Array, "b v"], key: Key) -> Int[Array, " b"]:
@@ -48,7 +48,7 @@ def make_top_k(count: int, temperature: float = 1.0) -> Choose:
     return choose
 
 
-def generate(next_logits: NextLogits, count: int, frame: Frame, choose: Choose, key: Key) -> Int[Array, "b l"]:
+def generate(next_logits: NextLogits, count: int, frame: TextFormat, choose: Sampler, key: Key) -> Int[Array, "b l"]:
     """`count` texts, token by token; each ends by itself or at the end of its row."""
 
     def step(place: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -63,7 +63,7 @@ def generate(next_logits: NextLogits, count: int, frame: Frame, choose: Choose, 
 
 
 def beam_search(
-    next_logits: NextLogits, count: int, frame: Frame, *, num_beams: int, length_penalty: float = 1.0
+    next_logits: NextLogits, count: int, frame: TextFormat, *, num_beams: int, length_penalty: float = 1.0
 ) -> Int[Array, "b l"]:
     """The likeliest of `num_beams` texts for each of `count` images.
 
@@ -101,7 +101,7 @@ def beam_search(
     return jnp.take_along_axis(tokens, best[:, None, None], axis=1)[:, 0]
 
 
-def _allowed(logits: Float[Array, "n v"], frame: Frame) -> Float[Array, "n v"]:
+def _allowed(logits: Float[Array, "n v"], frame: TextFormat) -> Float[Array, "n v"]:
     """A text does not begin twice, and padding is no word of it."""
     ids = jnp.arange(logits.shape[-1])[None]
     banned = (ids == frame.start_id) | ((ids == frame.pad_id) & (frame.pad_id != frame.end_id))

@@ -18,7 +18,7 @@ from clipjax.config import Activation, AttentionMethod, Projection
 
 Initializer = Any
 
-PRODUCT, HIDDEN = "product", "hidden"
+MATMUL, HIDDEN = "product", "hidden"
 """Names, for `remat_block`, of what comes out of a matrix product, and out of the first one of an MLP."""
 
 
@@ -38,7 +38,7 @@ def align(parameter: Array, x: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def product(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int, dtype: Any) -> Float[Array, "..."]:
+def matmul(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int, dtype: Any) -> Float[Array, "..."]:
     """Contract the last `axes` of x with the first of the kernel; operands in `dtype`, result float32.
 
     The kernel's gradient is float32 as well, so that devices sum it in float32: were the kernel cast outside, its
@@ -65,7 +65,7 @@ def _dot(left: Array, right: Array, contract: tuple[tuple[int, ...], tuple[int, 
     return jax.lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-product.defvjp(_product, _product_backward)
+matmul.defvjp(_product, _product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -115,7 +115,7 @@ class Linear(nn.Module):
     numerics: Numerics
     kernel_init: Initializer
     bias_init: Initializer | None = nn.initializers.zeros
-    saved_as: str = PRODUCT
+    saved_as: str = MATMUL
     merge: Callable[[Array], Array] | None = None
 
     @nn.compact
@@ -124,7 +124,7 @@ class Linear(nn.Module):
         axes, merge = len(self.in_shape), self.merge
         if merge is not None:
             kernel, axes = merge(kernel), 1
-        y: Any = product(x, kernel, axes, self.numerics.operands)
+        y: Any = matmul(x, kernel, axes, self.numerics.operands)
         if self.bias_init is not None:
             bias = self.param("bias", self.bias_init, self.out_shape)
             y = y + align(bias, y) if merge is None else add_bias(y, merge(bias), self.numerics.activations)

@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float
 
 from clipjax.config import Activation, AttentionMethod, ModelConfig, Remat, TextTransformerConfig, ViTConfig
 from clipjax.models.fused_attention import fused_attention, is_supported
-from clipjax.models.layers import HIDDEN, PRODUCT, Initializer, LayerNorm, Linear, Numerics, activation, torch_uniform
-from clipjax.runtime.sharding import constrain, platform, runs_on, shards
+from clipjax.models.layers import HIDDEN, MATMUL, Initializer, LayerNorm, Linear, Numerics, activation, torch_uniform
+from clipjax.runtime.sharding import backend, constrain, num_shards, platform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class Attention(nn.Module):
             return self._fused(x, heads)
         qkv = Linear((width,), heads, self.numerics, self.init.qkv, name="qkv")(x)
         if seen is None and self.numerics.attention is AttentionMethod.CUDNN:
-            mixed = checkpoint_name(cudnn_attention(qkv, causal=self.causal), PRODUCT)
+            mixed = checkpoint_name(cudnn_attention(qkv, causal=self.causal), MATMUL)
             return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, name="out")(mixed)
         # Batched matrix products want heads outside tokens; on the CPU this order is 2.5 times as fast.
         query, key, value = jnp.transpose(qkv, (2, 0, 3, 1, 4))  # each [b, n, l, d]
@@ -119,12 +119,12 @@ class Attention(nn.Module):
         if seen is not None:
             among = seen[:, None, None]
             visible = among if visible is None else visible & among
-        mixed = checkpoint_name(attend(query, key, value, visible), PRODUCT)
+        mixed = checkpoint_name(attend(query, key, value, visible), MATMUL)
         return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, name="out")(mixed)
 
     def _fused(self, x: Float[Array, "b l w"], heads: tuple[int, int, int]) -> Float[Array, "b l w"]:
         """The same in one kernel, which takes and gives all heads side by side."""
-        width, parts = x.shape[-1], shards("heads")
+        width, parts = x.shape[-1], num_shards("heads")
 
         # Barriers: else the compiler takes the gradients' products apart into heads, and copies activations for it.
         def by_part(parameter: Array) -> Array:
@@ -139,9 +139,9 @@ class Attention(nn.Module):
 
         qkv = Linear((width,), heads, self.numerics, self.init.qkv, merge=by_part, name="qkv")(x)
         qkv = constrain(qkv, "batch", None, "heads")
-        interpret = self.numerics.attention is AttentionMethod.FUSED and runs_on() != "tpu"
+        interpret = self.numerics.attention is AttentionMethod.FUSED and backend() != "tpu"
         mixed = fused_attention(qkv, num_heads=heads[1], causal=self.causal, interpret=interpret)
-        mixed = checkpoint_name(mixed, PRODUCT)
+        mixed = checkpoint_name(mixed, MATMUL)
         return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, merge=by_width, name="out")(mixed)
 
 
@@ -234,7 +234,7 @@ def remat_block(block: type[nn.Module], policy: Remat, *, scanned: bool) -> type
         case Remat.NONE:
             return block
         case Remat.DOTS | Remat.MLP:
-            names = (PRODUCT, HIDDEN) if policy is Remat.DOTS else (PRODUCT,)
+            names = (MATMUL, HIDDEN) if policy is Remat.DOTS else (MATMUL,)
             saved = jax.checkpoint_policies.save_only_these_names(*names)
             return nn.remat(block, policy=saved, prevent_cse=not scanned)
         case Remat.FULL:

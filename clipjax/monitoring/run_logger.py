@@ -15,15 +15,15 @@ import numpy as np
 
 from clipjax.config import Config, total_steps
 from clipjax.monitoring.progress import Progress, StepClock, mfu
-from clipjax.monitoring.stragglers import RankTimes, Spent
+from clipjax.monitoring.stragglers import RankTimes, StepTimes
 from clipjax.monitoring.writers import MetricsWriter
 from clipjax.runtime import process_log, processes
-from clipjax.runtime.chips import of_kind
+from clipjax.runtime.chips import find_chip
 from clipjax.runtime.terminal import format_table
 from clipjax.typing import Metrics
 
 
-class Journal:
+class RunLogger:
     """Writes metrics and shows progress on the first process; the others only keep their own log.
 
     Args:
@@ -50,7 +50,7 @@ class Journal:
         enabled = processes.is_first() if enabled is None else enabled
         self._batch = config.global_batch_size
         self._flops, self._skip_reasons = flops_per_pair, skip_reasons
-        chip = of_kind(jax.devices()[0].device_kind)
+        chip = find_chip(jax.devices()[0].device_kind)
         self._peak_tflops = config.log.peak_tflops or (None if chip is None else chip.peak_tflops)
         self._writer = (
             MetricsWriter(workdir, tensorboard=config.log.tensorboard, start_step=start_step) if enabled else None
@@ -92,7 +92,7 @@ class Journal:
         """Log and pass on what this process did since the last note."""
         steps = step - self._last_step
         seconds = self._batch / rates["examples_per_second"]
-        spent = Spent(
+        spent = StepTimes(
             host=socket.gethostname(),
             step_seconds=seconds,
             input_wait_seconds=rates["input_wait_fraction"] * seconds,
@@ -100,7 +100,7 @@ class Journal:
             samples=f"{self._samples:016x}",
         )
         self._last_step, self._blocked_seconds, self._samples = step, 0.0, 0
-        process_log.note(
+        process_log.info(
             f"step {step}: {seconds:.4f} s/step: {spent.input_wait_seconds:.4f} waiting for data, "
             f"{spent.host_seconds:.4f} working on the host, {spent.blocked_seconds:.4f} waiting for the devices; "
             f"samples {spent.samples}"
@@ -133,7 +133,7 @@ class Journal:
             values |= ranks
         self._writer.write(step, values)
         self._progress.update(step, values)
-        process_log.note(f"step {step}: loss {values['loss']:.6g}")
+        process_log.info(f"step {step}: loss {values['loss']:.6g}")
         for line in slow:
             self.message(line)
 
@@ -148,7 +148,7 @@ class Journal:
 
     def message(self, text: str) -> None:
         """Show a line; every process logs it."""
-        process_log.note(text)
+        process_log.info(text)
         if self._writer is not None:
             self._progress.message(text)
 

@@ -1,6 +1,6 @@
 """Which process keeps the others waiting: what each one's host spends per step, and who is named for it.
 
-Reading order: `Spent` (what is measured), `slow_ranks` (the rule), `RankTimes` (how the numbers come together).
+Reading order: `StepTimes` (what is measured), `slow_ranks` (the rule), `RankTimes` (how the numbers come together).
 
 Every step ends when the slowest process has done its part, so all of them take the same time per step. What differs is
 what they do in it: one that is slow is busy (waits for its data, or works on the host), the others are blocked on
@@ -30,7 +30,7 @@ _LAST_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spent:
+class StepTimes:
     """Mean seconds per step of one process over an interval, and what it read in it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Spent:
         return self.input_wait_seconds + self.host_seconds
 
 
-def slow_ranks(spent: Sequence[Spent]) -> list[int]:
+def slow_ranks(spent: Sequence[StepTimes]) -> list[int]:
     """Those that kept the others waiting in an interval.
 
     Their own time is longer than the median process's by `SHARE` of a step, and they are blocked for less than that.
@@ -91,9 +91,9 @@ class RankTimes:
         self._slow = [0] * self._count
         self._intervals = 0
 
-    def send(self, step: int, steps: int, spent: Spent) -> None:
+    def send(self, step: int, steps: int, spent: StepTimes) -> None:
         """Every process: its times of the interval of so many steps that ends with `step`."""
-        processes.publish(f"times/{step}/{jax.process_index()}", json.dumps(asdict(spent)))
+        processes.kv_set(f"times/{step}/{jax.process_index()}", json.dumps(asdict(spent)))
         if self._sent == 1:  # the first interval compiled: it says nothing of the run
             self._totals = dict.fromkeys(self._totals, 0.0)
         self._sent += 1
@@ -111,15 +111,15 @@ class RankTimes:
         if not self._waiting or self._waiting[0] >= before:
             return {}, []
         step = self._waiting[0]
-        found = processes.published(f"times/{step}")
+        found = processes.kv_list(f"times/{step}")
         if len(found) < self._count:
             return {}, []
         self._waiting.pop(0)
-        processes.forget(f"times/{step}")
-        spent = [Spent(**json.loads(found[str(rank)])) for rank in range(self._count)]
+        processes.kv_delete(f"times/{step}")
+        spent = [StepTimes(**json.loads(found[str(rank)])) for rank in range(self._count)]
         return {"ranks": {"step": step, **_columns(spent)}}, self._judge(step, spent)
 
-    def _judge(self, step: int, spent: Sequence[Spent]) -> list[str]:
+    def _judge(self, step: int, spent: Sequence[StepTimes]) -> list[str]:
         slow = slow_ranks(spent) if self._intervals else []  # the first interval compiles
         typical = statistics.median_low(each.own_seconds for each in spent)
         self._intervals += 1
@@ -142,12 +142,12 @@ class RankTimes:
         """
         steps = max(1, self._totals["steps"])
         mine = {name: self._totals[name] / steps for name in self._totals if name != "steps"}
-        processes.publish(f"times/all/{jax.process_index()}", json.dumps({"host": socket.gethostname(), **mine}))
+        processes.kv_set(f"times/all/{jax.process_index()}", json.dumps({"host": socket.gethostname(), **mine}))
         if not processes.is_first():
             return ""
         try:
             spent = [
-                Spent(**json.loads(processes.fetch(f"times/all/{rank}", timeout_seconds=_LAST_SECONDS)))
+                StepTimes(**json.loads(processes.kv_get(f"times/all/{rank}", timeout_seconds=_LAST_SECONDS)))
                 for rank in range(self._count)
             ]
         except TimeoutError as error:
@@ -169,7 +169,7 @@ class RankTimes:
         return format_table(rows, header) + (f"\n({left_out} with less work of their own)" if left_out else "")
 
 
-def _of(spent: Spent) -> Mapping[str, float]:
+def _of(spent: StepTimes) -> Mapping[str, float]:
     return {
         "step_seconds": spent.step_seconds,
         "input_wait_seconds": spent.input_wait_seconds,
@@ -178,7 +178,7 @@ def _of(spent: Spent) -> Mapping[str, float]:
     }
 
 
-def _columns(spent: Sequence[Spent]) -> dict[str, list[Any]]:
+def _columns(spent: Sequence[StepTimes]) -> dict[str, list[Any]]:
     """A list over the processes of each number and digest."""
     numbers = {name: [round(_of(each)[name], 6) for each in spent] for name in _of(spent[0])}
     return numbers | {"samples": [each.samples for each in spent]}

@@ -74,7 +74,7 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class Program:
+class HloModule:
     """Computations by name, each a list of instructions in the order in which they are scheduled."""
 
     computations: Mapping[str, list[Instruction]]
@@ -239,11 +239,11 @@ class Program:
         taps = 2 * math.prod(result) * right[of_right.index("i")]
         for label in filter(str.isdigit, of_right):
             sides = (left[of_left.index(label)], right[of_right.index(label)], result[of_result.index(label)])
-            taps = taps * _met(int(label), window, *sides) // sides[2]
+            taps = taps * _num_valid_taps(int(label), window, *sides) // sides[2]
         return taps
 
 
-def _met(place: int, window: Mapping[str, str], size: int, kernel: int, out: int) -> int:
+def _num_valid_taps(place: int, window: Mapping[str, str], size: int, kernel: int, out: int) -> int:
     """How many pairs of a number and a tap meet along one side of a convolution."""
 
     def of(name: str, default: str) -> str:
@@ -280,7 +280,7 @@ def bytes_of(shape: str) -> int:
     return int(sum(ITEM_BYTES[dtype] * math.prod(dims) for dtype, dims in arrays_of(shape)))
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> HloModule:
     """Computations and instructions of a compiled program's text.
 
     Raises:
@@ -303,7 +303,7 @@ def parse(text: str) -> Program:
                 current.append(instruction)
     if not entry:
         raise ValueError("this is no text of a compiled program: it has no ENTRY computation")
-    return Program(computations, entry)
+    return HloModule(computations, entry)
 
 
 def _whole_lines(text: str) -> list[str]:

@@ -24,12 +24,12 @@ MICROBATCHES = (2, 4, 8)
 
 
 @dataclass(frozen=True)
-class Try:
+class Candidate:
     """One configuration and what is predicted of it.
 
     Attributes:
         changes: of the config, path by path.
-        plan: what `report.make_plan` gave.
+        plan: what `run_search.make_plan` gave.
     """
 
     changes: dict[str, Any]
@@ -78,7 +78,7 @@ class Search:
             "microbatch": config.microbatch_size,
             "method": config.loss.method,
         }
-        self.tries: list[Try] = []
+        self.tries: list[Candidate] = []
         if refusal := self._refusal(self._start):
             meshes = [{**self._start, "fsdp": fsdp, "tensor": 1} for fsdp in FSDP]
             possible = [changes for changes in meshes if not self._refusal(changes)]
@@ -98,12 +98,12 @@ class Search:
             return
         config = changed(self._config, changes)
         compiled = compile_step(config, self._target, num_samples=self._num_samples, teacher=self._teacher)
-        self.tries.append(Try(changes, make_plan(config, self._target, compiled, price=self._price)))
+        self.tries.append(Candidate(changes, make_plan(config, self._target, compiled, price=self._price)))
         print(" ".join(row(self.tries[-1])), flush=True)
         self._write()
 
     @property
-    def ranked(self) -> list[Try]:
+    def ranked(self) -> list[Candidate]:
         """All, the best first."""
         return sorted(self.tries, key=lambda attempt: attempt.rank)
 
@@ -157,7 +157,7 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
 HEADER = ("remat", "mesh.fsdp", "mesh.tensor", "microbatch", "loss.method", "fits", "GiB", "ms predicted", "MFU")
 
 
-def row(attempt: Try) -> list[str]:
+def row(attempt: Candidate) -> list[str]:
     """A try as a line of the ranking."""
     changes, plan = attempt.changes, attempt.plan
     peak = f"{plan['peak_hbm_bytes'] / GIB:.2f}" if plan["peak_hbm_bytes"] is not None else "-"
@@ -176,7 +176,7 @@ def row(attempt: Try) -> list[str]:
     ]
 
 
-def report(tries: Search) -> int:
+def run_search(tries: Search) -> int:
     """Try, and print the ranking; returns the exit code."""
     print("trying, each on a line: " + ", ".join(HEADER), flush=True)
     tries.run()

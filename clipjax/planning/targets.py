@@ -10,7 +10,7 @@ from typing import Any
 
 from clipjax.config import Config
 from clipjax.config.validation import validate_devices
-from clipjax.runtime.chips import CHIPS, Chip, Gpu, Tpu, of_kind
+from clipjax.runtime.chips import CHIPS, Chip, Gpu, Tpu, find_chip
 
 HERE = "here"
 
@@ -193,7 +193,7 @@ def _here() -> Target:
     import jax
 
     devices = jax.devices()
-    chip = of_kind(devices[0].device_kind)
+    chip = find_chip(devices[0].device_kind)
     if chip is None:
         raise ValueError(
             f"--topology={HERE}: {devices[0].device_kind!r} is no accelerator whose peaks are known "

@@ -8,7 +8,7 @@ the shares of the peaks that an H200 was seen to reach.
 
 from dataclasses import dataclass
 
-from clipjax.planning.hlo import Instruction, Program
+from clipjax.planning.hlo import HloModule, Instruction
 from clipjax.planning.traffic import KINDS, Collective
 from clipjax.runtime.chips import Chip, Tpu
 
@@ -51,7 +51,7 @@ class Timing:
         return max(self.compute + self.kernels, self.hidden) + self.exposed
 
 
-def predict(program: Program, chip: Chip, collectives: list[Collective], memory_traffic_bytes: int) -> Timing:
+def predict(program: HloModule, chip: Chip, collectives: list[Collective], memory_traffic_bytes: int) -> Timing:
     """Seconds of a step of a compiled program.
 
     Args:
@@ -100,7 +100,7 @@ def kernel_seconds(instruction: Instruction, chip: Chip) -> float:
     return max(said("bytes_accessed") / chip.memory_bandwidth, products + vectors)
 
 
-def operation_seconds(instruction: Instruction, program: Program, chip: Chip) -> float:
+def operation_seconds(instruction: Instruction, program: HloModule, chip: Chip) -> float:
     """One instruction of a GPU's program, by its operations or by its bytes."""
     products = sum(program.product_flops(part) for part in program.inside(instruction))
     moved = program.moved_bytes(instruction)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from clipjax.config import Config, Dtype, TextTransformerConfig, ViTConfig
-from clipjax.planning.hlo import Instruction, Program, arrays_of, bytes_of
+from clipjax.planning.hlo import HloModule, Instruction, arrays_of, bytes_of
 from clipjax.runtime.chips import Chip, Tpu
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -44,7 +44,7 @@ class Collective:
     seconds: float
 
 
-def collectives(program: Program, mesh: Any, chip: Chip) -> list[Collective]:
+def collectives(program: HloModule, mesh: Any, chip: Chip) -> list[Collective]:
     """All that a compiled step moves, the largest first.
 
     Args:
@@ -79,7 +79,7 @@ def _kind(instruction: Instruction) -> str:
     return instruction.opcode.removesuffix("-start")
 
 
-def _found(program: Program) -> list[tuple[str, Instruction, int, bool]]:
+def _found(program: HloModule) -> list[tuple[str, Instruction, int, bool]]:
     """Every collective once: its kind, itself, how often it runs, and whether computation hides it.
 
     The TPU compiler spreads a hidden collective over several fusions, which repeat its instruction: it is counted where
@@ -108,7 +108,7 @@ def _identity(collective: Instruction) -> tuple[str, str]:
     return collective.attribute(r"channel_id=(\d+)"), str(arrays_of(collective.shape))
 
 
-def _whole_bytes(kind: str, instruction: Instruction, program: Program) -> int:
+def _whole_bytes(kind: str, instruction: Instruction, program: HloModule) -> int:
     """Of an all-gather's result, or of what enters the others."""
     if kind == "all-gather":
         shape = instruction.shape

@@ -144,7 +144,7 @@ OTHER_BOARDS = {"NVIDIA A100-PCIE-40GB": "a100-40", "NVIDIA A100 80GB PCIe": "a1
 purpose: no MFU is better than a wrong one; `log.peak_tflops` sets it by hand."""
 
 
-def of_kind(device_kind: str) -> Chip | None:
+def find_chip(device_kind: str) -> Chip | None:
     """The chip that `jax.Device.device_kind` names, if it is known."""
     if device_kind in OTHER_BOARDS:
         return CHIPS[OTHER_BOARDS[device_kind]]
@@ -153,5 +153,5 @@ def of_kind(device_kind: str) -> Chip | None:
 
 def memory_bytes(device_kind: str) -> float:
     """Of one device of this kind: what all processes agree on, devices elsewhere included; infinite if not known."""
-    chip = of_kind(device_kind)
+    chip = find_chip(device_kind)
     return math.inf if chip is None else chip.memory_bytes

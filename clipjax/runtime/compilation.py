@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from clipjax.runtime.chips import of_kind
+from clipjax.runtime.chips import find_chip
 
 AUTO = "auto"
 
@@ -122,5 +122,5 @@ PRESETS: Mapping[str, Options] = MappingProxyType(
 
 def compiler_options(devices: Sequence[Any]) -> dict[str, bool | int | str]:
     """The options for a program on these devices; none where nothing is known of their kind, as on CPUs."""
-    chip = of_kind(devices[0].device_kind)
+    chip = find_chip(devices[0].device_kind)
     return {} if chip is None else dict(PRESETS.get(chip.name, {}))

@@ -1,8 +1,9 @@
-"""Before the first step all processes of a run compare what they are about to do, and refuse together.
+"""Consistency of the processes of a run: before the first step they compare their fingerprints and refuse together.
 
-Reading order: `together` (does a process's own preparation, and compares), `find_differences` (the comparison). A fact
-is a named value; those of a section must be equal on all processes. One process compares nothing, but its facts are
-recorded too."""
+Reading order: `run_on_all` (does a process's own preparation, and compares), `find_differences` (the comparison). A
+fingerprint has sections of named values, which must be equal on all processes. One process compares nothing, but its
+fingerprint is recorded too.
+"""
 
 import contextlib
 import json
@@ -17,7 +18,7 @@ import jax
 
 from clipjax.runtime import processes
 
-Facts = dict[str, dict[str, Any]]
+Fingerprint = dict[str, dict[str, Any]]
 
 
 Result = TypeVar("Result")
@@ -41,7 +42,7 @@ _SHOWN = 8  # differences of a section that are told
 _SHARED_SECONDS = 15.0  # file systems of several machines may show a new file late
 
 
-def together(name: str, work: Callable[[], tuple[Result, Facts]]) -> tuple[Result, Facts]:
+def run_on_all(name: str, work: Callable[[], tuple[Result, Fingerprint]]) -> tuple[Result, Fingerprint]:
     """Do this process's part of a preparation, and go on only if all processes can and agree.
 
     Args:
@@ -55,7 +56,7 @@ def together(name: str, work: Callable[[], tuple[Result, Facts]]) -> tuple[Resul
     if jax.process_count() == 1:
         return work()
     report: dict[str, Any] = {"host": socket.gethostname()}
-    done: tuple[Result, Facts] | None = None
+    done: tuple[Result, Fingerprint] | None = None
     failure: Exception | None = None
     try:
         done = work()
@@ -64,7 +65,7 @@ def together(name: str, work: Callable[[], tuple[Result, Facts]]) -> tuple[Resul
         report["error"] = str(error) or repr(error)
     except Exception as error:  # a defect: it is shown in full here, and the others end too
         failure, report["error"] = error, repr(error)
-    processes.publish(f"{name}/report/{jax.process_index()}", json.dumps(report))
+    processes.kv_set(f"{name}/report/{jax.process_index()}", json.dumps(report))
     verdict = _verdict(name)
     if failure is not None:
         raise failure
@@ -79,11 +80,11 @@ def _verdict(name: str) -> str:
     try:
         if processes.is_first():
             reports = [
-                json.loads(processes.fetch(f"{name}/report/{rank}", timeout_seconds=WAIT_SECONDS))
+                json.loads(processes.kv_get(f"{name}/report/{rank}", timeout_seconds=WAIT_SECONDS))
                 for rank in range(jax.process_count())
             ]
-            processes.publish(f"{name}/verdict", "\n".join(find_differences(reports)))
-        return processes.fetch(f"{name}/verdict", timeout_seconds=2 * WAIT_SECONDS)
+            processes.kv_set(f"{name}/verdict", "\n".join(find_differences(reports)))
+        return processes.kv_get(f"{name}/verdict", timeout_seconds=2 * WAIT_SECONDS)
     except TimeoutError as error:
         raise ValueError(f"{error}; its log is logs/rank-*.log in its workdir") from error
 
@@ -148,12 +149,12 @@ def check_shared(workdir: pathlib.Path) -> None:
         return
     probe = workdir / f".shared-probe-{secrets.token_hex(8)}"
     if processes.is_first():
-        processes.publish("shared/probe", probe.name)
+        processes.kv_set("shared/probe", probe.name)
         with contextlib.suppress(OSError):  # then the others do not see it
             probe.write_bytes(b"")
-    probe = workdir / processes.fetch("shared/probe", timeout_seconds=WAIT_SECONDS)
+    probe = workdir / processes.kv_get("shared/probe", timeout_seconds=WAIT_SECONDS)
     try:
-        together("shared", lambda: (None, {"checkpoint": {"workdir of process 0": _appears(probe)}}))
+        run_on_all("shared", lambda: (None, {"checkpoint": {"workdir of process 0": _appears(probe)}}))
     finally:
         if processes.is_first():
             probe.unlink(missing_ok=True)

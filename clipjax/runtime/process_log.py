@@ -1,7 +1,7 @@
 """A log file for every process: `WORKDIR/logs/rank-00000.log`, with what it says, warnings, and its last traceback.
 
 A front door opens a `session`; `open_log` starts the file once the workdir is known. Only the first process talks to
-the terminal; `note` is for the file alone, and does nothing where none is open.
+the terminal; `info` is for the file alone, and does nothing where none is open.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ FOLDER = "logs"
 _open_files: list[TextIO] = []
 
 
-def note(text: str) -> None:
+def info(text: str) -> None:
     """Write lines to the log of this process. A full disk silences the log, never the run."""
     for file in _open_files:
         with contextlib.suppress(OSError, ValueError):
@@ -46,7 +46,7 @@ def open_log(workdir: pathlib.Path, *, rank: int, header: Mapping[str, Any]) -> 
     path = path_of(workdir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     _open_files.append(path.open("a", encoding="utf-8", errors="backslashreplace"))
-    note("\n".join(["---- start ----", *(f"{name}: {value}" for name, value in header.items())]))
+    info("\n".join(["---- start ----", *(f"{name}: {value}" for name, value in header.items())]))
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def session() -> Iterator[None]:
         added.append(logging.lastResort)  # it shows warnings only as long as there is no other handler
 
     def show_and_note(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
-        note(warnings.formatwarning(message, category, filename, lineno))
+        info(warnings.formatwarning(message, category, filename, lineno))
         show(message, category, filename, lineno, *rest)
 
     for each in added:
@@ -67,7 +67,7 @@ def session() -> Iterator[None]:
     try:
         yield
     except Exception:
-        note(traceback.format_exc())
+        info(traceback.format_exc())
         raise
     finally:
         warnings.showwarning = show
@@ -82,4 +82,4 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):
-            note(f"{record.levelname} {record.name}: {record.getMessage()}")
+            info(f"{record.levelname} {record.name}: {record.getMessage()}")

@@ -108,12 +108,12 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def publish(key: str, value: str) -> None:
+def kv_set(key: str, value: str) -> None:
     """Leave a text for the other processes, with the coordinator; a key is used once. Costs no device any time."""
     _store().key_value_set(_KEY + key, value)
 
 
-def fetch(key: str, *, timeout_seconds: float) -> str:
+def kv_get(key: str, *, timeout_seconds: float) -> str:
     """The text that some process publishes under a key; waits for it.
 
     Raises:
@@ -127,12 +127,12 @@ def fetch(key: str, *, timeout_seconds: float) -> str:
         raise TimeoutError(f"no process has sent {key} within {timeout_seconds:.0f} seconds") from error
 
 
-def published(folder: str) -> dict[str, str]:
+def kv_list(folder: str) -> dict[str, str]:
     """What lies in a folder of keys by now, by the last part of the key; never waits."""
     return {key.rpartition("/")[2]: value for key, value in _store().key_value_dir_get(f"{_KEY}{folder}/")}
 
 
-def forget(folder: str) -> None:
+def kv_delete(folder: str) -> None:
     """Delete a folder of keys."""
     _store().key_value_delete(f"{_KEY}{folder}/")
 
@@ -144,7 +144,7 @@ def _store() -> Any:
     return distributed.global_state.client
 
 
-def abandon(exit_code: int = 1) -> int:
+def abort(exit_code: int = 1) -> int:
     """Give up after an error: one of several processes ends here and now, and so the others soon; else its code.
 
     At an ordinary exit JAX waits for the others, which wait for this one.
@@ -157,14 +157,14 @@ def abandon(exit_code: int = 1) -> int:
 
 
 @contextmanager
-def no_survivors() -> Iterator[None]:
+def abort_on_error() -> Iterator[None]:
     """An error that leaves this ends the process at once, if it is one of several."""
     try:
         yield
     except Exception:
         if jax.distributed.is_initialized() and jax.process_count() > 1:
             traceback.print_exc()
-            abandon()
+            abort()
         raise
 
 

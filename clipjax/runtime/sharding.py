@@ -15,7 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clipjax.config import MeshConfig, resolve_mesh
-from clipjax.pytrees import first_match, map_with_name
+from clipjax.pytrees import first_match, map_with_path
 
 SLICE = "slice"
 AXES = (SLICE, "data", "fsdp", "tensor")
@@ -152,20 +152,20 @@ def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
             return replicated(mesh)
         return NamedSharding(mesh, partition_spec(dims))
 
-    shardings = map_with_name(leaf_sharding, abstract_state)
+    shardings = map_with_path(leaf_sharding, abstract_state)
     if unmatched:
         raise ValueError("no rule in sharding.PARAMETER_RULES covers: " + ", ".join(unmatched))
     return shardings
 
 
-def placed(abstract: Any, shardings: Any) -> Any:
+def with_shardings(abstract: Any, shardings: Any) -> Any:
     """Shapes and dtypes together with where each leaf is to lie."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
     )
 
 
-def of(tree: Any) -> Any:
+def shardings_of(tree: Any) -> Any:
     """Where each leaf of a tree of arrays lies."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
@@ -183,12 +183,12 @@ def platform() -> str:
     return "" if device is None else device.platform
 
 
-def runs_on() -> str:
+def backend() -> str:
     """`platform`, or without a mesh that of the default device."""
     return platform() or jax.default_backend()
 
 
-def shards(dim: str) -> int:
+def num_shards(dim: str) -> int:
     """Into how many parts the mesh in force cuts a dimension of this name."""
     axes, mesh = MESH_AXES.get(dim), jax.sharding.get_abstract_mesh()
     if mesh.empty or axes is None:
@@ -196,7 +196,7 @@ def shards(dim: str) -> int:
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
-def on_shards(run: Callable[..., jax.Array], *dims: Sequence[str | None]) -> Callable[..., jax.Array]:
+def shard_map_by_dims(run: Callable[..., jax.Array], *dims: Sequence[str | None]) -> Callable[..., jax.Array]:
     """`run` on every device with its part of the arrays, whose dimensions have these names, as those of the result.
 
     The result's names are those of the first array. Without a mesh, `run` as it is.

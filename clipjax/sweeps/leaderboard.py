@@ -10,7 +10,7 @@ from typing import Any
 
 from clipjax.runtime.terminal import format_table
 from clipjax.sweeps.space import Choice, Grid, Sweep, format_value
-from clipjax.sweeps.trial import Trial, formatted, pairs
+from clipjax.sweeps.trial import Trial, format_overrides, formatted
 
 
 def rank_trials(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
@@ -74,7 +74,7 @@ def _plot(sweep: Sweep, trials: Sequence[Trial], path: pathlib.Path) -> None:
     finished = sum(trial.metric is not None for trial in trials)
     title = f"{sweep.metric} over {finished} of {len(trials)} trials"
     if best.metric is not None:
-        line = f"best {best.metric:.4f} in {best.name}: {pairs(best.overrides)}"
+        line = f"best {best.metric:.4f} in {best.name}: {format_overrides(best.overrides)}"
         title += "\n" + textwrap.fill(line, width=int(12 * figure.get_figwidth()))
     figure.suptitle(title, fontsize=10)
     handles = {label: handle for p in figure.axes for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}

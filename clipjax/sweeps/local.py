@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from clipjax.runtime.terminal import format_duration
-from clipjax.sweeps.trial import Trial, pairs
+from clipjax.sweeps.trial import Trial, format_overrides
 
 
 def open_log(trial: Trial) -> Any:
@@ -72,7 +72,7 @@ def _start(trial: Trial, command: Sequence[str]) -> "subprocess.Popen[bytes]":
         process = subprocess.Popen(
             full, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    _say(trial, "started", pairs(trial.overrides))
+    _say(trial, "started", format_overrides(trial.overrides))
     return process
 
 

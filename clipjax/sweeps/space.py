@@ -23,10 +23,10 @@ class Uniform:
     def __post_init__(self) -> None:
         _check_range(self, self.low < self.high)
 
-    def at(self, share: float) -> float:
-        """The value at `share` (0 to 1) of the way."""
+    def at_quantile(self, q: float) -> float:
+        """The value at `q` (0 to 1) of the way."""
         decimals = 4 - math.floor(math.log10(self.high - self.low))
-        return _clamped(round(self.low + share * (self.high - self.low), decimals), self.low, self.high)
+        return _clamped(round(self.low + q * (self.high - self.low), decimals), self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ class LogUniform:
     def __post_init__(self) -> None:
         _check_range(self, 0 < self.low < self.high)
 
-    def at(self, share: float) -> float:
-        """The value at `share` (0 to 1) of the way."""
-        return _clamped(float(f"{self.low * (self.high / self.low) ** share:.4g}"), self.low, self.high)
+    def at_quantile(self, q: float) -> float:
+        """The value at `q` (0 to 1) of the way."""
+        return _clamped(float(f"{self.low * (self.high / self.low) ** q:.4g}"), self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,9 @@ class IntUniform:
     def __post_init__(self) -> None:
         _check_range(self, self.low < self.high)
 
-    def at(self, share: float) -> int:
-        """The value at `share` (0 to 1, 1 excluded) of the way."""
-        return self.low + int(share * (self.high - self.low + 1))
+    def at_quantile(self, q: float) -> int:
+        """The value at `q` (0 to 1, 1 excluded) of the way."""
+        return self.low + int(q * (self.high - self.low + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,9 @@ class Choice:
         if not self.values:
             raise ValueError("Choice([]) has no values; give at least one")
 
-    def at(self, share: float) -> Any:
-        """The value at `share` (0 to 1, 1 excluded) of the way."""
-        return self.values[int(share * len(self.values))]
+    def at_quantile(self, q: float) -> Any:
+        """The value at `q` (0 to 1, 1 excluded) of the way."""
+        return self.values[int(q * len(self.values))]
 
 
 Distribution = Uniform | LogUniform | IntUniform | Choice
@@ -117,7 +117,7 @@ class RandomSearch:
     def trials(self) -> list[dict[str, Any]]:
         """Overrides of each trial."""
         return [
-            {path: distribution.at(self._share(trial, path)) for path, distribution in self.fields.items()}
+            {path: distribution.at_quantile(self._share(trial, path)) for path, distribution in self.fields.items()}
             for trial in range(self.num_trials)
         ]
 

@@ -83,6 +83,6 @@ def formatted(overrides: dict[str, Any]) -> dict[str, str]:
     return {path: format_value(value) for path, value in overrides.items()}
 
 
-def pairs(overrides: dict[str, Any]) -> str:
+def format_overrides(overrides: dict[str, Any]) -> str:
     """Overrides in a line: `a.b=1 c=2`."""
     return " ".join(f"{path}={value}" for path, value in formatted(overrides).items())

@@ -33,12 +33,12 @@ def _digest(*parts: bytes) -> str:
     return total.hexdigest()[:16]
 
 
-def config_facts(config: Config) -> dict[str, Any]:
+def config_fingerprint(config: Config) -> dict[str, Any]:
     """Every field that must be the same everywhere."""
     return {name: value for name, value in flatten(to_dict(config)).items() if not name.startswith(HOST_LOCAL)}
 
 
-def code_facts() -> dict[str, Any]:
+def code_fingerprint() -> dict[str, Any]:
     """A digest of each of the package's files, and the versions of what it stands on."""
     package = pathlib.Path(__file__).parents[1]
     files = {
@@ -48,14 +48,14 @@ def code_facts() -> dict[str, Any]:
     return files | versions()
 
 
-def checkpoint_facts(workdir: pathlib.Path) -> dict[str, Any]:
+def checkpoint_fingerprint(workdir: pathlib.Path) -> dict[str, Any]:
     """Which checkpoints this process sees in the workdir."""
     folder = workdir / FOLDER
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
     return {"steps in the workdir": ", ".join(map(str, steps)) or "none"}
 
 
-def data_facts(
+def data_fingerprint(
     sources: Mapping[str, Source], tokenizer: Tokenizer, checkpoints: Mapping[str, SavedCheckpoint | None]
 ) -> dict[str, Any]:
     """What can be told cheaply of the data that this process sees.
@@ -78,7 +78,7 @@ def data_facts(
 def describe_source(source: Source) -> dict[str, Any]:
     """The number of samples, and digests of the places and contents of some that are spread evenly over the source."""
     size = len(source)
-    places = [source.where(index).encode() for index in _spread(size, _NAMES)]
+    places = [source.location(index).encode() for index in _spread(size, _NAMES)]
     contents: list[bytes] = []
     for index in _spread(size, _CONTENTS):
         try:

@@ -1,7 +1,7 @@
 """Gradients of the loss over the global batch. Both ways share one signature and give one answer.
 
 `direct` differentiates through towers and loss at once. `cached` (GradCache, arXiv 2101.06983) serves batches whose
-activations do not fit; `Parts` cuts them.
+activations do not fit; `Microbatches` cuts them.
 """
 
 import functools
@@ -38,7 +38,7 @@ def make_forward(config: Config, encode: Encode, mesh: Mesh) -> Encode:
     """`encode` for a whole batch that nobody differentiates, as many pairs at a time as the config says."""
     if config.microbatch_size is None:
         return encode
-    return functools.partial(Parts(config.microbatch_size, batch_devices(mesh)).encode, encode)
+    return functools.partial(Microbatches(config.microbatch_size, batch_devices(mesh)).encode, encode)
 
 
 def direct(encode: Encode, loss: Loss, params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
@@ -59,14 +59,14 @@ def _evaluate(loss: Loss, encoded: Encoded, batch: Batch) -> tuple[jax.Array, Me
     return value, {"loss": value, **metrics, "batch_stats": encoded.batch_stats}
 
 
-def of_pairs(encoded: Encoded) -> dict[str, Any]:
+def per_pair(encoded: Encoded) -> dict[str, Any]:
     """What has a row for every pair."""
     names = ("image_embed", "text_embed", "nll", "num_tokens")
     return {name: getattr(encoded, name) for name in names}
 
 
 @dataclass(frozen=True)
-class Parts:
+class Microbatches:
     """A global batch in microbatches, each with as many pairs of every device.
 
     Attributes:
@@ -99,7 +99,7 @@ class Parts:
             return encode(params, part[1], jax.random.fold_in(key, part[0]))
 
         parts = jax.lax.map(embed, self.inputs(batch))
-        joined = jax.tree.map(self.join, of_pairs(parts))
+        joined = jax.tree.map(self.join, per_pair(parts))
         scale, bias = jax.tree.map(lambda x: x[0], (parts.logit_scale, parts.logit_bias))
         return parts._replace(**joined, logit_scale=scale, logit_bias=bias)
 
@@ -123,7 +123,7 @@ def make_cached(
     Cost:
         One more forward pass than `direct`; the embeddings and their gradients of the whole batch.
     """
-    parts = Parts(microbatch_size, devices)
+    parts = Microbatches(microbatch_size, devices)
 
     def cached(encode: Encode, loss: Loss, params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
         encoded = parts.encode(encode, params, batch, key)
@@ -139,7 +139,7 @@ def make_cached(
             return jax.tree.map(jnp.add, total, pull_back(of_encoded)[0]), None
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        of_pairs_parts = jax.tree.map(parts.cut, of_pairs(of_loss))
+        of_pairs_parts = jax.tree.map(parts.cut, per_pair(of_loss))
         return jax.lax.scan(accumulate, zeros, (parts.inputs(batch), of_pairs_parts))[0], metrics
 
     return cached

@@ -11,13 +11,13 @@ from clipjax.config import Config, LossKind, TextPool
 from clipjax.config.serialization import field_value
 from clipjax.config.validation import MEMORY_UNIT
 from clipjax.data.sample import Source
-from clipjax.data.sources import build_source, remembering
+from clipjax.data.sources import build_source, recording_sources
 from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.evals.runner import Task, build_tasks
 from clipjax.models.clip import abstract_params
 from clipjax.models.positions import fit_positions
-from clipjax.pytrees import match_any, names
+from clipjax.pytrees import leaf_paths, match_any
 
 MOST_SAMPLES = 2**31 - 2 * MEMORY_UNIT
 """That int32 can count, with the spare room of the memory."""
@@ -87,7 +87,7 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
         teacher = SavedCheckpoint(config.loss.distill_from, step=step)
         check_same_inputs(config, tokenizer, teacher)
     sources = {config.data.train: source}
-    return Inputs(source, tokenizer, build_tasks(config, remembering(sources)), initial, teacher, sources)
+    return Inputs(source, tokenizer, build_tasks(config, recording_sources(sources)), initial, teacher, sources)
 
 
 def check_same_inputs(config: Config, tokenizer: Tokenizer, teacher: SavedCheckpoint) -> None:
@@ -110,7 +110,7 @@ def check_same_inputs(config: Config, tokenizer: Tokenizer, teacher: SavedCheckp
         )
 
 
-def is_taken(config: Config, name: str) -> bool:
+def comes_from_init(config: Config, name: str) -> bool:
     """Whether `init_from` gives this parameter."""
     return not config.init_match or match_any(config.init_match, name)
 
@@ -124,7 +124,7 @@ def check_same_shapes(config: Config, initial: SavedCheckpoint) -> None:
     old, new = initial.config.model, config.model
     given = jax.eval_shape(lambda params: fit_positions(params, old, new), abstract_params(old))
     ours, theirs = (
-        dict(zip(names(tree), (leaf.shape for leaf in jax.tree.leaves(tree)), strict=True))
+        dict(zip(leaf_paths(tree), (leaf.shape for leaf in jax.tree.leaves(tree)), strict=True))
         for tree in (abstract_params(new), given)
     )
     for pattern in config.init_match:
@@ -133,7 +133,7 @@ def check_same_shapes(config: Config, initial: SavedCheckpoint) -> None:
     differing = [
         f"{name} {ours.get(name)} (checkpoint: {theirs.get(name)})"
         for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name) and is_taken(config, name)
+        if ours.get(name) != theirs.get(name) and comes_from_init(config, name)
     ]
     if differing:
         raise ValueError(f"init_from={config.init_from!r} holds another model: {', '.join(differing)}")

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from clipjax.config import Config, OptimConfig, steps_of, total_steps
-from clipjax.pytrees import map_with_name, match_any, names
+from clipjax.pytrees import leaf_paths, map_with_path, match_any
 from clipjax.typing import Params
 
 DECAYED = ("kernel", "token_embed", "pos_embed", "registers", "probe", "queries")
@@ -30,7 +30,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 
 def decay_mask(params: Params) -> Any:
     """True where weight decay applies."""
-    return map_with_name(lambda name, _: name.rpartition("/")[2] in DECAYED, params)
+    return map_with_path(lambda name, _: name.rpartition("/")[2] in DECAYED, params)
 
 
 def frozen_labels(optim: OptimConfig, params: Params) -> Any:
@@ -39,11 +39,11 @@ def frozen_labels(optim: OptimConfig, params: Params) -> Any:
     Raises:
         ValueError: a pattern of `optim.freeze` that no parameter matches, or patterns that leave nothing to train.
     """
-    known = names(params)
+    known = leaf_paths(params)
     for pattern in optim.freeze:
         if not any(match_any([pattern], name) for name in known):
             raise ValueError(f"optim.freeze={pattern!r} matches no parameter; paths look like {known[0]!r}")
-    labels = map_with_name(lambda name, _: "frozen" if match_any(optim.freeze, name) else "trained", params)
+    labels = map_with_path(lambda name, _: "frozen" if match_any(optim.freeze, name) else "trained", params)
     if "trained" not in jax.tree.leaves(labels):
         raise ValueError(f"optim.freeze={optim.freeze} leaves no parameter to train")
     return labels

@@ -14,7 +14,7 @@ from clipjax.models.clip import abstract_params
 from clipjax.monitoring import run_record
 from clipjax.runtime import compilation, consistency, files, process_log, sharding
 from clipjax.runtime.compilation import compiler_options
-from clipjax.runtime.consistency import Facts
+from clipjax.runtime.consistency import Fingerprint
 from clipjax.runtime.processes import is_first
 from clipjax.training import fingerprints, optimizer
 from clipjax.training.inputs import Inputs, open_inputs
@@ -22,7 +22,7 @@ from clipjax.training.resume import check_same_run
 
 
 @dataclass(frozen=True)
-class Opened:
+class Checked:
     """A run that may begin.
 
     Attributes:
@@ -38,7 +38,7 @@ class Opened:
     tx: optax.GradientTransformation
 
 
-def open_run(parse: Callable[[], tuple[Config, Path]]) -> Opened:
+def check(parse: Callable[[], tuple[Config, Path]]) -> Checked:
     """Open and check everything, on all processes; they go on only if all of them can, and would do the same.
 
     Args:
@@ -47,14 +47,14 @@ def open_run(parse: Callable[[], tuple[Config, Path]]) -> Opened:
     Raises:
         ValueError: for the user, on every process: with field, value, rule and remedy.
     """
-    opened, facts = consistency.together("train", lambda: _open_here(*parse()))
+    opened, facts = consistency.run_on_all("train", lambda: _open_here(*parse()))
     consistency.check_shared(opened.workdir)
     if is_first():
         record_start(opened.workdir, facts)
     return opened
 
 
-def _open_here(config: Config, workdir: Path) -> tuple[Opened, Facts]:
+def _open_here(config: Config, workdir: Path) -> tuple[Checked, Fingerprint]:
     """This process's part."""
     validate(config)
     files.require_writable(workdir)
@@ -73,15 +73,15 @@ def _open_here(config: Config, workdir: Path) -> tuple[Opened, Facts]:
         teacher=None if inputs.teacher is None else inputs.teacher.config,
         platform=jax.devices()[0].platform,
     )
-    facts: Facts = {
-        "config": fingerprints.config_facts(config),
-        "code": fingerprints.code_facts(),
-        "checkpoint": fingerprints.checkpoint_facts(workdir),
-        "data": fingerprints.data_facts(
+    facts: Fingerprint = {
+        "config": fingerprints.config_fingerprint(config),
+        "code": fingerprints.code_fingerprint(),
+        "checkpoint": fingerprints.checkpoint_fingerprint(workdir),
+        "data": fingerprints.data_fingerprint(
             inputs.sources, inputs.tokenizer, {"init_from": inputs.initial, "loss.distill_from": inputs.teacher}
         ),
     }
-    return Opened(config, workdir, inputs, tx), facts
+    return Checked(config, workdir, inputs, tx), facts
 
 
 def record_start(workdir: Path, facts: Mapping[str, Mapping[str, object]]) -> None:
@@ -95,4 +95,4 @@ def record_start(workdir: Path, facts: Mapping[str, Mapping[str, object]]) -> No
     try:
         run_record.write(workdir, about)
     except OSError as error:
-        process_log.note(f"run.json cannot be written: {error}")
+        process_log.info(f"run.json cannot be written: {error}")

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from clipjax.config import Config, LossKind, SamePair
 from clipjax.losses import build_loss
-from clipjax.losses.moving_averages import make_memory_access
+from clipjax.losses.moving_averages import make_moving_averages_access
 from clipjax.models.clip import Clip, abstract_params, build_clip, make_encode, make_frozen_encode
 from clipjax.runtime import sharding
 from clipjax.runtime.compilation import compiler_options
@@ -50,7 +50,7 @@ class Program:
         """The step, to be compiled for a state that lies as this one does, which it takes over."""
         return jax.jit(
             self.train_step,
-            out_shardings=(sharding.of(state), sharding.replicated(self.mesh)),
+            out_shardings=(sharding.shardings_of(state), sharding.replicated(self.mesh)),
             donate_argnums=0,
             compiler_options=compiler_options(list(self.mesh.devices.flat)),
         )
@@ -59,14 +59,14 @@ class Program:
         """Shapes, dtypes and places of the state."""
         key: Key = jax.eval_shape(lambda: jax.random.key(0))  # type: ignore[assignment]
         state = jax.eval_shape(self.init_state, key)
-        return sharding.placed(state, sharding.state_shardings(self.mesh, state))
+        return sharding.with_shardings(state, sharding.state_shardings(self.mesh, state))
 
     def abstract_teacher(self) -> Params | None:
         """Shapes, dtypes and places of the teacher's parameters."""
         if self.teacher is None:
             return None
         params = abstract_params(self.teacher.model)
-        return sharding.placed(params, sharding.state_shardings(self.mesh, params))
+        return sharding.with_shardings(params, sharding.state_shardings(self.mesh, params))
 
     def abstract_batch(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and places of a batch."""
@@ -109,7 +109,7 @@ def build_program(
         gradients.make_grads(config, make_encode(clip, config.data), build_loss(config.loss, mesh), mesh),
         tx,
         optimizer.make_schedule(config),
-        memory=make_memory_access(mesh) if config.loss.kind is LossKind.GLOBAL else None,
+        memory=make_moving_averages_access(mesh) if config.loss.kind is LossKind.GLOBAL else None,
         teach=_make_teach(config, teacher, mesh),
     )
     init_state = make_init_state(config, clip.init, tx, num_samples=num_samples, init_batch_stats=clip.init_batch_stats)

@@ -12,10 +12,10 @@ from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.config import Config
 from clipjax.config.serialization import flatten, to_dict
 from clipjax.models.positions import fit_positions
-from clipjax.pytrees import map_with_name, names
+from clipjax.pytrees import leaf_paths, map_with_path
 from clipjax.runtime import sharding
-from clipjax.training.inputs import Inputs, is_taken
-from clipjax.training.step import TrainState, from_groups, to_groups
+from clipjax.training.inputs import Inputs, comes_from_init
+from clipjax.training.step import TrainState, from_items, to_items
 
 RESUMABLE = (
     "mesh.",
@@ -106,11 +106,11 @@ def start_state(
 
     abstract = jax.eval_shape(init)
     shardings = sharding.state_shardings(mesh, abstract)
-    placed = sharding.placed(abstract, shardings)
+    placed = sharding.with_shardings(abstract, shardings)
     latest = checkpoints.latest_step()
     if latest is not None:
-        groups, records = checkpoints.restore(latest, to_groups(placed))
-        return from_groups(groups), Position(**records["data"])
+        groups, records = checkpoints.restore(latest, to_items(placed))
+        return from_items(groups), Position(**records["data"])
     state = jax.jit(init, out_shardings=shardings)()
     if inputs.initial is not None:
         state = _take(state, inputs.initial, config, mesh)
@@ -121,12 +121,14 @@ def _take(state: TrainState, initial: SavedCheckpoint, config: Config, mesh: Mes
     """The state with what `init_match` names of another run's parameters; BatchNorm's statistics follow their tower."""
     given = dict(load_params(initial, mesh))
     batch_stats = given.pop("batch_stats", None)
-    where = sharding.of(state.params)
+    where = sharding.shardings_of(state.params)
     fit = jax.jit(lambda given: fit_positions(given, initial.config.model, config.model))
-    theirs = dict(zip(names(given), jax.tree.leaves(fit(given)), strict=True))
-    params = map_with_name(lambda name, ours: theirs[name] if is_taken(config, name) else ours, state.params)
+    theirs = dict(zip(leaf_paths(given), jax.tree.leaves(fit(given)), strict=True))
+    params = map_with_path(lambda name, ours: theirs[name] if comes_from_init(config, name) else ours, state.params)
     params = jax.device_put(params, where)
-    if batch_stats is None or not all(is_taken(config, f"image/{name}") for name in names(state.params["image"])):
+    if batch_stats is None or not all(
+        comes_from_init(config, f"image/{name}") for name in leaf_paths(state.params["image"])
+    ):
         batch_stats = state.batch_stats
     ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
     return replace(state, params=params, ema=ema, batch_stats=batch_stats)

@@ -24,14 +24,14 @@ from clipjax.evals.encoder import Encoder, make_encoder_factory
 from clipjax.evals.runner import Results, run_tasks, write_results
 from clipjax.losses import describe_loss
 from clipjax.models.flops import model_flops
-from clipjax.monitoring.run_logger import Journal, results_table
+from clipjax.monitoring.run_logger import RunLogger, results_table
 from clipjax.monitoring.stragglers import rank_times
 from clipjax.runtime import processes, sharding
 from clipjax.training.inputs import Inputs
-from clipjax.training.preflight import Opened
+from clipjax.training.preflight import Checked
 from clipjax.training.program import build_program
 from clipjax.training.resume import Position, start_state
-from clipjax.training.step import TrainState, eval_params, to_groups
+from clipjax.training.step import TrainState, eval_params, to_items
 from clipjax.typing import Batch, Metrics, Params
 
 STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices
@@ -49,7 +49,7 @@ class Run:
     stream: TrainStream
     limit: BadSampleLimit
     checkpoints: Checkpoints
-    journal: Journal
+    journal: RunLogger
     signal: processes.ShutdownSignal
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     make_encoder: Callable[[Params], Encoder]
@@ -115,7 +115,7 @@ class Run:
             best_value = results[task][metric]
         with self.journal.blocked():  # saving would wait for the step; not for what others call host work
             jax.block_until_ready(state.step)
-        self.checkpoints.save(step, to_groups(state), records, best_value)
+        self.checkpoints.save(step, to_items(state), records, best_value)
 
     def finish(self, state: TrainState, last: int, results: Results | None) -> None:
         """Wait for the last checkpoint, then leave `results.json`, the sign of a finished run."""
@@ -133,7 +133,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def build(checked: Opened) -> Iterator[Run]:
+def build(checked: Checked) -> Iterator[Run]:
     """The parts of a run, from its mesh to its first batch; closed at the end of the `with` block.
 
     Raises:
@@ -151,7 +151,7 @@ def build(checked: Opened) -> Iterator[Run]:
         stack.callback(checkpoints.close)
         state, start = start_state(config, inputs, checkpoints, program.init_state, mesh)
         teacher = None if inputs.teacher is None else load_params(inputs.teacher, mesh)
-        journal = Journal(
+        journal = RunLogger(
             config,
             workdir,
             start_step=start.step,

@@ -16,8 +16,8 @@ import optax
 
 from clipjax.config import Config, LossKind, steps_of
 from clipjax.data.sample import REASONS
-from clipjax.losses import Memory, Teacher
-from clipjax.losses.moving_averages import MemoryAccess, init_memory
+from clipjax.losses import MovingAverages, Teacher
+from clipjax.losses.moving_averages import MovingAveragesAccess, init_moving_averages
 from clipjax.pytrees import global_norm
 from clipjax.typing import Batch, Key, Metrics, Params
 
@@ -83,7 +83,7 @@ def make_init_state(
             ema=None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, params),
             key=run_key,
             samples_skipped=jnp.zeros(len(REASONS), jnp.int32),
-            memory=init_memory(num_samples) if config.loss.kind is LossKind.GLOBAL else None,
+            memory=init_moving_averages(num_samples) if config.loss.kind is LossKind.GLOBAL else None,
             batch_stats=init_batch_stats() or None,
         )
 
@@ -96,7 +96,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
-    memory: MemoryAccess | None = None,
+    memory: MovingAveragesAccess | None = None,
     teach: Forward | None = None,
 ) -> TrainStep:
     """One update: gradients, optimizer, clamp of the logit scale, moving average.
@@ -115,7 +115,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, teacher: Params | None = None) -> tuple[TrainState, Metrics]:
         key, remembered = jax.random.fold_in(state.key, state.step), state.memory
         if memory is not None and remembered is not None:
-            batch = {**batch, "memory": Memory(memory.recall(remembered, batch["index"]), gamma(state.step))}
+            batch = {**batch, "memory": MovingAverages(memory.recall(remembered, batch["index"]), gamma(state.step))}
         if teach is not None:
             assert teacher is not None
             batch = {**batch, "teacher": Teacher(*teach(teacher, batch, key)[:3])}
@@ -182,7 +182,7 @@ def eval_params(state: TrainState) -> Params:
     return params if state.batch_stats is None else {**params, "batch_stats": state.batch_stats}
 
 
-def to_groups(state: TrainState) -> dict[str, Any]:
+def to_items(state: TrainState) -> dict[str, Any]:
     """The state as the groups of arrays that a checkpoint keeps apart, so that `params` can be read alone."""
     names = ("step", "opt_state", "key", "samples_skipped", "memory")
     train = {name: value for name in names if (value := getattr(state, name)) is not None}
@@ -190,7 +190,7 @@ def to_groups(state: TrainState) -> dict[str, Any]:
     return {name: group for name, group in groups.items() if group is not None}
 
 
-def from_groups(groups: Mapping[str, Any]) -> TrainState:
-    """The state that `to_groups` took apart."""
+def from_items(groups: Mapping[str, Any]) -> TrainState:
+    """The state that `to_items` took apart."""
     others = {name: groups.get(name) for name in ("params", "ema", "batch_stats")}
     return TrainState(**others, **groups["train"])

@@ -44,7 +44,7 @@ def test_config_is_valid_and_its_state_has_a_place(name):
     init = make_init_state(config, build_clip(config.model).init, tx, num_samples=1)
     state = jax.eval_shape(lambda: init(jax.random.key(0)))
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    placed = sharding.placed(state, sharding.state_shardings(mesh, state))
+    placed = sharding.with_shardings(state, sharding.state_shardings(mesh, state))
     for leaf in jax.tree.leaves(placed):
         leaf.sharding.shard_shape(leaf.shape)  # raises where an axis does not divide a dimension
     largest = max(jax.tree.leaves(placed.params), key=lambda leaf: leaf.size)

@@ -69,7 +69,7 @@ def test_array_source():
     assert source[1].captions == ("two", "zwei")
     assert (source[1].label, source[1].key) == (8, "1")
     assert reason_of(source, 2) == "empty_caption"
-    assert source.where(2) == "array, index 2"
+    assert source.location(2) == "array, index 2"
     assert ArraySource([b"jpeg"], ["x"])[0].label == -1
 
 
@@ -167,7 +167,7 @@ def test_tfds_source(prepared, no_network):
     assert sorted(by_label) == [i for i in range(20) if i != 3]
     assert by_label[5].captions == ("number 5", "Nummer 5")
     assert by_label[5].image == jpeg(50)
-    assert source.where(4) == "tfds:pairs/train, record 4"
+    assert source.location(4) == "tfds:pairs/train, record 4"
 
 
 def test_tfds_source_travels_to_workers_without_its_readers(prepared, no_network):
@@ -301,4 +301,4 @@ def test_real_shards():
         sample = source[i]
         assert Image.open(io.BytesIO(sample.image)).size == (96, 96)
         assert sample.captions[0]
-    assert "emoji-noto-val-00000.tar, key 000000000" in source.where(249)
+    assert "emoji-noto-val-00000.tar, key 000000000" in source.location(249)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from clipjax.config import Config, Crop, DataConfig, ModelConfig, ViTConfig
 from clipjax.data.eval_batches import eval_batches
-from clipjax.data.images import View
+from clipjax.data.images import EvalTransform
 from clipjax.data.sample import REASONS, BadSample, Sample
 from clipjax.data.sources import ArraySource
 from clipjax.data.training_stream import BadSampleLimit, TooManyBadSamples, TrainStream
@@ -170,7 +170,7 @@ class CountingSource:
         self.reads += 1
         return self.source[index]
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"shard s.tar, key k{index}"
 
 
@@ -387,7 +387,8 @@ def test_planted_flaws_in_a_tar_are_counted_exactly(flawed_tar):
 def evaluate(source, **options) -> list[dict]:
     return list(
         eval_batches(
-            source, **{"view": View(SIZE), "batch_size": 16, "max_image_pixels": 1000, "num_threads": 2} | options
+            source,
+            **{"view": EvalTransform(SIZE), "batch_size": 16, "max_image_pixels": 1000, "num_threads": 2} | options,
         )
     )
 
@@ -447,12 +448,14 @@ def test_eval_limits():
     assert len(evaluate(make_source(), max_examples=1000)) == 3
     assert evaluate(make_source(), max_examples=0) == []
     with pytest.raises(ValueError, match="batch_size=6 must be divisible by 4 processes; nearest: 8"):
-        eval_batches(make_source(), view=View(8), batch_size=6, process_count=4, max_image_pixels=9, num_threads=1)
+        eval_batches(
+            make_source(), view=EvalTransform(8), batch_size=6, process_count=4, max_image_pixels=9, num_threads=1
+        )
 
 
 def test_eval_reads_a_bounded_way_ahead_and_stops_when_dropped():
     source = CountingSource(make_source(4000))
-    batches = eval_batches(source, view=View(SIZE), batch_size=16, max_image_pixels=1000, num_threads=2)
+    batches = eval_batches(source, view=EvalTransform(SIZE), batch_size=16, max_image_pixels=1000, num_threads=2)
     next(batches)
     batches.close()
     assert source.reads <= 32

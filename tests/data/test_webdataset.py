@@ -51,7 +51,7 @@ def outcome(source: TarSource, index: int) -> Sample | str:
 
 def outcomes(source: TarSource) -> dict[str, Sample | str]:
     """What becomes of each key."""
-    return {source.where(i).partition(", key ")[2]: outcome(source, i) for i in range(len(source))}
+    return {source.location(i).partition(", key ")[2]: outcome(source, i) for i in range(len(source))}
 
 
 def good(key: str, caption: str | None = None, label: int = -1) -> Sample:
@@ -72,7 +72,7 @@ def test_formats_and_long_names(path, tar_format):
     source = write(path, [member for key in keys for member in pair(key)], tar_format)
     # Error messages show no more than 200 characters of a key.
     assert outcomes(source) == {key[:200]: good(key) for key in keys}
-    assert source.where(0) == f"shard {path}, key a"
+    assert source.location(0) == f"shard {path}, key a"
 
 
 def test_layouts(path):
@@ -194,7 +194,7 @@ def test_names_are_labels_and_no_paths(path, tmp_path, key, monkeypatch):
 
 def test_control_characters_are_not_printed(path):
     source = write(path, pair("\x1b[31mred\nline"), tarfile.PAX_FORMAT)
-    assert source.where(0).endswith(r"key '\x1b[31mred\nline'")
+    assert source.location(0).endswith(r"key '\x1b[31mred\nline'")
     assert source[0].key == "\x1b[31mred\nline"
 
 
@@ -285,7 +285,7 @@ def test_shards_without_samples(path, tmp_path):
     full = tmp_path / "full.tar"
     write(full, pair("a"))
     source = open_source(empty, full, path, full)
-    assert [source.where(i) for i in range(len(source))] == [f"shard {full}, key a"] * 2
+    assert [source.location(i) for i in range(len(source))] == [f"shard {full}, key a"] * 2
 
 
 @pytest.mark.parametrize(

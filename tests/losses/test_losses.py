@@ -20,7 +20,7 @@ from benchmarks.collectives import KINDS, Collective, collectives, compile_loss,
 from benchmarks.numerics.certificate import COMBINED, LOSSES, Case, errors, inputs, measure, meshes
 from benchmarks.numerics.reference import reference
 from clipjax.config import LossMethod, MeshConfig
-from clipjax.losses import Memory, Teacher, choose_method, make_loss, sigmoid_loss, softmax_loss
+from clipjax.losses import MovingAverages, Teacher, choose_method, make_loss, sigmoid_loss, softmax_loss
 from clipjax.losses.topology import gather_stages
 from clipjax.runtime.sharding import AXES, batch_sharding, make_mesh, replicated
 
@@ -350,7 +350,7 @@ def test_options_that_would_be_ignored_are_refused(options, text):
 def test_what_a_loss_is_given_must_be_what_it_uses():
     image, text = map(jnp.asarray, inputs(8))
     scale, teacher = jnp.float32(10), Teacher(image, text, jnp.float32(20))
-    memory = Memory(jnp.zeros((8, 2)), jnp.float32(0.5))
+    memory = MovingAverages(jnp.zeros((8, 2)), jnp.float32(0.5))
     with pytest.raises(ValueError, match="needs group"):
         make_loss(group_role="positive")(image, text, scale)
     with pytest.raises(ValueError, match="needs teacher"):
@@ -380,7 +380,7 @@ def test_a_student_that_is_its_teacher_has_no_gradient_from_it():
 def test_the_global_loss_of_one_whole_dataset_in_a_batch_is_the_softmax():
     """With gamma 1 and epsilon 1 / (n - 1), log(epsilon + u) is the softmax's loss, less log(n - 1)."""
     image, text = map(jnp.asarray, inputs(24))
-    memory = Memory(jnp.full((24, 2), -3.0), jnp.float32(1))
+    memory = MovingAverages(jnp.full((24, 2), -3.0), jnp.float32(1))
     value, grads, _ = evaluate(make_loss(), image, text, 14.3)
     loss = make_loss(kind="global", epsilon=1 / 23)
     found, found_grads, metrics = evaluate(lambda *arguments, group: loss(*arguments, memory=memory), image, text, 14.3)
@@ -392,7 +392,7 @@ def test_the_global_loss_of_one_whole_dataset_in_a_batch_is_the_softmax():
 
 def test_a_pair_without_negatives_keeps_its_memory():
     image, text = map(jnp.asarray, inputs(8))
-    memory = Memory(jnp.full((8, 2), -2.0), jnp.float32(0.2))
+    memory = MovingAverages(jnp.full((8, 2), -2.0), jnp.float32(0.2))
     loss = make_loss(kind="global")
     _, metrics = loss(image, text, jnp.float32(10), memory=memory, group=jnp.zeros(8, jnp.int32))
     assert (metrics["memory"] == -2).all()
@@ -400,7 +400,7 @@ def test_a_pair_without_negatives_keeps_its_memory():
 
 def test_a_scale_of_100_overflows_no_memory():
     image, text = np.eye(8, 64, dtype=np.float32), -np.eye(8, 64, dtype=np.float32)  # logits differ by 100
-    memory = Memory(jnp.full((8, 2), -jnp.inf), jnp.float32(0.2))
+    memory = MovingAverages(jnp.full((8, 2), -jnp.inf), jnp.float32(0.2))
     loss = make_loss(kind="global")
     value, grads, metrics = evaluate(lambda *arguments, group: loss(*arguments, memory=memory), image, text, 100.0)
     assert float(value) == pytest.approx(100, rel=1e-6)

@@ -7,14 +7,14 @@ import pytest
 
 from clipjax.config import MeshConfig
 from clipjax.config.validation import MEMORY_UNIT
-from clipjax.losses.moving_averages import init_memory, make_memory_access
+from clipjax.losses.moving_averages import init_moving_averages, make_moving_averages_access
 from clipjax.runtime.sharding import batch_sharding, make_mesh, state_shardings
 
 SAMPLES = MEMORY_UNIT + 5
 
 
 def test_there_is_room_for_every_sample_and_nothing_is_known():
-    memory = init_memory(SAMPLES)
+    memory = init_moving_averages(SAMPLES)
     assert memory.shape == (2 * MEMORY_UNIT, 2)
     assert (memory == -jnp.inf).all()
 
@@ -23,8 +23,10 @@ def test_there_is_room_for_every_sample_and_nothing_is_known():
 def test_what_is_remembered_is_recalled(sizes):
     slices, data, fsdp = sizes
     mesh = make_mesh(MeshConfig(slice=slices, data=data, fsdp=fsdp), jax.devices()[: slices * data * fsdp])
-    access, split = make_memory_access(mesh), batch_sharding(mesh)
-    memory = jax.device_put(init_memory(SAMPLES), state_shardings(mesh, {"memory": init_memory(SAMPLES)})["memory"])
+    access, split = make_moving_averages_access(mesh), batch_sharding(mesh)
+    memory = jax.device_put(
+        init_moving_averages(SAMPLES), state_shardings(mesh, {"memory": init_moving_averages(SAMPLES)})["memory"]
+    )
     rng, expected = np.random.default_rng(0), {}
     recall, remember = jax.jit(access.recall), jax.jit(access.remember, donate_argnums=0)
     for _ in range(3):

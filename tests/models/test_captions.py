@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from clipjax.config import (
+    BagOfWordsConfig,
     CbowConfig,
     Config,
     DataConfig,
@@ -20,7 +21,6 @@ from clipjax.config import (
     TextPool,
     TextTransformerConfig,
     ViTConfig,
-    WordsConfig,
 )
 from clipjax.config.validation import validate
 from clipjax.losses import build_loss
@@ -49,7 +49,7 @@ def config_of(name: str) -> Config:
         case "caption of a resnet":
             model.image = ResNetConfig(image_size=32, layers=(1, 1, 1, 1), width=8, num_heads=4)
         case "bag of words":
-            model.text, model.caption = CbowConfig(context_length=8, vocab_size=64, width=16), WordsConfig()
+            model.text, model.caption = CbowConfig(context_length=8, vocab_size=64, width=16), BagOfWordsConfig()
             loss = LossConfig(contrastive_weight=0.0, caption_weight=1.0)
     return Config(global_batch_size=8, model=model, loss=loss, data=DataConfig(train="x"), optim=OptimConfig())
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax.models.generation import Frame, beam_search, generate, greedy, make_top_k
+from clipjax.models.generation import TextFormat, beam_search, generate, greedy, make_top_k
 
 PAD, START, END, LENGTH, VOCAB = 0, 5, 6, 5, 7
-FRAME = Frame(START, END, PAD, LENGTH)
+FRAME = TextFormat(START, END, PAD, LENGTH)
 
 
 def make_next_logits(rows: int, seed: int = 0):

@@ -9,7 +9,7 @@ import pytest
 from clipjax.config import Config, LogConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.data.sample import REASONS
 from clipjax.models.flops import model_flops
-from clipjax.monitoring.run_logger import Journal, results_table
+from clipjax.monitoring.run_logger import RunLogger, results_table
 
 RESULTS = {"val": {"top1": 0.125, "num_examples": 64}, "pairs": {"image_to_text_r1": 0.5}}
 
@@ -33,9 +33,11 @@ def step_metrics(loss, **skipped: int) -> dict:
     return {"loss": loss, "logit_scale": jnp.float32(14), "samples_skipped": counts}
 
 
-def make_logger(workdir, config: Config, *, start_step: int, enabled: bool) -> Journal:
+def make_logger(workdir, config: Config, *, start_step: int, enabled: bool) -> RunLogger:
     flops = model_flops(config.model)
-    return Journal(config, workdir, start_step=start_step, flops_per_pair=flops, skip_reasons=REASONS, enabled=enabled)
+    return RunLogger(
+        config, workdir, start_step=start_step, flops_per_pair=flops, skip_reasons=REASONS, enabled=enabled
+    )
 
 
 def lines(workdir) -> list[dict]:

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from clipjax.monitoring.run_logger import sample_digest
-from clipjax.monitoring.stragglers import RankTimes, Spent, slow_ranks
+from clipjax.monitoring.stragglers import RankTimes, StepTimes, slow_ranks
 from clipjax.runtime import processes
 
 
-def spent(input_wait: float, blocked: float, *, step: float = 1.0) -> Spent:
-    return Spent(host="node", step_seconds=step, input_wait_seconds=input_wait, blocked_seconds=blocked)
+def spent(input_wait: float, blocked: float, *, step: float = 1.0) -> StepTimes:
+    return StepTimes(host="node", step_seconds=step, input_wait_seconds=input_wait, blocked_seconds=blocked)
 
 
 @pytest.mark.parametrize(
@@ -37,10 +37,10 @@ class Store:
         self.texts, self.rank = {}, 0
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda: self.rank)
-        monkeypatch.setattr(processes, "publish", self.texts.__setitem__)
-        monkeypatch.setattr(processes, "fetch", lambda key, timeout_seconds: self.texts[key])
-        monkeypatch.setattr(processes, "published", self.published)
-        monkeypatch.setattr(processes, "forget", self.forget)
+        monkeypatch.setattr(processes, "kv_set", self.texts.__setitem__)
+        monkeypatch.setattr(processes, "kv_get", lambda key, timeout_seconds: self.texts[key])
+        monkeypatch.setattr(processes, "kv_list", self.published)
+        monkeypatch.setattr(processes, "kv_delete", self.forget)
 
     def published(self, folder: str) -> dict[str, str]:
         return {key.rpartition("/")[2]: text for key, text in self.texts.items() if key.startswith(f"{folder}/")}

@@ -120,7 +120,7 @@ def test_a_search_compiles_and_ranks(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "FSDP", (1, 4))
     monkeypatch.setattr(search, "TENSOR", (1, 2))
     tries = search.Search(tiny(), here(), num_samples=1000, price=1.0, output=str(tmp_path / "plans.json"))
-    assert search.report(tries) == 0
+    assert search.run_search(tries) == 0
     plans = json.loads((tmp_path / "plans.json").read_text())
     seconds = [plan["predicted_step_seconds"] for plan in plans]
     assert seconds == sorted(seconds)
@@ -130,7 +130,7 @@ def test_a_search_compiles_and_ranks(capsys, tmp_path, monkeypatch):
     assert "ms predicted" in capsys.readouterr().out
 
 
-def searched(monkeypatch, predict, config: Config | None = None) -> list[search.Try]:
+def searched(monkeypatch, predict, config: Config | None = None) -> list[search.Candidate]:
     """A search for which `predict` tells of a config whether it fits, its peak bytes, and its seconds.
 
     Peak bytes in words are what a compiler says when it refuses.

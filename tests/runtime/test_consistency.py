@@ -72,8 +72,8 @@ def run_processes(monkeypatch, works: list) -> list:
 
     monkeypatch.setattr(jax, "process_count", lambda: len(works))
     monkeypatch.setattr(jax, "process_index", lambda: here.rank)
-    monkeypatch.setattr(processes, "publish", publish)
-    monkeypatch.setattr(processes, "fetch", fetch)
+    monkeypatch.setattr(processes, "kv_set", publish)
+    monkeypatch.setattr(processes, "kv_get", fetch)
     outcomes: list = [None] * len(works)
 
     def process(rank: int) -> None:
@@ -92,7 +92,7 @@ def run_processes(monkeypatch, works: list) -> list:
 
 
 def test_together_gives_each_its_own_result(monkeypatch):
-    works = [lambda rank=rank: consistency.together("it", lambda: (rank, {"code": {"x": 1}})) for rank in range(3)]
+    works = [lambda rank=rank: consistency.run_on_all("it", lambda: (rank, {"code": {"x": 1}})) for rank in range(3)]
     assert [result for result, _ in run_processes(monkeypatch, works)] == [0, 1, 2]
 
 
@@ -100,14 +100,14 @@ def test_one_that_fails_or_differs_makes_all_refuse_alike(monkeypatch):
     def fail() -> tuple:
         raise OSError("disk gone")
 
-    fine = lambda: consistency.together("it", lambda: (None, {"code": {"x": 1}}))  # noqa: E731
-    outcomes = run_processes(monkeypatch, [fine, lambda: consistency.together("it", fail)])
+    fine = lambda: consistency.run_on_all("it", lambda: (None, {"code": {"x": 1}}))  # noqa: E731
+    outcomes = run_processes(monkeypatch, [fine, lambda: consistency.run_on_all("it", fail)])
     assert [type(error) for error in outcomes] == [ValueError] * 2
     assert all(str(error).endswith(": disk gone") for error in outcomes)
-    outcomes = run_processes(monkeypatch, [lambda: consistency.together("it", fail), fine])
+    outcomes = run_processes(monkeypatch, [lambda: consistency.run_on_all("it", fail), fine])
     assert all(str(error).endswith(": disk gone") for error in outcomes)
     outcomes = run_processes(
-        monkeypatch, [fine, lambda: consistency.together("it", lambda: (None, {"code": {"x": 2}}))]
+        monkeypatch, [fine, lambda: consistency.run_on_all("it", lambda: (None, {"code": {"x": 2}}))]
     )
     assert all("has another code than process 0" in str(error) for error in outcomes)
 
@@ -116,8 +116,8 @@ def test_a_defect_keeps_its_traceback_and_the_others_end_too(monkeypatch):
     def fail() -> tuple:
         raise KeyError("defect")
 
-    fine = lambda: consistency.together("it", lambda: (None, {}))  # noqa: E731
-    first, second = run_processes(monkeypatch, [fine, lambda: consistency.together("it", fail)])
+    fine = lambda: consistency.run_on_all("it", lambda: (None, {}))  # noqa: E731
+    first, second = run_processes(monkeypatch, [fine, lambda: consistency.run_on_all("it", fail)])
     assert isinstance(second, KeyError)
     assert isinstance(first, ValueError) and "KeyError('defect')" in str(first)
 
@@ -140,22 +140,22 @@ def test_a_workdir_that_is_not_shared_is_refused_by_all(monkeypatch, tmp_path, s
 def test_fields_of_a_machine_do_not_count():
     ours, theirs = Config(), Config()
     theirs.data.tfds_dir, theirs.data.num_workers, theirs.compile_cache = "/elsewhere", 3, None
-    assert fingerprints.config_facts(ours) == fingerprints.config_facts(theirs)
+    assert fingerprints.config_fingerprint(ours) == fingerprints.config_fingerprint(theirs)
     theirs.optim.learning_rate = 1.0
-    facts = fingerprints.config_facts(ours), fingerprints.config_facts(theirs)
+    facts = fingerprints.config_fingerprint(ours), fingerprints.config_fingerprint(theirs)
     assert [name for name in facts[0] if facts[0][name] != facts[1][name]] == ["optim.learning_rate"]
 
 
 def test_code_is_every_file_of_the_package_and_the_versions(tmp_path, monkeypatch):
-    facts = fingerprints.code_facts()
+    facts = fingerprints.code_fingerprint()
     assert {"clipjax/training/step.py", "clipjax/models/vit.py", "jax", "python", "numpy"} <= facts.keys()
     copy = tmp_path / "clipjax"
     shutil.copytree(pathlib.Path(fingerprints.__file__).parents[1], copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(fingerprints, "__file__", str(copy / "training" / "fingerprints.py"))
-    assert fingerprints.code_facts() == facts
+    assert fingerprints.code_fingerprint() == facts
     with (copy / "models" / "vit.py").open("a") as file:
         file.write("\n")
-    assert [name for name, value in fingerprints.code_facts().items() if facts[name] != value] == [
+    assert [name for name, value in fingerprints.code_fingerprint().items() if facts[name] != value] == [
         "clipjax/models/vit.py"
     ]
 
@@ -183,12 +183,12 @@ def test_a_large_source_is_sampled_from_end_to_end():
 
 
 def test_facts_of_data_and_tokenizer():
-    facts = fingerprints.data_facts({"train": pictures(0)}, build_tokenizer("bytes"), {"init_from": None})
+    facts = fingerprints.data_fingerprint({"train": pictures(0)}, build_tokenizer("bytes"), {"init_from": None})
     assert facts.keys() == {"tokenizer", "train samples", "train places", "train contents"}
 
 
 def test_steps_in_the_workdir(tmp_path):
-    assert fingerprints.checkpoint_facts(tmp_path) == {"steps in the workdir": "none"}
+    assert fingerprints.checkpoint_fingerprint(tmp_path) == {"steps in the workdir": "none"}
     for name in ("9", "12", "12.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert fingerprints.checkpoint_facts(tmp_path) == {"steps in the workdir": "9, 12"}
+    assert fingerprints.checkpoint_fingerprint(tmp_path) == {"steps in the workdir": "9, 12"}

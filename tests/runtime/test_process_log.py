@@ -11,17 +11,17 @@ from clipjax.runtime import process_log
 def test_a_log_has_header_notes_warnings_and_the_traceback(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
-    process_log.note("before there is a log")
+    process_log.info("before there is a log")
     with pytest.raises(KeyError), process_log.session():
         process_log.open_log(tmp_path, rank=3, header={"host": "node-3"})
-        process_log.note("two\nlines")
+        process_log.info("two\nlines")
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.warn("careful", UserWarning, stacklevel=1)
         logging.getLogger("library").warning("of a library")
         logging.getLogger("library").info("a detail")
         raise KeyError("defect")
-    process_log.note("after it was closed")
+    process_log.info("after it was closed")
     text = process_log.path_of(tmp_path, 3).read_text()
     assert process_log.path_of(tmp_path, 3) == tmp_path / "logs" / "rank-00003.log"
     lines = [line.split("  ", 1)[1] for line in text.splitlines()]

@@ -75,9 +75,9 @@ def test_an_error_ends_one_of_several_processes_at_once(monkeypatch, processes, 
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(os, "_exit", ended.append)
-    with contextlib.suppress(KeyError), processes.no_survivors():
+    with contextlib.suppress(KeyError), processes.abort_on_error():
         raise KeyError("defect")
-    assert processes.abandon(3) == 3
+    assert processes.abort(3) == 3
     assert ended == [1, 3] * (processes - 1)  # alone, the error goes on as any other
     assert ("KeyError: 'defect'" in capsys.readouterr().err) == (processes > 1)
 

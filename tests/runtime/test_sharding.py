@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 from clipjax.config import Config, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.config.validation import validate_devices
 from clipjax.models.clip import abstract_params, build_clip
-from clipjax.pytrees import map_with_name, names
+from clipjax.pytrees import leaf_paths, map_with_path
 from clipjax.runtime import sharding
 from clipjax.runtime.sharding import make_mesh
 from clipjax.training import optimizer
@@ -33,7 +33,7 @@ def test_rules_cover_the_state_and_moments_follow_their_parameters():
     _, state = abstract_state(config)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     specs = {}
-    map_with_name(lambda name, leaf: specs.setdefault(name, leaf.spec), sharding.state_shardings(mesh, state))
+    map_with_path(lambda name, leaf: specs.setdefault(name, leaf.spec), sharding.state_shardings(mesh, state))
     path = "image/transformer/blocks/mlp/fc_in/kernel"
     matching = [name for name in specs if name.endswith(path)]
     assert len(matching) == 4  # params, ema, first and second moment
@@ -58,7 +58,7 @@ def test_state_is_born_sharded_and_the_same_on_every_mesh():
     kernel = state.params["text"]["transformer"]["blocks"]["attn"]["qkv"]["kernel"]
     assert kernel.shape == (2, 64, 3, 4, 16)
     assert kernel.addressable_shards[0].data.shape == (2, 16, 3, 2, 16)
-    assert names(state.params) == names(reference.params)
+    assert leaf_paths(state.params) == leaf_paths(reference.params)
     assert all(
         bool(jnp.array_equal(a, b))
         for a, b in zip(*map(jax.tree.leaves, (state.params, reference.params)), strict=True)

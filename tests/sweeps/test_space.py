@@ -45,7 +45,7 @@ def test_random_search_grows_without_changing_its_first_trials():
 
 
 def test_uniform_keeps_resolution_in_a_narrow_range():
-    draws = [Uniform(1000.1, 1000.2).at(i / 50) for i in range(50)]
+    draws = [Uniform(1000.1, 1000.2).at_quantile(i / 50) for i in range(50)]
     assert len(set(draws)) == 50 and min(draws) >= 1000.1 and max(draws) <= 1000.2
 
 

@@ -10,7 +10,7 @@ import pytest
 from clipjax.config import Config, Dtype, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.losses import make_loss
 from clipjax.models.clip import build_clip, make_encode
-from clipjax.pytrees import names
+from clipjax.pytrees import leaf_paths
 from clipjax.runtime import sharding
 from clipjax.training import gradients
 from clipjax.typing import Encoded
@@ -60,7 +60,7 @@ def test_cached_gradients_are_the_direct_ones(kind, method, sizes):
         found, found_metrics = jax.jit(cached)(placed, sharding.global_batch(mesh, batch()), key)
     assert metrics.keys() == found_metrics.keys()
     assert float(found_metrics["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
-    for name, ours, theirs in zip(names(direct), jax.tree.leaves(found), jax.tree.leaves(direct), strict=True):
+    for name, ours, theirs in zip(leaf_paths(direct), jax.tree.leaves(found), jax.tree.leaves(direct), strict=True):
         # Sums of sixteen float32 terms in another order, through three layers.
         size = np.linalg.norm(theirs)
         assert np.linalg.norm(np.asarray(ours) - theirs) <= 1e-4 * size + 1e-7, name

@@ -14,10 +14,10 @@ from clipjax.config import Config, Dtype, MeshConfig, ModelConfig, TextTransform
 from clipjax.data.sample import REASONS
 from clipjax.losses import make_loss, softmax_loss
 from clipjax.models.clip import abstract_params, build_clip, make_encode
-from clipjax.pytrees import map_with_name, names
+from clipjax.pytrees import leaf_paths, map_with_path
 from clipjax.runtime import sharding
 from clipjax.training import gradients, optimizer
-from clipjax.training.step import eval_params, from_groups, make_gamma, make_init_state, make_train_step, to_groups
+from clipjax.training.step import eval_params, from_items, make_gamma, make_init_state, make_train_step, to_items
 
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
 
@@ -128,7 +128,7 @@ def test_a_freeze_pattern_that_matches_nothing_is_refused():
 def test_weight_decay_touches_matrices_and_embeddings_only():
     mask = optimizer.decay_mask(abstract_params(small_config().model))
     decayed, kept = set(), set()
-    map_with_name(lambda name, on: (decayed if on else kept).add(name.rpartition("/")[2]), mask)
+    map_with_path(lambda name, on: (decayed if on else kept).add(name.rpartition("/")[2]), mask)
     assert decayed == {"kernel", "token_embed", "pos_embed"}
     assert kept == {"scale", "bias", "class_embed", "log_logit_scale"}
 
@@ -157,7 +157,7 @@ def test_schedule_warms_up_and_ends_at_the_final_rate():
 def test_groups_hold_the_whole_state():
     init, _, _ = build(small_config(ema_decay=0.9))
     state = init(jax.random.key(0))
-    again = from_groups(to_groups(state))
+    again = from_items(to_items(state))
     assert jax.tree.structure(again) == jax.tree.structure(state)
     assert all(a is b for a, b in zip(*map(jax.tree.leaves, (state, again)), strict=True))
 
@@ -191,7 +191,7 @@ def test_gradients_are_sums_in_float32_with_bfloat16_activations_too():
     config.model.compute_dtype = Dtype.BFLOAT16
     _, grads_fn, _ = build(config)
     found, _ = jax.jit(grads_fn)(single_device()[0].params, batch(), jax.random.key(0))
-    for name, leaf in zip(names(found), jax.tree.leaves(found), strict=True):
+    for name, leaf in zip(leaf_paths(found), jax.tree.leaves(found), strict=True):
         if name == "text/token_embed":  # most of these tokens occur once: a sum of one term is that term
             continue
         bits = np.asarray(leaf).view(np.uint32)
