@@ -1,7 +1,7 @@
 """Processes: starting them, telling the first one, talking between them, and the signal to stop.
 
 A run with several processes is started by a launcher (Slurm, Kubernetes, TPU pods, Open MPI, or by hand);
-`clipjax.launchers` finds out which one this process is, and `start` joins the others.
+`launchers` finds out which one this process is, and `start` joins the others.
 """
 
 import importlib.util

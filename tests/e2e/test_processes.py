@@ -218,12 +218,12 @@ def test_a_process_that_reads_slowly_is_named(tiny_config, tmp_path, cache):
 RESTORE = """
 import hashlib, sys
 import jax, numpy as np
-from clipjax import distributed, flags, launchers, sharding
-from clipjax.checkpoint import SavedCheckpoint
+from clipjax.checkpoints.saved import SavedCheckpoint, load_params
+from clipjax.cli import arguments
 from clipjax.config import MeshConfig
-from clipjax.inference import load_params
+from clipjax.runtime import launchers, processes, sharding
 
-distributed.start(flags.option_values(sys.argv, launchers.OPTIONS))
+processes.start(arguments.option_values(sys.argv, launchers.OPTIONS))
 mesh = sharding.make_mesh(MeshConfig())
 for path in sys.argv[1].split(","):
     digest = hashlib.sha256()
@@ -372,7 +372,7 @@ def test_another_config_code_and_data_are_refused_by_name_on_both(tiny_config, t
         make_tar(tmp_path / folder / "pairs.tar", corrupt=corrupt)
     copy = tmp_path / "code" / "clipjax"
     shutil.copytree(pathlib.Path(clipjax.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    with (copy / "optim.py").open("a") as file:
+    with (copy / "training" / "optimizer.py").open("a") as file:
         file.write("# changed\n")
     config = tmp_path / "config.py"
     config.write_text(TAR.replace("CONFIG", repr(str(tiny_config))))
@@ -386,7 +386,7 @@ def test_another_config_code_and_data_are_refused_by_name_on_both(tiny_config, t
         config_line, code_line, data_line = refused(outputs(both, expect=2))
     assert "process 1 (" in config_line and "another config than process 0" in config_line
     assert "optim.learning_rate=0.5 (process 0: 0.001); give every process the same config file" in config_line
-    assert "another code than process 0" in code_line and "clipjax/optim.py=" in code_line
+    assert "another code than process 0" in code_line and "clipjax/training/optimizer.py=" in code_line
     assert "another data than process 0" in data_line and "pairs.tar contents=" in data_line
     for rank in range(2):
         assert f"error: {data_line}" in rank_log(tmp_path / "run", rank)

@@ -18,7 +18,7 @@ import json, sys
 from clipjax.planning import targets
 targets.prepare_environment("v5e:2x2")
 import jax, jax.numpy as jnp
-from clipjax.compiler_options import compiler_options
+from clipjax.runtime.compilation import compiler_options
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 for chip, shape in json.loads(sys.argv[1]).items():
     devices = targets.find_target(f"{chip}:{shape}").devices
