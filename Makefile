@@ -6,14 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
 RUN := runs/quickstart
-# Exact versions that CI passed with, where there are some for this Python; a plain `make install` takes the newest.
-constraints = $(addprefix --constraint=,$(wildcard constraints/python$(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt))
+# The exact versions that CI passed with, if there are some for this Python. `make CONSTRAINTS= ...` takes the newest.
+CONSTRAINTS ?= $(wildcard constraints/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt)
+# The newest end takes the newest; `make NEWEST_CONSTRAINTS=constraints/newest.txt ...` takes what it passed with last.
+NEWEST_CONSTRAINTS ?=
 print_versions = import sys; from importlib.metadata import version; \
   print("Python", sys.version.split()[0], *(f"{name} {version(name)}" for name in "jax jaxlib flax optax orbax-checkpoint grain numpy".split()), sep=", ")
 # Large pages for the heap, as the console script asks for (clipjax/cli/main.py): training on CPUs is twice as fast.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help install install-test quickstart test test-fast test-all test-newest lint format constraints clean
+.PHONY: help install install-test install-plan quickstart test test-fast test-all test-newest lint format constraints clean
 
 help:  # this list
 	@sed -n 's/^\([a-z-]*\):.*  # /\1: /p' Makefile
@@ -30,8 +32,8 @@ $(VENV)/.installed: setup.py | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.installed-test: setup.py $(wildcard constraints/*.txt) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet $(call constraints,$(BIN)/python) --editable '.[test]'
+$(VENV)/.installed-test: setup.py $(CONSTRAINTS) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet $(addprefix --constraint=,$(CONSTRAINTS)) --editable '.[test]'
 	touch $@ $(VENV)/.installed
 
 $(NEWEST)/.installed: setup.py
@@ -56,7 +58,7 @@ test-fast: install-test  # those that start no process and compile for no other 
 test-all: install-test  # the slow ones too
 	$(BIN)/python -m pytest
 
-# NEWEST_PYTHON=python3.12 takes that one; NEWEST_CONSTRAINTS=constraints/newest.txt takes the versions written there.
+# `make NEWEST_PYTHON=python3.12 test-newest` takes that Python, once .venv-newest is gone.
 test-newest: $(NEWEST)/.installed  # a part of the tests with the newest Python and JAX
 	@$(NEWEST)/bin/python -c '$(print_versions)'
 	$(NEWEST)/bin/python -m pytest -m newest
@@ -66,6 +68,18 @@ lint: install-test  # style, types, imports
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+# With the TPU compiler the golden plans are compared. It is not in the extra "test": where it is installed and no TPU
+# is, JAX complains at every start.
+install-plan: install-test  # the TPU compiler into .venv
+	$(BIN)/python -m pip install --quiet $(addprefix --constraint=,$(CONSTRAINTS)) --editable '.[test,plan]'
+
+constraints:  # install the newest of everything on both ends, test that as CI does and write constraints/
+	rm -rf $(VENV) $(NEWEST)
+	$(MAKE) PYTHON=python3.11 CONSTRAINTS= install-plan
+	$(MAKE) PYTHON=python3.11 CONSTRAINTS= lint test-newest test
+	.ci/freeze $(BIN)/python >constraints/python3.11.txt
+	.ci/freeze $(NEWEST)/bin/python >constraints/newest.txt
 
 format: install-test  # mend the style where ruff can
 	$(BIN)/ruff check --fix .
