@@ -1,16 +1,27 @@
-# The two commands of the README, and what CI calls. Everything is installed into .venv.
+# The two commands of the README, what a developer runs, and what CI calls. `make help` lists them.
+# .venv holds the Python that PYTHON names, .venv-newest the newest Python of this machine with the newest JAX.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST := .venv-newest
 RUN := runs/quickstart
-# Large pages for the heap, as the console script asks for (clipjax/cli.py): training on CPUs is twice as fast.
+# The exact versions that CI passed with, if there are some for this Python. `make CONSTRAINTS= ...` takes the newest.
+CONSTRAINTS ?= $(wildcard constraints/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt)
+# The newest end takes the newest; `make NEWEST_CONSTRAINTS=constraints/newest.txt ...` takes what it passed with last.
+NEWEST_CONSTRAINTS ?=
+print_versions = import sys; from importlib.metadata import version; \
+  print("Python", sys.version.split()[0], *(f"{name} {version(name)}" for name in "jax jaxlib flax optax orbax-checkpoint grain numpy".split()), sep=", ")
+# Large pages for the heap, as the console script asks for (clipjax/cli/main.py): training on CPUs is twice as fast.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install install-test quickstart test test-all lint clean
+.PHONY: help install install-test install-plan quickstart test test-fast test-all test-newest lint format constraints clean
 
-install: $(VENV)/.installed
-install-test: $(VENV)/.installed-test
+help:  # this list
+	@sed -n 's/^\([a-z-]*\):.*  # /\1: /p' Makefile
+
+install: $(VENV)/.installed  # clipjax into .venv
+install-test: $(VENV)/.installed-test  # clipjax and what its tests need into .venv
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipjax needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -21,27 +32,58 @@ $(VENV)/.installed: setup.py | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.installed-test: setup.py | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+$(VENV)/.installed-test: setup.py $(CONSTRAINTS) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet $(addprefix --constraint=,$(CONSTRAINTS)) --editable '.[test]'
 	touch $@ $(VENV)/.installed
 
-quickstart: install
+$(NEWEST)/.installed: setup.py
+	.ci/newest-python
+	$$(.ci/newest-python) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet $(addprefix --constraint=,$(NEWEST_CONSTRAINTS)) --editable '.[test]'
+	touch $@
+
+quickstart: install  # data, training and evaluation of a small model, in minutes
 	$(BIN)/clipjax data scenes --tfds_dir=data
 	$(BIN)/clipjax data tokenizer --source=tfds:scenes/train --tfds_dir=data --vocab_size=304 --output=data/scenes.model
 	$(BIN)/clipjax train --config=configs/quickstart.py --workdir=$(RUN)
 	$(BIN)/clipjax eval --checkpoint=$(RUN) --output=$(RUN)/results.json
 
-test: install-test
+test: install-test  # the tests
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: install-test
+test-fast: install-test  # those that start no process and compile for no other machine
+	$(BIN)/python -m pytest -m "not slow and not process and not compile_ahead"
+
+test-all: install-test  # the slow ones too
 	$(BIN)/python -m pytest
 
-lint: install-test
+# `make NEWEST_PYTHON=python3.12 test-newest` takes that Python, once .venv-newest is gone.
+test-newest: $(NEWEST)/.installed  # a part of the tests with the newest Python and JAX
+	@$(NEWEST)/bin/python -c '$(print_versions)'
+	$(NEWEST)/bin/python -m pytest -m newest
+
+lint: install-test  # style, types, imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-clean:
-	rm -rf $(VENV) data runs build *.egg-info
+# With the TPU compiler the golden plans are compared. It is not in the extra "test": where it is installed and no TPU
+# is, JAX complains at every start.
+install-plan: install-test  # the TPU compiler into .venv
+	$(BIN)/python -m pip install --quiet $(addprefix --constraint=,$(CONSTRAINTS)) --editable '.[test,plan]'
+
+constraints:  # install the newest of everything on both ends, test that as CI does and write constraints/
+	rm -rf $(VENV) $(NEWEST)
+	$(MAKE) PYTHON=python3.11 CONSTRAINTS= install-plan
+	$(MAKE) PYTHON=python3.11 CONSTRAINTS= lint test-newest test
+	.ci/freeze $(BIN)/python >constraints/python3.11.txt
+	.ci/freeze $(NEWEST)/bin/python >constraints/newest.txt
+
+format: install-test  # mend the style where ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  # remove environments, data and runs
+	rm -rf $(VENV) $(NEWEST) data runs build *.egg-info

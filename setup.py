@@ -13,6 +13,7 @@ TEST = [
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.3",
     "ruff>=0.11",
+    "setuptools>=77",  # builds the wheel that a test installs
 ]
 
 setup(
@@ -22,8 +23,20 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["clipjax", "clipjax.*"]),
+    package_data={"clipjax": ["py.typed"]},
     entry_points={"console_scripts": ["clipjax=clipjax.cli.main:console"]},
     install_requires=[
         "absl-py>=2.1",
@@ -33,7 +46,7 @@ setup(
         "flatbuffers>=24.3",  # jax.export serialises with it, but does not ask for it
         "flax>=0.12.6,<0.13",
         "ftfy>=6.3",
-        "grain>=0.2.15,<0.3",
+        "grain>=0.2.18,<0.3",  # 0.2.17 and older cut strings short in the memory that workers share
         "importlib-resources>=6.4",  # tensorflow-datasets 4.9.10 imports it but does not ask for it
         "jax>=0.10.2",
         "jaxtyping>=0.3",
@@ -44,6 +57,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
         "regex>=2024.11",
+        "rich>=13",
         "safetensors>=0.5",
         "sentencepiece>=0.2.1,<0.3",
         "simplejpeg>=1.8",
@@ -53,6 +67,7 @@ setup(
     ],
     extras_require={
         "gpu": ["jax[cuda12]>=0.10.2"],
+        "gpu13": ["jax[cuda13]>=0.10.2"],
         "plan": ["jax[tpu]>=0.10.2"],  # the TPU compiler, for `clipjax plan` on any machine
         "plan-gpu": ["jax-cuda12-pjrt>=0.10.2", "jax-cuda12-plugin>=0.10.2"],  # the GPU compiler, without CUDA itself
         "torch": ["torch>=2.6"],  # for `clipjax convert` to open .pt and .bin files, and for nothing else
