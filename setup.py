@@ -33,7 +33,7 @@ setup(
         "flatbuffers>=24.3",  # jax.export serialises with it, but does not ask for it
         "flax>=0.12.6,<0.13",
         "ftfy>=6.3",
-        "grain>=0.2.15,<0.3",
+        "grain>=0.2.18,<0.3",  # 0.2.17 silently cut strings in shared memory
         "importlib-resources>=6.4",  # tensorflow-datasets 4.9.10 imports it but does not ask for it
         "jax>=0.10.2",
         "jaxtyping>=0.3",
@@ -44,6 +44,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
         "regex>=2024.11",
+        "rich>=13,<16",
         "safetensors>=0.5",
         "sentencepiece>=0.2.1,<0.3",
         "simplejpeg>=1.8",
