@@ -57,7 +57,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
         "regex>=2024.11",
-        "rich>=13",
+        "rich>=13,<16",
         "safetensors>=0.5",
         "sentencepiece>=0.2.1,<0.3",
         "simplejpeg>=1.8",

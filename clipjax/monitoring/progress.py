@@ -1,4 +1,8 @@
-"""The step clock, MFU and the progress line. Nothing here knows JAX."""
+"""The step clock, MFU and the progress line. Nothing here knows JAX.
+
+The progress line is ours, not rich's: on a broken pipe rich's console raises SystemExit, on a closed stream ValueError;
+into a file or a log it writes one line at the end instead of one for each update; a killed run leaves the cursor hidden.
+"""
 
 import contextlib
 import os

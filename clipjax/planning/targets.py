@@ -192,6 +192,8 @@ def check_devices(config: Config, target: Target, teacher: Config | None) -> Non
 def _here() -> Target:
     import jax
 
+    from clipjax.runtime.sharding import hardware_slices
+
     devices = jax.devices()
     chip = find_chip(devices[0].device_kind)
     if chip is None:
@@ -199,8 +201,7 @@ def _here() -> Target:
             f"--topology={HERE}: {devices[0].device_kind!r} is no accelerator whose peaks are known "
             f"({', '.join(CHIPS)}); name one, for example --topology=v5e:4x4"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    return Target(HERE, chip, devices, slices, is_here=True)
+    return Target(HERE, chip, devices, hardware_slices(devices), is_here=True)
 
 
 @functools.cache

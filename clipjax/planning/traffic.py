@@ -17,6 +17,7 @@ import numpy as np
 from clipjax.config import Config, Dtype, TextTransformerConfig, ViTConfig
 from clipjax.planning.hlo import HloModule, Instruction, arrays_of, bytes_of
 from clipjax.runtime.chips import Chip, Tpu
+from clipjax.runtime.sharding import hardware_slices
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _SLICES = ("send", "recv")
@@ -205,9 +206,8 @@ def _route(groups: np.ndarray | None, mesh: Any, chip: Chip, moved: int, kind: s
 
 def _bandwidth(chip: Chip, devices: Sequence[Any]) -> float:
     """Bytes per second that each of a group of chips can send to the others."""
-    slices = {getattr(device, "slice_index", 0) or 0 for device in devices}
     if isinstance(chip, Tpu):
-        if len(slices) > 1:
+        if hardware_slices(devices) > 1:
             return chip.network_bandwidth
         coordinates = [getattr(device, "coords", (0,)) for device in devices]
         sides = sum(len(set(along)) > 1 for along in zip(*coordinates, strict=True))

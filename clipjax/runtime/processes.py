@@ -29,6 +29,8 @@ START_SECONDS = 300
 
 _PATIENCE_SECONDS = 15.0  # then every process that still waits says so
 _KEY = "clipjax/"
+_STORE_METHODS = ("key_value_set", "blocking_key_value_get", "key_value_dir_get", "key_value_delete")
+_MOVED = f"JAX {jax.__version__} has moved jax._src.distributed.global_state, the way between clipjax's processes"
 
 
 def start(options: Mapping[str, str | None] | None = None, environment: Mapping[str, str] = os.environ) -> None:
@@ -138,10 +140,24 @@ def kv_delete(folder: str) -> None:
 
 
 def _store() -> Any:
-    """The key-value store of the coordinator. JAX has no public way to it; Orbax takes the same one."""
-    from jax._src import distributed
+    """Return the key-value store of the coordinator, the one thing that is taken from JAX's private modules.
 
-    return distributed.global_state.client
+    JAX (0.10 to 0.12) has no public way to it; Orbax takes the same one.
+
+    Raises:
+        RuntimeError: this JAX keeps it elsewhere, or `jax.distributed` is not initialized.
+    """
+    try:
+        from jax._src import distributed
+
+        client = distributed.global_state.client
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(f"{_MOVED}: {error}") from error
+    if client is None:
+        raise RuntimeError("a lone process has no key-value store: jax.distributed is not initialized")
+    if missing := [name for name in _STORE_METHODS if not hasattr(client, name)]:
+        raise RuntimeError(f"{_MOVED}: its client lacks {', '.join(missing)}")
+    return client
 
 
 def abort(exit_code: int = 1) -> int:

@@ -71,9 +71,14 @@ PARAMETER_RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
 """First match wins; the path of an optimizer moment ends in its parameter's path, so it follows the parameter."""
 
 
+def slice_of(device: Any) -> int:
+    """Return the number of the hardware's slice that holds a device: slices have slow links between them."""
+    return getattr(device, "slice_index", 0) or 0
+
+
 def hardware_slices(devices: Sequence[Any]) -> int:
-    """How many groups with slow links between them the hardware says that these devices form."""
-    return len({getattr(device, "slice_index", 0) for device in devices})
+    """Return the number of the hardware's slices that these devices lie in."""
+    return len({slice_of(device) for device in devices})
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -93,7 +98,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if devices[0].platform == "cpu":
         grid = np.asarray(devices, dtype=object).reshape(sizes)
     else:
-        places = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
+        places = sorted(devices, key=lambda d: (slice_of(d), d.process_index, d.id))
         count = len(devices) // sizes[0]
         parts = [places[start : start + count] for start in range(0, len(devices), count)]
         grid = np.stack([_torus_mesh(sizes[1:], part) for part in parts])

@@ -1,11 +1,18 @@
-"""Text for people: tables and durations."""
+"""Text for people: tables and durations.
+
+A table is the same in a terminal, a file and a log, as wide as it needs to be. rich measures its cells (a Chinese
+character takes two columns), but does not lay it out: rich's own table breaks a cell at its line ends, has no rule
+for each column, and loses the alignment of numbers when it is told to leave long cells whole.
+"""
 
 import math
 from collections.abc import Sequence
 
+from rich.cells import cell_len
+
 
 def format_duration(seconds: float) -> str:
-    """`m:ss` or `h:mm:ss`; "?" if it is not known."""
+    """Return `m:ss` or `h:mm:ss`; "?" if the duration is not known."""
     if not math.isfinite(seconds):
         return "?"
     minutes, seconds = divmod(round(seconds), 60)
@@ -14,19 +21,18 @@ def format_duration(seconds: float) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """A table in plain text, without a final newline; columns that hold only numbers are right-aligned."""
+    """Return a table in plain text, without a final newline; columns that hold only numbers are right-aligned."""
     columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
+    widths = [max(map(cell_len, column)) for column in columns]
     numeric = [bool(rows) and all(map(_is_number, column[1:])) for column in columns]
     lines = [header, ["-" * width for width in widths], *rows]
-    cells = [
-        [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
-        ]
-        for line in lines
-    ]
+    cells = [map(_pad, line, widths, numeric) for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def _pad(cell: str, width: int, right: bool) -> str:
+    space = " " * (width - cell_len(cell))
+    return space + cell if right else cell + space
 
 
 def _is_number(cell: str) -> bool:

@@ -1,6 +1,7 @@
 """The log file of a process."""
 
 import logging
+import pathlib
 import warnings
 
 import pytest
@@ -47,3 +48,47 @@ def test_handlers_are_given_back(tmp_path):
     with process_log.session():
         process_log.open_log(tmp_path, rank=0, header={})
     assert (logging.root.handlers, warnings.showwarning) == before
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_silences_the_log_and_not_the_run(tmp_path, capfd):
+    path = process_log.path_of(tmp_path, 0)
+    path.parent.mkdir()
+    path.symlink_to("/dev/full")
+    with process_log.session():
+        process_log.open_log(tmp_path, rank=0, header={"host": "node"})
+        for _ in range(3):
+            process_log.info("x" * 10_000)
+        logging.getLogger("library").warning("shown")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_library_whose_message_does_not_fit_its_arguments_is_no_error(tmp_path, capfd):
+    with process_log.session():
+        process_log.open_log(tmp_path, rank=0, header={})
+        logging.root.handlers[-1].handle(logging.LogRecord("library", logging.ERROR, "", 0, "%d", ("x",), None))
+        process_log.info("100% of this line is text")
+    assert process_log.path_of(tmp_path, 0).read_text().endswith("  100% of this line is text\n")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_that_cannot_be_opened_is_an_error(tmp_path):
+    (tmp_path / "logs").write_text("")
+    with process_log.session(), pytest.raises(OSError):
+        process_log.open_log(tmp_path, rank=0, header={})
+
+
+def test_lines_of_the_log_stay_off_the_terminal_and_other_handlers(tmp_path, capfd):
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.root.addHandler(handler)
+    try:
+        with process_log.session():
+            process_log.open_log(tmp_path, rank=0, header={})
+            process_log.info("for the file")
+            logging.getLogger("library").warning("for both")
+    finally:
+        logging.root.removeHandler(handler)
+    assert [record.getMessage() for record in records] == ["for both"]
+    assert capfd.readouterr().out == ""

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import pathlib
 import signal
+import socket
 import time
 
 import jax
@@ -69,21 +71,69 @@ def test_whoever_waits_long_says_so(calls, monkeypatch, capsys):
     assert "process 1: still waiting for 2 processes at host:1; all of them must be started" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_an_error_ends_one_of_several_processes_at_once(monkeypatch, processes, capsys):
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_error_ends_one_of_several_processes_at_once(monkeypatch, count, capsys):
     ended = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
     monkeypatch.setattr(os, "_exit", ended.append)
     with contextlib.suppress(KeyError), processes.abort_on_error():
         raise KeyError("defect")
     assert processes.abort(3) == 3
-    assert ended == [1, 3] * (processes - 1)  # alone, the error goes on as any other
-    assert ("KeyError: 'defect'" in capsys.readouterr().err) == (processes > 1)
+    assert ended == [1, 3] * (count - 1)  # alone, the error goes on as any other
+    assert ("KeyError: 'defect'" in capsys.readouterr().err) == (count > 1)
 
 
 def test_a_lone_process_is_the_first():
     assert processes.is_first()
+
+
+@pytest.fixture
+def coordinator():
+    """A coordinator of this process alone, beside devices that are open already, started past JAX's public door."""
+    from jax._src import distributed
+
+    jax.devices()
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    distributed.global_state.initialize(coordinator_address=address, num_processes=1, process_id=0)
+    yield distributed
+    distributed.global_state.shutdown()
+
+
+def test_texts_go_through_the_coordinator(coordinator):
+    """Fails where a newer JAX has moved the private attributes that `processes._store` rests on."""
+    processes.kv_set("folder/a", "x")
+    processes.kv_set("folder/b", "y\n")
+    assert processes.kv_get("folder/a", timeout_seconds=1) == "x"
+    assert processes.kv_list("folder") == {"a": "x", "b": "y\n"}
+    processes.kv_delete("folder")
+    assert processes.kv_list("folder") == {}
+    with pytest.raises(TimeoutError, match="no process has sent folder/a within 0 seconds"):
+        processes.kv_get("folder/a", timeout_seconds=0.01)
+
+
+def test_a_store_that_jax_has_moved_is_named(monkeypatch):
+    from jax._src import distributed
+
+    with pytest.raises(RuntimeError, match="jax.distributed is not initialized"):
+        processes.kv_list("folder")
+    monkeypatch.setattr(distributed.global_state, "client", object())
+    with pytest.raises(RuntimeError, match="its client lacks key_value_set, blocking_key_value_get, key_value_dir_get"):
+        processes.kv_list("folder")
+    monkeypatch.delattr(distributed, "global_state")
+    with pytest.raises(RuntimeError, match=r"JAX .* has moved jax\._src\.distributed\.global_state.*no attribute"):
+        processes.kv_list("folder")
+
+
+def test_one_function_alone_enters_the_private_modules_of_jax():
+    package = pathlib.Path(processes.__file__).parents[1]
+    users = {
+        path.name: path.read_text().count("from jax._src") + path.read_text().count("import jax._src")
+        for path in package.rglob("*.py")
+    }
+    assert {name: count for name, count in users.items() if count} == {"processes.py": 1}
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """CLIP's lower-cased byte-level BPE: the ids of OpenAI's reference tokenizer, several times as fast.
 
-Reading order: `read_clip_bpe` (files to tokenizer), `ClipBpe.encode` (clean, split, look up), `ClipBpe._merge` (BPE).
+Reading order: `read_clip_bpe` (files to tokenizer), `ClipBpe.encode` (clean, split, look up), `_clean`. Cleaning and
+splitting are ours, as the reference's; the bytes of a word are merged by `tokenizers`, in Rust.
 """
 
 import gzip
-import heapq
 import html
 import json
 import pathlib
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import ftfy
 import regex
+from tokenizers.models import BPE
 
 START_TEXT = "<|startoftext|>"
 END_TEXT = "<|endoftext|>"
@@ -36,10 +37,10 @@ _CACHE_KEY_LENGTH = 32  # characters
 
 
 def read_file(path: pathlib.Path, *, max_bytes: int = _MAX_FILE_BYTES) -> bytes:
-    """Reads a small file.
+    """Read a small file.
 
     Raises:
-      ValueError: it cannot be read or is larger than `max_bytes`.
+        ValueError: it cannot be read or is larger than `max_bytes`.
     """
     try:
         with path.open("rb") as file:
@@ -52,10 +53,10 @@ def read_file(path: pathlib.Path, *, max_bytes: int = _MAX_FILE_BYTES) -> bytes:
 
 
 def read_clip_bpe(path: pathlib.Path) -> "ClipBpe":
-    """Reads OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or a directory with `vocab.json` and `merges.txt`.
+    """Read OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or a directory with `vocab.json` and `merges.txt`.
 
     Raises:
-      ValueError: a file is missing, corrupt or too large, or the two files of a directory contradict each other.
+        ValueError: a file is missing, corrupt or too large, or the two files of a directory contradict each other.
     """
     if path.is_dir():
         tokenizer = ClipBpe(read_file(path / MERGES_FILE))
@@ -95,7 +96,7 @@ def _check_vocabulary(tokenizer: "ClipBpe", path: pathlib.Path) -> None:
 
 
 def _byte_symbols() -> list[str]:
-    """The printable character that stands for each byte, indexed by byte: GPT-2's table."""
+    """Return the printable character that stands for each byte, indexed by byte: GPT-2's table."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -112,10 +113,10 @@ class ClipBpe:
     a caption can end itself early (the text tower pools at the first end). It cannot do anything else.
 
     Args:
-      merges: content of `merges.txt`: a header line, then one merge `left right` per line, in order of rank.
+        merges: content of `merges.txt`: a header line, then one merge `left right` per line, in order of rank.
 
     Raises:
-      ValueError: a merge is malformed or joins tokens that do not exist.
+        ValueError: a merge is malformed or joins tokens that do not exist.
 
     Source: arXiv 2103.00020, section 2.4; the ids are those of `SimpleTokenizer` in OpenAI's CLIP.
     """
@@ -124,29 +125,31 @@ class ClipBpe:
 
     def __init__(self, merges: bytes) -> None:
         self._merges = merges
-        self.vocabulary, self._ranks = _parse_merges(merges)
-        self.vocab_size = 512 + len(self._ranks) + 2
+        self.vocabulary, pairs = _parse_merges(merges)
+        self.vocab_size = 512 + len(pairs) + 2
         self.start_id = self.vocab_size - 2
         self.end_id = self.vocab_size - 1
         self.pad_id, self.ends_highest = 0, True
         self._tokens = {i: token for token, i in self.vocabulary.items()}
+        # It caches nothing: the cache here is of whole words before they become symbols, and bounded.
+        self._bpe = BPE(self.vocabulary, pairs, cache_capacity=0, end_of_word_suffix=_WORD_END)
         self._cache: dict[str, tuple[int, ...]] = {}
 
     def __reduce__(self) -> tuple[type["ClipBpe"], tuple[bytes]]:
         return ClipBpe, (self._merges,)
 
     def files(self) -> dict[str, bytes]:
-        """Everything needed to rebuild the tokenizer: `merges.txt`."""
+        """Return everything needed to rebuild the tokenizer: `merges.txt`."""
         return {MERGES_FILE: self._merges}
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; start and end are left out."""
+        """Return the text of ids, without start and end."""
         tokens = [token for i in ids if i < self.start_id and (token := self._tokens.get(int(i))) is not None]
         content = bytes(_SYMBOL_BYTES[symbol] for symbol in "".join(tokens).replace(_WORD_END, "\u0120"))
         return content.decode("utf-8", "replace").strip()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a caption, without start and end."""
+        """Return the ids of a caption, without start and end."""
         cached = self._cache.get
         ids: list[int] = []
         for chunk in _clean(text).split(" "):
@@ -154,7 +157,7 @@ class ClipBpe:
         return ids
 
     def _encode_chunk(self, chunk: str) -> tuple[int, ...]:
-        """Ids of a run of characters without whitespace, which never shares a word with its neighbours."""
+        """Return the ids of a run of characters without whitespace, which never shares a word with its neighbours."""
         words = _WORD.findall(chunk)
         if words == [chunk]:
             return self._remember(chunk, self._encode_word(chunk))
@@ -164,11 +167,15 @@ class ClipBpe:
         return self._remember(chunk, tuple(ids))
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
+        """Return the ids of one word: its bytes as symbols, joined by the merges, the lowest-ranked pair first.
+
+        The time is O(n log n) in the length of the word, so that one long "word" of a hostile caption stays cheap. The
+        reference scans the whole word for every merge.
+        """
         if word in (START_TEXT, END_TEXT):
             return (self.vocabulary[word],)
-        symbols = [_BYTE_SYMBOLS[byte] for byte in word.encode()]
-        symbols[-1] += _WORD_END
-        return tuple(self.vocabulary[symbol] for symbol in self._merge(symbols))
+        symbols = "".join(_BYTE_SYMBOLS[byte] for byte in word.encode())
+        return tuple(token.id for token in self._bpe.tokenize(symbols))
 
     def _remember(self, chunk: str, ids: tuple[int, ...]) -> tuple[int, ...]:
         if len(chunk) <= _CACHE_KEY_LENGTH:
@@ -177,42 +184,16 @@ class ClipBpe:
             self._cache[chunk] = ids
         return ids
 
-    def _merge(self, symbols: list[str]) -> list[str]:
-        """Joins adjacent symbols, the lowest-ranked pair first and each pair from left to right, while any has a rank.
 
-        The reference scans the whole word for every merge, which lets one long "word" of a hostile caption take
-        minutes; a heap of the places and a linked list of the symbols make it O(n log n). The result is the same
-        because a joined symbol is in no pair of lower rank than the one that made it.
-        """
-        ranks, size = self._ranks, len(symbols)
-        symbols = [*symbols, ""]  # joined symbols become "", which is in no pair; so is what follows the last one
-        left, right = list(range(-1, size)), list(range(1, size + 2))
-        heap = [(ranks[pair], i) for i in range(size - 1) if (pair := (symbols[i], symbols[i + 1])) in ranks]
-        heapq.heapify(heap)
-        while heap:
-            rank, i = heapq.heappop(heap)
-            j = right[i]
-            if ranks.get((symbols[i], symbols[j])) != rank:
-                continue  # one of the two has been joined since
-            symbols[i] += symbols[j]
-            symbols[j] = ""
-            right[i] = right[j]
-            left[right[j]] = i
-            for first in (left[i], i):
-                if first >= 0 and (pair := (symbols[first], symbols[right[first]])) in ranks:
-                    heapq.heappush(heap, (ranks[pair], first))
-        return [symbol for symbol in symbols if symbol]
-
-
-def _parse_merges(content: bytes) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """Vocabulary (token to id) and rank of every pair."""
+def _parse_merges(content: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the vocabulary (token to id), and the pairs to merge in order of rank."""
     try:
         lines = content.decode().split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{MERGES_FILE} is not UTF-8: {error}") from error
     symbols = sorted(_BYTE_SYMBOLS)  # the bytes that stand for themselves have the first ids
     vocabulary = {token: i for i, token in enumerate(symbols + [symbol + _WORD_END for symbol in symbols])}
-    ranks: dict[tuple[str, str], int] = {}
+    pairs: list[tuple[str, str]] = []
     while lines and not lines[-1].strip():
         lines.pop()
     for number, line in enumerate(lines[1:], start=2):
@@ -223,17 +204,17 @@ def _parse_merges(content: bytes) -> tuple[dict[str, int], dict[tuple[str, str],
                 f"{MERGES_FILE}, line {number}: {line[:80]!r} must be two known tokens that make a new one. "
                 "The file is damaged or belongs to another kind of tokenizer."
             )
-        ranks[left, right] = len(ranks)
+        pairs.append((left, right))
         vocabulary[joined] = len(vocabulary)
     vocabulary[START_TEXT] = len(vocabulary)
     vocabulary[END_TEXT] = len(vocabulary)
-    return vocabulary, ranks
+    return vocabulary, pairs
 
 
 def _clean(text: str) -> str:
-    """The reference's cleaning: mend mojibake, resolve HTML entities (twice), collapse whitespace, lower-case."""
+    """Clean as the reference does: repair mojibake, resolve HTML entities (twice), collapse whitespace, lower-case."""
     if text.isascii() and text.isprintable() and "&" not in text:
-        return text.lower()  # nothing to mend or resolve, and runs of spaces are split away later
+        return text.lower()  # nothing to repair or resolve, and runs of spaces are split away later
     text = _unescape(_unescape(ftfy.fix_text(text))).strip()
     return _SPACE.sub(" ", text).strip().lower()
 

@@ -6,9 +6,13 @@ import json
 import pathlib
 import pickle
 import random
+import time
+from concurrent import futures
 
+import numpy as np
 import pytest
 
+from clipjax.data.scenes import language, world
 from clipjax.data.tokenizers import clip_bpe
 from clipjax.data.tokenizers.clip_bpe import ClipBpe, read_clip_bpe
 from tests.conftest import SHARED
@@ -16,6 +20,7 @@ from tests.conftest import SHARED
 TINY = b"#version: 0.2\nd o\ndo g</w>\na n\nan d</w>\n"
 DOG, AND = 512 + 1, 512 + 3
 START, END = 516, 517
+SCENES = [np.random.default_rng(seed) for seed in range(40)]
 
 # Ids from OpenAI's SimpleTokenizer, run on the same vocabulary file.
 GOLDEN = [
@@ -109,12 +114,59 @@ def test_merges_as_defined() -> None:
                 tokens.append(left + right)
                 lines.append(f"{left} {right}")
         tokenizer = ClipBpe("\n".join(lines).encode())
-        ranks = {(line.split()[0], line.split()[1]): rank for rank, line in enumerate(lines[1:])}
+        ranks = ranks_of("\n".join(lines).encode())
         names = {i: token for token, i in tokenizer.vocabulary.items()}
         for _ in range(40):
             word = "".join(chooser.choices("abc", k=chooser.randint(1, 40)))
             expected = naive_merge([*word[:-1], word[-1] + "</w>"], ranks)
             assert [names[i] for i in tokenizer.encode(word)] == expected, (lines, word)
+
+
+def ranks_of(merges: bytes) -> dict[tuple[str, str], int]:
+    lines = merges.decode().split("\n")[1:]
+    return {(line.split()[0], line.split()[1]): rank for rank, line in enumerate(lines)}
+
+
+def reference_ids(tokenizer: ClipBpe, ranks: dict[tuple[str, str], int], text: str) -> list[int]:
+    """Merge as the definition says, slowly, with no library: what OpenAI's tokenizer does after the same cleaning."""
+    ids = []
+    for word in clip_bpe._WORD.findall(clip_bpe._clean(text)):
+        symbols = [clip_bpe._BYTE_SYMBOLS[byte] for byte in word.encode()]
+        symbols[-1] += "</w>"
+        special = word in (clip_bpe.START_TEXT, clip_bpe.END_TEXT)
+        ids += [tokenizer.vocabulary[symbol] for symbol in ([word] if special else naive_merge(symbols, ranks))]
+    return ids
+
+
+def random_text(chooser: random.Random) -> str:
+    """Words of one script each, and of all scripts mixed: every byte of UTF-8 that a caption can hold."""
+    blocks = [(0x20, 0x7F), (0xA0, 0x250), (0x370, 0x600), (0x900, 0xE00), (0x3040, 0x3100), (0x4E00, 0x9FFF)]
+    blocks += [(0x1F300, 0x1FA00), (0x2000, 0x2C00), (0xE000, 0xE100), (0x10000, 0x10FFFF)]
+    words = []
+    for _ in range(chooser.randint(1, 6)):
+        chosen = chooser.choices(blocks, k=1 if chooser.random() < 0.7 else 3)
+        words.append("".join(chr(chooser.randrange(*chooser.choice(chosen))) for _ in range(chooser.randint(1, 12))))
+    return " ".join(words)
+
+
+def test_random_text_and_captions_have_the_ids_of_the_definition(clip: ClipBpe) -> None:
+    chooser = random.Random(1)
+    texts = [random_text(chooser) for _ in range(60)]
+    texts += [caption for rng in SCENES for caption in language.write_captions(world.sample_scene(rng, "train"), rng)]
+    texts += ["".join(chooser.choices("abcdefghijklmnopqrstuvwxyz", k=200)), "e" * 300, "\U0010ffff\x00\x7f\x80 a"]
+    ranks = ranks_of(clip.files()["merges.txt"])
+    for text in texts:
+        assert clip.encode(text) == reference_ids(clip, ranks, text), ascii(text)
+    assert {i for text in texts for i in clip.encode(text)} & {*range(256)}  # bytes that no merge joins are there too
+
+
+def test_threads_get_the_ids_of_one(clip: ClipBpe) -> None:
+    chooser = random.Random(2)
+    texts = [random_text(chooser) for _ in range(300)]
+    cold = pickle.loads(pickle.dumps(clip))
+    with futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(cold.encode, texts * 2))
+    assert found == [clip.encode(text) for text in texts] * 2
 
 
 @pytest.mark.parametrize(
@@ -144,6 +196,14 @@ def test_long_words_of_hostile_captions_are_quick() -> None:
     tiny = ClipBpe(b"#\na a\naa aa\naaaa aaaa\n")
     assert len(tiny.encode("a" * 65_536)) == 65_536 // 8 + 3  # ... aaaa aa a a</w>
     assert not tiny._cache
+
+
+def test_a_word_of_200_000_letters_takes_a_moment(clip: ClipBpe) -> None:
+    word = "".join(random.Random(3).choices("etaoinshrdlu", k=200_000))
+    start = time.process_time()
+    ids = clip.encode(word)
+    assert time.process_time() - start < 3  # about .3; a scan of the word for every merge takes hours
+    assert clip.decode(ids) == word
 
 
 def test_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
