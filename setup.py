@@ -46,7 +46,7 @@ setup(
         "flatbuffers>=24.3",  # jax.export serialises with it, but does not ask for it
         "flax>=0.12.6,<0.13",
         "ftfy>=6.3",
-        "grain>=0.2.18,<0.3",  # 0.2.17 and older cut strings short in the memory that workers share
+        "grain>=0.2.18,<0.3",  # 0.2.17 silently cut strings in shared memory
         "importlib-resources>=6.4",  # tensorflow-datasets 4.9.10 imports it but does not ask for it
         "jax>=0.10.2",
         "jaxtyping>=0.3",

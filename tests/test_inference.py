@@ -11,6 +11,8 @@ from clipjax.models.clip import build_clip
 
 TOKENIZER = BytesTokenizer()
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture(scope="module")
 def model() -> Model:

@@ -25,6 +25,8 @@ TOKENIZER = build_tokenizer("bytes")
 # in any later test, hence the whole module, and `collected` so that none is left to others.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture(scope="module", autouse=True)
 def collected():

@@ -21,6 +21,8 @@ def get_config(arg="plain"):
     return config
 """
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture
 def config_file(tmp_path: pathlib.Path) -> str:

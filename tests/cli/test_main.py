@@ -7,6 +7,8 @@ import pytest
 
 from clipjax.cli import main
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture
 def restarts(monkeypatch) -> list:

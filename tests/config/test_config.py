@@ -12,6 +12,8 @@ from clipjax.config import Config, GroupRole, LossKind, MeshConfig, TaskConfig, 
 from clipjax.config.serialization import field_value, from_dict, to_dict
 from clipjax.config.validation import validate, validate_devices
 
+pytestmark = pytest.mark.newest
+
 
 def valid() -> Config:
     config = Config()

@@ -26,6 +26,8 @@ SHAPES = {
     "scale": (),
 }
 
+pytestmark = pytest.mark.newest
+
 
 def weights() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)

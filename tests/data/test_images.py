@@ -12,6 +12,8 @@ from PIL import Image
 from clipjax.data.images import decode, random_resized_crop, resize_center_crop
 from clipjax.data.sample import BadSample
 
+pytestmark = pytest.mark.newest
+
 
 def encoded(image: Image.Image, image_format: str, **options) -> bytes:
     stream = io.BytesIO()

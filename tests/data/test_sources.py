@@ -16,6 +16,8 @@ from clipjax.data.sources import ArraySource, build_source
 from clipjax.data.webdataset import TarSource
 from tests.conftest import SHARED
 
+pytestmark = pytest.mark.newest
+
 
 def reason_of(source, index: int) -> str:
     with pytest.raises(BadSample) as caught:

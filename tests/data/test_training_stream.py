@@ -22,6 +22,8 @@ from clipjax.data.webdataset import TarSource
 
 SIZE = 8
 
+pytestmark = pytest.mark.newest
+
 
 def tokenize(text: str, length: int = 6) -> np.ndarray:
     tokens = np.zeros(length, np.int32)

@@ -151,6 +151,7 @@ def assert_same_run(ours: pathlib.Path, theirs: pathlib.Path, count: int) -> Non
     assert find_checkpoint(ours)[1] == LAST_STEP
 
 
+@pytest.mark.newest
 def test_two_processes_train_as_one_with_two_devices(finished, alone):
     assert_same_run(finished, alone, 2)
 

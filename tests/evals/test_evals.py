@@ -11,6 +11,8 @@ from clipjax.evals.retrieval import image_retrieval, recalls, retrieval
 from clipjax.evals.runner import write_results
 from clipjax.evals.zero_shot import zero_shot, zero_shot_classifier
 
+pytestmark = pytest.mark.newest
+
 
 def unit(x: np.ndarray) -> np.ndarray:
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)

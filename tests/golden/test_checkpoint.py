@@ -183,6 +183,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
+@pytest.mark.newest
 def test_it_opens_and_embeds_as_then(golden):
     ours = embed(WORKDIR)
     assert ours["logit_scale"] == pytest.approx(golden["embedded"]["logit_scale"], rel=EMBED_TOLERANCE)

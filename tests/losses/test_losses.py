@@ -50,6 +50,7 @@ def worst(kind: str, truth, value, grads) -> float:
     return max(errors(truth, value, grads).values())
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 @pytest.mark.parametrize("kind", PLAIN)
 def test_the_plain_losses_are_those_of_the_papers(kind, scale):
@@ -104,6 +105,7 @@ def test_bfloat16_operands_cost_accuracy_as_expected(kind, method):
     assert 1e-6 < max(found.values()) < 0.02, found
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("method", ["gathered", "ring"])
 def test_gradients_lie_where_the_embeddings_lie(kind, method):
@@ -199,6 +201,7 @@ def moved(mesh, n: int, e: int, slice_devices: int | None = None, **options):
     return collectives(compile_loss(mesh, pairs=n, embed=e, **options).as_text(), slice_devices)
 
 
+@pytest.mark.newest
 def test_gathering_moves_the_embeddings_once_and_a_few_numbers_per_pair():
     mesh, n, e = make_mesh(MeshConfig(data=4, fsdp=2)), 64, 32
     found = moved(mesh, n, e, method="gathered")
@@ -207,6 +210,7 @@ def test_gathering_moves_the_embeddings_once_and_a_few_numbers_per_pair():
     assert total(found, "all-reduce") <= 2 * n + 8  # peaks and totals of the columns, five sums, two gradients
 
 
+@pytest.mark.newest
 def test_the_ring_passes_blocks_and_sums_single_numbers_only():
     mesh, n, e = make_mesh(MeshConfig(data=4, fsdp=2)), 64, 32
     found = moved(mesh, n, e, method="ring")
@@ -293,6 +297,7 @@ ENTRY %main (p: f32[8,4]) -> f32[16,4] {
     ]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("method", ["gathered", "ring"])
 def test_no_matrix_is_kept(method):
     """Memory beside arguments and results, with 4 times the pairs: 4 times as much, not 16."""
@@ -321,6 +326,7 @@ def test_auto_chooses_by_pairs_per_device_memory_and_slices(monkeypatch):
     assert choose_method(LossMethod.AUTO, make_mesh(MeshConfig(slice=2)), 1 << 20) is LossMethod.GATHERED
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("options", [{"kind": "hinge"}, {"method": "tree"}, {"dtype": "int8"}, {"group_role": "no"}])
 def test_what_is_unknown_is_refused(options):
     with pytest.raises(ValueError, match=next(iter(options.values()))):

@@ -12,6 +12,8 @@ from clipjax.runtime.sharding import batch_sharding, make_mesh, state_shardings
 
 SAMPLES = MEMORY_UNIT + 5
 
+pytestmark = pytest.mark.newest
+
 
 def test_there_is_room_for_every_sample_and_nothing_is_known():
     memory = init_moving_averages(SAMPLES)

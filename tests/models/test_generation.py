@@ -12,6 +12,8 @@ from clipjax.models.generation import TextFormat, beam_search, generate, greedy,
 PAD, START, END, LENGTH, VOCAB = 0, 5, 6, 5, 7
 FRAME = TextFormat(START, END, PAD, LENGTH)
 
+pytestmark = pytest.mark.newest
+
 
 def make_next_logits(rows: int, seed: int = 0):
     """Logits that depend on the row's image, the place and the token before."""

@@ -28,6 +28,8 @@ WIDE = ModelConfig(
     text=TextTransformerConfig(context_length=64, vocab_size=256, width=96, depth=4, num_heads=4),
 )
 
+pytestmark = pytest.mark.newest
+
 
 def pixels(batch: int = 3) -> jax.Array:
     return jax.random.normal(jax.random.key(7), (batch, 16, 16, 3))

@@ -13,6 +13,8 @@ from clipjax.monitoring.run_logger import RunLogger, results_table
 
 RESULTS = {"val": {"top1": 0.125, "num_examples": 64}, "pairs": {"image_to_text_r1": 0.5}}
 
+pytestmark = pytest.mark.newest
+
 
 def make_config(peak_tflops: float | None = None) -> Config:
     return Config(

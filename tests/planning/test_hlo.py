@@ -45,6 +45,8 @@ ENTRY %main (x: f32[8,16]) -> f32[8,16] {
 }
 """
 
+pytestmark = pytest.mark.newest
+
 
 def test_a_loops_body_counts_as_often_as_it_runs():
     program = hlo.parse(LOOP)

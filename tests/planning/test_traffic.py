@@ -12,6 +12,8 @@ from clipjax.runtime import sharding
 from clipjax.runtime.chips import CHIPS
 from clipjax.training.program import build_program
 
+pytestmark = pytest.mark.newest
+
 
 def found(function, in_spec, out_spec, shape=(64, 128)):
     mesh = sharding.make_mesh(MeshConfig(slice=1, data=2, fsdp=4))

@@ -15,6 +15,8 @@ from clipjax.runtime import consistency, processes
 from clipjax.runtime.consistency import find_differences
 from clipjax.training import fingerprints
 
+pytestmark = pytest.mark.newest
+
 
 def report(host: str = "a", **facts: dict) -> dict:
     return {"host": host, "facts": {"config": {"seed": 0}, "code": {"x.py": "12", "jax": "1"}} | facts}

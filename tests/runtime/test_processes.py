@@ -12,6 +12,8 @@ import pytest
 
 from clipjax.runtime import processes
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture
 def calls(monkeypatch) -> list[dict]:

@@ -20,6 +20,8 @@ SMALL = ModelConfig(
     text=TextTransformerConfig(context_length=8, vocab_size=64, width=64, depth=2, num_heads=4),
 )
 
+pytestmark = pytest.mark.newest
+
 
 def abstract_state(config: Config):
     clip = build_clip(config.model)

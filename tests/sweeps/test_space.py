@@ -10,6 +10,8 @@ from clipjax.sweeps.space import format_value
 
 # Searches
 
+pytestmark = pytest.mark.newest
+
 
 def test_grid_is_every_combination_last_field_fastest():
     assert Grid({"a": [1, 2], "b": ["x", "y"]}).trials() == [

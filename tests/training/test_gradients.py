@@ -17,6 +17,8 @@ from clipjax.typing import Encoded
 
 PAIRS = 16
 
+pytestmark = pytest.mark.newest
+
 
 def small_config(kind: str) -> Config:
     return Config(

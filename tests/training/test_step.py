@@ -21,6 +21,8 @@ from clipjax.training.step import eval_params, from_items, make_gamma, make_init
 
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
 
+pytestmark = pytest.mark.newest
+
 
 def small_config(**optim_fields) -> Config:
     config = Config(total_examples=1600, warmup_examples=0, global_batch_size=16)

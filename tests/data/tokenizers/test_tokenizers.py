@@ -31,6 +31,8 @@ HOSTILE = [
     " \n ",
 ]
 
+pytestmark = pytest.mark.newest
+
 
 def huggingface_file(specials: list[str]) -> bytes:
     """A word-level tokenizer whose own truncation, padding and post-processor would all get in the way."""
