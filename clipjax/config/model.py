@@ -106,6 +106,7 @@ class ViTConfig:
     patch_bias: bool = False
     crop_to_patches: bool = False  # leave out pixels at the right and below that fill no patch (SigLIP So400m/14@384)
     ln_pre: bool = True  # LayerNorm before the blocks
+    ln_post_after_pool: bool = False  # LayerNorm of the pooled vector, not of all tokens before pooling
     num_queries: int = 256  # pool=queries only
     query_heads: int = 8  # pool=queries only
     projection: Projection = Projection.LINEAR

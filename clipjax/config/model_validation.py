@@ -30,9 +30,7 @@ def model_errors(config: Config) -> list[str]:
         if isinstance(tower, ViTConfig | TextTransformerConfig):
             errors += _transformer_errors(path, tower, model.embed_dim)
     errors += (
-        _vit_errors(model.image, model.embed_dim)
-        if isinstance(model.image, ViTConfig)
-        else _resnet_errors(model.image, config)
+        _vit_errors(model.image, model) if isinstance(model.image, ViTConfig) else _resnet_errors(model.image, config)
     )
     if isinstance(text, TextTransformerConfig) and text.pool is TextPool.CLASS and not text.causal:
         errors.append("model.text.pool=class, a token behind the text, needs model.text.causal=True")
@@ -126,8 +124,8 @@ def _transformer_errors(path: str, tower: ViTConfig | TextTransformerConfig, emb
     return errors
 
 
-def _vit_errors(tower: ViTConfig, embed_dim: int) -> list[str]:
-    errors = []
+def _vit_errors(tower: ViTConfig, model: ModelConfig) -> list[str]:
+    errors, embed_dim = [], model.embed_dim
     if tower.image_size < tower.patch_size or (tower.image_size % tower.patch_size and not tower.crop_to_patches):
         errors.append(
             f"model.image.image_size={tower.image_size} must be a multiple of model.image.patch_size={tower.patch_size}"
@@ -143,6 +141,12 @@ def _vit_errors(tower: ViTConfig, embed_dim: int) -> list[str]:
         )
     if tower.pool is not ImagePool.QUERIES and queries != (ViTConfig().num_queries, ViTConfig().query_heads):
         errors.append(f"model.image.num_queries and query_heads: model.image.pool={tower.pool.value} would ignore them")
+    class_and_decoder = tower.pool is ImagePool.CLASS and isinstance(model.caption, DecoderConfig)
+    if tower.ln_post_after_pool and not (tower.pool is ImagePool.AVERAGE or class_and_decoder):
+        errors.append(
+            f"model.image.ln_post_after_pool=True would change nothing with model.image.pool={tower.pool.value}; it is "
+            "for pool=average, and for pool=class with a decoder as model.caption"
+        )
     if tower.num_registers < 0:
         errors.append(f"model.image.num_registers={tower.num_registers} must not be negative")
     if not 0 <= tower.patch_dropout < 1:

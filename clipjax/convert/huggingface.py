@@ -18,86 +18,21 @@ from clipjax.config import (
     ViTConfig,
 )
 from clipjax.convert.peer_config import MOST_LAYERS, PeerConfig
+from clipjax.convert.peer_fields import HUGGING_FACE
 from clipjax.convert.rules import Rule, Table, attention, heads_out, linear, norm, rule
 
 ACTIVATIONS = {
     "quick_gelu": Activation.QUICK_GELU,
     "gelu": Activation.GELU,
     "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "gelu_python": Activation.GELU,
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), Activation.GELU_TANH),
 }
+"""Their names; several compute the same, and the first of them is written."""
 LARGEST_ID = 2
 """As `eos_token_id`: their text tower reads where the largest id of a text stands, as ours and OpenAI's do. With any
 other number it reads at the first token of that id, which is another place if the vocabulary has room beyond."""
 MODEL_TYPES = ("clip", "siglip")
-_SILENT = (
-    "transformers_version",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "output_hidden_states",
-    "output_attentions",
-    "return_dict",
-    "chunk_size_feed_forward",
-    "is_encoder_decoder",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "attention_dropout",
-    "dropout",
-    "initializer_range",
-    "initializer_factor",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "_name_or_path",
-    "model_type",
-    "_attn_implementation_autoset",
-    "use_bfloat16",
-    "text_config_dict",
-    "vision_config_dict",
-    "gradient_checkpointing",
-    "use_cache",
-    "add_cross_attention",
-    "cross_attention_hidden_size",
-    "tie_word_embeddings",
-    "tie_encoder_decoder",
-    "is_decoder",
-    "pruned_heads",
-    "finetuning_task",
-    "tokenizer_class",
-    "prefix",
-    "task_specific_params",
-    "tf_legacy_loss",
-    "torchscript",
-    "begin_suppress_tokens",
-    "suppress_tokens",
-    "bad_words_ids",
-    "do_sample",
-    "early_stopping",
-    "max_length",
-    "min_length",
-    "num_beams",
-    "num_beam_groups",
-    "diversity_penalty",
-    "temperature",
-    "top_k",
-    "top_p",
-    "typical_p",
-    "repetition_penalty",
-    "length_penalty",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "sep_token_id",
-    "num_return_sequences",
-    "output_scores",
-    "return_dict_in_generate",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "remove_invalid_values",
-    "exponential_decay_length_penalty",
-    "decoder_start_token_id",
-)
-"""Fields that say nothing about what the model computes without dropout."""
 
 
 def read_config(peer: Mapping[str, Any]) -> ModelConfig:
@@ -106,43 +41,59 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: everything in it that clipjax has no model for.
     """
-    known = PeerConfig(peer, "config")
-    model_type = known.choose("model_type", {name: name for name in MODEL_TYPES})
+    siglip = peer.get("model_type") == "siglip"
+    kind = "Siglip" if siglip else "CLIP"
+    known = PeerConfig(peer if siglip else _resolve_old_form(peer), "config")
+    known.choose("model_type", {name: name for name in MODEL_TYPES})
+    known.check(HUGGING_FACE[f"{kind}Config"])
     vision, text = known.group("vision_config"), known.group("text_config")
-    known.skip(*_SILENT)
-    if model_type == "clip":
-        embed_dim = known.size("projection_dim", 512)
-        scale, bias = known.logit_scale("logit_scale_init_value", ModelConfig().init_logit_scale), None
+    vision.check(HUGGING_FACE[f"{kind}VisionConfig"])
+    text.check(HUGGING_FACE[f"{kind}TextConfig"])
+    image_tower, text_tower = _read_image(vision, siglip=siglip), _read_text(text, siglip=siglip)
+    if siglip:
+        embed_dim, scale, bias = image_tower.width, 10.0, -10.0
+        if (width := text.size("projection_size", text_tower.width)) != embed_dim:
+            text.refuse("projection_size", width, f"must be the width of the images' embedding, {embed_dim}")
     else:
-        embed_dim, scale, bias = 0, 10.0, -10.0
-    image_tower = _read_image(vision, siglip=model_type == "siglip")
-    text_tower = _read_text(text, siglip=model_type == "siglip")
+        embed_dim, bias = known.size("projection_dim", 512), None
+        scale = known.logit_scale("logit_scale_init_value", ModelConfig().init_logit_scale)
     known.finish()
     return ModelConfig(
-        embed_dim=embed_dim or image_tower.width,
-        image=image_tower,
-        text=text_tower,
-        init_logit_scale=scale,
-        init_logit_bias=bias,
+        embed_dim=embed_dim, image=image_tower, text=text_tower, init_logit_scale=scale, init_logit_bias=bias
     )
 
 
+def _resolve_old_form(peer: Mapping[str, Any]) -> dict[str, Any]:
+    """Their `CLIPConfig` with `text_config_dict` and `vision_config_dict` put where they count.
+
+    Where they are, their values win, and the defaults of what they leave out win too.
+    """
+    resolved = dict(peer)
+    for name, kind in (("text_config", "CLIPTextConfig"), ("vision_config", "CLIPVisionConfig")):
+        values, usual = resolved.pop(f"{name}_dict", None), resolved.get(name)
+        if isinstance(values, Mapping):
+            usual = usual if isinstance(usual, Mapping) else {}
+            kept = {field: value for field, value in usual.items() if field not in HUGGING_FACE[kind].converted}
+            resolved[name] = {**kept, **values}
+        elif values is not None:
+            resolved[name] = values
+    return resolved
+
+
 def _read_image(cfg: PeerConfig, *, siglip: bool) -> ViTConfig:
-    cfg.skip(*_SILENT, "projection_dim")
-    cfg.choose("num_channels", {3: 3}, 3)
-    width = cfg.size("hidden_size", 768)
     size, patch_size = cfg.size("image_size", 224), cfg.size("patch_size", 16 if siglip else 32)
-    common: dict[str, Any] = _read_blocks(cfg, width, siglip=siglip)
+    common: dict[str, Any] = {
+        "image_size": size,
+        "patch_size": patch_size,
+        "crop_to_patches": size % patch_size > 0,
+        **_read_blocks(cfg, siglip=siglip, width=768, mlp_dim=3072, num_heads=12),
+    }
     if not siglip:
-        return ViTConfig(image_size=size, patch_size=patch_size, **common)
-    cfg.choose("vision_use_head", {True: True}, True)
+        return ViTConfig(**common)
     return ViTConfig(
-        image_size=size,
-        patch_size=patch_size,
         pool=ImagePool.ATTENTION,
         class_token=False,
         patch_bias=True,
-        crop_to_patches=size % patch_size > 0,
         ln_pre=False,
         projection=Projection.NONE,
         **common,
@@ -150,25 +101,26 @@ def _read_image(cfg: PeerConfig, *, siglip: bool) -> ViTConfig:
 
 
 def _read_text(cfg: PeerConfig, *, siglip: bool) -> TextTransformerConfig:
-    end = cfg.take("eos_token_id", (int, type(None)), None)
-    cfg.skip(*_SILENT, "projection_dim", "projection_size")
-    width = cfg.size("hidden_size", 768 if siglip else 512)
     length = cfg.size("max_position_embeddings", 64 if siglip else 77)
     vocab_size = cfg.size("vocab_size", 32000 if siglip else 49408)
-    if not siglip and end not in (None, LARGEST_ID, vocab_size - 1):
-        cfg.refuse("eos_token_id", end, f"must be {LARGEST_ID} (where the largest id stands) or {vocab_size - 1}")
-    common: dict[str, Any] = _read_blocks(cfg, width, siglip=siglip, heads=12 if siglip else 8)
     if siglip:
+        common: dict[str, Any] = _read_blocks(cfg, siglip=True, width=768, mlp_dim=3072, num_heads=12)
         common |= {"causal": False, "pool": TextPool.LAST, "projection": Projection.AFFINE}
+    else:
+        common = _read_blocks(cfg, siglip=False, width=512, mlp_dim=2048, num_heads=8)
+        end = cfg.take("eos_token_id", int, 49407)
+        if end not in (LARGEST_ID, vocab_size - 1):
+            cfg.refuse("eos_token_id", end, f"must be {LARGEST_ID} (where the largest id stands) or {vocab_size - 1}")
     return TextTransformerConfig(context_length=length, vocab_size=vocab_size, **common)
 
 
-def _read_blocks(cfg: PeerConfig, width: int, *, siglip: bool, heads: int = 12) -> dict[str, Any]:
-    mlp_dim = cfg.size("intermediate_size", 3072 if siglip or width == 768 else 2048)
+def _read_blocks(cfg: PeerConfig, *, siglip: bool, width: int, mlp_dim: int, num_heads: int) -> dict[str, Any]:
+    """What both towers have; sizes are their defaults."""
+    width, mlp_dim = cfg.size("hidden_size", width), cfg.size("intermediate_size", mlp_dim)
     return {
         "width": width,
         "depth": cfg.size("num_hidden_layers", 12, most=MOST_LAYERS),
-        "num_heads": cfg.size("num_attention_heads", heads),
+        "num_heads": cfg.size("num_attention_heads", num_heads),
         "mlp_dim": None if mlp_dim == 4 * width else mlp_dim,
         "activation": cfg.choose("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh" if siglip else "quick_gelu"),
         "layer_norm_epsilon": cfg.take("layer_norm_eps", float, 1e-6 if siglip else 1e-5),

@@ -79,13 +79,17 @@ def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, toke
     Raises:
         ValueError: everything that is wrong with one of them.
     """
-    weights = files.read_weights(path, WEIGHT_FILES.get(source, ()))
+    preferred = WEIGHT_FILES.get(source, ())
+    files.find_weights(path, preferred)
     model_config, data = _read_config(source, path, model)
     model_config.compute_dtype = Dtype.FLOAT32
     loss = LossConfig(caption_weight=0.0 if model_config.caption is None else CAPTION_WEIGHT)
     config = Config(model=model_config, data=data, loss=loss)
     if errors := model_errors(config) + caption_errors(config):
         raise ValueError("\n".join(errors))
+    _check_known(source, model_config)
+    found = _find_tokenizer(path, tokenizer, model_config)
+    weights = files.read_weights(path, preferred)  # may be gigabytes: all that can be refused without them is by now
     shapes = {name: tuple(leaf.shape) for name, leaf in to_flat(abstract_model(model_config)).items()}
     params = to_ours(_table(source, model_config, weights), weights, shapes)
     if abs(params["log_logit_scale"]) > MOST_LOG_SCALE:
@@ -93,17 +97,26 @@ def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, toke
             f"the logarithm of the logit scale is {float(params['log_logit_scale'])}: it must lie between "
             f"-{MOST_LOG_SCALE} and {MOST_LOG_SCALE}, the file is damaged"
         )
-    found = build_tokenizer(tokenizer) if tokenizer else tokenizers.find(path if path.is_dir() else None)
-    if found.vocab_size > model_config.text.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {found.vocab_size} ids, but the model knows {model_config.text.vocab_size}: it belongs "
-            "to another model"
-        )
     config.data.tokenizer = tokenizer or found.name
     config.data.train = f"converted from {source}"
     if model_config.init_logit_bias is not None:
         config.loss.kind = LossKind.SIGMOID
     return PeerModel(config, params, found)
+
+
+def _check_known(source: str, config: ModelConfig) -> None:
+    """Refuse models that the peer does not have."""
+    (open_clip_config if source in ("openai", "open_clip") else huggingface).check_known(config)
+
+
+def _find_tokenizer(path: pathlib.Path, tokenizer: str | None, config: ModelConfig) -> Tokenizer:
+    found = build_tokenizer(tokenizer) if tokenizer else tokenizers.find(path if path.is_dir() else None)
+    if found.vocab_size > config.text.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {found.vocab_size} ids, but the model knows {config.text.vocab_size}: it belongs to "
+            "another model"
+        )
+    return found
 
 
 def _read_config(source: str, path: pathlib.Path, model: str | None) -> tuple[ModelConfig, DataConfig]:
@@ -153,7 +166,8 @@ def _table(source: str, config: ModelConfig, weights: Mapping[str, np.ndarray]) 
         case "big_vision":
             return big_vision.table(config, stacked=any("/encoderblock/" in name for name in weights))
         case _:
-            return open_clip.table(config, custom_text=any(name.startswith("text.") for name in weights))
+            custom_text = any(name.startswith("text.") for name in weights)
+            return open_clip.table(config, custom_text=custom_text, weights=weights)
 
 
 def save(peer: PeerModel, output: pathlib.Path) -> None:

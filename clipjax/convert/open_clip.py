@@ -1,6 +1,7 @@
 """open_clip's weights (mlfoundations/open_clip), and OpenAI's, whose names are the same: their names to ours."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from clipjax.config import (
     TextTransformerConfig,
     ViTConfig,
 )
-from clipjax.convert.open_clip_config import check_known
+from clipjax.convert.open_clip_limits import check_known
 from clipjax.convert.rules import Rule, Table, attention, attention_bias, heads_out, linear, norm, rule
 
 OPENAI_SIZES: dict[str, Callable[[], np.ndarray] | None] = dict.fromkeys(
@@ -23,12 +24,13 @@ OPENAI_SIZES: dict[str, Callable[[], np.ndarray] | None] = dict.fromkeys(
 """Numbers among the arrays of OpenAI's own files; the config says them already, and they are not written."""
 
 
-def table(config: ModelConfig, *, custom_text: bool) -> Table:
+def table(config: ModelConfig, *, custom_text: bool, weights: Mapping[str, np.ndarray] = MappingProxyType({})) -> Table:
     """Which of their arrays is which of ours.
 
     Args:
         config: the model.
         custom_text: whether the text tower lies in `text.`, as in their `CustomTextCLIP`.
+        weights: their arrays, where they are read: the same model may have other names or shapes.
 
     Raises:
         ValueError: they have no such model.
@@ -37,19 +39,26 @@ def table(config: ModelConfig, *, custom_text: bool) -> Table:
     image, text = config.image, config.text
     assert isinstance(text, TextTransformerConfig)
     sizes = {"two": 2, "three": 3, "n": image.num_heads, "m": text.num_heads}
-    decoder: list[Rule] = []
+    more: list[Rule] = []
+    if isinstance(image, ViTConfig) and image.pool is ImagePool.QUERIES:
+        sizes["queries"] = image.query_heads
+        more += _query_pool_rules(image, config.embed_dim)
     if isinstance(config.caption, DecoderConfig):
-        assert isinstance(image, ViTConfig)
-        sizes |= {"queries": image.query_heads, "captions": config.caption.num_heads}
-        decoder = [*_query_pool_rules(image, config.embed_dim), *_decoder_rules(config.caption)]
-    scalars = [rule("logit_scale", "log_logit_scale", "->")]
+        sizes["captions"] = config.caption.num_heads
+        more += _decoder_rules(config.caption)
+    scalars = [_scalar("logit_scale", "log_logit_scale", weights)]
     if config.init_logit_bias is not None:
-        scalars.append(rule("logit_bias", "logit_bias", "->"))
+        scalars.append(_scalar("logit_bias", "logit_bias", weights))
     text_rules = _text_rules(text, "text." if custom_text else "")
     if isinstance(image, ResNetConfig):
         return Table([*_resnet_rules(image), *text_rules, *scalars], sizes, _counters(image) | OPENAI_SIZES)
-    image_rules = _trunk_rules(image) if image.pool is ImagePool.ATTENTION else _vit_rules(image)
-    return Table([*image_rules, *text_rules, *decoder, *scalars], sizes, OPENAI_SIZES)
+    image_rules = _trunk_rules(image, weights) if image.pool is ImagePool.ATTENTION else _vit_rules(image)
+    return Table([*image_rules, *text_rules, *more, *scalars], sizes, OPENAI_SIZES)
+
+
+def _scalar(theirs: str, ours: str, weights: Mapping[str, np.ndarray]) -> Rule:
+    """A number, which their option `nonscalar_logit_scale` keeps as an array of one."""
+    return rule(theirs, ours, "1 ->" if theirs in weights and weights[theirs].ndim else "->")
 
 
 def _blocks(theirs: str, ours: str, depth: int, n: str) -> list[Rule]:
@@ -133,7 +142,7 @@ def _decoder_rules(tower: DecoderConfig) -> list[Rule]:
     ]
 
 
-def _trunk_rules(tower: ViTConfig) -> list[Rule]:
+def _trunk_rules(tower: ViTConfig, weights: Mapping[str, np.ndarray]) -> list[Rule]:
     """timm's ViT with attention pooling, as their SigLIPs have it."""
     trunk, layers, ours = "visual.trunk", range(tower.depth), "image/transformer/blocks"
     block = f"{trunk}.blocks.{{layer}}"
@@ -163,7 +172,22 @@ def _trunk_rules(tower: ViTConfig) -> list[Rule]:
         *norm(f"{pool}.norm", "image/pool/ln"),
         *linear(f"{pool}.mlp.fc1", "image/pool/mlp/fc_in"),
         *linear(f"{pool}.mlp.fc2", "image/pool/mlp/fc_out"),
+        *_trunk_projection(tower, weights),
     ]
+
+
+def _trunk_projection(tower: ViTConfig, weights: Mapping[str, np.ndarray]) -> list[Rule]:
+    """The projection behind timm's tower: open_clip's own, or without `timm_proj` timm's classifier."""
+    kernel, *bias = linear(
+        "visual.trunk.head" if "visual.trunk.head.weight" in weights else "visual.head.proj", "image/proj"
+    )
+    match tower.projection:
+        case Projection.NONE:
+            return []
+        case Projection.LINEAR:
+            return [kernel]
+        case Projection.AFFINE:
+            return [kernel, *bias]
 
 
 def _resnet_rules(tower: ResNetConfig) -> list[Rule]:

@@ -6,32 +6,22 @@ from typing import Any
 
 from clipjax.config import (
     Activation,
-    CbowConfig,
     DecoderConfig,
     ImagePool,
     ModelConfig,
-    Positions,
     Projection,
     ResNetConfig,
     TextPool,
     TextTransformerConfig,
     ViTConfig,
 )
+from clipjax.convert import peer_fields
+from clipjax.convert.open_clip_limits import POOLER_EPSILON, SIGLIP_TRUNKS, check_known, trunk_name
 from clipjax.convert.peer_config import MOST, MOST_LAYERS, PeerConfig
 
-SIGLIP_TRUNKS = {
-    "vit_base_patch16_siglip": (16, 768, 12, 12, None, Activation.GELU),
-    "vit_base_patch32_siglip": (32, 768, 12, 12, None, Activation.GELU_TANH),
-    "vit_large_patch16_siglip": (16, 1024, 24, 16, None, Activation.GELU),
-    "vit_so400m_patch14_siglip": (14, 1152, 27, 16, 4304, Activation.GELU),
-    "vit_so400m_patch16_siglip": (16, 1152, 27, 16, 4304, Activation.GELU_TANH),
-    "vit_giantopt_patch16_siglip": (16, 1536, 40, 16, None, Activation.GELU_TANH),
-}
-"""timm's image towers that open_clip names: patch size, width, depth, heads, MLP, non-linearity
-(huggingface/pytorch-image-models, `timm/models/vision_transformer.py`)."""
-
-
-_TANH = {"approximate": "tanh"}
+_TANH, _EXACT = {"approximate": "tanh"}, {"approximate": "none"}
+_NORM = {"elementwise_affine", "bias"}  # of PyTorch's LayerNorm, which have to be true
+VISION_NAMES = peer_fields.OPEN_CLIP["CLIPVisionCfg"].names
 
 
 def read_config(peer: Mapping[str, Any]) -> ModelConfig:
@@ -42,64 +32,94 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
     """
     known = PeerConfig(peer.get("model_cfg", peer), "model_cfg")
     embed_dim, quick = known.size("embed_dim"), known.take("quick_gelu", bool, False)
-    bias = known.take("init_logit_bias", float, None)
-    known.take("custom_text", bool, False)
+    bias = known.take("init_logit_bias", (float, type(None)), None)
+    known.check(peer_fields.MODEL)
     scale = known.logit_scale("init_logit_scale", ModelConfig().init_logit_scale if bias is None else 10.0)
-    activation = Activation.QUICK_GELU if quick else Activation.GELU
-    image = _read_image(known.group("vision_cfg"), activation)
+    activation, decodes = Activation.QUICK_GELU if quick else Activation.GELU, known.has("multimodal_cfg")
+    image = _read_image(known.group("vision_cfg"), activation, decodes)
     text = _read_text(known.group("text_cfg"), activation)
-    caption = _read_decoder(known, text, activation) if known.has("multimodal_cfg") else None
+    caption = _read_decoder(known, text, activation) if decodes else None
+    known.skip("multimodal_cfg")
     known.finish()
     return ModelConfig(
         embed_dim=embed_dim, image=image, text=text, caption=caption, init_logit_scale=scale, init_logit_bias=bias
     )
 
 
-def _read_image(cfg: PeerConfig, activation: Activation) -> ViTConfig | ResNetConfig:
-    size = cfg.size("image_size", 224)
-    if cfg.has("timm_model_name"):
-        return _read_trunk(cfg, size)
+def _read_image(cfg: PeerConfig, activation: Activation, decodes: bool) -> ViTConfig | ResNetConfig:
+    size = cfg.square("image_size", 224)
+    if name := cfg.take("timm_model_name", (str, type(None)), None):
+        return _read_trunk(cfg, name, size)
     layers, width = cfg.sizes("layers", 12, most=MOST_LAYERS), cfg.size("width", 768)
-    head_width = cfg.size("head_width", 64)
-    if (32 * width if isinstance(layers, tuple) else width) % head_width:
-        cfg.refuse("head_width", head_width, f"must divide the width, {width} (of a ResNet, 32 times that)")
-        head_width = 1
     if isinstance(layers, tuple):
-        cfg.take("patch_size", (int, type(None)), None)
-        return ResNetConfig(image_size=size, layers=layers, width=width, num_heads=width * 32 // head_width)
-    if _is_tanh(cfg):
-        activation = Activation.GELU_TANH
+        num_heads = _num_heads(cfg, 32 * width)
+        cfg.skip(*VISION_NAMES)  # their ResNet reads nothing else
+        return ResNetConfig(image_size=size, layers=layers, width=width, num_heads=num_heads)
+    epsilon, patch_size = _epsilon(cfg), cfg.square("patch_size", 16)
     pool = cfg.choose("pool_type", {"tok": ImagePool.CLASS, "avg": ImagePool.AVERAGE}, "tok")
-    cfg.skip("output_tokens")
+    after = cfg.take("final_ln_after_pool", bool, False)
     queries, query_heads = cfg.size("attn_pooler_queries", 256), cfg.size("attn_pooler_heads", 8)
     if cfg.take("attentional_pool", bool, False):
-        pool = ImagePool.QUERIES
+        if pool is not ImagePool.CLASS:
+            cfg.refuse("pool_type", "avg", "must be 'tok' with attentional_pool: the first query is the image's vector")
+        if epsilon != POOLER_EPSILON:
+            cfg.refuse("norm_kwargs", {"eps": epsilon}, f"must be {POOLER_EPSILON} with attentional_pool, which has it")
+        pool, after = ImagePool.QUERIES, False  # they ignore it there
     else:
         queries, query_heads = ViTConfig().num_queries, ViTConfig().query_heads
-    positions = cfg.choose("pos_embed_type", {"learnable": Positions.LEARNED}, "learnable")
-    return ViTConfig(
+    tower = ViTConfig(
         image_size=size,
-        patch_size=cfg.size("patch_size", 16),
+        patch_size=patch_size,
         width=width,
         depth=layers,
-        num_heads=width // head_width,
+        num_heads=_num_heads(cfg, width),
         mlp_dim=_mlp_dim(width, cfg),
-        activation=activation,
-        layer_norm_epsilon=_epsilon(cfg),
+        activation=_activation(cfg, activation),
+        layer_norm_epsilon=epsilon,
         pool=pool,
         num_queries=queries,
         query_heads=query_heads,
-        positions=positions,
+        crop_to_patches=size % patch_size > 0,
         ln_pre=not cfg.take("no_ln_pre", bool, False),
+        # Of the class token alone both orders give the same, and only a decoder reads the other tokens.
+        ln_post_after_pool=after and (decodes or pool is ImagePool.AVERAGE),
         patch_dropout=cfg.take("patch_dropout", float, 0.0),
     )
+    _check_blocks(cfg)
+    cfg.check(peer_fields.VISION)
+    cfg.skip(*peer_fields.TIMM.names)  # they are read with timm_model_name only
+    return tower
 
 
-def _read_trunk(cfg: PeerConfig, size: int) -> ViTConfig:
-    name = cfg.take("timm_model_name", str)
-    cfg.take("timm_model_pretrained", bool, False)
-    cfg.choose("timm_pool", {"map": True}, "avg")
-    cfg.choose("timm_proj", {"none": True}, "linear")
+def _num_heads(cfg: PeerConfig, width: int) -> int:
+    """How often the heads' width fits into another, which is how they count heads."""
+    head_width = cfg.size("head_width", 64)
+    heads = width // head_width
+    if heads < 1 or width % heads:
+        cfg.refuse("head_width", head_width, f"must make a number of heads that divides the width, {width}")
+        return 1
+    return heads
+
+
+def _check_blocks(cfg: PeerConfig) -> None:
+    """Their custom block is the default one unless an option changes it; the default one reads no option."""
+    if cfg.choose("block_type", {None: False, "custom": False, "default": True}, None):
+        cfg.skip(*peer_fields.BLOCK_OPTIONS.names)
+    cfg.check(peer_fields.BLOCK_OPTIONS)
+
+
+def _read_trunk(cfg: PeerConfig, name: str, size: int) -> ViTConfig:
+    """A tower of timm's, whose name overrides all sizes but the image's."""
+    linear = cfg.choose(
+        "timm_proj",
+        {"none": Projection.NONE, "linear": Projection.LINEAR, "": Projection.AFFINE, None: Projection.AFFINE},
+        "linear",
+    )
+    affine = cfg.take("timm_proj_bias", bool, False) and linear is Projection.LINEAR
+    dropout = cfg.take("patch_dropout", float, 0.0)
+    if (pool := cfg.take("timm_pool", (str, type(None)), "avg")) != "map":
+        cfg.refuse("timm_pool", pool, "must be 'map': of timm's towers only SigLIP's are read, which pool by attention")
+    cfg.skip(*VISION_NAMES)
     base = name.rpartition("_")[0]
     if base not in SIGLIP_TRUNKS:
         cfg.refuse("timm_model_name", name, f"must be one of {', '.join(SIGLIP_TRUNKS)}, and _SIZE")
@@ -119,41 +139,59 @@ def _read_trunk(cfg: PeerConfig, size: int) -> ViTConfig:
         patch_bias=True,
         crop_to_patches=size % patch_size > 0,
         ln_pre=False,
-        projection=Projection.NONE,
+        projection=Projection.AFFINE if affine else linear,
+        patch_dropout=dropout,
     )
 
 
 def _read_text(cfg: PeerConfig, activation: Activation) -> TextTransformerConfig:
-    width = cfg.size("width", 512)
-    for name in ("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "pad_id", "eos_id"):
-        cfg.take(name, (str, dict, int, type(None)), None)
-    cfg.skip("output_tokens")
-    behind = cfg.take("embed_cls", bool, False)
-    linear = cfg.choose("proj_type", {"linear": Projection.LINEAR, "none": Projection.NONE}, "linear")
-    pool = cfg.choose("pool_type", {"argmax": TextPool.END, "last": TextPool.LAST}, "argmax")
+    width, vocab_size = cfg.size("width", 512), cfg.size("vocab_size", 49408)
+    linear = Projection.NONE if cfg.take("proj_type", str, "linear") == "none" else Projection.LINEAR
     affine = cfg.take("proj_bias", bool, False) and linear is Projection.LINEAR
-    return TextTransformerConfig(
+    tower = TextTransformerConfig(
         context_length=cfg.size("context_length", 77),
-        vocab_size=cfg.size("vocab_size", 49408),
+        vocab_size=vocab_size,
         width=width,
         depth=cfg.size("layers", 12, most=MOST_LAYERS),
         num_heads=cfg.size("heads", 8),
         mlp_dim=_mlp_dim(width, cfg),
-        activation=Activation.GELU_TANH if _is_tanh(cfg) else activation,
+        activation=_activation(cfg, activation),
         layer_norm_epsilon=_epsilon(cfg),
         causal=not cfg.take("no_causal_mask", bool, False),
-        pool=TextPool.CLASS if behind else pool,
+        pool=_text_pool(cfg, vocab_size),
         projection=Projection.AFFINE if affine else linear,
     )
+    if tower.pool is TextPool.LAST and tower.causal:
+        cfg.refuse("pool_type", "last", "reads padding where a text is short; it needs no_causal_mask=True")
+    if tower.pool is TextPool.CLASS and not tower.causal:
+        cfg.refuse("no_causal_mask", True, "must be False with embed_cls")
+    _check_blocks(cfg)
+    cfg.check(peer_fields.TEXT)
+    return tower
+
+
+def _text_pool(cfg: PeerConfig, vocab_size: int) -> TextPool:
+    """Where the text's vector is read. Some fields count only together with others."""
+    end, padding = (cfg.take(name, (int, type(None)), usual) for name, usual in (("eos_id", 2), ("pad_id", 0)))
+    if cfg.take("embed_cls", bool, False):
+        cfg.skip("pool_type")
+        if padding != 0:
+            cfg.refuse("pad_id", padding, "must be 0 with embed_cls: clipjax's tokenizers pad with 0")
+        return TextPool.CLASS
+    by_id = cfg.holds("pool_type", "eos")
+    if by_id and end != vocab_size - 1:
+        cfg.refuse("eos_id", end, f"must be {vocab_size - 1}, the largest id, which ends a text here")
+    return cfg.choose("pool_type", {"argmax": TextPool.END, "last": TextPool.LAST, "eos": TextPool.END}, "argmax")
 
 
 def _read_decoder(known: PeerConfig, text: TextTransformerConfig, activation: Activation) -> DecoderConfig:
     """The text decoder of their CoCa, whose MLP is four times as wide whatever its config says."""
     cfg = known.group("multimodal_cfg")
-    cfg.skip("context_length", "mlp_ratio", "dim_head", "n_queries", "attn_pooler_heads")
-    for name, wanted in (("width", text.width), ("vocab_size", text.vocab_size)):
-        if cfg.has(name) and (found := cfg.size(name)) != wanted:
-            cfg.refuse(name, found, f"must be that of text_cfg, {wanted}")
+    if (width := cfg.size("width", 512)) != text.width:
+        cfg.refuse("width", width, f"must be that of text_cfg, {text.width}")
+    if (length := cfg.size("context_length", 77)) < text.context_length - 1:
+        cfg.refuse("context_length", length, f"must be at least {text.context_length - 1}, or no text of text_cfg fits")
+    cfg.check(peer_fields.MULTIMODAL)
     return DecoderConfig(
         depth=cfg.size("layers", 12, most=MOST_LAYERS), num_heads=cfg.size("heads", 8), activation=activation
     )
@@ -166,17 +204,23 @@ def _mlp_dim(width: int, cfg: PeerConfig) -> int | None:
     return None if ratio == 4 else int(width * ratio)
 
 
-def _is_tanh(cfg: PeerConfig) -> bool:
+def _activation(cfg: PeerConfig, activation: Activation) -> Activation:
+    """The non-linearity, of which their QuickGELU takes no options."""
     found = cfg.take("act_kwargs", (dict, type(None)), None)
-    if found not in (None, {}, _TANH):
+    if not found:
+        return activation
+    if activation is Activation.QUICK_GELU:
+        cfg.refuse("act_kwargs", found, "must be absent with quick_gelu")
+    elif found not in (_TANH, _EXACT):
         cfg.refuse("act_kwargs", found, f"must be {_TANH} or absent")
-    return found == _TANH
+    return Activation.GELU_TANH if found == _TANH else activation
 
 
 def _epsilon(cfg: PeerConfig) -> float:
     found = cfg.take("norm_kwargs", (dict, type(None)), None) or {}
     epsilon = found.get("eps", 1e-5)
-    if not isinstance(epsilon, float) or found.keys() - {"eps"}:
+    others = {name: value for name, value in found.items() if name != "eps"}
+    if not isinstance(epsilon, float) or any(others.get(name) is not True for name in others) or others.keys() - _NORM:
         cfg.refuse("norm_kwargs", found, "must hold nothing but eps, a number")
         return 1e-5
     return epsilon
@@ -194,7 +238,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     quick = text.activation is Activation.QUICK_GELU
     mine: dict[str, Any] = {"embed_dim": config.embed_dim, "quick_gelu": quick}
     if config.init_logit_bias is not None:
-        mine |= {"init_logit_bias": config.init_logit_bias, "init_logit_scale": math.log(config.init_logit_scale)}
+        mine["init_logit_bias"] = config.init_logit_bias
+    if config.init_logit_bias is not None or config.init_logit_scale != ModelConfig().init_logit_scale:
+        mine["init_logit_scale"] = math.log(config.init_logit_scale)
     text_cfg: dict[str, Any] = {
         "context_length": text.context_length,
         "vocab_size": text.vocab_size,
@@ -209,9 +255,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "proj_bias": text.projection is Projection.AFFINE,
     }
     vision_cfg = _write_image(image)
+    if text.pool is TextPool.CLASS:
+        text_cfg |= {"embed_cls": True, "pool_type": "argmax"}
     if isinstance(config.caption, DecoderConfig):
-        text_cfg |= {"embed_cls": True, "output_tokens": True, "pool_type": "argmax"}
-        vision_cfg["output_tokens"] = True
+        text_cfg["output_tokens"] = vision_cfg["output_tokens"] = True
         mine["multimodal_cfg"] = {
             "context_length": text.context_length,
             "vocab_size": text.vocab_size,
@@ -226,7 +273,8 @@ def is_custom(config: ModelConfig) -> bool:
     """Whether theirs is a `CustomTextCLIP`: their `CLIP` has only the causal tower and a projection without bias."""
     text = config.text
     assert isinstance(text, TextTransformerConfig)
-    return not text.causal or text.projection is not Projection.LINEAR or config.caption is not None
+    plain = text.causal and text.projection is Projection.LINEAR and text.pool is not TextPool.CLASS
+    return not plain or config.caption is not None
 
 
 def _write_image(image: ViTConfig | ResNetConfig) -> dict[str, Any]:
@@ -242,10 +290,12 @@ def _write_image(image: ViTConfig | ResNetConfig) -> dict[str, Any]:
     if image.pool is ImagePool.ATTENTION:
         return {
             "image_size": image.image_size,
-            "timm_model_name": f"{_trunk_name(image)}_224",
+            "timm_model_name": f"{trunk_name(image)}_224",
             "timm_model_pretrained": False,
             "timm_pool": "map",
-            "timm_proj": "none",
+            "timm_proj": "none" if image.projection is Projection.NONE else "linear",
+            "timm_proj_bias": image.projection is Projection.AFFINE,
+            "patch_dropout": image.patch_dropout,
         }
     return {
         "image_size": image.image_size,
@@ -256,6 +306,8 @@ def _write_image(image: ViTConfig | ResNetConfig) -> dict[str, Any]:
         **_write_ratio(image.width, image.mlp_dim),
         **_write_numerics(image),
         "no_ln_pre": not image.ln_pre,
+        "final_ln_after_pool": image.ln_post_after_pool,
+        "patch_dropout": image.patch_dropout,
         "pool_type": "avg" if image.pool is ImagePool.AVERAGE else "tok",
         **(_write_queries(image) if image.pool is ImagePool.QUERIES else {}),
     }
@@ -284,75 +336,3 @@ def _write_numerics(tower: ViTConfig | TextTransformerConfig) -> dict[str, Any]:
     if tower.layer_norm_epsilon != 1e-5:
         found["norm_kwargs"] = {"eps": tower.layer_norm_epsilon}
     return found
-
-
-def _trunk_name(image: ViTConfig) -> str | None:
-    """timm's name of an image tower, without its size."""
-    found = (image.patch_size, image.width, image.depth, image.num_heads, image.mlp_dim, image.activation)
-    return next((name for name, sizes in SIGLIP_TRUNKS.items() if sizes == found), None)
-
-
-def check_known(config: ModelConfig) -> None:
-    """Refuse what open_clip has no model for.
-
-    Raises:
-        ValueError: all of it, a line each.
-    """
-    image, text, errors = config.image, config.text, []
-    if isinstance(text, CbowConfig):
-        errors.append("model.text: a bag of words (CbowConfig) has no counterpart")
-    elif text.pool is TextPool.ATTENTION:
-        errors.append("model.text.pool=attention has no counterpart")
-    elif text.pool is not TextPool.CLASS and (text.pool is TextPool.LAST) == text.causal:
-        errors.append(f"model.text.pool={text.pool.value} with model.text.causal={text.causal} has no counterpart")
-    errors += _coca_errors(config)
-    quick = Activation.QUICK_GELU
-    if isinstance(image, ViTConfig) and isinstance(text, TextTransformerConfig):
-        if (image.activation is quick) != (text.activation is quick):
-            errors.append("model.image.activation and model.text.activation: quick_gelu is for both or none there")
-        if image.pool is ImagePool.ATTENTION and (_trunk_name(image) is None or image.layer_norm_epsilon != 1e-6):
-            errors.append(
-                "model.image: with pool=attention only timm's named towers have a counterpart, with their own sizes, "
-                f"non-linearity and layer_norm_epsilon=1e-6: {', '.join(SIGLIP_TRUNKS)}"
-            )
-    if isinstance(image, ViTConfig):
-        of_trunk = (False, True, False, Projection.NONE)
-        of_vit = (True, False, image.ln_pre, Projection.LINEAR)
-        expected = of_trunk if image.pool is ImagePool.ATTENTION else of_vit
-        found = (image.class_token, image.patch_bias, image.ln_pre, image.projection)
-        for name, mine, theirs in zip(
-            ("class_token", "patch_bias", "ln_pre", "projection"), found, expected, strict=True
-        ):
-            if mine != theirs:
-                errors.append(
-                    f"model.image.{name}={getattr(mine, 'value', mine)} has no counterpart with "
-                    f"model.image.pool={image.pool.value}"
-                )
-        if image.num_registers:
-            errors.append(f"model.image.num_registers={image.num_registers} has no counterpart")
-        if image.positions is Positions.SINCOS:
-            errors.append("model.image.positions=sincos has no counterpart: theirs are ordered otherwise")
-    if errors:
-        raise ValueError("\n".join(errors))
-
-
-def _coca_errors(config: ModelConfig) -> list[str]:
-    """Their decoder comes with pooling by queries and a token behind the text, and neither without it."""
-    caption, text = config.caption, config.text
-    parts = {
-        "model.caption is a decoder": isinstance(caption, DecoderConfig),
-        "model.image.pool is queries": getattr(config.image, "pool", None) is ImagePool.QUERIES,
-        "model.text.pool is class": getattr(text, "pool", None) is TextPool.CLASS,
-    }
-    if len(set(parts.values())) > 1 or (caption is not None and not isinstance(caption, DecoderConfig)):
-        found = ", ".join(f"{name}: {value}" for name, value in parts.items())
-        return [f"model: a CoCa has all of these, a CLIP none ({found}); other mixtures have no counterpart"]
-    if not isinstance(caption, DecoderConfig) or not isinstance(text, TextTransformerConfig):
-        return []
-    same = (caption.mlp_dim, caption.activation, caption.layer_norm_epsilon, config.embed_dim)
-    if same != (None, text.activation, 1e-5, text.width):
-        return [
-            "model.caption: theirs has an MLP of four times the width, the text tower's non-linearity, "
-            "layer_norm_epsilon=1e-5, and model.embed_dim = model.text.width"
-        ]
-    return []

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clipjax.config import ModelConfig
+from clipjax.convert.peer_fields import Fields
 
 _REQUIRED = object()
 MOST = 2**24
@@ -32,6 +33,10 @@ class PeerConfig:
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
         return self._left.get(name) is not None
+
+    def holds(self, name: str, value: Any) -> bool:
+        """Whether the field is there with this value; it stays to be taken."""
+        return self._left.get(name) == value
 
     def take(self, name: str, kind: Any, default: Any = _REQUIRED) -> Any:
         """A field of a type (or one of several); whole numbers are floats too."""
@@ -63,6 +68,18 @@ class PeerConfig:
             return self._bounded(name, value, most)
         return tuple(self._bounded(name, item, most) for item in value)
 
+    def square(self, name: str, default: int) -> int:
+        """Such a number, or a list of two that are equal: the sides of a square."""
+        value = self._left.get(name)
+        if isinstance(value, list):
+            if len(value) != 2 or value[0] != value[1]:
+                self.refuse(
+                    name, value, "must be one number or two equal ones: clipjax's images and patches are square"
+                )
+                value = [default]
+            self._left[name] = value[0]
+        return self.size(name, default)
+
     def _bounded(self, name: str, value: Any, most: int) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most:
             return value
@@ -89,10 +106,20 @@ class PeerConfig:
         return choices[value]
 
     def group(self, name: str) -> "PeerConfig":
-        """An object inside."""
-        inside = PeerConfig(self._left.pop(name, {}), f"{self._path}.{name}", self._errors)
+        """An object inside; null or absent, one without fields."""
+        value = self._left.pop(name, None)
+        inside = PeerConfig({} if value is None else value, f"{self._path}.{name}", self._errors)
         self._groups.append(inside)
         return inside
+
+    def check(self, fields: Fields) -> None:
+        """Accept fields without effect, and of those with fixed values no other value."""
+        for name, (accepted, reason) in fields.fixed.items():
+            value = self._left.pop(name, accepted[0])
+            if value not in accepted:
+                shown = [repr(item) for item in accepted if item not in (None, "", {})]
+                self.refuse(name, value, f"must be {' or '.join(shown) or 'absent'}: {reason}")
+        self.skip(*fields.without_effect)
 
     def skip(self, *names: str) -> None:
         """Fields that say nothing about the model."""

@@ -90,7 +90,10 @@ class VisionTransformer(nn.Module):
         prefix = int(tower.class_token) + tower.num_registers
         match tower.pool:
             case ImagePool.CLASS:
-                return norm(x[:, 0]), norm(x[:, prefix:])
+                return norm(x[:, 0]), x[:, prefix:] if tower.ln_post_after_pool else norm(x[:, prefix:])
+            case ImagePool.AVERAGE if tower.ln_post_after_pool:
+                x = x[:, prefix:]
+                return norm(x.astype(jnp.float32).mean(1)), x
             case ImagePool.AVERAGE:
                 x = norm(x)[:, prefix:]
                 return x.astype(jnp.float32).mean(1).astype(x.dtype), x
