@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from clipjax.config import ModelConfig, TextTransformerConfig, ViTConfig
-from clipjax.models.flops import model_flops
 from clipjax.monitoring import writers
 from clipjax.monitoring.progress import Progress, StepClock, mfu
 from clipjax.monitoring.writers import MetricsWriter
@@ -243,8 +242,8 @@ def vit(image_width: int, patch_size: int, *, image_size: int = 224) -> ModelCon
     ids=["B/32", "B/16", "L/14", "L/14@336"],
 )
 def test_flops_match_open_clips_table(config, published_gflops, exact):
-    assert model_flops(config) == pytest.approx(published_gflops * 1e9, rel=5e-3)
-    assert model_flops(config) == exact  # frozen: reported MFU must stay comparable
+    assert config.flops() == pytest.approx(published_gflops * 1e9, rel=5e-3)
+    assert config.flops() == exact  # frozen: reported MFU must stay comparable
 
 
 def test_flops_by_hand():
@@ -255,14 +254,14 @@ def test_flops_by_hand():
     )
     image = 4 * (2 * 48 * 6) + 2 * (5 * (2 * 4 * 36 + 2 * 2 * 6 * 7) + 2 * (2 * 25 * 6)) + 2 * 6 * 5
     text = 3 * (2 * 4 * 16 + 2 * 2 * 4 * 16) + 2 * (2 * 9 * 4) + 2 * 4 * 5
-    assert model_flops(config) == image + text
+    assert config.flops() == image + text
 
 
 def test_mfu_counts_three_forward_passes_over_all_devices():
     # 100% of an H200 on ViT-B/16 is 8,026 pairs/s by the published table.
     peak = chips.CHIPS["h200"].peak_tflops
-    assert mfu(8026, model_flops(vit(768, 16)), 1, peak) == pytest.approx(1.0, rel=1e-3)
-    assert mfu(8026, model_flops(vit(768, 16)), 4, peak) == pytest.approx(0.25, rel=1e-3)
+    assert mfu(8026, vit(768, 16).flops(), 1, peak) == pytest.approx(1.0, rel=1e-3)
+    assert mfu(8026, vit(768, 16).flops(), 4, peak) == pytest.approx(0.25, rel=1e-3)
 
 
 # Progress
