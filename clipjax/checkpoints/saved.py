@@ -14,6 +14,7 @@ from clipjax.config import Config
 from clipjax.config.serialization import from_dict
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.models.clip import abstract_model
+from clipjax.models.towers import PARAMETER_RULES
 from clipjax.runtime import sharding
 from clipjax.typing import Params
 
@@ -109,4 +110,4 @@ def newest_checkpoint(workdir: pathlib.Path) -> SavedCheckpoint | None:
 def load_params(saved: SavedCheckpoint, mesh: Mesh) -> Params:
     """The parameters to evaluate, on any mesh."""
     abstract = abstract_model(saved.config.model)
-    return saved.params(sharding.with_shardings(abstract, sharding.state_shardings(mesh, abstract)))
+    return saved.params(sharding.with_shardings(abstract, sharding.state_shardings(mesh, abstract, PARAMETER_RULES)))

@@ -1,10 +1,12 @@
 """Every knob of a run: typed dataclasses with units. All of their names are imported from here.
 
-Reading order: `run.Config` is the whole; `model`, `loss` and `data` hold its parts. Every default lives there.
-`validation` says what is wrong with a config, `serialization` turns one into JSON and back, `presets` names known
-models. Free of JAX, since every config file imports it.
+Reading order: `run.Config` is the whole; `model`, `loss` and `data` hold its parts; `image`, `text` and `caption`
+describe towers. Every default and every range lives there. `validation` says what is wrong with a config,
+`serialization` turns one into JSON and back, `presets` names known models. Free of JAX, since every config file imports
+it.
 """
 
+from clipjax.config.caption import BagOfWordsConfig, DecoderConfig
 from clipjax.config.data import (
     CLIP_MEAN,
     CLIP_STD,
@@ -16,24 +18,10 @@ from clipjax.config.data import (
     TaskConfig,
     TaskKind,
 )
+from clipjax.config.image import ImagePool, Positions, ResNetConfig, ViTConfig
+from clipjax.config.layers import Activation, Projection
 from clipjax.config.loss import GroupRole, LossConfig, LossKind, LossMethod, SamePair
-from clipjax.config.model import (
-    Activation,
-    AttentionMethod,
-    BagOfWordsConfig,
-    CbowConfig,
-    DecoderConfig,
-    Dtype,
-    ImagePool,
-    ModelConfig,
-    Positions,
-    Projection,
-    Remat,
-    ResNetConfig,
-    TextPool,
-    TextTransformerConfig,
-    ViTConfig,
-)
+from clipjax.config.model import AttentionMethod, Dtype, ModelConfig, Remat
 from clipjax.config.run import (
     CheckpointConfig,
     Config,
@@ -44,6 +32,7 @@ from clipjax.config.run import (
     steps_of,
     total_steps,
 )
+from clipjax.config.text import CbowConfig, TextPool, TextTransformerConfig
 
 __all__ = [
     "CLIP_MEAN",

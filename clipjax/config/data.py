@@ -3,6 +3,8 @@
 import enum
 from dataclasses import dataclass, field
 
+from clipjax.config.ranges import FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, bounded
+
 
 class Crop(enum.Enum):
     """Training crop: `random_resized` (area share from `min_crop_area` to 1) or `center` (as in evaluation)."""
@@ -12,7 +14,7 @@ class Crop(enum.Enum):
 
 
 class Resize(enum.Enum):
-    """How evaluation makes a picture square: the `shorter_side` fits and the centre is cut out, or both sides fit."""
+    """Squaring of pictures in evaluation: the `shorter_side` fits and the centre is cut out, or both sides fit."""
 
     SHORTER_SIDE = "shorter_side"
     SQUASH = "squash"
@@ -26,7 +28,7 @@ class Interpolation(enum.Enum):
 
 
 class TaskKind(enum.Enum):
-    """What an evaluation task measures."""
+    """Measurement of an evaluation task."""
 
     ZERO_SHOT = "zero_shot"
     RETRIEVAL = "retrieval"
@@ -53,17 +55,17 @@ class DataConfig:
     tfds_caption_key: str = "captions"
     tokenizer: str = "bytes"
     crop: Crop = Crop.RANDOM_RESIZED
-    min_crop_area: float = 0.9  # share of the image's area
+    min_crop_area: float = bounded(0.9, FRACTION)  # share of the image's area
     resize: Resize = Resize.SHORTER_SIDE  # in evaluation, and in training with crop=center
     interpolation: Interpolation = Interpolation.BICUBIC
-    mean: tuple[float, float, float] = CLIP_MEAN  # of pixels in 0..1, subtracted on the device
-    std: tuple[float, float, float] = CLIP_STD
-    num_workers: int = 0  # worker processes per training process; 0 decodes in threads of the training process
-    num_threads: int = 2  # reading and decoding threads per worker
-    prefetch_batches: int = 2
-    max_bad_fraction: float = 0.05  # of the samples read; above it the run stops
-    max_image_pixels: int = 25_000_000  # refused from the header
-    max_caption_bytes: int = 65_536
+    mean: tuple[float, float, float] = bounded(CLIP_MEAN, FINITE)  # of pixels in 0..1, subtracted on the device
+    std: tuple[float, float, float] = bounded(CLIP_STD, FINITE)
+    num_workers: int = bounded(0, NOT_NEGATIVE)  # worker processes per training process; 0: threads of it decode
+    num_threads: int = bounded(2, POSITIVE)  # reading and decoding threads per worker
+    prefetch_batches: int = bounded(2, POSITIVE)
+    max_bad_fraction: float = bounded(0.05, FRACTION)  # of the samples read; above it the run stops
+    max_image_pixels: int = bounded(25_000_000, POSITIVE)  # refused from the header
+    max_caption_bytes: int = bounded(65_536, POSITIVE)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -82,13 +84,25 @@ class TaskConfig:
     templates: str | None = None
     gallery: str | None = None
     tfds_label_key: str = "label"
-    max_examples: int | None = None
+    max_examples: int | None = bounded(None, POSITIVE)
+
+    def errors(self, path: str) -> list[str]:
+        """Return what is wrong between the fields, a line each."""
+        errors = [] if self.source else [f"{path}.source='' must name a source"]
+        prompts = (self.classes, self.templates)
+        if self.kind is TaskKind.ZERO_SHOT and None in prompts:
+            errors.append(f"{path}: zero_shot needs classes and templates; got {prompts}")
+        if self.kind is not TaskKind.ZERO_SHOT and prompts != (None, None):
+            errors.append(f"{path}: {self.kind.value} would ignore classes and templates; leave both None")
+        if (self.kind is TaskKind.IMAGE_RETRIEVAL) != (self.gallery is not None):
+            errors.append(f"{path}.gallery={self.gallery!r}: image_retrieval needs a second source, others none")
+        return errors
 
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
     """Evaluation in the loop and at its end."""
 
-    every_examples: int | None = None  # None: only after the last step
-    batch_size: int = 256  # images or texts per forward pass, over all devices
+    every_examples: int | None = bounded(None, POSITIVE)  # None: only after the last step
+    batch_size: int = bounded(256, POSITIVE)  # images or texts per forward pass, over all devices
     tasks: dict[str, TaskConfig] = field(default_factory=dict)

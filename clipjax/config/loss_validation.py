@@ -1,22 +1,20 @@
-"""What can be wrong with a loss's config: field, value, rule, remedy."""
+"""Checks of a loss's config: field, value, rule, remedy."""
 
-import math
+import dataclasses
 
 from clipjax.config.loss import GroupRole, LossConfig, LossKind, SamePair
+from clipjax.config.ranges import USED_BY
 from clipjax.config.run import Config
 
 
-def _loss_errors(config: Config) -> list[str]:
+def loss_errors(config: Config) -> list[str]:
+    """Return what is wrong between the fields of the loss, a line each; their ranges hold already."""
     errors, loss, bias = [], config.loss, config.model.init_logit_bias
-    if loss.tile is not None and loss.tile < 1:
-        errors.append(f"loss.tile={loss.tile} must be at least 1, or None for the default")
     if (loss.kind is LossKind.SIGMOID) != (bias is not None):
         errors.append(
             f"model.init_logit_bias={bias}: loss.kind=sigmoid needs a bias (arXiv 2303.15343 starts at -10, with "
             "model.init_logit_scale=10); softmax would ignore it, so leave it None there"
         )
-    if not 0 <= loss.label_smoothing < 1:
-        errors.append(f"loss.label_smoothing={loss.label_smoothing} must be at least 0 and less than 1")
     if loss.label_smoothing and loss.kind is not LossKind.SOFTMAX:
         errors.append(f"loss.label_smoothing={loss.label_smoothing}: only loss.kind=softmax has targets to smooth")
     if loss.label_smoothing and loss.same_pair is not SamePair.NONE:
@@ -31,7 +29,7 @@ def _loss_errors(config: Config) -> list[str]:
 
 
 def _loss_option_errors(config: Config) -> list[str]:
-    """Options of one kind or way that another would ignore, and their ranges."""
+    """Return the options that exclude each other, or that the kind of loss would ignore."""
     errors, loss, default = [], config.loss, LossConfig()
     if loss.group_role is GroupRole.POSITIVE and (loss.same_pair is SamePair.NONE or loss.kind is LossKind.GLOBAL):
         errors.append(
@@ -51,16 +49,10 @@ def _loss_option_errors(config: Config) -> list[str]:
             f"loss.gamma_decay_examples={loss.gamma_decay_examples} must not exceed "
             f"total_examples={config.total_examples}"
         )
-    for path, good, rule in (
-        ("distill_weight", loss.distill_weight > 0, "must be greater than 0"),
-        ("gamma", 0 < loss.gamma <= 1, "must be greater than 0 and at most 1"),
-        ("gamma_decay_examples", loss.gamma_decay_examples >= 0, "must be at least 0"),
-        ("epsilon", 1e-30 <= loss.epsilon < 1, "must lie between 1e-30 and 1"),
-        ("rho", loss.rho is None or loss.rho >= 0, "must be at least 0"),
-    ):
-        value = getattr(loss, path)
-        if not (good and (value is None or math.isfinite(value))):
-            errors.append(f"loss.{path}={value} {rule}")
-        if path != "distill_weight" and loss.kind is not LossKind.GLOBAL and value != getattr(default, path):
-            errors.append(f"loss.{path}={value}: loss.kind={loss.kind.value} would ignore it; only global uses it")
+    for item in dataclasses.fields(LossConfig):
+        used_by, value = item.metadata.get(USED_BY, loss.kind), getattr(loss, item.name)
+        if used_by is not loss.kind and value != getattr(default, item.name):
+            errors.append(
+                f"loss.{item.name}={value}: loss.kind={loss.kind.value} would ignore it; only {used_by.value} uses it"
+            )
     return errors

@@ -4,17 +4,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from clipjax.config.model import (
-    Activation,
-    DecoderConfig,
-    ImagePool,
-    ModelConfig,
-    Projection,
-    ResNetConfig,
-    TextPool,
-    TextTransformerConfig,
-    ViTConfig,
-)
+from clipjax.config.caption import DecoderConfig
+from clipjax.config.image import ImagePool, ResNetConfig, ViTConfig
+from clipjax.config.layers import Activation, Projection
+from clipjax.config.model import ModelConfig
+from clipjax.config.text import TextPool, TextTransformerConfig
 
 CLIP = "arXiv 2103.00020, tables 19 and 20"
 OPEN_CLIP = "mlfoundations/open_clip, src/open_clip/model_configs"

@@ -1,30 +1,34 @@
 """The whole run: `Config`, and its optimizer, mesh, checkpoints and log.
 
 Time is given in examples (image-text pairs); the code turns it into steps (completed updates) in one place,
-`steps_of`. Every default lives here and in `model`, `loss` and `data`."""
+`steps_of`. Every default lives here and in `model`, `loss` and `data`.
+"""
 
 import math
 from dataclasses import dataclass, field
 
 from clipjax.config.data import DataConfig, EvalConfig
 from clipjax.config.loss import LossConfig
-from clipjax.config.model import (
-    ModelConfig,
-)
+from clipjax.config.model import ModelConfig
+from clipjax.config.ranges import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Range, bounded
+
+SEED = Range("must be less than 2**63", lambda value: value < 2**63)
+SLICES = Range("must be at least 1, or None for those of the hardware", lambda value: value >= 1)
+AXIS_SIZE = Range("must be at least 1, or -1 to fill up", lambda value: value >= 1 or value == -1)
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
     """AdamW with linear warmup and cosine decay to `final_learning_rate`. Defaults: CLIP's, for ViT (tables 18, 19)."""
 
-    learning_rate: float = 5e-4
-    final_learning_rate: float = 0.0
-    weight_decay: float = 0.2  # on matrices and embeddings only, never on gains, biases or the logit scale
-    beta1: float = 0.9
-    beta2: float = 0.98
-    epsilon: float = 1e-6
-    max_grad_norm: float | None = None  # global norm; None does not clip
-    ema_decay: float | None = None  # per step; None keeps no average. Evaluation uses the average where there is one
+    learning_rate: float = bounded(5e-4, POSITIVE)
+    final_learning_rate: float = bounded(0.0, NOT_NEGATIVE)
+    weight_decay: float = bounded(0.2, NOT_NEGATIVE)  # on matrices and embeddings only, no gains, biases, logit scale
+    beta1: float = bounded(0.9, BELOW_ONE)
+    beta2: float = bounded(0.98, BELOW_ONE)
+    epsilon: float = bounded(1e-6, POSITIVE)
+    max_grad_norm: float | None = bounded(None, POSITIVE)  # global norm; None does not clip
+    ema_decay: float | None = bounded(None, BELOW_ONE)  # per step; evaluation uses the average; None keeps none
     freeze: tuple[str, ...] = ()  # regular expressions of parameter paths, e.g. ("image/.*",) for locked-image tuning
 
 
@@ -32,38 +36,38 @@ class OptimConfig:
 class MeshConfig:
     """Devices per mesh axis; one of them may be -1 and fills up. The batch is split over all axes but `tensor`."""
 
-    slice: int | None = None  # groups of devices with slow links between them; None: as many as the hardware has
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    slice: int | None = bounded(None, SLICES)  # groups of devices with slow links between them; None: the hardware's
+    data: int = bounded(-1, AXIS_SIZE)
+    fsdp: int = bounded(1, AXIS_SIZE)
+    tensor: int = bounded(1, AXIS_SIZE)
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """When to save and what to keep. The last step is always saved, and so is the step at which a signal arrives."""
+    """Checkpoints to save and to keep. The last step is always saved, and so is the step at which a signal arrives."""
 
-    every_examples: int = 1_000_000
-    keep_last: int = 3
+    every_examples: int = bounded(1_000_000, POSITIVE)
+    keep_last: int = bounded(3, POSITIVE)
     best_metric: str | None = None  # "TASK:METRIC", larger is better; keeps that step too
 
 
 @dataclass(kw_only=True, slots=True)
 class LogConfig:
-    """When and where to log; `metrics.jsonl` in the workdir is always written."""
+    """Times and places of the log; `metrics.jsonl` in the workdir is always written."""
 
-    every_examples: int = 100_000
+    every_examples: int = bounded(100_000, POSITIVE)
     tensorboard: bool = True
-    peak_tflops: float | None = None  # per device, for MFU; None looks the chip up and leaves MFU out if it is unknown
+    peak_tflops: float | None = bounded(None, POSITIVE)  # per device, for MFU; None: the chip's, if it is known
 
 
 @dataclass(kw_only=True, slots=True)
 class Config:
     """One run."""
 
-    seed: int = 0
-    total_examples: int = 12_800_000
-    warmup_examples: int = 0
-    global_batch_size: int = 256
+    seed: int = bounded(0, NOT_NEGATIVE, SEED)
+    total_examples: int = bounded(12_800_000, POSITIVE)
+    warmup_examples: int = bounded(0, NOT_NEGATIVE)
+    global_batch_size: int = bounded(256, POSITIVE)
     microbatch_size: int | None = None  # pairs encoded at a time (GradCache), over all devices; None: the whole batch
     init_from: str | None = None  # a clipjax checkpoint whose parameters start this run
     compile_cache: str | None = "auto"  # directory of compiled steps, for you alone; auto: one of yours, None on CPUs

@@ -1,7 +1,11 @@
 """Configs as plain JSON values, back from untrusted ones, and dotted paths into them.
 
 Paths look like `optim.learning_rate` or `eval.tasks['scenes/val'].source`. A member that may be one of several classes
-(a tower) has the fields of all."""
+(a tower) has the fields of all.
+
+Reading order: `Annotation` takes a field's type apart; `read` walks along it, from JSON or from Python values;
+`field_type` follows a path through it; `numbers` visits the numbers of a config with their fields' metadata.
+"""
 
 import dataclasses
 import difflib
@@ -9,10 +13,63 @@ import enum
 import re
 import types
 import typing
-from collections.abc import Sequence
-from typing import Any, TypeGuard
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from clipjax.config.run import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotation:
+    """A field's type, taken apart.
+
+    Attributes:
+        of: the type without None, for messages.
+        optional: True if None is among its values.
+        classes: the dataclasses that it may be; none for other types.
+        values: the type of a dict's values; None for other types.
+        items: the types of a tuple's items; None for other types.
+        variadic: True if the tuple has any number of items of the one type.
+    """
+
+    of: Any
+    optional: bool = False
+    classes: tuple[type, ...] = ()
+    values: Any = None
+    items: tuple[Any, ...] | None = None
+    variadic: bool = False
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Types of the fields of all its dataclasses, by name."""
+        found: dict[str, Any] = {}
+        for kind in self.classes:
+            hints = typing.get_type_hints(kind)
+            found |= {item.name: hints[item.name] for item in dataclasses.fields(kind) if item.name not in found}
+        return found
+
+    @property
+    def choices(self) -> type[enum.Enum] | None:
+        """The enum that it is, if it is one."""
+        return self.of if isinstance(self.of, type) and issubclass(self.of, enum.Enum) else None
+
+
+def take_apart(annotation: Any) -> Annotation:
+    """Read a type annotation of a config dataclass."""
+    origin = typing.get_origin(annotation)
+    arguments: tuple[Any, ...] = typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        first, *others = (kind for kind in arguments if kind is not types.NoneType)
+        if others:
+            return Annotation(annotation, types.NoneType in arguments, classes=(first, *others))
+        return dataclasses.replace(take_apart(first), optional=True)
+    if origin is dict:
+        return Annotation(annotation, values=arguments[1])
+    if origin is tuple:
+        variadic = arguments[-1] is Ellipsis
+        return Annotation(annotation, items=arguments[:1] if variadic else arguments, variadic=variadic)
+    classes: tuple[Any, ...] = (annotation,) if dataclasses.is_dataclass(annotation) else ()
+    return Annotation(annotation, classes=classes)
 
 
 def to_dict(config: Any) -> Any:
@@ -47,52 +104,71 @@ def from_dict(values: Any) -> Config:
     Raises:
         ValueError: an unknown field, or a value of the wrong type.
     """
-    return _parse(Config, values, "config")
+    return read(Config, values, "config")
 
 
-def _parse(kind: Any, value: Any, path: str) -> Any:
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = {item.name: typing.get_type_hints(kind)[item.name] for item in dataclasses.fields(kind)}
-        if hasattr(kind, "KIND") and isinstance(value, dict):
-            value = {name: item for name, item in value.items() if name != "kind"}
-        if not isinstance(value, dict) or not set(value) <= set(hints):
-            unknown = sorted(set(value) - set(hints)) if isinstance(value, dict) else value
-            raise ValueError(f"{path}: unknown {unknown!r}; known fields: {', '.join(hints)}")
-        return kind(**{name: _parse(hints[name], item, f"{path}.{name}") for name, item in value.items()})
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        choices = [member.value for member in kind]
-        if value not in choices:
-            raise ValueError(f"{path}={value!r} must be one of {', '.join(choices)}")
-        return kind(value)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is dict and isinstance(value, dict):
-        return {str(key): _parse(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_parse(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is types.UnionType:
-        return (
-            None if value is None and type(None) in arguments else _parse(_member(arguments, value, path), value, path)
-        )
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+def read(annotation: Any, value: Any, path: str, *, strict: bool = False) -> Any:
+    """Return the value of an annotated type that JSON, or an override in Python, stands for.
+
+    Args:
+        annotation: of the field.
+        value: from JSON: enums by value, tuples as lists of any length.
+        path: of the field, for messages.
+        strict: a Python value instead: enums as members or by name, tuples as tuples of the right length.
+
+    Raises:
+        ValueError: an unknown field, or a value of the wrong type.
+    """
+    kind = take_apart(annotation)
+    if kind.optional and value is None:
+        return None
+    if kind.classes:
+        return _read_fields(kind.classes, value, path, strict)
+    if kind.choices is not None:
+        return _read_choice(kind.choices, value, path, strict)
+    if kind.values is not None and isinstance(value, dict):
+        return {str(key): read(kind.values, item, f"{path}.{key}", strict=strict) for key, item in value.items()}
+    if kind.items is not None and isinstance(value, tuple if strict else list | tuple):
+        items = kind.items if strict and not kind.variadic else kind.items[:1] * len(value)
+        if len(items) == len(value):
+            pairs = zip(items, value, strict=True)
+            return tuple(read(item, one, f"{path}[{i}]", strict=strict) for i, (item, one) in enumerate(pairs))
+    if kind.of is float and type(value) is int:
         return float(value)
-    if not isinstance(kind, type) or type(value) is not kind:
-        raise ValueError(f"{path}={value!r} must be of type {getattr(kind, '__name__', kind)}")
+    if not isinstance(kind.of, type) or type(value) is not kind.of:
+        raise ValueError(f"{path}={value!r} must be of type {getattr(kind.of, '__name__', kind.of)}")
     return value
 
 
-def _member(choices: Sequence[Any], value: Any, path: str) -> Any:
-    """The type of a union that a value belongs to; towers carry their `kind`, and the first is meant without one."""
-    known = {choice.KIND: choice for choice in choices if hasattr(choice, "KIND")}
-    if not known or not isinstance(value, dict):
-        return next(choice for choice in choices if choice is not type(None))
-    kind = value.get("kind", next(iter(known)))
-    if kind not in known:
-        raise ValueError(f"{path}.kind={kind!r} must be one of {', '.join(known)}")
-    return known[kind]
+def _read_fields(classes: tuple[type, ...], value: Any, path: str, strict: bool) -> Any:
+    """Read one of several dataclasses: towers carry their `kind`, and the first is meant without one."""
+    chosen, values = classes[0], value
+    if hasattr(chosen, "KIND") and isinstance(value, dict):
+        known = {kind.KIND: kind for kind in classes if hasattr(kind, "KIND")}
+        kind = value.get("kind", next(iter(known)))
+        if not isinstance(kind, str) or kind not in known:
+            raise ValueError(f"{path}.kind={kind!r} must be one of {', '.join(known)}")
+        chosen, values = known[kind], {name: item for name, item in value.items() if name != "kind"}
+    fields = Annotation(chosen, classes=(chosen,)).fields
+    if not isinstance(values, dict) or not set(values) <= set(fields):
+        unknown = sorted(set(values) - set(fields)) if isinstance(values, dict) else values
+        raise ValueError(f"{path}: unknown {unknown!r}; known fields: {', '.join(fields)}")
+    found = {name: read(fields[name], item, f"{path}.{name}", strict=strict) for name, item in values.items()}
+    return chosen(**found)
+
+
+def _read_choice(choices: type[enum.Enum], value: Any, path: str, strict: bool) -> enum.Enum:
+    if strict and isinstance(value, choices):
+        return value
+    known = {member.name if strict else member.value: member for member in choices}
+    name = value.upper() if strict and isinstance(value, str) else value
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{path}={value!r} must be one of {', '.join(known)}")
+    return known[name]
 
 
 def path_parts(path: str) -> list[tuple[str, bool]]:
-    """Names of a path, and whether each is a key of a dict."""
+    """Names of a path, each with True if it is a key of a dict."""
     found = re.findall(r"([^.\[\]]+)|\[['\"]([^'\"]+)['\"]\]", path)
     return [(name or key, bool(key)) for name, key in found]
 
@@ -104,22 +180,9 @@ def field_value(config: Any, path: str) -> Any:
     return config
 
 
-def without_none(annotation: Any) -> Any:
-    """The type of an optional field."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        inner = [member for member in typing.get_args(annotation) if member is not types.NoneType]
-        return inner[0] if len(inner) == 1 else annotation
-    return annotation
-
-
 def members(annotation: Any) -> dict[str, Any]:
     """Types of the fields of a dataclass, or of all dataclasses of a union; empty for anything else."""
-    kinds = typing.get_args(annotation) or (annotation,)
-    hints: dict[str, Any] = {}
-    for kind in kinds if all(map(dataclasses.is_dataclass, kinds)) else ():
-        annotations = typing.get_type_hints(kind)
-        hints |= {item.name: annotations[item.name] for item in dataclasses.fields(kind) if item.name not in hints}
-    return hints
+    return take_apart(annotation).fields
 
 
 def field_type(config_type: Any, path: str) -> Any:
@@ -128,57 +191,49 @@ def field_type(config_type: Any, path: str) -> Any:
     Raises:
         ValueError: there is no such field (the message proposes a near one), or it is a group of fields.
     """
-    current: Any = config_type
-    annotation: Any = config_type
-    walked = "the config"
+    annotation, kind, walked = config_type, take_apart(config_type), "the config"
     for name, _ in path_parts(path):
-        if typing.get_origin(current) is dict:
-            annotation = typing.get_args(current)[1]
-        else:
-            known = members(current)
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                remedy = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
-                raise ValueError(f"{path}: {walked} has no field {name!r}; {remedy}")
+        if kind.values is not None:
+            annotation = kind.values
+        elif name in (known := kind.fields):
             annotation = known[name]
-        current, walked = without_none(annotation), name
-    if inside := members(current) or (["NAME"] if typing.get_origin(current) is dict else []):
+        else:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
+            raise ValueError(f"{path}: {walked} has no field {name!r}; {remedy}")
+        kind, walked = take_apart(annotation), name
+    if inside := kind.fields or (["NAME"] if kind.values is not None else []):
         raise ValueError(f"{path} is a group of fields; name one in it: {', '.join(inside)}")
     return annotation
 
 
 def check_override(config_type: type, path: str, value: Any) -> None:
-    """Checks that `value` fits the field at `path` of a config dataclass.
+    """Check that `value` fits the field at `path` of a config dataclass.
 
     Raises:
-        ValueError: There is no such field, or the value has another type.
+        ValueError: there is no such field, or the value has another type.
     """
     annotation = field_type(config_type, path)
-    expected = without_none(annotation)
-    if value is None and expected is not annotation:
-        return
-    if not _fits(value, expected):
-        name = expected.__name__ if isinstance(expected, type) and not typing.get_args(expected) else str(expected)
-        if _is_enum(expected):
-            name = "one of " + ", ".join(member.name for member in expected)
-        raise ValueError(f"{path}={value!r} is {type(value).__name__} and must be {name}")
+    try:
+        read(annotation, value, path, strict=True)
+    except ValueError as error:
+        kind = take_apart(annotation)
+        name = kind.of.__name__ if isinstance(kind.of, type) and kind.items is None else str(kind.of)
+        if kind.choices is not None:
+            name = "one of " + ", ".join(member.name for member in kind.choices)
+        raise ValueError(f"{path}={value!r} is {type(value).__name__} and must be {name}") from error
 
 
-def _is_enum(annotation: Any) -> TypeGuard[type[enum.Enum]]:
-    return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
-
-
-def _fits(value: Any, expected: Any) -> bool:
-    if typing.get_origin(expected) is tuple:
-        types_ = typing.get_args(expected)
-        if not isinstance(value, tuple):
-            return False
-        if len(types_) == 2 and types_[1] is Ellipsis:
-            return all(_fits(item, types_[0]) for item in value)
-        return len(value) == len(types_) and all(map(_fits, value, types_))
-    if _is_enum(expected):
-        names = [member.name for member in expected]
-        return isinstance(value, expected) or (isinstance(value, str) and value.upper() in names)
-    if isinstance(value, bool) or expected is bool:
-        return isinstance(value, bool) and expected is bool
-    return isinstance(value, int | float if expected is float else expected)
+def numbers(config: Any, path: str = "") -> Iterator[tuple[str, int | float, Mapping[str, Any]]]:
+    """Visit the numbers of a config, those in dicts and tuples too: path, value, metadata of the field."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from numbers(value, f"{path}.{name}")
+    elif dataclasses.is_dataclass(config):
+        for item in dataclasses.fields(config):
+            inside, value = f"{path}.{item.name}" if path else item.name, getattr(config, item.name)
+            yield from numbers(value, inside)
+            items = [(f"{inside}[{i}]", one) for i, one in enumerate(value)] if isinstance(value, tuple) else []
+            for place, number in items or [(inside, value)]:
+                if isinstance(number, int | float) and not isinstance(number, bool):
+                    yield place, number, item.metadata

@@ -1,4 +1,4 @@
-"""What can be wrong with a config, told before any device is touched: field, value, rule, remedy.
+"""Checks of a config before any device is touched: field, value, rule, remedy.
 
 `validate` needs nothing but the config; `validate_devices` also the numbers of devices and processes.
 """
@@ -6,14 +6,17 @@
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from clipjax.config.data import TaskKind
+from clipjax.config.caption import DecoderConfig
+from clipjax.config.image import ImagePool
 from clipjax.config.loss import LossKind
-from clipjax.config.loss_validation import _loss_errors
-from clipjax.config.model import AttentionMethod, ImagePool, ResNetConfig
+from clipjax.config.loss_validation import loss_errors
+from clipjax.config.model import AttentionMethod
 from clipjax.config.model_validation import LANES, caption_errors, model_errors
+from clipjax.config.ranges import FINITE, RANGES
 from clipjax.config.run import Config, resolve_mesh
-from clipjax.config.serialization import field_value, from_dict, to_dict
+from clipjax.config.serialization import field_value, from_dict, numbers, to_dict
 
 BATCH_FIELDS = ("global_batch_size", "microbatch_size", "eval.batch_size")
 """Batches that the mesh and the processes share out."""
@@ -28,23 +31,13 @@ MEMORY_UNIT = 2**12 * 3 * 5
 any number of devices that divides this."""
 
 
-METRICS = {
-    TaskKind.ZERO_SHOT: ("top1", "top5"),
-    TaskKind.RETRIEVAL: tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)),
-    TaskKind.IMAGE_RETRIEVAL: tuple(
-        f"{way}_r{k}" for way in ("source_to_gallery", "gallery_to_source") for k in (1, 5, 10)
-    ),
-}
-"""Metrics of each kind of task that a best checkpoint can be chosen by."""
-
-
 def validate(config: Config, *, batch_fields: Sequence[str] = BATCH_FIELDS) -> None:
     """Check all that can be known without a device.
 
     Raises:
         ValueError: everything that is wrong, a line each: field, value, rule, remedy.
     """
-    errors = [*_type_errors(config), *_range_errors(config)]
+    errors = _type_errors(config) or [*range_errors(config), *_mesh_errors(config)]
     if not errors:
         errors = [*_batch_errors(config), *model_errors(config), *caption_errors(config), *_part_errors(config)]
         # An axis of -1 is not known yet: 1 divides everything, and `validate_devices` looks again.
@@ -72,8 +65,8 @@ def validate_devices(
         num_devices: of all processes.
         num_processes: that share them evenly.
         num_slices: groups that the hardware says the devices form.
-        batch_fields: which batches there are.
-        teacher: what a frozen model was trained with that lies on the same mesh.
+        batch_fields: the batches that there are.
+        teacher: the config of a frozen model that lies on the same mesh.
         platform: of the devices, "cpu", "gpu" or "tpu", where it is known.
 
     Raises:
@@ -100,7 +93,7 @@ def validate_devices(
 
 
 def _attention_error(config: Config, platform: str, tensor: int) -> str | None:
-    """A way to compute attention that these devices do not have."""
+    """Return what keeps these devices from computing attention as configured."""
     method, places = config.model.attention, {AttentionMethod.FUSED: ("tpu", "cpu"), AttentionMethod.CUDNN: ("gpu",)}
     if platform not in places.get(method, (platform,)):
         return f"model.attention={method.value} is not for devices of platform {platform}; use auto"
@@ -125,31 +118,36 @@ def _division_errors(config: Config, sizes: tuple[int, int, int, int], batch_fie
             f"loss.kind=global keeps its memory in parts, and needs a number of devices that divides {MEMORY_UNIT} "
             f"({parts}mesh.data={data} * mesh.fsdp={fsdp})"
         )
-    for tower in ("model.image", "model.text"):
-        errors += _division_error(config, f"{tower}.num_heads", tensor, f"mesh.tensor={tensor}")
-        errors += _division_error(config, f"{tower}.mlp_dim", tensor, f"mesh.tensor={tensor}")
-        half = 2 if tower == "model.image" and isinstance(config.model.image, ResNetConfig) else 1
-        what = (
-            f"mesh.fsdp={fsdp}" if half == 1 else f"2 * mesh.fsdp={fsdp}, as the first layer has half as many channels"
-        )
-        errors += _division_error(config, f"{tower}.width", half * fsdp, what)
-    wide = config.model.caption is not None or getattr(config.model.image, "pool", None) is ImagePool.QUERIES
-    if wide:  # a head or a pooling takes the embedding as its input
-        errors += _division_error(config, "model.embed_dim", fsdp, f"mesh.fsdp={fsdp}")
-    errors += _division_error(config, "model.caption.num_heads", tensor, f"mesh.tensor={tensor}")
+    return errors + _tower_division_errors(config, fsdp, tensor)
+
+
+def _tower_division_errors(config: Config, fsdp: int, tensor: int) -> list[str]:
+    """Sizes of towers and heads that `mesh.fsdp` and `mesh.tensor` split but do not divide."""
+    model, errors = config.model, []
+    by_fsdp, by_tensor = f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}"
+    for path, tower in (("model.image", model.image), ("model.text", model.text)):
+        errors += _division_error(config, f"{path}.num_heads", tensor, by_tensor)
+        errors += _division_error(config, f"{path}.mlp_dim", tensor, by_tensor, getattr(tower, "hidden_dim", None))
+        share = getattr(tower, "FIRST_LAYER_SHARE", 1)
+        rule = by_fsdp if share == 1 else f"{share} * {by_fsdp}, as the first layer has half as many channels"
+        errors += _division_error(config, f"{path}.width", share * fsdp, rule)
+    queries = getattr(model.image, "pool", None) is ImagePool.QUERIES
+    if queries:
+        errors += _division_error(config, "model.image.query_heads", tensor, by_tensor)
+    if model.caption is not None or queries:  # a head or a pooling takes the embedding as its input
+        errors += _division_error(config, "model.embed_dim", fsdp, by_fsdp)
+    if isinstance(model.caption, DecoderConfig):
+        hidden = model.caption.hidden_dim(model.text.width)
+        errors += _division_error(config, "model.caption.num_heads", tensor, by_tensor)
+        errors += _division_error(config, "model.caption.mlp_dim", tensor, by_tensor, hidden)
     for path in ("model.embed_dim", "model.text.vocab_size"):
-        errors += _division_error(config, path, tensor, f"mesh.tensor={tensor}")
+        errors += _division_error(config, path, tensor, by_tensor)
     return errors
 
 
-def _division_error(config: Config, path: str, divisor: int, what: str) -> list[str]:
-    value = field_value(config, path)
-    if (
-        path.endswith(".mlp_dim")
-        and value is None
-        and field_value(config, path.replace("mlp_dim", "depth")) is not None
-    ):
-        value = 4 * field_value(config, path.replace("mlp_dim", "width"))
+def _division_error(config: Config, path: str, divisor: int, what: str, value: int | None = None) -> list[str]:
+    """Return the field at `path`, or the value that stands for its None, if it cannot be divided."""
+    value = field_value(config, path) if value is None else value
     if value is None or value % divisor == 0:
         return []
     lower = value // divisor * divisor
@@ -165,76 +163,21 @@ def _type_errors(config: Config) -> list[str]:
     return []
 
 
-_POSITIVE = (
-    "total_examples",
-    "global_batch_size",
-    "model.embed_dim",
-    "model.image.image_size",
-    "model.image.patch_size",
-    "model.image.width",
-    "model.image.depth",
-    "model.image.num_heads",
-    "model.image.mlp_dim",
-    "model.text.context_length",
-    "model.text.vocab_size",
-    "model.text.width",
-    "model.text.depth",
-    "model.text.num_heads",
-    "model.text.mlp_dim",
-    "model.init_logit_scale",
-    "model.max_logit_scale",
-    "optim.learning_rate",
-    "optim.epsilon",
-    "optim.max_grad_norm",
-    "data.num_threads",
-    "data.prefetch_batches",
-    "data.max_image_pixels",
-    "data.max_caption_bytes",
-    "eval.batch_size",
-    "eval.every_examples",
-    "checkpoint.every_examples",
-    "checkpoint.keep_last",
-    "log.every_examples",
-    "log.peak_tflops",
-)
-
-
-_NOT_NEGATIVE = (
-    "warmup_examples",
-    "seed",
-    "optim.final_learning_rate",
-    "optim.weight_decay",
-    "data.num_workers",
-)
-
-
-_FRACTION = ("data.min_crop_area", "data.max_bad_fraction")
-
-
-_BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.ema_decay")
-
-
-def _range_errors(config: Config) -> list[str]:
+def range_errors(config: Any, path: str = "") -> list[str]:
+    """Return the numbers of a config, or of a part of it at `path`, that lie outside of their fields' ranges."""
     errors = []
-    for paths, holds, rule in (
-        (_POSITIVE, lambda value: value > 0, "must be greater than 0"),
-        (_NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
-        (_FRACTION, lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
-        (_BELOW_ONE, lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
-    ):
-        for path in paths:
-            value = field_value(config, path)
-            if isinstance(value, int | float) and not (math.isfinite(value) and holds(value)):
-                errors.append(f"{path}={value} {rule}")
-    if config.mesh.slice is not None and config.mesh.slice < 1:
-        errors.append(f"mesh.slice={config.mesh.slice} must be at least 1, or None for those of the hardware")
-    for axis in MESH_AXES:
-        size = getattr(config.mesh, axis)
-        if size != -1 and size < 1:
-            errors.append(f"mesh.{axis}={size} must be at least 1, or -1 to fill up")
-    if [getattr(config.mesh, axis) for axis in MESH_AXES].count(-1) > 1:
-        errors.append("mesh: only one of data, fsdp and tensor may be -1; give the others a size")
+    for place, value, metadata in numbers(config, path):
+        ranges = (*metadata.get(RANGES, ()), FINITE)
+        broken = next((one for one in ranges if not (math.isfinite(value) and one.holds(value))), None)
+        if broken is not None:
+            errors.append(f"{place}={value} {broken.rule}")
     return errors
+
+
+def _mesh_errors(config: Config) -> list[str]:
+    if [getattr(config.mesh, axis) for axis in MESH_AXES].count(-1) > 1:
+        return ["mesh: only one of data, fsdp and tensor may be -1; give the others a size"]
+    return []
 
 
 def _batch_errors(config: Config) -> list[str]:
@@ -251,7 +194,7 @@ def _batch_errors(config: Config) -> list[str]:
 
 def _part_errors(config: Config) -> list[str]:
     errors = []
-    errors += _loss_errors(config)
+    errors += loss_errors(config)
     if not config.data.train:
         errors.append("data.train='' must name a source: tfds:NAME/SPLIT, or a path, glob or brace pattern of tars")
     if len(config.data.mean) != 3 or len(config.data.std) != 3 or min(config.data.std) <= 0:
@@ -268,31 +211,11 @@ def _part_errors(config: Config) -> list[str]:
     if config.init_match and config.init_from is None:
         errors.append(f"init_match={config.init_match} needs init_from, a clipjax checkpoint")
     for name, task in config.eval.tasks.items():
-        if not task.source:
-            errors.append(f"eval.tasks.{name}.source='' must name a source")
-        prompts = (task.classes, task.templates)
-        if task.kind is TaskKind.ZERO_SHOT and None in prompts:
-            errors.append(f"eval.tasks.{name}: zero_shot needs classes and templates; got {prompts}")
-        if task.kind is not TaskKind.ZERO_SHOT and prompts != (None, None):
-            errors.append(f"eval.tasks.{name}: {task.kind.value} would ignore classes and templates; leave both None")
-        if (task.kind is TaskKind.IMAGE_RETRIEVAL) != (task.gallery is not None):
-            errors.append(
-                f"eval.tasks.{name}.gallery={task.gallery!r}: image_retrieval needs a second source, others none"
-            )
-    return errors + _best_metric_errors(config)
-
-
-def _best_metric_errors(config: Config) -> list[str]:
+        errors += task.errors(f"eval.tasks.{name}")
     best = config.checkpoint.best_metric
-    if best is None:
-        return []
-    task, _, metric = best.rpartition(":")
-    known = [f"{name}:{item}" for name, choice in config.eval.tasks.items() for item in METRICS[choice.kind]]
-    if f"{task}:{metric}" not in known:
-        return [f"checkpoint.best_metric={best!r} must be TASK:METRIC, one of {', '.join(known) or 'none: no tasks'}"]
-    if config.eval.every_examples is None:
-        return [f"checkpoint.best_metric={best!r} would only see the last step; set eval.every_examples"]
-    return []
+    if best is not None and config.eval.every_examples is None:
+        errors.append(f"checkpoint.best_metric={best!r} would only see the last step; set eval.every_examples")
+    return errors
 
 
 def check_embeddings(config: Config) -> None:

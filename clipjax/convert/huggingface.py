@@ -229,7 +229,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 def _write_blocks(tower: ViTConfig | TextTransformerConfig) -> dict[str, Any]:
     return {
         "hidden_size": tower.width,
-        "intermediate_size": tower.mlp_dim or 4 * tower.width,
+        "intermediate_size": tower.hidden_dim,
         "num_hidden_layers": tower.depth,
         "num_attention_heads": tower.num_heads,
         "hidden_act": next(name for name, item in ACTIVATIONS.items() if item is tower.activation),

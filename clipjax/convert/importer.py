@@ -20,6 +20,7 @@ from clipjax.config import (
     presets,
 )
 from clipjax.config.model_validation import caption_errors, model_errors
+from clipjax.config.validation import range_errors
 from clipjax.convert import big_vision, files, huggingface, open_clip, open_clip_config, preprocessing, tokenizers
 from clipjax.convert.peer_config import MOST_LOG_SCALE
 from clipjax.convert.rules import Table, to_ours
@@ -85,7 +86,7 @@ def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, toke
     model_config.compute_dtype = Dtype.FLOAT32
     loss = LossConfig(caption_weight=0.0 if model_config.caption is None else CAPTION_WEIGHT)
     config = Config(model=model_config, data=data, loss=loss)
-    if errors := model_errors(config) + caption_errors(config):
+    if errors := range_errors(config) or model_errors(config) + caption_errors(config):
         raise ValueError("\n".join(errors))
     _check_known(source, model_config)
     found = _find_tokenizer(path, tokenizer, model_config)

@@ -4,6 +4,7 @@ Axes: n images, m texts, e embed.
 """
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 
@@ -11,6 +12,30 @@ from clipjax.evals.encoder import Encoder
 
 DEPTHS = (1, 5, 10)
 _BLOCK = 1024  # rows of the similarity matrix held at once
+
+
+def _at_all_depths(*ways: str) -> tuple[str, ...]:
+    return tuple(f"{way}_r{depth}" for way in ways for depth in DEPTHS)
+
+
+class Retrieval:
+    """The task between images and texts; see `retrieval`. `metrics` are those that rank a model."""
+
+    metrics: ClassVar[tuple[str, ...]] = _at_all_depths("image_to_text", "text_to_image")
+
+    def __call__(self, encoder: Encoder, batches: Iterable[dict]) -> dict[str, float]:
+        """Return the metrics."""
+        return retrieval(encoder, batches)
+
+
+class ImageRetrieval:
+    """The task between images of the same thing; see `image_retrieval`. `metrics` are those that rank a model."""
+
+    metrics: ClassVar[tuple[str, ...]] = _at_all_depths("source_to_gallery", "gallery_to_source")
+
+    def __call__(self, encoder: Encoder, queries: Iterable[dict], gallery: Iterable[dict]) -> dict[str, float]:
+        """Return the metrics."""
+        return image_retrieval(encoder, queries, gallery)
 
 
 def retrieval(encoder: Encoder, batches: Iterable[dict]) -> dict[str, float]:

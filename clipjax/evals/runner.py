@@ -1,11 +1,12 @@
-"""From the tasks of a config to their metrics.
+"""Evaluation tasks of a config, and their metrics.
 
 `build_tasks` opens every source and checks every name before a device is touched; `run_tasks` does the work.
 """
 
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import jax
 
@@ -16,15 +17,58 @@ from clipjax.data.sample import Source
 from clipjax.data.sources import build_source
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.prompts import load_classes, load_templates
-from clipjax.evals.retrieval import image_retrieval, retrieval
-from clipjax.evals.zero_shot import zero_shot
+from clipjax.evals.retrieval import ImageRetrieval, Retrieval
+from clipjax.evals.zero_shot import ZeroShot
 
-Task = Callable[[Encoder], dict[str, float]]
 Results = dict[str, dict[str, float]]
+Measure = ZeroShot | Retrieval | ImageRetrieval
+"""The work of a task: from an encoder and the batches of each source to metrics; `metrics` names those that rank a
+model, the larger the better."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task whose data is open.
+
+    Attributes:
+        measure: the work.
+        config: of the run.
+        sources: the data, one or two.
+        max_examples: of each source; None: all.
+    """
+
+    measure: Measure
+    config: Config
+    sources: Sequence[Source]
+    max_examples: int | None
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        """Return the metrics, and as `num_skipped` the number of samples that were unusable and left out."""
+        skipped = [0] * len(self.sources)
+
+        def read(number: int) -> Iterator[dict]:
+            for batch in self._batches(self.sources[number]):
+                skipped[number] += int((encoder.gather(batch["reason"]) >= 0).sum())
+                yield batch
+
+        metrics = self.measure(encoder, *map(read, range(len(self.sources))))
+        return {**metrics, "num_skipped": float(sum(skipped))}
+
+    def _batches(self, source: Source) -> Iterator[dict]:
+        return eval_batches(
+            source,
+            view=make_eval_transform(self.config),
+            batch_size=self.config.eval.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            max_examples=self.max_examples,
+            max_image_pixels=self.config.data.max_image_pixels,
+            num_threads=self.config.data.num_threads,
+        )
 
 
 def build_tasks(config: Config, open_source: Callable[..., Source] = build_source) -> dict[str, Task]:
-    """The tasks of `config.eval.tasks`, by name; `open_source` opens what they read.
+    """Open the tasks of `config.eval.tasks`, by name; `open_source` opens their data.
 
     Raises:
         ValueError: missing data, unknown classes or templates; the task is named.
@@ -39,52 +83,38 @@ def build_tasks(config: Config, open_source: Callable[..., Source] = build_sourc
 
 
 def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Source]) -> Task:
-    def open_batches(spec: str) -> Callable[[], Iterator[dict]]:
-        source = open_source(spec, data=config.data, label_key=task.tfds_label_key)
-        return lambda: eval_batches(
-            source,
-            view=make_eval_transform(config),
-            batch_size=config.eval.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            max_examples=task.max_examples,
-            max_image_pixels=config.data.max_image_pixels,
-            num_threads=config.data.num_threads,
-        )
-
     if config.loss.contrastive_weight == 0 and task.kind is not TaskKind.ZERO_SHOT:
         raise ValueError(f"kind={task.kind.value} needs embeddings, which loss.contrastive_weight=0 does not train")
-    batches = open_batches(task.source)
+    specs = [task.source] if task.gallery is None else [task.source, task.gallery]
+    sources = [open_source(spec, data=config.data, label_key=task.tfds_label_key) for spec in specs]
+    return Task(_build_measure(task), config, sources, task.max_examples)
+
+
+def _build_measure(task: TaskConfig) -> Measure:
     match task.kind:
         case TaskKind.ZERO_SHOT:
-            names, templates = load_classes(task.classes or ""), load_templates(task.templates or "")
-            return _counting(lambda encoder, read: zero_shot(encoder, read(batches()), names, templates))
+            return ZeroShot(load_classes(task.classes or ""), load_templates(task.templates or ""))
         case TaskKind.RETRIEVAL:
-            return _counting(lambda encoder, read: retrieval(encoder, read(batches())))
+            return Retrieval()
         case TaskKind.IMAGE_RETRIEVAL:
-            gallery = open_batches(task.gallery or "")
-            return _counting(lambda encoder, read: image_retrieval(encoder, read(batches()), read(gallery())))
+            return ImageRetrieval()
 
 
-def _counting(task: Callable[[Encoder, Callable[[Iterator[dict]], Iterator[dict]]], dict[str, float]]) -> Task:
-    """The task with `num_skipped` among its metrics: how many samples were unusable and left out."""
+def check_metric(best: str, tasks: Mapping[str, Task]) -> None:
+    """Refuse a `checkpoint.best_metric` that none of the tasks will give.
 
-    def run(encoder: Encoder) -> dict[str, float]:
-        skipped = 0
-
-        def read(batches: Iterator[dict]) -> Iterator[dict]:
-            nonlocal skipped
-            for batch in batches:
-                skipped += int((encoder.gather(batch["reason"]) >= 0).sum())
-                yield batch
-
-        return {**task(encoder, read), "num_skipped": float(skipped)}
-
-    return run
+    Raises:
+        ValueError: it is one; with all that the tasks will give.
+    """
+    known = [f"{name}:{metric}" for name, task in tasks.items() for metric in task.measure.metrics]
+    if best not in known:
+        raise ValueError(
+            f"checkpoint.best_metric={best!r} must be TASK:METRIC, one of {', '.join(known) or 'none: no tasks'}"
+        )
 
 
 def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Results:
-    """Metrics of every task."""
+    """Return the metrics of every task."""
     return {name: task(encoder) for name, task in tasks.items()}
 
 

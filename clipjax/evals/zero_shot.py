@@ -4,10 +4,36 @@ Axes: n images, k classes, e embed.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from clipjax.evals.encoder import Encoder
+
+DEEP = 5
+"""Classes among which the right one must be, for `top5`."""
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """The task; see `zero_shot`.
+
+    Attributes:
+        names: of the classes.
+        templates: of the prompts.
+    """
+
+    names: Sequence[str]
+    templates: Sequence[str]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that rank a model; with five classes or fewer, `top5` would say nothing."""
+        return ("top1", f"top{DEEP}") if len(self.names) > DEEP else ("top1",)
+
+    def __call__(self, encoder: Encoder, batches: Iterable[dict]) -> dict[str, float]:
+        """Return the metrics."""
+        return zero_shot(encoder, batches, self.names, self.templates)
 
 
 def prompts_of(names: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -48,7 +74,7 @@ def zero_shot(
         ValueError: a label beyond the class names, or no labelled sample at all.
     """
     score = _make_score(encoder, names, templates)
-    depth = min(5, len(names))
+    depth = min(DEEP, len(names))
     hits = np.zeros(depth, np.int64)
     total = 0
     for batch in batches:
@@ -63,6 +89,6 @@ def zero_shot(
     if total == 0:
         raise ValueError("no sample has a label; zero-shot classification needs an integer label per image")
     metrics = {"top1": hits[0] / total, "num_examples": total}
-    if len(names) > 5:
+    if len(names) > DEEP:
         metrics["top5"] = hits.sum() / total
     return {name: float(value) for name, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""What predicts captions: CoCa's decoder, and the paper's two baselines of the figure on efficiency.
+"""Heads that predict captions: CoCa's decoder, and the paper's two baselines of the figure on efficiency.
 
 Both give the negative log-likelihood of every caption of a batch, so that a loss can average over all devices.
 Axes: b batch, l tokens, k image tokens, w width, v vocabulary, e embed.
@@ -13,7 +13,24 @@ from clipjax.config import DecoderConfig, ModelConfig, TextTransformerConfig
 from clipjax.models.layers import LayerNorm, Linear, Numerics
 from clipjax.models.text import end_of_text
 from clipjax.models.transformer import Block, CrossAttention, Mlp, stack_blocks, text_block_init
-from clipjax.runtime.sharding import constrain
+from clipjax.runtime.sharding import Rules, constrain
+
+RULES: Rules = (
+    (r"layers/text/attn/qkv/kernel", ("layers", "width", None, "heads", None)),
+    (r"layers/text/attn/qkv/bias", ("layers", None, "heads", None)),
+    (r"layers/text/attn/out/kernel", ("layers", "heads", None, "width")),
+    (r"layers/cross_attn/[qkv]/kernel", ("layers", "width", "heads", None)),
+    (r"layers/cross_attn/[qkv]/bias", ("layers", "heads", None)),
+    (r"layers/cross_attn/out/kernel", ("layers", "heads", None, "width")),
+    (r"layers/(text/)?mlp/fc_in/kernel", ("layers", "width", "mlp")),
+    (r"layers/(text/)?mlp/fc_in/bias", ("layers", "mlp")),
+    (r"layers/(text/)?mlp/fc_out/kernel", ("layers", "mlp", "width")),
+    (r"layers/(text/)?(attn/out|cross_attn/out|mlp/fc_out|ln_\w+)/(bias|scale)", ("layers", None)),
+    (r"caption/ln_final/(bias|scale)", (None,)),
+    (r"caption/proj/kernel", ("width", "vocab")),
+    (r"caption/proj/bias", ("vocab",)),
+)
+"""Dimensions of the parameters of both caption heads."""
 
 
 class DecoderLayer(nn.Module):
@@ -26,7 +43,7 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l w"], image: Float[Array, "b k i"]) -> tuple[Float[Array, "b l w"], None]:
         tower, width, numerics = self.tower, self.width, self.numerics
-        init, mlp_dim = text_block_init(width, tower.depth), tower.mlp_dim or 4 * width
+        init, mlp_dim = text_block_init(width, tower.depth), tower.hidden_dim(width)
         x, _ = Block(tower.num_heads, mlp_dim, True, tower.activation, numerics, init, name="text")(x, None)
         seen = LayerNorm(numerics, name="ln_image")(image)
         cross = CrossAttention(tower.num_heads, width, width, numerics, init, name="cross_attn")

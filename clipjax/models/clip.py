@@ -13,21 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from clipjax.config import (
-    BagOfWordsConfig,
-    CbowConfig,
-    DataConfig,
-    DecoderConfig,
-    ModelConfig,
-    ResNetConfig,
-    TextTransformerConfig,
-    ViTConfig,
-)
-from clipjax.models.captions import BagOfWords, Decoder, caption_likelihood, words_likelihood
-from clipjax.models.layers import Numerics
-from clipjax.models.resnet import ModifiedResNet
-from clipjax.models.text import Cbow, TextTransformer
-from clipjax.models.vit import VisionTransformer
+from clipjax.config import DataConfig, ModelConfig
+from clipjax.models.captions import Decoder, caption_likelihood, words_likelihood
+from clipjax.models.towers import build_caption_head, build_image_tower, build_text_tower
 from clipjax.pytrees import leaf_paths, map_with_path, match_any
 from clipjax.typing import Batch, Encoded, Key, Params
 
@@ -129,35 +117,6 @@ class _Towers:
         return jax.lax.map(of_text, (words[:, :longest], rows)).T
 
 
-def _towers(config: ModelConfig, frozen: Sequence[str]) -> _Towers:
-    activations: Any = jnp.dtype(config.compute_dtype.value)
-    operands = activations if config.matmul_dtype is None else jnp.dtype(config.matmul_dtype.value)
-
-    def numerics(tower: Any) -> Numerics:
-        return Numerics(activations, operands, getattr(tower, "layer_norm_epsilon", 1e-5), config.attention)
-
-    image: nn.Module
-    match config.image:
-        case ViTConfig():
-            image = VisionTransformer(config.image, config, numerics(config.image))
-        case ResNetConfig():
-            image = ModifiedResNet(config.image, config, numerics(config.image))
-    text: nn.Module
-    match config.text:
-        case TextTransformerConfig():
-            text = TextTransformer(config.text, config, numerics(config.text))
-        case CbowConfig():
-            text = Cbow(config.text, config, numerics(config.text))
-    caption: nn.Module | None = None
-    match config.caption:
-        case DecoderConfig():
-            assert isinstance(config.text, TextTransformerConfig)
-            caption = Decoder(config.caption, config.text, config, numerics(config.caption))
-        case BagOfWordsConfig():
-            caption = BagOfWords(config.text.vocab_size, numerics(config.caption))
-    return _Towers(image, text, caption, frozen)
-
-
 def build_clip(config: ModelConfig, *, frozen: Sequence[str] = ()) -> Clip:
     """The model that a config describes.
 
@@ -165,7 +124,7 @@ def build_clip(config: ModelConfig, *, frozen: Sequence[str] = ()) -> Clip:
         config: sizes and numerics.
         frozen: regular expressions of the parameters that training leaves alone (`optim.freeze`).
     """
-    towers = _towers(config, frozen)
+    towers = _Towers(build_image_tower(config), build_text_tower(config), build_caption_head(config), frozen)
     size, length = config.image.image_size, config.text.context_length
 
     def init(key: Key) -> Params:

@@ -7,6 +7,19 @@ from jaxtyping import Array, Float
 from clipjax.config import Activation
 from clipjax.models.layers import LayerNorm, Numerics, torch_uniform
 from clipjax.models.transformer import BlockInit, CrossAttention, Mlp
+from clipjax.runtime.sharding import Rules
+
+RULES: Rules = (
+    (r"pool/(probe|queries|pos_embed)", (None, "width")),
+    (r"pool/attn/[qkv]/kernel", ("width", "heads", None)),
+    (r"pool/attn/[qkv]/bias", ("heads", None)),
+    (r"pool/attn/out/kernel", ("heads", None, "width")),
+    (r"pool/mlp/fc_in/kernel", ("width", "mlp")),
+    (r"pool/mlp/fc_in/bias", ("mlp",)),
+    (r"pool/mlp/fc_out/kernel", ("mlp", "width")),
+    (r"pool/(attn/out|mlp/fc_out|ln|ln_q|ln_k)/(bias|scale)", (None,)),
+)
+"""Dimensions of the parameters of all poolings by attention."""
 
 
 class AttentionPool(nn.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from clipjax.config import ModelConfig, ResNetConfig, ViTConfig
+from clipjax.config import ModelConfig
 from clipjax.typing import Params
 
 
@@ -24,13 +24,6 @@ def sincos(side: int, width: int) -> Float[np.ndarray, "l w"]:
     frequencies = 1 / 10_000 ** (np.arange(width // 4) / (width // 4 - 1))
     x, y = columns.reshape(-1, 1) * frequencies, rows.reshape(-1, 1) * frequencies
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
-
-
-def image_places(tower: ViTConfig | ResNetConfig) -> tuple[int, int]:
-    """Places before the grid that have a position of their own, and the grid's side."""
-    if isinstance(tower, ResNetConfig):
-        return 1, tower.image_size // 32
-    return int(tower.class_token), tower.image_size // tower.patch_size
 
 
 def resize_grid(table: Float[Array, "l w"], prefix: int, side: int) -> Float[Array, "m w"]:
@@ -54,8 +47,8 @@ def resize_text(table: Float[Array, "l w"], length: int) -> Float[Array, "m w"]:
 def fit_positions(params: Params, old: ModelConfig, new: ModelConfig) -> Params:
     """Parameters for images of another size or texts of another length; all but positions stay as they are."""
     image, text = dict(params["image"]), dict(params["text"])
-    prefix, side = image_places(new.image)
-    if image_places(old.image) != (prefix, side):
+    prefix, side = new.image.grid()
+    if old.image.grid() != (prefix, side):
         if "pos_embed" in image:
             image["pos_embed"] = resize_grid(image["pos_embed"], prefix, side)
         elif "pos_embed" in image.get("pool", {}):

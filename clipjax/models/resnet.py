@@ -17,7 +17,15 @@ from clipjax.config import ModelConfig, ResNetConfig
 from clipjax.models.layers import Initializer, Numerics, align, torch_uniform
 from clipjax.models.pool import MeanQueryPool
 from clipjax.models.transformer import remat_block, stack_blocks
-from clipjax.runtime.sharding import constrain
+from clipjax.runtime.sharding import Rules, constrain
+
+RULES: Rules = (
+    (r"stage_\d/(conv_\d)/kernel", ("layers", None, None, None, "width")),
+    (r"stage_\d/bn_\w+/(scale|bias|mean|variance)", ("layers", None)),
+    (r"(conv_\d|downsample)/kernel", (None, None, None, "width")),
+    (r"bn_\w+/(scale|bias|mean|variance)", (None,)),
+)
+"""Dimensions of the tower's parameters and running statistics; those of its pooling lie beside that."""
 
 MOMENTUM = 0.1
 """Share of the newest batch in the running statistics, as in PyTorch."""

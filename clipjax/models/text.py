@@ -10,7 +10,17 @@ from clipjax.config import CbowConfig, ModelConfig, Projection, TextPool, TextTr
 from clipjax.models.layers import LayerNorm, Numerics, align, tower_projection
 from clipjax.models.pool import AttentionPool
 from clipjax.models.transformer import Transformer, text_block_init
-from clipjax.runtime.sharding import constrain
+from clipjax.runtime.sharding import Rules, constrain
+
+RULES: Rules = (
+    (r"text/token_embed", ("vocab", "width")),
+    (r"text/class_embed", (None,)),
+    (r"text/pos_embed", (None, "width")),
+    (r"text/ln_final/(bias|scale)", (None,)),
+    (r"text/proj/kernel", ("width", "embed")),
+    (r"text/proj/bias", (None,)),
+)
+"""Dimensions of both towers' own parameters; those of blocks and pooling lie beside these."""
 
 
 def end_of_text(tokens: Int[Array, "b l"]) -> Int[Array, " b"]:
@@ -61,8 +71,8 @@ class TextTransformer(nn.Module):
             case TextPool.LAST | TextPool.CLASS:
                 return norm(x[:, -1])
             case TextPool.ATTENTION:
-                mlp_dim = tower.mlp_dim or 4 * tower.width
-                return AttentionPool(tower.num_heads, mlp_dim, tower.activation, self.numerics, name="pool")(norm(x))
+                pool = AttentionPool(tower.num_heads, tower.hidden_dim, tower.activation, self.numerics, name="pool")
+                return pool(norm(x))
 
 
 class Cbow(nn.Module):

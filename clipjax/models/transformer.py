@@ -18,7 +18,18 @@ from jaxtyping import Array, Bool, Float
 from clipjax.config import Activation, AttentionMethod, ModelConfig, Remat, TextTransformerConfig, ViTConfig
 from clipjax.models.fused_attention import fused_attention, is_supported
 from clipjax.models.layers import HIDDEN, MATMUL, Initializer, LayerNorm, Linear, Numerics, activation, torch_uniform
-from clipjax.runtime.sharding import backend, constrain, num_shards, platform
+from clipjax.runtime.sharding import Rules, backend, constrain, num_shards, platform
+
+RULES: Rules = (
+    (r"blocks/attn/qkv/kernel", ("layers", "width", None, "heads", None)),
+    (r"blocks/attn/qkv/bias", ("layers", None, "heads", None)),
+    (r"blocks/attn/out/kernel", ("layers", "heads", None, "width")),
+    (r"blocks/mlp/fc_in/kernel", ("layers", "width", "mlp")),
+    (r"blocks/mlp/fc_in/bias", ("layers", "mlp")),
+    (r"blocks/mlp/fc_out/kernel", ("layers", "mlp", "width")),
+    (r"blocks/(attn/out|mlp/fc_out|ln_\w+)/(bias|scale)", ("layers", None)),
+)
+"""Dimensions of the parameters of a stack of blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +265,6 @@ class Transformer(nn.Module):
     def __call__(self, x: Float[Array, "b l w"], seen: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
         tower = self.tower
         stack = stack_blocks(Block, tower.depth, self.model)
-        mlp_dim = tower.mlp_dim or 4 * tower.width
-        blocks = stack(tower.num_heads, mlp_dim, self.causal, tower.activation, self.numerics, self.init, name="blocks")
+        sizes = (tower.num_heads, tower.hidden_dim)
+        blocks = stack(*sizes, self.causal, tower.activation, self.numerics, self.init, name="blocks")
         return blocks(x, seen)[0]

@@ -14,11 +14,22 @@ from clipjax.models.layers import LayerNorm, Linear, Numerics, align, torch_unif
 from clipjax.models.pool import AttentionPool, QueryPool
 from clipjax.models.positions import sincos
 from clipjax.models.transformer import Transformer, image_block_init
-from clipjax.runtime.sharding import constrain
+from clipjax.runtime.sharding import Rules, constrain
+
+RULES: Rules = (
+    (r"image/patch_embed/kernel", (None, None, None, "width")),
+    (r"image/patch_embed/bias", (None,)),
+    (r"image/class_embed", (None,)),
+    (r"image/(registers|pos_embed)", (None, "width")),
+    (r"image/ln_(pre|post)/(bias|scale)", (None,)),
+    (r"image/proj/kernel", ("width", "embed")),
+    (r"image/proj/bias", (None,)),
+)
+"""Dimensions of the tower's own parameters; those of its blocks and pooling lie beside these."""
 
 
 def patchify(pixels: Float[Array, "b h w c"], size: int) -> Float[Array, "b l size size c"]:
-    """Cut an image into square patches, row by row; what fills no patch is left out."""
+    """Cut an image into square patches, row by row; pixels that do not fill a patch are dropped."""
     b, h, w, c = pixels.shape
     pixels = pixels[:, : h // size * size, : w // size * size]
     grid = pixels.reshape(b, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
@@ -54,7 +65,7 @@ class VisionTransformer(nn.Module):
         if tower.ln_pre:
             x = LayerNorm(self.numerics, name="ln_pre")(x)
         x = constrain(x.astype(self.numerics.activations), "batch", None, None)
-        init = image_block_init(width, tower.mlp_dim or 4 * width)
+        init = image_block_init(width, tower.hidden_dim)
         x = Transformer(tower, False, self.model, self.numerics, init, name="transformer")(x)
         pooled, tokens = self._pool(x)
         return tower_projection(pooled, tower.projection, width, self.model.embed_dim, self.numerics), tokens
@@ -98,8 +109,8 @@ class VisionTransformer(nn.Module):
                 x = norm(x)[:, prefix:]
                 return x.astype(jnp.float32).mean(1).astype(x.dtype), x
             case ImagePool.ATTENTION:
-                x, mlp_dim = norm(x), tower.mlp_dim or 4 * tower.width
-                pool = AttentionPool(tower.num_heads, mlp_dim, tower.activation, self.numerics, name="pool")
+                x = norm(x)
+                pool = AttentionPool(tower.num_heads, tower.hidden_dim, tower.activation, self.numerics, name="pool")
                 return pool(x), x[:, prefix:]
             case ImagePool.QUERIES:
                 pool = QueryPool(tower.num_queries, tower.query_heads, self.model.embed_dim, self.numerics, name="pool")

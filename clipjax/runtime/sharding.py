@@ -1,7 +1,7 @@
-"""The mesh, and which axis of it each dimension of each array lies on.
+"""The mesh, and the axis of it on which each dimension of each array lies.
 
-Three tables decide everything: `PARAMETER_RULES` names the dimensions of every parameter by its path,
-`MESH_AXES` says on which mesh axis a named dimension is split, and `BATCH_AXES` are the axes that split the batch.
+Three tables decide everything: rules, which are handed in, name the dimensions of every array by its path; `MESH_AXES`
+says on which mesh axis a named dimension is split, and `BATCH_AXES` are the axes that split the batch.
 Models are written as single-device code; they only call `constrain` on activations.
 """
 
@@ -31,44 +31,9 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
 }
 """Mesh axis of a named dimension; one that is not listed is never split."""
 
-PARAMETER_RULES: Sequence[tuple[str, tuple[str | None, ...]]] = (
-    (r"(blocks|layers/text)/attn/qkv/kernel", ("layers", "width", None, "heads", None)),
-    (r"(blocks|layers/text)/attn/qkv/bias", ("layers", None, "heads", None)),
-    (r"(blocks|layers/text)/attn/out/kernel", ("layers", "heads", None, "width")),
-    (r"(blocks|layers|layers/text)/mlp/fc_in/kernel", ("layers", "width", "mlp")),
-    (r"(blocks|layers|layers/text)/mlp/fc_in/bias", ("layers", "mlp")),
-    (r"(blocks|layers|layers/text)/mlp/fc_out/kernel", ("layers", "mlp", "width")),
-    (r"(blocks|layers|layers/text)/(attn/out|cross_attn/out|mlp/fc_out|ln_\w+)/(bias|scale)", ("layers", None)),
-    (r"layers/cross_attn/[qkv]/kernel", ("layers", "width", "heads", None)),
-    (r"layers/cross_attn/[qkv]/bias", ("layers", "heads", None)),
-    (r"layers/cross_attn/out/kernel", ("layers", "heads", None, "width")),
-    (r"caption/proj/kernel", ("width", "vocab")),
-    (r"caption/proj/bias", ("vocab",)),
-    (r"image/patch_embed/kernel", (None, None, None, "width")),
-    (r"image/patch_embed/bias", (None,)),
-    (r"(image|text)/class_embed", (None,)),
-    (r"image/registers|pool/probe|pool/queries", (None, "width")),
-    (r"(image|text|pool)/pos_embed", (None, "width")),
-    (r"(image|text)/proj/kernel", ("width", "embed")),
-    (r"(image|text)/proj/bias", (None,)),
-    (r"text/token_embed", ("vocab", "width")),
-    (r"(image|text|caption)/ln_(pre|post|final)/(bias|scale)", (None,)),
-    (r"pool/attn/[qkv]/kernel", ("width", "heads", None)),
-    (r"pool/attn/[qkv]/bias", ("heads", None)),
-    (r"pool/attn/out/kernel", ("heads", None, "width")),
-    (r"pool/mlp/fc_in/kernel", ("width", "mlp")),
-    (r"pool/mlp/fc_in/bias", ("mlp",)),
-    (r"pool/mlp/fc_out/kernel", ("mlp", "width")),
-    (r"pool/(attn/out|mlp/fc_out|ln|ln_q|ln_k)/(bias|scale)", (None,)),
-    (r"stage_\d/(conv_\d)/kernel", ("layers", None, None, None, "width")),
-    (r"stage_\d/bn_\w+/(scale|bias|mean|variance)", ("layers", None)),
-    (r"(conv_\d|downsample)/kernel", (None, None, None, "width")),
-    (r"bn_\w+/(scale|bias|mean|variance)", (None,)),
-    (r"log_logit_scale|logit_bias", ()),
-    (r"samples_skipped", (None,)),
-    (r"memory", ("batch", None)),
-)
-"""First match wins; the path of an optimizer moment ends in its parameter's path, so it follows the parameter."""
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+"""Names of the dimensions of an array by a regular expression of its path. The first match wins. The path of an
+optimizer moment ends in its parameter's path, so it follows the parameter."""
 
 
 def slice_of(device: Any) -> int:
@@ -138,10 +103,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
-    """Sharding of every leaf of a training state (or of bare parameters), from `PARAMETER_RULES`.
+def state_shardings(mesh: Mesh, abstract_state: Any, rules: Rules) -> Any:
+    """Return the sharding of every leaf of a training state, or of bare parameters.
 
     Scalars and PRNG keys are replicated. Any other leaf must match a rule with as many dimensions as it has.
+
+    Args:
+        mesh: the devices.
+        abstract_state: shapes.
+        rules: `models.towers.PARAMETER_RULES` for parameters, `training.step.STATE_RULES` for a training state.
 
     Raises:
         ValueError: leaves that no rule covers, all of them listed.
@@ -151,7 +121,7 @@ def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
     def leaf_sharding(name: str, leaf: Any) -> NamedSharding:
         if leaf.ndim == 0:
             return replicated(mesh)
-        dims = first_match(PARAMETER_RULES, name)
+        dims = first_match(rules, name)
         if dims is None or len(dims) != leaf.ndim:
             unmatched.append(f"{name} {tuple(leaf.shape)}")
             return replicated(mesh)
@@ -159,7 +129,7 @@ def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
 
     shardings = map_with_path(leaf_sharding, abstract_state)
     if unmatched:
-        raise ValueError("no rule in sharding.PARAMETER_RULES covers: " + ", ".join(unmatched))
+        raise ValueError("no sharding rule covers: " + ", ".join(unmatched))
     return shardings
 
 

@@ -10,6 +10,7 @@ import optax
 from clipjax.checkpoints.saved import newest_checkpoint
 from clipjax.config import Config
 from clipjax.config.validation import validate, validate_devices
+from clipjax.evals.runner import check_metric
 from clipjax.models.clip import abstract_params
 from clipjax.monitoring import run_record
 from clipjax.runtime import compilation, consistency, files, process_log, sharding
@@ -62,6 +63,8 @@ def _open_here(config: Config, workdir: Path) -> tuple[Checked, Fingerprint]:
     compilation.enable(config.compile_cache)
     saved = newest_checkpoint(workdir)
     inputs = open_inputs(config, saved)
+    if config.checkpoint.best_metric is not None:
+        check_metric(config.checkpoint.best_metric, inputs.tasks)
     if saved is not None:
         check_same_run(saved, config, inputs)
     tx = optimizer.make_tx(config, abstract_params(config.model))

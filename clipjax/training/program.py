@@ -16,10 +16,11 @@ from clipjax.config import Config, LossKind, SamePair
 from clipjax.losses import build_loss
 from clipjax.losses.moving_averages import make_moving_averages_access
 from clipjax.models.clip import Clip, abstract_params, build_clip, make_encode, make_frozen_encode
+from clipjax.models.towers import PARAMETER_RULES
 from clipjax.runtime import sharding
 from clipjax.runtime.compilation import compiler_options
 from clipjax.training import gradients, optimizer
-from clipjax.training.step import Forward, TrainState, TrainStep, make_init_state, make_train_step
+from clipjax.training.step import STATE_RULES, Forward, TrainState, TrainStep, make_init_state, make_train_step
 from clipjax.typing import Key, Params
 
 BATCH = ("image", "tokens", "reason")
@@ -59,14 +60,14 @@ class Program:
         """Shapes, dtypes and places of the state."""
         key: Key = jax.eval_shape(lambda: jax.random.key(0))  # type: ignore[assignment]
         state = jax.eval_shape(self.init_state, key)
-        return sharding.with_shardings(state, sharding.state_shardings(self.mesh, state))
+        return sharding.with_shardings(state, sharding.state_shardings(self.mesh, state, STATE_RULES))
 
     def abstract_teacher(self) -> Params | None:
         """Shapes, dtypes and places of the teacher's parameters."""
         if self.teacher is None:
             return None
         params = abstract_params(self.teacher.model)
-        return sharding.with_shardings(params, sharding.state_shardings(self.mesh, params))
+        return sharding.with_shardings(params, sharding.state_shardings(self.mesh, params, PARAMETER_RULES))
 
     def abstract_batch(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and places of a batch."""

@@ -15,7 +15,7 @@ from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, map_with_path
 from clipjax.runtime import sharding
 from clipjax.training.inputs import Inputs, comes_from_init
-from clipjax.training.step import TrainState, from_items, to_items
+from clipjax.training.step import STATE_RULES, TrainState, from_items, to_items
 
 RESUMABLE = (
     "mesh.",
@@ -105,7 +105,7 @@ def start_state(
         return init_state(jax.random.key(config.seed))
 
     abstract = jax.eval_shape(init)
-    shardings = sharding.state_shardings(mesh, abstract)
+    shardings = sharding.state_shardings(mesh, abstract, STATE_RULES)
     placed = sharding.with_shardings(abstract, shardings)
     latest = checkpoints.latest_step()
     if latest is not None:

@@ -23,7 +23,6 @@ from clipjax.data.training_stream import BadSampleLimit, TrainStream, pair_group
 from clipjax.evals.encoder import Encoder, make_encoder_factory
 from clipjax.evals.runner import Results, run_tasks, write_results
 from clipjax.losses import describe_loss
-from clipjax.models.flops import model_flops
 from clipjax.monitoring.run_logger import RunLogger, results_table
 from clipjax.monitoring.stragglers import rank_times
 from clipjax.runtime import processes, sharding
@@ -155,7 +154,7 @@ def build(checked: Checked) -> Iterator[Run]:
             config,
             workdir,
             start_step=start.step,
-            flops_per_pair=model_flops(config.model),
+            flops_per_pair=config.model.flops(),
             skip_reasons=REASONS,
             times=rank_times(),
         )

@@ -18,11 +18,16 @@ from clipjax.config import Config, LossKind, steps_of
 from clipjax.data.sample import REASONS
 from clipjax.losses import MovingAverages, Teacher
 from clipjax.losses.moving_averages import MovingAveragesAccess, init_moving_averages
+from clipjax.models.towers import PARAMETER_RULES
 from clipjax.pytrees import global_norm
+from clipjax.runtime.sharding import Rules
 from clipjax.typing import Batch, Key, Metrics, Params
 
 TrainStep = Callable[["TrainState", Batch, Params | None], tuple["TrainState", Metrics]]
 Forward = Callable[[Params, Batch, Key], tuple[Any, ...]]
+
+STATE_RULES: Rules = (*PARAMETER_RULES, (r"samples_skipped", (None,)), (r"memory", ("batch", None)))
+"""Dimensions of every array of a training state."""
 
 
 @functools.partial(

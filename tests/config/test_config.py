@@ -8,8 +8,23 @@ import sys
 
 import pytest
 
-from clipjax.config import Config, GroupRole, LossKind, MeshConfig, TaskConfig, resolve_mesh, steps_of, total_steps
-from clipjax.config.serialization import field_value, from_dict, to_dict
+from clipjax.config import (
+    BagOfWordsConfig,
+    CbowConfig,
+    Config,
+    DecoderConfig,
+    GroupRole,
+    ImagePool,
+    LossKind,
+    MeshConfig,
+    ResNetConfig,
+    TaskConfig,
+    resolve_mesh,
+    steps_of,
+    total_steps,
+)
+from clipjax.config.ranges import RANGES
+from clipjax.config.serialization import field_value, from_dict, take_apart, to_dict
 from clipjax.config.validation import validate, validate_devices
 
 pytestmark = pytest.mark.newest
@@ -86,10 +101,17 @@ def test_from_dict_refuses_what_it_does_not_know(values, message):
         ("mesh.slice", -1, "mesh.slice=-1 must be at least 1, or None for those of the hardware"),
         ("loss.distill_from", "", "loss.distill_from='' must name a clipjax checkpoint"),
         ("optim.freeze", ("(",), "is no regular expression"),
-        ("checkpoint.best_metric", "val:top1", "must be TASK:METRIC, one of none: no tasks"),
+        ("checkpoint.best_metric", "val:top1", "'val:top1' would only see the last step; set eval.every_examples"),
         ("eval.tasks", {"a": TaskConfig(source="x")}, "zero_shot needs classes and templates"),
         ("eval.tasks", {"a": TaskConfig(classes="scenes", templates="plain")}, "eval.tasks.a.source='' must name"),
         ("data.std", (0.0, 1.0, 1.0), "a standard deviation must be greater than 0"),
+        ("data.mean", (0.5, math.nan, 0.5), "data.mean[1]=nan must be a finite number"),
+        ("model.init_logit_bias", math.inf, "model.init_logit_bias=inf must be a finite number"),
+        ("model.caption", DecoderConfig(mlp_dim=-4), "model.caption.mlp_dim=-4 must be greater than 0"),
+        ("model.caption", DecoderConfig(depth=0), "model.caption.depth=0 must be at least 1"),
+        ("model.text", CbowConfig(context_length=1), "model.text.context_length=1 must hold start, a token and end"),
+        ("eval.tasks", {"a": TaskConfig(source="x", max_examples=0)}, "eval.tasks.a.max_examples=0 must be greater"),
+        ("seed", 2**63, "seed=9223372036854775808 must be less than 2**63"),
     ],
 )
 def test_validate_names_field_value_and_rule(path, value, message):
@@ -148,6 +170,81 @@ def test_time_is_told_in_examples():
     assert steps_of(1, config) == 1
     assert steps_of(160, config) == 2
     assert steps_of(170, config) == 3
+
+
+def number_fields(kind: type, path: str = "") -> dict[str, dataclasses.Field]:
+    """All fields of a config that hold numbers, by path, those of every tower and task among them."""
+    found = {}
+    for item in dataclasses.fields(kind):
+        annotation = take_apart(take_apart(kind).fields[item.name])
+        inside = f"{path}{item.name}"
+        for group in (*annotation.classes, *(take_apart(annotation.values).classes if annotation.values else ())):
+            found |= number_fields(group, f"{inside}({group.__name__}).")
+        if {annotation.of, *(annotation.items or ())} & {int, float}:
+            found[inside] = item
+    return found
+
+
+RULED_TOGETHER = ("microbatch_size", "num_queries", "query_heads", "layers")
+"""Numbers whose rule needs another field: `validate` has a sentence for both."""
+
+
+def test_every_number_has_a_range_beside_it():
+    fields = number_fields(Config)
+    assert {"model(ModelConfig).text(CbowConfig).width", "eval(EvalConfig).tasks(TaskConfig).max_examples"} <= set(
+        fields
+    )
+    unbounded = [path for path, item in fields.items() if RANGES not in item.metadata]
+    assert [path for path in unbounded if path.rpartition(".")[2] not in RULED_TOGETHER] == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -(10**9)])
+def test_no_number_takes_nonsense(value):
+    """Whatever the field: not a number, an infinity, a large negative number; but a mean and a bias may be negative."""
+    config = valid()
+    config.model.caption, config.loss.caption_weight = DecoderConfig(), 1.0
+    config.eval.tasks["a"] = TaskConfig(source="x", classes="scenes", templates="plain")
+    for path, item in number_fields(Config).items():
+        place = re.sub(r"\((\w+)\)", "", path).replace("eval.tasks", "eval.tasks['a']")
+        old = field_value(config, place)
+        whole = item.type in (int, "int", int | None)
+        if "ResNet" in path or "Cbow" in path or "layers" in path or (whole and not isinstance(value, int)):
+            continue
+        if value == -(10**9) and place in ("data.mean", "model.init_logit_bias"):
+            continue
+        set_field(config, place, (value,) * 3 if isinstance(old, tuple) else value if old is None else type(old)(value))
+        with pytest.raises(ValueError, match=item.name):
+            validate(config)
+        set_field(config, place, old)
+    validate(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m, "caption", DecoderConfig(mlp_dim=30)), "model.caption.mlp_dim=30 must be divisible by 4"),
+        (lambda m: setattr(m.image, "mlp_dim", 30), "model.image.mlp_dim=30 must be divisible by 4"),
+        (lambda m: setattr(m.image, "query_heads", 2), "model.image.query_heads=2 must be divisible by 4"),
+        (
+            lambda m: setattr(m, "image", ResNetConfig(width=4, num_heads=4)),
+            "model.image.width=4 must be divisible by 8 (2 * mesh.fsdp=4, as the first layer has half as many",
+        ),
+        (lambda m: (setattr(m, "caption", BagOfWordsConfig()), setattr(m, "embed_dim", 514)), "model.embed_dim=514"),
+    ],
+)
+def test_sizes_that_the_mesh_splits_must_be_divisible(change, message):
+    config = valid()
+    config.mesh.fsdp, config.mesh.tensor = 4, 4
+    config.model.image.pool = ImagePool.QUERIES
+    change(config.model)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        validate_devices(config, num_devices=16, num_processes=1)
+
+
+@pytest.mark.parametrize("values", [{"loss": {"kind": ["softmax"]}}, {"model": {"image": {"kind": ["vit"]}}}])
+def test_json_of_a_strange_shape_is_refused(values):
+    with pytest.raises(ValueError, match="must be one of"):
+        from_dict(values)
 
 
 def test_import_is_light():

@@ -13,7 +13,7 @@ from clipjax.models.clip import abstract_params, build_clip
 from clipjax.runtime import sharding
 from clipjax.sweeps import Sweep
 from clipjax.training import optimizer
-from clipjax.training.step import make_init_state
+from clipjax.training.step import STATE_RULES, make_init_state
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 CLIP_SIZES = ("vit_b32", "vit_b16", "vit_l14", "vit_l14_336", "vit_h14", "so400m", "tiny,batch=32768")
@@ -44,7 +44,7 @@ def test_config_is_valid_and_its_state_has_a_place(name):
     init = make_init_state(config, build_clip(config.model).init, tx, num_samples=1)
     state = jax.eval_shape(lambda: init(jax.random.key(0)))
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    placed = sharding.with_shardings(state, sharding.state_shardings(mesh, state))
+    placed = sharding.with_shardings(state, sharding.state_shardings(mesh, state, STATE_RULES))
     for leaf in jax.tree.leaves(placed):
         leaf.sharding.shard_shape(leaf.shape)  # raises where an axis does not divide a dimension
     largest = max(jax.tree.leaves(placed.params), key=lambda leaf: leaf.size)

@@ -12,6 +12,7 @@ from clipjax.config.model_validation import model_errors
 from clipjax.config.validation import validate_devices
 from clipjax.models.clip import build_clip
 from clipjax.models.fused_attention import fused_attention, is_supported, main_columns
+from clipjax.models.towers import PARAMETER_RULES
 from clipjax.runtime import sharding
 
 
@@ -74,7 +75,7 @@ def lower(method: AttentionMethod, mesh_config: MeshConfig):
     clip = build_clip(dataclasses.replace(MODEL, attention=method))
     mesh, params = sharding.make_mesh(mesh_config), clip.init(jax.random.key(0))
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, sharding.state_shardings(mesh, params))
+        params = jax.device_put(params, sharding.state_shardings(mesh, params, PARAMETER_RULES))
         places = sharding.batch_sharding(mesh)
         pixels = jax.device_put(jax.random.normal(jax.random.key(1), (8, 16, 16, 3)), places)
         tokens = jax.device_put(jax.random.randint(jax.random.key(2), (8, 8), 1, 259), places)

@@ -26,6 +26,7 @@ from clipjax.config.validation import validate
 from clipjax.losses import build_loss
 from clipjax.models.captions import bag_of, caption_likelihood, words_likelihood
 from clipjax.models.clip import abstract_params, build_clip, make_encode
+from clipjax.models.towers import PARAMETER_RULES
 from clipjax.pytrees import to_flat
 from clipjax.runtime.sharding import batch_sharding, make_mesh, state_shardings
 from clipjax.training import gradients, optimizer
@@ -112,7 +113,7 @@ def test_the_loss_on_a_mesh_and_in_microbatches_is_the_loss_of_one_device(name: 
         grads_fn = gradients.make_cached(size, 4) if size else gradients.direct
         with jax.set_mesh(mesh):
             rows = {name: jax.device_put(data[name], batch_sharding(mesh)) for name in ("image", "tokens")}
-            placed = jax.device_put(params, state_shardings(mesh, abstract_params(config.model)))
+            placed = jax.device_put(params, state_shardings(mesh, abstract_params(config.model), PARAMETER_RULES))
             return jax.jit(lambda p, b: grads_fn(encode, loss, p, b, key))(placed, {**data, **rows})
 
     expected, metrics = run(make_mesh(MeshConfig(), jax.devices()[:1]), None)
@@ -167,7 +168,7 @@ def test_likelihood_of_every_text_for_every_image(name: str):
     ("change", "message"),
     [
         (lambda c: setattr(c.loss, "caption_weight", 0.0), "model.caption needs a weight"),
-        (lambda c: setattr(c.model, "caption", None), "needs model.caption, a DecoderConfig or WordsConfig"),
+        (lambda c: setattr(c.model, "caption", None), "needs model.caption, a DecoderConfig or BagOfWordsConfig"),
         (lambda c: setattr(c.model.text, "causal", False), "a decoder reads a text transformer with"),
         (lambda c: setattr(c.model.caption, "num_heads", 5), "model.caption.num_heads=5 must divide"),
         (lambda c: setattr(c.loss, "contrastive_weight", -1.0), "loss.contrastive_weight=-1.0 must be at least 0"),

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.cli.presets import count_params
 from clipjax.config import (
     CbowConfig,
     Config,
@@ -28,7 +27,6 @@ from clipjax.config import (
 )
 from clipjax.config.validation import validate
 from clipjax.models.clip import abstract_model, abstract_params, build_clip
-from clipjax.models.flops import model_flops, tower_flops
 from clipjax.models.positions import fit_positions, resize_grid, resize_text, sincos
 from clipjax.models.vit import drop_patches, kept_patches
 from clipjax.pytrees import to_flat
@@ -311,12 +309,14 @@ def test_presets_have_the_published_counts(
     name: str, million_params: float, of_image: float, of_text: float, of_pair: float
 ):
     model = presets.model(name)
-    assert count_params(name) / 1e6 == pytest.approx(million_params, abs=0.006)
+    assert model.num_params() / 1e6 == pytest.approx(million_params, abs=0.006)
     # Half of the last digit printed there, or a thousandth: the wanted agreement is half a percent.
-    assert [flops / 1e9 for flops in tower_flops(model)] == pytest.approx([of_image, of_text], rel=1e-3, abs=0.006)
-    assert model_flops(model) / 1e9 == pytest.approx(of_pair, rel=1e-3, abs=0.006)
+    assert [tower.flops(model.embed_dim) / 1e9 for tower in (model.image, model.text)] == pytest.approx(
+        [of_image, of_text], rel=1e-3, abs=0.006
+    )
+    assert model.flops() / 1e9 == pytest.approx(of_pair, rel=1e-3, abs=0.006)
 
 
 def test_preset_counts_are_frozen():
-    counts = {name: count_params(name) for name in ("RN50x64", "ViT-e/14", "SigLIP2-g-opt/16@256px")}
+    counts = {name: presets.model(name).num_params() for name in ("RN50x64", "ViT-e/14", "SigLIP2-g-opt/16@256px")}
     assert counts == {"RN50x64": 623258305, "ViT-e/14": 4581086465, "SigLIP2-g-opt/16@256px": 1871393906}

@@ -8,7 +8,6 @@ import pytest
 
 from clipjax.config import Config, LogConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.data.sample import REASONS
-from clipjax.models.flops import model_flops
 from clipjax.monitoring.run_logger import RunLogger, results_table
 
 RESULTS = {"val": {"top1": 0.125, "num_examples": 64}, "pairs": {"image_to_text_r1": 0.5}}
@@ -36,7 +35,7 @@ def step_metrics(loss, **skipped: int) -> dict:
 
 
 def make_logger(workdir, config: Config, *, start_step: int, enabled: bool) -> RunLogger:
-    flops = model_flops(config.model)
+    flops = config.model.flops()
     return RunLogger(
         config, workdir, start_step=start_step, flops_per_pair=flops, skip_reasons=REASONS, enabled=enabled
     )
@@ -115,7 +114,7 @@ def test_mfu_needs_a_peak(tmp_path):
             assert "mfu" not in line
         else:
             # Three forward passes per pair, over 8 devices of 2 TFLOP/s.
-            expected = 3 * model_flops(make_config().model) * line["examples_per_second"] / (8 * 2e12)
+            expected = 3 * make_config().model.flops() * line["examples_per_second"] / (8 * 2e12)
             assert line["mfu"] == pytest.approx(expected)
 
 

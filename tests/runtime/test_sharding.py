@@ -8,11 +8,12 @@ from jax.sharding import PartitionSpec
 from clipjax.config import Config, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.config.validation import validate_devices
 from clipjax.models.clip import abstract_params, build_clip
+from clipjax.models.towers import PARAMETER_RULES
 from clipjax.pytrees import leaf_paths, map_with_path
 from clipjax.runtime import sharding
 from clipjax.runtime.sharding import make_mesh
 from clipjax.training import optimizer
-from clipjax.training.step import make_init_state
+from clipjax.training.step import STATE_RULES, make_init_state
 
 SMALL = ModelConfig(
     embed_dim=32,
@@ -35,7 +36,9 @@ def test_rules_cover_the_state_and_moments_follow_their_parameters():
     _, state = abstract_state(config)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     specs = {}
-    map_with_path(lambda name, leaf: specs.setdefault(name, leaf.spec), sharding.state_shardings(mesh, state))
+    map_with_path(
+        lambda name, leaf: specs.setdefault(name, leaf.spec), sharding.state_shardings(mesh, state, STATE_RULES)
+    )
     path = "image/transformer/blocks/mlp/fc_in/kernel"
     matching = [name for name in specs if name.endswith(path)]
     assert len(matching) == 4  # params, ema, first and second moment
@@ -47,7 +50,7 @@ def test_a_parameter_without_a_rule_is_refused_by_name():
     mesh = sharding.make_mesh(MeshConfig())
     tree = {"image": {"novel": jnp.zeros((2, 2)), "other": jnp.zeros(3)}}
     with pytest.raises(ValueError, match=r"image/novel \(2, 2\), image/other \(3,\)"):
-        sharding.state_shardings(mesh, tree)
+        sharding.state_shardings(mesh, tree, PARAMETER_RULES)
 
 
 def test_state_is_born_sharded_and_the_same_on_every_mesh():
@@ -55,7 +58,7 @@ def test_state_is_born_sharded_and_the_same_on_every_mesh():
     init, abstract = abstract_state(config)
     reference = jax.jit(lambda: init(jax.random.key(3)))()
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    shardings = sharding.state_shardings(mesh, abstract)
+    shardings = sharding.state_shardings(mesh, abstract, STATE_RULES)
     state = jax.jit(lambda: init(jax.random.key(3)), out_shardings=shardings)()
     kernel = state.params["text"]["transformer"]["blocks"]["attn"]["qkv"]["kernel"]
     assert kernel.shape == (2, 64, 3, 4, 16)

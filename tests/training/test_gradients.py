@@ -10,6 +10,7 @@ import pytest
 from clipjax.config import Config, Dtype, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.losses import make_loss
 from clipjax.models.clip import build_clip, make_encode
+from clipjax.models.towers import PARAMETER_RULES
 from clipjax.pytrees import leaf_paths
 from clipjax.runtime import sharding
 from clipjax.training import gradients
@@ -58,7 +59,7 @@ def test_cached_gradients_are_the_direct_ones(kind, method, sizes):
     loss = make_loss(kind=kind, method=method, mesh=mesh)
     cached = functools.partial(gradients.make_cached(PAIRS // 2, data * fsdp), encode, loss)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, sharding.state_shardings(mesh, params))
+        placed = jax.device_put(params, sharding.state_shardings(mesh, params, PARAMETER_RULES))
         found, found_metrics = jax.jit(cached)(placed, sharding.global_batch(mesh, batch()), key)
     assert metrics.keys() == found_metrics.keys()
     assert float(found_metrics["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)

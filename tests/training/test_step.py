@@ -14,6 +14,7 @@ from clipjax.config import Config, Dtype, MeshConfig, ModelConfig, TextTransform
 from clipjax.data.sample import REASONS
 from clipjax.losses import make_loss, softmax_loss
 from clipjax.models.clip import abstract_params, build_clip, make_encode
+from clipjax.models.towers import PARAMETER_RULES
 from clipjax.pytrees import leaf_paths, map_with_path
 from clipjax.runtime import sharding
 from clipjax.training import gradients, optimizer
@@ -69,7 +70,7 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(sizes):
     state, expected, expected_metrics = single_device()
     with jax.set_mesh(mesh):
         _, grads_fn, _ = build(small_config(), make_loss(mesh=mesh))
-        params = jax.device_put(state.params, sharding.state_shardings(mesh, state.params))
+        params = jax.device_put(state.params, sharding.state_shardings(mesh, state.params, PARAMETER_RULES))
         grads_here, metrics = jax.jit(grads_fn)(params, sharding.global_batch(mesh, batch()), jax.random.key(0))
     assert float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), rel=1e-6)
     # A bias of the keys has no gradient but rounding, so errors are measured against the largest norm in the tower.

@@ -3,7 +3,6 @@
 import pytest
 
 from clipjax.config import ModelConfig, TextTransformerConfig, ViTConfig
-from clipjax.models.flops import model_flops
 
 
 def vit(image_width: int, patch_size: int, *, image_size: int = 224) -> ModelConfig:
@@ -26,8 +25,8 @@ def vit(image_width: int, patch_size: int, *, image_size: int = 224) -> ModelCon
     ids=["B/32", "B/16", "L/14", "L/14@336"],
 )
 def test_flops_match_open_clips_table(config, published_gflops, exact):
-    assert model_flops(config) == pytest.approx(published_gflops * 1e9, rel=5e-3)
-    assert model_flops(config) == exact  # frozen: reported MFU must stay comparable
+    assert config.flops() == pytest.approx(published_gflops * 1e9, rel=5e-3)
+    assert config.flops() == exact  # frozen: reported MFU must stay comparable
 
 
 def test_flops_by_hand():
@@ -38,4 +37,4 @@ def test_flops_by_hand():
     )
     image = 4 * (2 * 48 * 6) + 2 * (5 * (2 * 4 * 36 + 2 * 2 * 6 * 7) + 2 * (2 * 25 * 6)) + 2 * 6 * 5
     text = 3 * (2 * 4 * 16 + 2 * 2 * 4 * 16) + 2 * (2 * 9 * 4) + 2 * 4 * 5
-    assert model_flops(config) == image + text
+    assert config.flops() == image + text
