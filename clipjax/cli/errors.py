@@ -15,6 +15,12 @@ from clipjax.runtime import process_log, processes
 
 USAGE_ERROR = 2
 
+DOES_NOT_FIT = 3
+"""Exit code of a plan whose run does not fit into the memory of its chips."""
+
+SIGNAL = 128
+"""Added to the number of the signal that ended a command, as shells do."""
+
 UNUSABLE_DATA = 3
 """Exit code of training that a person has to look at: started again, it would stop at the same place."""
 
@@ -34,6 +40,8 @@ def refusals(program: str) -> Iterator[None]:
     logging.set_verbosity(logging.ERROR)
     try:
         yield
+    except BrokenPipeError:  # of the standard output: nobody reads on
+        raise
     except (ValueError, OSError) as error:
         print_error(program, error)
         raise SystemExit(USAGE_ERROR) from error

@@ -22,17 +22,19 @@ def count_params(name: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The front door; returns the exit code."""
+    """Run the command; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    parser = arguments.Parser(PROGRAM, "List the known models.")
     if arguments.wants_help(argv):
-        print(arguments.options_help(PROGRAM, "List the known models.", {}))
+        arguments.show(parser.format_help())
         return 0
     with refusals(PROGRAM):
-        arguments.parse_options(PROGRAM, argv, options={})
-    return _print()
+        parser.read(argv)
+    arguments.show(_table())
+    return 0
 
 
-def _print() -> int:
+def _table() -> str:
     rows = []
     for name, preset in presets.MODELS.items():
         of_image, of_text = tower_flops(preset.config)
@@ -50,5 +52,4 @@ def _print() -> int:
             ]
         )
     header = ("model", "million params", "GFLOP/image", "GFLOP/text", "GFLOP/caption", "pixels", "context", "source")
-    print(format_table(rows, header))
-    return 0
+    return format_table(rows, header)

@@ -3,6 +3,7 @@
 Paths look like `optim.learning_rate` or `eval.tasks['scenes/val'].source`. A member that may be one of several classes
 (a tower) has the fields of all."""
 
+import ast
 import dataclasses
 import difflib
 import enum
@@ -91,10 +92,55 @@ def _member(choices: Sequence[Any], value: Any, path: str) -> Any:
     return known[kind]
 
 
+_PATH_PART = re.compile(
+    r"""(?:^|\.) (?P<name> [^.\[\]='"]+)  # a field
+    | \[ (?: (?P<quoted> '(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*") | (?P<bare> [^'"\]][^\]]*) ) \]  # a key
+    """,
+    re.VERBOSE,
+)
+
+
+def split_assignment(text: str) -> tuple[list[tuple[str, bool]], str]:
+    """Return the parts of the path that a text begins with, as `path_parts`, and the rest of the text.
+
+    A key may stand without quotes, which shells take away, and hold anything but `]` there.
+    """
+    parts, position = [], 0
+    while match := _PATH_PART.match(text, position):
+        key = match["bare"] if match["quoted"] is None else ast.literal_eval(match["quoted"])
+        parts.append((match["name"], False) if match["name"] else (key, True))
+        position = match.end()
+    return parts, text[position:]
+
+
 def path_parts(path: str) -> list[tuple[str, bool]]:
-    """Names of a path, and whether each is a key of a dict."""
-    found = re.findall(r"([^.\[\]]+)|\[['\"]([^'\"]+)['\"]\]", path)
-    return [(name or key, bool(key)) for name, key in found]
+    """Names of a path, and whether each is a key of a dict.
+
+    Raises:
+        ValueError: it is no path.
+    """
+    parts, rest = split_assignment(path)
+    if rest:
+        raise ValueError(f"{path!r} is no path of a field: {rest!r} is not understood")
+    return parts
+
+
+def canonical_path(config_type: Any, path: str) -> str:
+    """Return the one spelling of a path: keys of dicts in brackets and quotes, however they were written.
+
+    Raises:
+        ValueError: there is no such field.
+    """
+    field_type(config_type, path)
+    spelled, current = "", config_type
+    for name, _ in path_parts(path):
+        if typing.get_origin(current) is dict:
+            spelled += f"[{name!r}]"
+            current = typing.get_args(current)[1]
+        else:
+            spelled += f".{name}"
+            current = without_none(members(current)[name])
+    return spelled.removeprefix(".")
 
 
 def field_value(config: Any, path: str) -> Any:

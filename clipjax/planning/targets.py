@@ -192,6 +192,9 @@ def check_devices(config: Config, target: Target, teacher: Config | None) -> Non
 def _here() -> Target:
     import jax
 
+    from clipjax.runtime.processes import open_devices
+
+    open_devices()
     devices = jax.devices()
     chip = find_chip(devices[0].device_kind)
     if chip is None:
