@@ -23,7 +23,8 @@ class SavedCheckpoint:
     """One checkpoint opened for reading.
 
     Args:
-        path: a workdir (its newest step is taken), its `checkpoints` folder, or one step directory.
+        path: a workdir (its newest step is taken), its `checkpoints` folder, or one step directory, which may have been
+            copied under another name.
         step: another step in the same place.
 
     Raises:
@@ -31,12 +32,7 @@ class SavedCheckpoint:
     """
 
     def __init__(self, path: str | pathlib.Path, *, step: int | None = None) -> None:
-        folder, newest = find_checkpoint(pathlib.Path(path))
-        step = newest if step is None else step
-        if not (folder / str(step)).is_dir():
-            raise ValueError(f"checkpoint {folder / str(step)} is needed, but no longer there; bring it back")
-        self.step = step
-        self.path = folder / str(step)
+        self.path = _find_directory(pathlib.Path(path).expanduser(), step)
         reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         self._restore = functools.partial(reader.restore, self.path.absolute())
         items: dict[str, Any] = {name: ocp.args.JsonRestore() for name in RECORDS}
@@ -44,8 +40,13 @@ class SavedCheckpoint:
             records = _lone_reader().restore(self.path.absolute(), args=ocp.args.Composite(**items))
             self.records: dict[str, Any] = dict(records.items())
             self.config: Config = from_dict(self.records["config"])
+            self.step = _step_of(self.path, self.records["data"])
         except (ValueError, KeyError, OSError) as error:
             raise ValueError(f"checkpoint {self.path} is damaged or not clipjax's: {error}") from error
+        if step not in (None, self.step):
+            raise ValueError(
+                f"checkpoint {self.path} is that of step {self.step}, but step {step} is needed; bring that back"
+            )
 
     @property
     def params_group(self) -> str:
@@ -76,13 +77,43 @@ def _lone_reader() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=options)
 
 
+def _find_directory(path: pathlib.Path, step: int | None) -> pathlib.Path:
+    """The directory of a step; of a copy under another name, its own."""
+    if _is_step(path):
+        renamed = not path.name.isdigit()
+        found = path if renamed or step is None else path.with_name(str(step))
+        if renamed or found.is_dir():
+            return found
+        return path  # its record tells that it is another
+    folder, newest = find_checkpoint(path)
+    found = folder / str(newest if step is None else step)
+    if not found.is_dir():
+        raise ValueError(f"checkpoint {found} is needed, but no longer there; bring it back")
+    return found
+
+
+def _is_step(path: pathlib.Path) -> bool:
+    """Whether a directory is that of a step, whatever its name."""
+    return (path / "config").is_dir() and (path.name.isdigit() or (path / "tokenizer").is_dir())
+
+
+def _step_of(path: pathlib.Path, data: Any) -> int:
+    """The step of a checkpoint as it was saved; a converted one has no record of it."""
+    step = data.get("step") if isinstance(data, dict) else None
+    if step is None:
+        return int(path.name) if path.name.isdigit() else 0
+    if type(step) is not int or step < 0:
+        raise ValueError(f"data.step={step!r} must be a whole number of at least 0")
+    return step
+
+
 def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int]:
     """The folder of steps and the step that a path means.
 
     Raises:
         ValueError: there is none.
     """
-    if path.name.isdigit() and (path / "config").is_dir():
+    if path.name.isdigit() and _is_step(path):
         return path.parent, int(path.name)
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
@@ -98,8 +129,12 @@ def newest_checkpoint(workdir: pathlib.Path) -> SavedCheckpoint | None:
     """The newest checkpoint in a workdir, or None where there is none yet.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, or the workdir is itself the directory of one step.
     """
+    if _is_step(workdir):
+        raise ValueError(
+            f"workdir {workdir} is the directory of one checkpoint; name the workdir above it, or a new one"
+        )
     try:
         find_checkpoint(workdir)
     except ValueError:

@@ -1,184 +1,231 @@
-"""Command lines: a config file, overrides of its fields, and a few options.
+"""Command lines: options by argparse; configs by `ml_collections.config_flags`, in `overrides.py`.
 
-`parse` turns arguments into a config. Configs are parsed by `ml_collections.config_flags`.
+A command makes a `Parser`, adds its options and calls `read`. `Arguments` then holds typed options, and loads the
+config of `--config=FILE[:ARG]` with the overrides of `--config.FIELD=VALUE`. An option or a field that is given twice
+is refused. Options that name a place are of type `path`, `source` or `file_with_argument`, which expand `~`.
 """
 
+import argparse
 import difflib
+import os
+import pathlib
 import re
-import types
-import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
-from typing import Any
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
-from absl import flags
-from ml_collections import config_flags
-
+from clipjax.cli.overrides import Override, load_config, override, split_overrides
 from clipjax.config import Config
-from clipjax.config.serialization import field_type, members, path_parts
+from clipjax.config.paths import expand, expand_paths
+from clipjax.runtime import launchers
+
+HELP_FLAGS = ("-h", "--help", "--helpfull")
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A parsed command line: the config, and the options by name (None where not given)."""
+    """A parsed command line.
 
-    config: Config
-    options: Mapping[str, str | None]
+    Attributes:
+        options: the command's own options, by name, with their types.
+        config_file: FILE[:ARG], None where none was given.
+        overrides: of the config's fields, in the order of the command line.
+    """
+
+    options: argparse.Namespace
+    config_file: str | None
+    overrides: tuple[Override, ...]
+
+    def config(self) -> Config:
+        """Return the config of the file with the overrides in it and its paths expanded.
+
+        Raises:
+            ValueError: the file cannot be read, or an override does not fit its field.
+        """
+        assert self.config_file is not None
+        config = override(load_config(self.config_file), self.overrides)
+        expand_paths(config)
+        return config
 
 
-def options_help(program: str, about: str, options: Mapping[str, str]) -> str:
-    """The help of a command that takes options and no config."""
-    usage = " ".join([program, *(f"--{name}=..." for name in options)])
-    lines = [f"  --{name:<10} {text}" for name, text in options.items()]
-    return "\n".join([about, "", f"  {usage}", *([""] if lines else []), *lines])
-
-
-def parse(program: str, argv: Sequence[str], *, options: Mapping[str, str], config: Config | None = None) -> Arguments:
-    """Parse `--config=FILE[:ARG]`, `--config.FIELD=VALUE` and `--OPTION=VALUE`.
+class _Once(argparse.Action):
+    """Store a value, or True for a switch, and refuse a second one.
 
     Args:
-        program: what errors and help call the command.
-        argv: the arguments after it.
-        options: names and help texts.
-        config: if given, overrides apply to it and `--config=FILE` is not accepted.
-
-    Raises:
-        ValueError: anything that cannot be understood, with field, value, rule and remedy.
+        missing: what is wrong where the option is left out, after its name; None where it may be.
     """
-    values = _define(options)
-    argv, cleared = _split_none(argv)
-    if config is not None:
-        config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=[program, *argv])
-    else:
-        if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
-            raise ValueError("--config=FILE[:ARG] is missing; see configs/, for example --config=configs/quickstart.py")
-        config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False, sys_argv=[program, *argv])
-    _read(values, [program, *argv])
-    parsed = values["config"].value
-    _check_loaded(parsed)
-    if not isinstance(parsed, Config):
-        raise ValueError(f"--config: get_config() must return a clipjax.config.Config, not {type(parsed).__name__}")
-    for path in cleared:
-        _set_none(parsed, path)
-    return Arguments(parsed, {name: values[name].value for name in options})
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, missing: str | None = None, **known: Any) -> None:
+        super().__init__(option_strings, dest, **known)
+        self.missing = missing
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        assert isinstance(parser, Parser)
+        if self.dest in parser.given:
+            raise argparse.ArgumentError(self, "is given twice; give it once")
+        parser.given.add(self.dest)
+        setattr(namespace, self.dest, True if self.nargs == 0 else values)
 
 
-def _define(options: Mapping[str, str]) -> flags.FlagValues:
-    values = flags.FlagValues()
-    for name, text in options.items():
-        flags.DEFINE_string(name, None, text, flag_values=values)
-    return values
+class Parser(argparse.ArgumentParser):
+    """The options of one command.
 
-
-def parse_options(program: str, argv: Sequence[str], *, options: Mapping[str, str]) -> dict[str, str | None]:
-    """Parse `--OPTION=VALUE` alone; None where one is not given.
-
-    Raises:
-        ValueError: anything that cannot be understood.
+    Args:
+        command: its name, for help.
+        about: its help, before the options.
+        config: "file" for a command with `--config=FILE` and overrides, "fields" for overrides alone, "" for neither.
+        more: its help, after the options.
     """
-    values = _define(options)
-    _read(values, [program, *argv])
-    return {name: values[name].value for name in options}
+
+    def __init__(self, command: str, about: str, *, config: str = "", more: str = "") -> None:
+        super().__init__(
+            prog=command,
+            description=about,
+            epilog=more or None,
+            add_help=False,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.given: set[str] = set()
+        self._config = config
+        for name in (None, "store"):
+            self.register("action", name, _Once)
+        self.add_argument("--help", "-h", action="help", help="show this and leave")
+        if config == "file":
+            self.add_argument(
+                "--config",
+                metavar="FILE[:ARG]",
+                type=file_with_argument,
+                help="a Python file that defines get_config",
+                missing="=FILE[:ARG] is missing; see configs/, for example --config=configs/quickstart.py",
+            )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse found."""
+        message = re.sub(r"^argument (--\w[\w-]*)(?:/-\w)?: ", r"\1 ", message)
+        raise ValueError(message.replace(" =", "=", 1) if re.match(r"--[\w-]+ =", message) else message)
+
+    def read(self, argv: Sequence[str]) -> Arguments:
+        """Parse the arguments behind the command's name.
+
+        Raises:
+            ValueError: anything that is not understood, given twice or missing.
+        """
+        self.given.clear()
+        overrides, rest = split_overrides(argv) if self._config else ((), list(argv))
+        options, unknown = self.parse_known_args(rest)
+        if unknown:
+            raise ValueError(self._unknown(unknown[0]))
+        for action in self._actions:
+            if isinstance(action, _Once) and action.missing is not None and action.dest not in self.given:
+                raise ValueError(f"{action.option_strings[0]}{action.missing}")
+        return Arguments(options, options.config if self._config == "file" else None, overrides)
+
+    def _unknown(self, argument: str) -> str:
+        if not argument.startswith("-") or argument.lstrip("-") == "":
+            return f"argument {argument!r} is not understood; options look like --name=value"
+        name = argument.partition("=")[0]
+        known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        close = difflib.get_close_matches(f"--{name.lstrip('-')}", known, n=1)
+        fields = " and --config.FIELD=VALUE" if self._config else ""
+        return f"unknown option {name}; " + (
+            f"did you mean {close[0]}?" if close else f"options are {', '.join(known)}{fields}"
+        )
 
 
-def option_value(argv: Sequence[str], name: str) -> str | None:
-    """One option's value, where it is needed before the rest can be parsed."""
+def add_launch_options(parser: Parser) -> None:
+    """Add the options by which several processes find each other."""
+    metavars = {"coordinator": "HOST:PORT", "num_processes": "N", "process_id": "I"}
+    for name, text in launchers.OPTIONS.items():
+        parser.add_argument(f"--{name}", metavar=metavars[name], help=text)
+
+
+def launch_options(argv: Sequence[str]) -> dict[str, str | None]:
+    """Return the values of `launchers.OPTIONS`, whatever else is wrong with the command line.
+
+    Processes meet by them before they parse the rest, so that an error there reaches all of them. Of an option that is
+    given twice the last counts here; the parser refuses it later.
+    """
+    found: dict[str, str | None] = dict.fromkeys(launchers.OPTIONS)
     for position, argument in enumerate(argv):
-        flag, equals, value = argument.partition("=")
-        if flag in (f"--{name}", f"-{name}"):
-            return value if equals else next(iter(argv[position + 1 : position + 2]), None)
-    return None
-
-
-def option_values(argv: Sequence[str], names: Iterable[str]) -> dict[str, str | None]:
-    """Values of some options, None where one is not given."""
-    return {name: option_value(argv, name) for name in names}
-
-
-def _check_loaded(parsed: Any) -> None:
-    """ml_collections hands a stand-in for a file that it could not read; any look at its fields raises why."""
-    try:
-        hasattr(parsed, "seed")
-    except OSError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"--config: {lines[-1]}") from error
-
-
-def _read(values: flags.FlagValues, argv: list[str]) -> None:
-    """Parse, reword what absl and ml_collections raise, and refuse what is left over."""
-    try:
-        rest = values(argv)
-    except flags.UnrecognizedFlagError as error:
-        known = [name for name in values if name != "config" and "." not in name]
-        close = difflib.get_close_matches(error.flagname, [*known, "config"], n=1)
-        config = "--config and " if "config" in values else ""
-        hint = f"did you mean --{close[0]}?" if close else f"options are {config}{', '.join(known)}"
-        raise ValueError(f"unknown option --{error.flagname}; {hint}") from error
-    except flags.Error as error:
-        raise ValueError(str(error).removeprefix("flag ")) from error
-    except (KeyError, AttributeError, ValueError, SyntaxError) as error:
-        raise ValueError(_unknown_field(argv) or f"config: {error}") from error
-    except OSError as error:
-        raise ValueError(f"--config: {error}") from error
-    if len(rest) > 1:
-        raise ValueError(f"argument {rest[1]!r} is not understood; options look like --name=value")
-
-
-def _unknown_field(argv: Sequence[str]) -> str | None:
-    """What is wrong with the first override whose path does not exist, and the nearest name that does."""
-    for path in (match[1] for argument in argv if (match := re.match(r"--?config\.([^=]+)", argument))):
-        try:
-            field_type(Config, path)
-        except ValueError as error:
-            return f"config.{error}"
-    return None
-
-
-def _split_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take out overrides of optional fields by `none`, which the typed parsers do not know."""
-    kept, cleared = [], []
-    for argument in argv:
-        match = re.match(r"--?config\.([^=]+)=[nN]one$", argument)
-        if match and _is_optional(match[1]):
-            cleared.append(match[1])
-        else:
-            kept.append(argument)
-    return kept, cleared
-
-
-def _is_optional(path: str) -> bool:
-    try:
-        return types.NoneType in typing.get_args(field_type(Config, path))
-    except ValueError:
-        return False
-
-
-def _set_none(config: Any, path: str) -> None:
-    parent, (last, _) = config, path_parts(path)[-1]
-    for name, is_key in path_parts(path)[:-1]:
-        parent = parent[name] if is_key else getattr(parent, name)
-    setattr(parent, last, None)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name in found:
+            found[name] = value if equals else next(iter(argv[position + 1 : position + 2]), None)
+    return found
 
 
 def wants_help(argv: Sequence[str]) -> bool:
-    """Whether help was asked for."""
-    return any(argument in ("-h", "--help", "--helpfull", "-help") for argument in argv)
+    """Return whether help was asked for."""
+    return any(argument in HELP_FLAGS for argument in argv)
 
 
-def describe_fields(kind: Any = Config, prefix: str = "") -> list[str]:
-    """Every config field with its type and default, a line each, for help."""
-    lines = []
-    default = kind()
-    for name, hint in members(kind).items():
-        value = getattr(default, name)
-        if is_dataclass(value):
-            towers = [choice for choice in (typing.get_args(hint) or (hint,)) if is_dataclass(choice)]
-            for tower in towers:
-                if len(towers) > 1:
-                    lines.append(f"  {prefix}{name} as {getattr(tower, '__name__', tower)}:")
-                lines += describe_fields(tower, f"{prefix}{name}.")
-        else:
-            shown = getattr(value, "value", value)
-            kind_name = getattr(hint, "__name__", str(hint)).replace("clipjax.config.", "")
-            lines.append(f"  --config.{prefix}{name}={shown!r}  ({kind_name})".replace("'", ""))
-    return lines
+def show(text: str) -> None:
+    """Print a text that somebody may look at in parts, as `| head` does; a closed pipe ends it quietly."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        close_output()
+
+
+def close_output() -> None:
+    """Send the rest of the standard output nowhere: nobody reads it any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Types of options
+
+
+def path(text: str) -> pathlib.Path:
+    """Return a path with `~` expanded."""
+    if not text:
+        raise argparse.ArgumentTypeError("= must name a file or folder")
+    return pathlib.Path(source(text))
+
+
+def source(text: str) -> str:
+    """Return a data source or a tokenizer with `~` expanded."""
+    try:
+        return expand(text, "")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def file_with_argument(text: str) -> str:
+    """Return FILE[:ARG] with `~` expanded in the file."""
+    if not text.partition(":")[0]:
+        raise argparse.ArgumentTypeError(f"={text} must be FILE[:ARG], where FILE defines get_config()")
+    return source(text)
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return a type of whole numbers of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text, re.ASCII) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"={text} must be a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def choice(names: Collection[str]) -> Callable[[str], str]:
+    """Return a type of names to choose from."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            close = difflib.get_close_matches(text, names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise argparse.ArgumentTypeError(f"={text} must be one of {', '.join(names)}{hint}")
+        return text
+
+    return parse
+
+
+def yes_or_no(text: str) -> bool:
+    """Return whether a switch is on."""
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"={text} must be yes or no")
+    return text == "yes"

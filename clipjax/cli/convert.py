@@ -1,12 +1,11 @@
 """Weights in and out: `clipjax convert` and `clipjax export`.
 
-A converted model is a checkpoint like any other (`checkpoint.py`), at step 0 and without a training state. Reading
-order: `convert` (peer's directory to checkpoint), `export` (checkpoint to peer's directory).
+A converted model is a checkpoint like any other (`checkpoint.py`), at step 0 and without a training state.
 """
 
-import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 
 from clipjax.checkpoints.saved import SavedCheckpoint
 from clipjax.cli import arguments
@@ -15,73 +14,84 @@ from clipjax.config.validation import check_embeddings
 from clipjax.convert import files, huggingface, open_clip_config
 from clipjax.convert.exporter import TARGETS, export
 from clipjax.convert.importer import SOURCES, read_peer, save
+from clipjax.runtime import processes
 
 CONVERT = "clipjax convert"
-
-
 EXPORT = "clipjax export"
 
 
-CONVERT_OPTIONS = {
-    "from": f"whose weights: {', '.join(SOURCES)}",
-    "input": "a directory with *.safetensors or *.npz and the peer's config, or one such file",
-    "output": "the directory to make; clipjax.load, eval and config.init_from open it",
-    "model": "a preset (`clipjax presets`) where there is no config beside the weights",
-    "tokenizer": "clip:PATH, siglip:PATH, ... where the input holds no tokenizer",
-}
-
-
-EXPORT_OPTIONS = {
-    "to": f"whose format: {', '.join(TARGETS)}",
-    "checkpoint": "a workdir or one step of it",
-    "output": "the directory to make",
-}
-
-
 def main_convert(argv: Sequence[str] | None = None) -> int:
-    """Run `clipjax convert`; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if arguments.wants_help(argv):
-        about = "Open a peer's weights as a clipjax checkpoint."
-        print(arguments.options_help(CONVERT, about, CONVERT_OPTIONS))
-        return 0
-    with refusals(CONVERT):
-        return _convert(arguments.parse_options(CONVERT, argv, options=CONVERT_OPTIONS))
+    """Run `clipjax convert`; return the exit code."""
+    return _main(_convert_parser(), _convert, argv)
 
 
 def main_export(argv: Sequence[str] | None = None) -> int:
-    """Run `clipjax export`; returns the exit code."""
+    """Run `clipjax export`; return the exit code."""
+    return _main(_export_parser(), _export, argv)
+
+
+def _main(parser: arguments.Parser, command: Callable[[Namespace], int], argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if arguments.wants_help(argv):
-        about = "Write a checkpoint as a peer's own loader opens it."
-        print(arguments.options_help(EXPORT, about, EXPORT_OPTIONS))
+        arguments.show(parser.format_help())
         return 0
-    with refusals(EXPORT):
-        return _export(arguments.parse_options(EXPORT, argv, options=EXPORT_OPTIONS))
+    with refusals(parser.prog):
+        options = parser.read(argv).options
+        processes.open_devices()
+        return command(options)
 
 
-def _needed(options: Mapping[str, str | None], name: str, known: Sequence[str] = ()) -> str:
-    value = options[name]
-    if not value:
-        raise ValueError(f"--{name} is missing" + (f"; one of {', '.join(known)}" if known else ""))
-    if known and value not in known:
-        raise ValueError(f"--{name}={value} must be one of {', '.join(known)}")
-    return value
+def _convert_parser() -> arguments.Parser:
+    parser = arguments.Parser(CONVERT, "Open a peer's weights as a clipjax checkpoint.")
+    _add_choice(parser, "from", SOURCES, "whose weights")
+    _add_path(parser, "input", "a directory with *.safetensors or *.npz and the peer's config, or one such file")
+    _add_path(parser, "output", "the directory to make; clipjax.load, eval and config.init_from open it")
+    parser.add_argument(
+        "--model", metavar="NAME", help="a preset (`clipjax presets`) where there is no config beside the weights"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="KIND:PATH",
+        type=arguments.source,
+        help="clip:PATH, siglip:PATH, ... where the input holds no tokenizer",
+    )
+    return parser
 
 
-def _convert(options: Mapping[str, str | None]) -> int:
-    source, path = _needed(options, "from", SOURCES), pathlib.Path(_needed(options, "input"))
-    output = pathlib.Path(_needed(options, "output"))
+def _export_parser() -> arguments.Parser:
+    parser = arguments.Parser(EXPORT, "Write a checkpoint as a peer's own loader opens it.")
+    _add_choice(parser, "to", TARGETS, "whose format")
+    _add_path(parser, "checkpoint", "a workdir or one step of it")
+    _add_path(parser, "output", "the directory to make")
+    return parser
+
+
+def _add_choice(parser: arguments.Parser, name: str, known: Sequence[str], text: str) -> None:
+    parser.add_argument(
+        f"--{name}",
+        metavar="NAME",
+        type=arguments.choice(known),
+        help=f"{text}: {', '.join(known)}",
+        missing=f" is missing; one of {', '.join(known)}",
+    )
+
+
+def _add_path(parser: arguments.Parser, name: str, text: str) -> None:
+    parser.add_argument(f"--{name}", metavar="PATH", type=arguments.path, help=text, missing=f" is missing: {text}")
+
+
+def _convert(options: Namespace) -> int:
+    source, path, output = getattr(options, "from"), options.input, options.output
     files.check_new(output)
-    peer = read_peer(source, path, model=options["model"], tokenizer=options["tokenizer"])
+    peer = read_peer(source, path, model=options.model, tokenizer=options.tokenizer)
     save(peer, output)
     print(f"{source} {path} -> {output}: {peer.num_params / 1e6:.1f} million parameters, {peer.told}")
     return 0
 
 
-def _export(options: Mapping[str, str | None]) -> int:
-    target, output = _needed(options, "to", TARGETS), pathlib.Path(_needed(options, "output"))
-    saved = SavedCheckpoint(_needed(options, "checkpoint"))
+def _export(options: Namespace) -> int:
+    target, output = options.to, options.output
+    saved = SavedCheckpoint(options.checkpoint)
     files.check_new(output)
     match target:  # what the peer cannot compute is refused here
         case "huggingface":

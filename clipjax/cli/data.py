@@ -4,63 +4,105 @@
 a source.
 """
 
-import argparse
 import pathlib
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
+from clipjax.cli import arguments
+from clipjax.cli.errors import refusals
 from clipjax.config import DataConfig
 from clipjax.data.sample import BadSample, Source
 from clipjax.data.sources import build_source
+from clipjax.runtime.files import write_atomic
 
 PROGRAM = "clipjax data"
+COMMANDS = {
+    "scenes": "make the embedded dataset of captioned pictures (tfds:scenes)",
+    "tokenizer": "train a SentencePiece tokenizer on a source's captions",
+    "show": "look into a source: how many samples, and the first few",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The front door; returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    try:
-        match arguments.command:
+    """Run the command; return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    command, rest = next(iter(argv), ""), argv[1:]
+    if arguments.wants_help(argv):
+        arguments.show(_parser(command).format_help() if command in COMMANDS else _help())
+        return 0
+    with refusals(PROGRAM):
+        if command not in COMMANDS:
+            given = f"{command!r} is none of" if command else "a command is missing, one of"
+            raise ValueError(f"{given} {', '.join(COMMANDS)}; see {PROGRAM} --help")
+        options = _parser(command).read(rest).options
+        match command:
             case "scenes":
-                return _scenes(arguments)
+                return _scenes(options)
             case "tokenizer":
-                return _tokenizer(arguments)
+                return _tokenizer(options)
             case _:
-                return _show(arguments)
-    except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 2
+                return _show(options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Prepare and inspect data.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    scenes = commands.add_parser("scenes", help="make the embedded dataset of captioned pictures (tfds:scenes)")
-    scenes.add_argument("--tfds_dir", help="where to put it; TFDS's own default if left out")
-    scenes.add_argument("--config", default="default", help="default, tiny for trials, or large for batches of 32,768")
-    tokenizer = commands.add_parser("tokenizer", help="train a SentencePiece tokenizer on a source's captions")
-    tokenizer.add_argument("--source", required=True, help="tfds:NAME/SPLIT, or a path, glob or brace pattern of tars")
-    tokenizer.add_argument("--vocab_size", type=int, required=True, help="all ids, start and end included")
-    tokenizer.add_argument("--output", required=True, help="the .model file to write")
-    show = commands.add_parser("show", help="look into a source: how many samples, and the first few")
-    show.add_argument("--source", required=True, help="tfds:NAME/SPLIT, or a path, glob or brace pattern of tars")
-    show.add_argument("--num", type=int, default=5, help="how many samples to print")
-    for command in (tokenizer, show):
-        command.add_argument("--tfds_dir", help="where prepared TFDS data lies")
+def _help() -> str:
+    lines = [f"  {PROGRAM} {name:<10} {about}" for name, about in COMMANDS.items()]
+    return "\n".join(["Prepare and inspect data.", "", *lines, "", f"`{PROGRAM} COMMAND --help` tells more."])
+
+
+def _parser(command: str) -> arguments.Parser:
+    parser = arguments.Parser(f"{PROGRAM} {command}", COMMANDS[command])
+    if command == "scenes":
+        parser.add_argument(
+            "--config", default="default", help="default, tiny for trials, or large for batches of 32,768"
+        )
+        where = "where to put it; TFDS's own default if left out"
+    else:
+        parser.add_argument(
+            "--source",
+            type=arguments.source,
+            help="tfds:NAME/SPLIT, or a path, glob or brace pattern of tars",
+            missing=" is missing: tfds:NAME/SPLIT, or a path, glob or brace pattern of tars",
+        )
+        where = "where prepared TFDS data lies"
+    if command == "tokenizer":
+        parser.add_argument(
+            "--vocab_size",
+            metavar="N",
+            type=arguments.whole_number(1),
+            help="all ids, start and end included",
+            missing="=N is missing: how many ids, start and end included",
+        )
+        parser.add_argument(
+            "--output",
+            metavar="FILE",
+            type=arguments.path,
+            help="the .model file to write",
+            missing="=FILE is missing: the .model file to write",
+        )
+    if command == "show":
+        parser.add_argument(
+            "--num", metavar="N", type=arguments.whole_number(0), default=5, help="how many samples to print"
+        )
+    parser.add_argument("--tfds_dir", metavar="DIR", type=arguments.path, help=where)
     return parser
 
 
-def _scenes(arguments: argparse.Namespace) -> int:
+def _directory(options: Namespace) -> str | None:
+    return None if options.tfds_dir is None else str(options.tfds_dir)
+
+
+def _scenes(options: Namespace) -> int:
     from clipjax.data.scenes.builder import build_scenes
 
-    builder = build_scenes(arguments.tfds_dir, arguments.config)
+    builder = build_scenes(_directory(options), options.config)  # pyright: ignore[reportArgumentType]
     sizes = ", ".join(f"{name} {split.num_examples}" for name, split in builder.info.splits.items())
     print(f"scenes lies in {builder.data_dir}: {sizes}")
     return 0
 
 
-def _open(arguments: argparse.Namespace) -> Source:
-    return build_source(arguments.source, data=DataConfig(tfds_dir=arguments.tfds_dir))
+def _open(options: Namespace) -> Source:
+    return build_source(options.source, data=DataConfig(tfds_dir=_directory(options)))
 
 
 def _captions(source: Source) -> Iterator[str]:
@@ -71,23 +113,21 @@ def _captions(source: Source) -> Iterator[str]:
             continue  # training counts it; a tokenizer can do without
 
 
-def _tokenizer(arguments: argparse.Namespace) -> int:
+def _tokenizer(options: Namespace) -> int:
     from clipjax.data.tokenizers.training import train_sentencepiece
 
-    output = pathlib.Path(arguments.output)
-    model = train_sentencepiece(_captions(_open(arguments)), arguments.vocab_size)
+    output: pathlib.Path = options.output
+    model = train_sentencepiece(_captions(_open(options)), options.vocab_size)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_bytes(model)
-    temporary.replace(output)
-    print(f"sentencepiece:{output} has {arguments.vocab_size} ids")
+    write_atomic(output, model)
+    print(f"sentencepiece:{output} has {options.vocab_size} ids")
     return 0
 
 
-def _show(arguments: argparse.Namespace) -> int:
-    source = _open(arguments)
-    print(f"{arguments.source}: {len(source)} samples")
-    for index in range(min(arguments.num, len(source))):
+def _show(options: Namespace) -> int:
+    source = _open(options)
+    print(f"{options.source}: {len(source)} samples")
+    for index in range(min(options.num, len(source))):
         try:
             sample = source[index]
             print(f"{source.location(index)}: label {sample.label}; " + " | ".join(sample.captions))

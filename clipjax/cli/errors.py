@@ -9,11 +9,15 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from clipjax.checkpoints.manager import DamagedCheckpoint
-from clipjax.data.training_stream import TooManyBadSamples
-from clipjax.runtime import process_log, processes
+from clipjax.runtime import process_log
 
 USAGE_ERROR = 2
+
+DOES_NOT_FIT = 3
+"""Exit code of a plan whose run does not fit into the memory of its chips."""
+
+SIGNAL = 128
+"""Added to the number of the signal that ended a command, as shells do."""
 
 UNUSABLE_DATA = 3
 """Exit code of training that a person has to look at: started again, it would stop at the same place."""
@@ -34,6 +38,8 @@ def refusals(program: str) -> Iterator[None]:
     logging.set_verbosity(logging.ERROR)
     try:
         yield
+    except BrokenPipeError:  # of the standard output: nobody reads on
+        raise
     except (ValueError, OSError) as error:
         print_error(program, error)
         raise SystemExit(USAGE_ERROR) from error
@@ -47,6 +53,11 @@ def stops(program: str) -> Iterator[None]:
         SystemExit: it did. One of several processes whose checkpoint is damaged ends at once instead, since the others
             may wait for it.
     """
+    # In here, so that commands that need no JAX do not wait for its import.
+    from clipjax.checkpoints.manager import DamagedCheckpoint
+    from clipjax.data.training_stream import TooManyBadSamples
+    from clipjax.runtime import processes
+
     try:
         yield
     except TooManyBadSamples as error:  # all processes meet it at the same step

@@ -3,16 +3,21 @@
 Needs nothing but the checkpoint and the data: config, tokenizer and preprocessing come out of the checkpoint.
 """
 
+import copy
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.cli import arguments
 from clipjax.cli.errors import refusals
-from clipjax.config import MeshConfig, TaskKind
+from clipjax.cli.overrides import Override, changes, load_config, override
+from clipjax.config import CheckpointConfig, Config, MeshConfig, TaskKind
+from clipjax.config.paths import expand_paths
+from clipjax.config.serialization import path_parts
 from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sample import Source
 from clipjax.data.sources import recording_sources
@@ -21,96 +26,178 @@ from clipjax.evals.encoder import make_encoder_factory
 from clipjax.evals.runner import Task, build_tasks, run_tasks, write_results
 from clipjax.models.clip import build_clip
 from clipjax.monitoring.run_logger import results_table
-from clipjax.runtime import compilation, consistency, files, launchers, processes, sharding
+from clipjax.runtime import compilation, consistency, files, processes, sharding
 from clipjax.training import fingerprints
 
 PROGRAM = "clipjax eval"
-OPTIONS = {
-    "checkpoint": "a workdir (its newest step is taken) or one of its checkpoints/STEP directories",
-    "tasks_from": "a config file whose eval.tasks are run instead of the checkpoint's own, with its data.tfds_* fields",
-    "tasks": "names of the config's eval.tasks, separated by commas; all of them if left out",
-    "output": "JSON file for the results",
-    **launchers.OPTIONS,
-}
+ABOUT = """Evaluate a checkpoint on the tasks of its config.
+
+Needs nothing but the checkpoint and the data. Fields of the saved config that evaluation reads can be overridden, for
+example where the data lies now (--config.data.tfds_dir=DIR, --config.eval.tasks['NAME'].source=PATH) or the mesh
+(--config.mesh.fsdp=2); all others are refused. The mesh of the training run is not taken over."""
 TASK_DATA = ("tfds_dir", "tfds_image_key", "tfds_caption_key")
-HELP = f"""Evaluate a checkpoint on the tasks of its config.
 
-  {PROGRAM} --checkpoint=WORKDIR_OR_STEP [--tasks_from=FILE[:ARG]] [--tasks=A,B] [--output=results.json]
-      [--config.FIELD=VALUE ...] [--coordinator=HOST:PORT --num_processes=N --process_id=I]
+READ = (
+    "eval.batch_size",
+    "eval.tasks",
+    "mesh",
+    *(f"data.{name}" for name in TASK_DATA),
+    "data.num_threads",
+    "data.max_image_pixels",
+    "data.max_caption_bytes",
+    "data.resize",
+    "data.interpolation",
+    "data.mean",
+    "data.std",
+    "model.compute_dtype",
+    "model.matmul_dtype",
+    "model.attention",
+    "compile_cache",
+)
+"""Fields, or groups of them, that evaluation reads and an override may change."""
 
-  --checkpoint  {OPTIONS["checkpoint"]}
-  --tasks_from  {OPTIONS["tasks_from"]}
-  --tasks       {OPTIONS["tasks"]}
-  --output      {OPTIONS["output"]}
+TRAINED = ("model", "data.tokenizer", "loss.contrastive_weight")
+"""Fields, or groups of them, that the weights were trained with, unless they are among `READ` or `TRAINING_ONLY`."""
 
-Fields of the saved config can be overridden, for example where the data lies now (--config.data.tfds_dir=DIR) or the
-mesh (--config.mesh.fsdp=2). The mesh of the training run is not taken over.
-"""
+TRAINING_ONLY = ("model.remat", "model.init_logit_scale", "model.max_logit_scale", "model.image.patch_dropout")
+"""Fields of the model that only training reads."""
+
+NOT_OPENED = ("init_from", "loss.distill_from", "data.train", "data.tokenizer")
+"""Fields that name what evaluation does not open."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation that may begin.
+
+    Attributes:
+        saved: the checkpoint.
+        config: its config, with overrides.
+        tokenizer: of the checkpoint.
+        tasks: by name.
+        output: file for the results, None for none.
+        changed: in words, what overrides changed.
+    """
+
+    saved: SavedCheckpoint
+    config: Config
+    tokenizer: Tokenizer
+    tasks: dict[str, Task]
+    output: pathlib.Path | None
+    changed: Sequence[str] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The front door; returns the exit code."""
+    """Run the command; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if arguments.wants_help(argv):
-        print(HELP)
+        arguments.show(_parser().format_help())
         return 0
     with processes.abort_on_error():
         with refusals(PROGRAM):
-            work = prepare(argv)
-        return work()
+            processes.start(arguments.launch_options(argv))
+            evaluation, _ = consistency.run_on_all("eval", lambda: _open_here(argv))
+        if processes.is_first():
+            print("\n".join([processes.describe_devices(), *evaluation.changed]), flush=True)
+        _evaluate(evaluation)
+    return 0
 
 
-def prepare(argv: Sequence[str]) -> Callable[[], int]:
-    """Open and check everything, on all processes together; returns the evaluation itself.
+def _parser() -> arguments.Parser:
+    parser = arguments.Parser(PROGRAM, ABOUT, config="fields")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="WORKDIR_OR_STEP",
+        type=arguments.path,
+        help="a workdir (its newest step is taken), or the directory of one step, which may have any name",
+        missing="=WORKDIR_OR_STEP is missing: name a workdir that training has saved to",
+    )
+    parser.add_argument(
+        "--tasks_from",
+        metavar="FILE[:ARG]",
+        type=arguments.file_with_argument,
+        help="a config file whose eval.tasks are run instead of the checkpoint's own, with its data.tfds_* fields",
+    )
+    parser.add_argument("--tasks", metavar="A,B", help="names of the config's eval.tasks; all of them if left out")
+    parser.add_argument("--output", metavar="FILE", type=arguments.path, help="JSON file for the results")
+    arguments.add_launch_options(parser)
+    return parser
 
-    Raises:
-        ValueError: for the user, with field, value, rule and remedy.
-    """
-    processes.start(arguments.option_values(argv, launchers.OPTIONS))
-    return consistency.run_on_all("eval", lambda: _open_here(argv))[0]
 
-
-def _open_here(argv: Sequence[str]) -> tuple[Callable[[], int], consistency.Fingerprint]:
+def _open_here(argv: Sequence[str]) -> tuple[Evaluation, consistency.Fingerprint]:
     """This process's part, and what must be the same on all processes."""
-    path = arguments.option_value(argv, "checkpoint")
-    if not path:
-        raise ValueError("--checkpoint=WORKDIR_OR_STEP is missing: name a workdir that training has saved to")
-    saved = SavedCheckpoint(path)
-    saved.config.mesh = MeshConfig()
-    if tasks_from := arguments.option_value(argv, "tasks_from"):
-        other = arguments.parse(PROGRAM, [f"--config={tasks_from}"], options={}).config
-        saved.config.eval.tasks = other.eval.tasks
-        for name in TASK_DATA:
-            setattr(saved.config.data, name, getattr(other.data, name))
-    parsed = arguments.parse(PROGRAM, argv, options=OPTIONS, config=saved.config)
-    output = parsed.options["output"]
-    if output:
-        files.require_writable(pathlib.Path(output).parent)
-    validate(saved.config, batch_fields=("eval.batch_size",))
-    compilation.enable(saved.config.compile_cache)
-    _select_tasks(saved, parsed.options["tasks"])
+    parsed = _parser().read(argv)
+    options = parsed.options
+    _refuse_unread(parsed.overrides)
+    saved = SavedCheckpoint(options.checkpoint)
+    base = _base_config(saved.config, options.tasks_from)
+    config = override(base, parsed.overrides)
+    expand_paths(config, skip=NOT_OPENED)
+    changed = [f"--config.{change}" for change in changes(base, config, parsed.overrides)]
+    if options.output:
+        files.require_writable(options.output.parent, "--output")
+    validate(config, batch_fields=("eval.batch_size",))
+    compilation.enable(config.compile_cache)
+    _select_tasks(config, options.tasks, parsed.overrides)
     tokenizer = saved.tokenizer()
-    if any(task.kind is not TaskKind.IMAGE_RETRIEVAL for task in saved.config.eval.tasks.values()):
+    if any(task.kind is not TaskKind.IMAGE_RETRIEVAL for task in config.eval.tasks.values()):
         tokenizer.encode("a")  # of a checkpoint that was converted without one, this says so
     sources: dict[str, Source] = {}
-    tasks = build_tasks(saved.config, recording_sources(sources))
+    tasks = build_tasks(config, recording_sources(sources))
     validate_devices(
-        saved.config,
+        config,
         num_devices=jax.device_count(),
         num_processes=jax.process_count(),
         num_slices=sharding.hardware_slices(jax.devices()),
         batch_fields=("eval.batch_size",),
+        platform=jax.devices()[0].platform if config.model.attention is not saved.config.model.attention else "",
     )
     facts: consistency.Fingerprint = {
-        "config": fingerprints.config_fingerprint(saved.config),
+        "config": fingerprints.config_fingerprint(config),
         "code": fingerprints.code_fingerprint(),
         "data": fingerprints.data_fingerprint(sources, tokenizer, {"checkpoint": saved}),
     }
-    return lambda: evaluate(saved, tokenizer, tasks, pathlib.Path(output) if output else None), facts
+    return Evaluation(saved, config, tokenizer, tasks, options.output, changed), facts
 
 
-def _select_tasks(saved: SavedCheckpoint, chosen: str | None) -> None:
-    tasks = saved.config.eval.tasks
+def _base_config(saved: Config, tasks_from: str | None) -> Config:
+    """The checkpoint's config, before overrides, without what only its training run could use."""
+    config = copy.deepcopy(saved)
+    config.mesh = MeshConfig()
+    config.checkpoint = CheckpointConfig()  # its best_metric speaks of tasks that may not be run
+    if tasks_from:
+        other = load_config(tasks_from)
+        config.eval.tasks = other.eval.tasks
+        for name in TASK_DATA:
+            setattr(config.data, name, getattr(other.data, name))
+    return config
+
+
+def _refuse_unread(overrides: Sequence[Override]) -> None:
+    """Refuse overrides that would change nothing.
+
+    Raises:
+        ValueError: all of them, a line each.
+    """
+    errors = []
+    for one in overrides:
+        if _is_within(one.path, READ):
+            continue
+        if _is_within(one.path, TRAINED) and not _is_within(one.path, TRAINING_ONLY):
+            why = "the weights of the checkpoint were trained with its own value, and fix it"
+        else:
+            why = "only training reads it"
+        errors.append(f"config.{one.path}={one.text}: {why}; {PROGRAM} takes {', '.join(READ)}")
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def _is_within(path: str, groups: Sequence[str]) -> bool:
+    return any(path == group or path.startswith((f"{group}.", f"{group}[")) for group in groups)
+
+
+def _select_tasks(config: Config, chosen: str | None, overrides: Sequence[Override]) -> None:
+    tasks = config.eval.tasks
     wanted = list(tasks) if chosen is None else [name.strip() for name in chosen.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in tasks]
     if unknown or not wanted:
@@ -118,21 +205,25 @@ def _select_tasks(saved: SavedCheckpoint, chosen: str | None) -> None:
             f"--tasks={chosen or ''}: {', '.join(unknown) or 'nothing'} is not among the tasks of the checkpoint's "
             f"config ({', '.join(tasks) or 'none; --tasks_from=CONFIG takes them from there'})"
         )
-    saved.config.eval.tasks = {name: tasks[name] for name in wanted}
+    for one in overrides:
+        keys = [name for name, is_key in path_parts(one.path) if is_key]
+        if keys and keys[0] not in wanted:
+            raise ValueError(f"config.{one.path}={one.text}: the task {keys[0]!r} is not among --tasks={chosen}")
+    config.eval.tasks = {name: tasks[name] for name in wanted}
 
 
-def evaluate(saved: SavedCheckpoint, tokenizer: Tokenizer, tasks: dict[str, Task], output: pathlib.Path | None) -> int:
-    """Run the tasks, print the table, write the JSON; returns the exit code."""
-    config = saved.config
+def _evaluate(evaluation: Evaluation) -> None:
+    """Run the tasks, write the JSON, print the table."""
+    saved, config = evaluation.saved, evaluation.config
     mesh = sharding.make_mesh(config.mesh)
     clip = build_clip(config.model)
     with jax.set_mesh(mesh):
-        make_encoder = make_encoder_factory(config, clip, mesh, tokenizer)
-        results = run_tasks(tasks, make_encoder(load_params(saved, mesh)))
+        make_encoder = make_encoder_factory(config, clip, mesh, evaluation.tokenizer)
+        results = run_tasks(evaluation.tasks, make_encoder(load_params(saved, mesh)))
     if processes.is_first():
+        if evaluation.output is not None:
+            write_results(evaluation.output, saved.path, results)
         print(f"checkpoint {saved.path} ({saved.params_group}), step {saved.step}")
         print(results_table(results))
-        if output is not None:
-            write_results(output, saved.path, results)
-            print(f"results: {output}")
-    return 0
+        if evaluation.output is not None:
+            print(f"results: {evaluation.output}")

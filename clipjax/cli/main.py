@@ -1,6 +1,8 @@
 """The console script: `clipjax COMMAND ...` dispatches to the front doors."""
 
+import difflib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -41,9 +43,21 @@ def console() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first argument names; returns the exit code."""
+    """Run the command that the first argument names; return the exit code.
+
+    Where nobody reads the standard output any more (`| head`), a command ends quietly, as others do.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    try:
+        code = _run(argv[0], argv[1:]) if argv else _run("--help", [])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it leaves
+        return 128 + signal.SIGPIPE
+
+
+def _run(command: str, rest: list[str]) -> int:
     match command:
         case "train":
             from clipjax.cli.train import main as run
@@ -68,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(HELP)
             return 0
         case _:
-            print(f"clipjax: error: unknown command {command!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+            close = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            known = ", ".join(COMMANDS)
+            print(f"clipjax: error: unknown command {command!r}; known: {known}{hint}", file=sys.stderr)
             return 2
     return run(rest)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from clipjax.cli import arguments
+from clipjax.cli.errors import refusals
 from clipjax.config.presets import MODELS, Preset
 from clipjax.runtime.terminal import format_table
 
@@ -12,19 +13,16 @@ HEADER = ("model", "million params", "GFLOP/image", "GFLOP/text", "GFLOP/caption
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; return the exit code."""
+    """Run the command; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    parser = arguments.Parser(PROGRAM, "List the known models.")
     if arguments.wants_help(argv):
-        print(arguments.options_help(PROGRAM, "List the known models.", {}))
+        arguments.show(parser.format_help())
         return 0
-    try:
-        arguments.parse_options(PROGRAM, argv, options={})
-    except ValueError:
-        from clipjax.cli.errors import refusals  # imports JAX
-
-        with refusals(PROGRAM):
-            raise
-    print(format_table([_row(name, preset) for name, preset in MODELS.items()], HEADER))
+    with refusals(PROGRAM):
+        parser.read(argv)
+    rows = [_row(name, preset) for name, preset in MODELS.items()]
+    arguments.show(format_table(rows, HEADER))
     return 0
 
 

@@ -13,29 +13,31 @@ A trial of several processes: `--train_command='launch/local.sh 4'`, `--train_co
 
 import argparse
 import pathlib
-import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
 
-from clipjax.config import Config
-from clipjax.config.serialization import field_type
+from clipjax.cli import arguments
+from clipjax.cli.errors import SIGNAL, refusals
+from clipjax.config.paths import expand, is_path_field
 from clipjax.runtime.launchers import find_launch
 from clipjax.sweeps import Sweep
 from clipjax.sweeps.leaderboard import write_leaderboard
 from clipjax.sweeps.local import run_trials
-from clipjax.sweeps.plan import load_sweep, path_of, plan_trials, restore
+from clipjax.sweeps.plan import load_sweep, plan_trials, restore
 from clipjax.sweeps.slurm import array_command, in_queue, require_slurm, submit_array
 from clipjax.sweeps.trial import Trial
 
+PROGRAM = "clipjax sweep"
+LAUNCHERS = ("local", "slurm")
 TRAIN_COMMAND = (sys.executable, "-m", "clipjax", "train")
 
 
-def main(argv: list[str], *, command: Sequence[str] = TRAIN_COMMAND) -> int:
-    """Runs a sweep.
+def main(argv: Sequence[str] | None = None, *, command: Sequence[str] = TRAIN_COMMAND) -> int:
+    """Run a sweep.
 
     Args:
         argv: Arguments without the program's name.
@@ -44,21 +46,22 @@ def main(argv: list[str], *, command: Sequence[str] = TRAIN_COMMAND) -> int:
     Returns:
         The exit code: 0, 1 if a trial failed or lacks the metric, 2 for a user's error, 130 if interrupted.
     """
-    try:
+    argv = sys.argv[1:] if argv is None else argv
+    if arguments.wants_help(argv):
+        arguments.show(_parser().format_help())
+        return 0
+    with refusals(PROGRAM):
         options, passed = _parse(argv)
         _refuse_several()
         sweep = load_sweep(options.sweep)
-        only = options.trial if options.launcher == "local" else ()
+        only = () if options.launcher == "slurm" else None if options.trial is None else (options.trial,)
         trials = plan_trials(sweep, config=options.config, workdir=options.workdir, passed=passed, check=only)
         if not options.dry_run:
             options.workdir.mkdir(parents=True, exist_ok=True)
         if options.launcher == "slurm":
             return _on_slurm(sweep, trials, options, passed)
-    except (ValueError, OSError) as error:
-        print(f"clipjax sweep: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     if options.trial is not None:
-        trials = [trials[options.trial[0]]]
+        trials = [trials[options.trial]]
     waiting = [trial for trial in trials if trial.status != "done"]
     direction = "larger" if sweep.maximize else "smaller"
     print(f"{len(trials)} trials in {options.workdir}, {len(waiting)} to run, {options.jobs} at a time")
@@ -70,7 +73,7 @@ def main(argv: list[str], *, command: Sequence[str] = TRAIN_COMMAND) -> int:
         _rank(sweep, trials, options.workdir)
     if interrupted:
         print("interrupted: run the same command to go on", file=sys.stderr)
-        return 130
+        return SIGNAL + signal.SIGINT
     return 0 if all(trial.status == "done" for trial in trials) and _all_measured(sweep, trials) else 1
 
 
@@ -128,54 +131,72 @@ def _refuse_several() -> None:
         )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see clipjax sweep --help")
-
-
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Own flags, and the `--config.FIELD=VALUE` of every trial."""
-    parser = _Parser(
-        prog="clipjax sweep", allow_abbrev=False, description="Train the trials of a search and rank them."
+def _parser() -> arguments.Parser:
+    parser = arguments.Parser(
+        PROGRAM,
+        "Train the trials of a search and rank them.",
+        config="file",
+        more="--config.FIELD=VALUE sets a field of the config in all trials.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the config that each trial starts from")
-    parser.add_argument("--sweep", required=True, type=pathlib.Path, metavar="FILE", help="defines get_sweep()")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="one folder per trial in it")
-    parser.add_argument(
+    add = parser.add_argument
+    path, whole_number = arguments.path, arguments.whole_number
+    add(
+        "--sweep",
+        type=path,
+        metavar="FILE",
+        help="defines get_sweep()",
+        missing="=FILE is missing: it defines get_sweep()",
+    )
+    add(
+        "--workdir",
+        type=path,
+        metavar="DIR",
+        help="one folder per trial in it",
+        missing="=DIR is missing: a folder for all trials",
+    )
+    add(
         "--train_command",
+        type=_command,
         metavar="COMMAND",
         help="what trains a trial, its arguments after it: 'launch/local.sh 4', 'srun clipjax train' (clipjax train)",
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at a time (default 1)")
-    parser.add_argument("--launcher", choices=("local", "slurm"), default="local", help="where trials run")
-    parser.add_argument(
-        "--sbatch_options", default="", metavar="OPTIONS", help="slurm: passed to sbatch, like '--time=60 --gpus=1'"
+    add("--jobs", type=whole_number(1), default=1, metavar="N", help="trials at a time (default 1)")
+    add(
+        "--launcher",
+        type=arguments.choice(LAUNCHERS),
+        default="local",
+        metavar="NAME",
+        help="where trials run: local, slurm (local)",
     )
-    parser.add_argument("--wait", action="store_true", help="slurm: stay until the trials are over, then rank them")
-    parser.add_argument("--dry-run", action="store_true", help="slurm: print the sbatch command and submit nothing")
-    parser.add_argument(
-        "--trial", type=lambda text: (int(text),), metavar="N", help="train this trial alone, no ranking"
-    )
-    parser.epilog = "--config.FIELD=VALUE overrides a field of the config in all trials."
-    options, passed = parser.parse_known_args(argv)
-    if options.jobs < 1:
-        raise ValueError(f"--jobs={options.jobs} must be at least 1")
+    add("--sbatch_options", default="", metavar="OPTIONS", help="slurm: passed to sbatch, like '--time=60 --gpus=1'")
+    add("--wait", nargs=0, default=False, help="slurm: stay until the trials are over, then rank them")
+    add("--dry-run", nargs=0, default=False, help="slurm: print the sbatch command and submit nothing")
+    add("--trial", type=whole_number(0), metavar="N", help="train this trial alone, no ranking")
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Own options, and the `--config.FIELD=VALUE` of every trial."""
+    parsed = _parser().read(argv)
+    options = parsed.options
     if options.launcher == "local" and (options.sbatch_options or options.wait or options.dry_run):
         raise ValueError("--sbatch_options, --wait and --dry-run need --launcher=slurm")
     if options.launcher == "slurm" and (options.trial is not None or options.jobs != 1):
         raise ValueError("--trial and --jobs need --launcher=local; SLURM decides how many trials run at a time")
-    _check_command(options.train_command)
-    for argument in passed:
-        if not re.match(r"--config\.[^=]+=", argument):
-            raise ValueError(f"unknown argument {argument}; fields of the config are set by --config.FIELD=VALUE")
-        field_type(Config, path_of(argument))
-    return options, passed
+    for one in parsed.overrides:
+        if is_path_field(one.path):
+            expand(one.text, f"--config.{one.path}")
+    return options, [str(one) for one in parsed.overrides]
 
 
-def _check_command(command: str | None) -> None:
+def _command(text: str) -> str:
+    """A command that exists, `~` in its first word expanded."""
     try:
-        words = None if command is None else shlex.split(command)
+        words = shlex.split(text)
     except ValueError as error:
-        raise ValueError(f"--train_command={command}: {error}; write it as for a shell") from error
-    if words is not None and (not words or shutil.which(words[0]) is None):
-        raise ValueError(f"--train_command={command}: there is no command {words[0] if words else ''!r} to run")
+        raise argparse.ArgumentTypeError(f"={text}: {error}; write it as for a shell") from error
+    if words:
+        words[0] = arguments.source(words[0])
+    if not words or shutil.which(words[0]) is None:
+        raise argparse.ArgumentTypeError(f"={text}: there is no command {words[0] if words else ''!r} to run")
+    return shlex.join(words)

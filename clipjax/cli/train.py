@@ -1,7 +1,7 @@
 """Train a model: `clipjax train --config=FILE[:ARG] --workdir=DIR [--config.FIELD=VALUE ...]`.
 
-Read `prepare` (all that can be refused before training), `train` (a line per noun), `train`. Running the same command
-again goes on from the newest checkpoint.
+Everything that can be refused is refused in the first `with`, by all processes together; the second one is the run.
+Running the same command again goes on from the newest checkpoint.
 """
 
 import pathlib
@@ -9,51 +9,53 @@ import sys
 from collections.abc import Sequence
 
 from clipjax.cli import arguments
-from clipjax.cli.errors import refusals, stops
+from clipjax.cli.errors import SIGNAL, refusals, stops
+from clipjax.cli.overrides import describe_fields
 from clipjax.config import Config
-from clipjax.runtime import launchers, process_log, processes
+from clipjax.runtime import process_log, processes
 from clipjax.training import loop, preflight, run
 
 PROGRAM = "clipjax train"
-
-
-OPTIONS = {
-    "workdir": "where checkpoints, metrics.jsonl and results.json go; a run found there goes on",
-    **launchers.OPTIONS,
-}
-
-
-HELP = f"""Train a model, or go on with the run that the workdir holds.
-
-  {PROGRAM} --config=FILE[:ARG] --workdir=DIR [--config.FIELD=VALUE ...]
-      [--coordinator=HOST:PORT --num_processes=N --process_id=I]
+ABOUT = """Train a model, or go on with the run that the workdir holds.
 
 SIGTERM and Ctrl-C save a checkpoint and leave (exit code 128 + signal); the same command then goes on from there.
 Exit code 2: arguments, config or files are refused; 3: a checkpoint or too much of the data is unusable; 1: a defect.
 The workdir gets metrics.jsonl, tensorboard/, checkpoints/, run.json, logs/ and, at the end, results.json.
-Several processes find each other by themselves under Slurm, Open MPI and on TPU pods, else by the last three options.
-
-Fields of the config with their defaults (the config file sets its own):
-"""
+Several processes find each other by themselves under Slurm, Open MPI and on TPU pods, else by three options below."""
+FIELDS = "--config.FIELD=VALUE sets a field of the config. Fields with their defaults (the config file sets its own):\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The front door; returns the exit code."""
+    """Run the command; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if arguments.wants_help(argv):
-        print(HELP + "\n".join(arguments.describe_fields()))
+        arguments.show(_parser().format_help())
         return 0
     with processes.abort_on_error(), process_log.session():
         with refusals(PROGRAM):
-            processes.start(arguments.option_values(argv, launchers.OPTIONS))
+            processes.start(arguments.launch_options(argv))
             checked = preflight.check(lambda: _parse(argv))
+        if processes.is_first():
+            print(processes.describe_devices(), flush=True)
         with stops(PROGRAM), run.build(checked) as parts:
-            return loop.train(parts)
+            number = loop.train(parts)
+    return 0 if number is None else SIGNAL + number
+
+
+def _parser() -> arguments.Parser:
+    parser = arguments.Parser(PROGRAM, ABOUT, config="file", more=FIELDS + "\n".join(describe_fields()))
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        type=arguments.path,
+        help="where checkpoints, metrics.jsonl and results.json go; a run found there goes on",
+        missing="=DIR is missing: checkpoints and metrics need a place, for example runs/first",
+    )
+    arguments.add_launch_options(parser)
+    return parser
 
 
 def _parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
     """The config and the workdir."""
-    parsed = arguments.parse(PROGRAM, argv, options=OPTIONS)
-    if not parsed.options["workdir"]:
-        raise ValueError("--workdir=DIR is missing: checkpoints and metrics need a place, for example runs/first")
-    return parsed.config, pathlib.Path(parsed.options["workdir"])
+    parsed = _parser().read(argv)
+    return parsed.config(), parsed.options.workdir

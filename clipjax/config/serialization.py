@@ -7,6 +7,7 @@ Reading order: `Annotation` takes a field's type apart; `read` walks along it, f
 `field_type` follows a path through it; `numbers` visits the numbers of a config with their fields' metadata.
 """
 
+import ast
 import dataclasses
 import difflib
 import enum
@@ -167,10 +168,55 @@ def _read_choice(choices: type[enum.Enum], value: Any, path: str, strict: bool) 
     return known[name]
 
 
+_PATH_PART = re.compile(
+    r"""(?:^|\.) (?P<name> [^.\[\]='"]+)  # a field
+    | \[ (?: (?P<quoted> '(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*") | (?P<bare> [^'"\]][^\]]*) ) \]  # a key
+    """,
+    re.VERBOSE,
+)
+
+
+def split_assignment(text: str) -> tuple[list[tuple[str, bool]], str]:
+    """Return the parts of the path that a text begins with, as `path_parts`, and the rest of the text.
+
+    A key may stand without quotes, which shells take away, and hold anything but `]` there.
+    """
+    parts, position = [], 0
+    while match := _PATH_PART.match(text, position):
+        key = match["bare"] if match["quoted"] is None else ast.literal_eval(match["quoted"])
+        parts.append((match["name"], False) if match["name"] else (key, True))
+        position = match.end()
+    return parts, text[position:]
+
+
 def path_parts(path: str) -> list[tuple[str, bool]]:
-    """Names of a path, each with True if it is a key of a dict."""
-    found = re.findall(r"([^.\[\]]+)|\[['\"]([^'\"]+)['\"]\]", path)
-    return [(name or key, bool(key)) for name, key in found]
+    """Names of a path, and whether each is a key of a dict.
+
+    Raises:
+        ValueError: it is no path.
+    """
+    parts, rest = split_assignment(path)
+    if rest:
+        raise ValueError(f"{path!r} is no path of a field: {rest!r} is not understood")
+    return parts
+
+
+def canonical_path(config_type: Any, path: str) -> str:
+    """Return the one spelling of a path: keys of dicts in brackets and quotes, however they were written.
+
+    Raises:
+        ValueError: there is no such field.
+    """
+    field_type(config_type, path)
+    spelled, kind = "", take_apart(config_type)
+    for name, _ in path_parts(path):
+        if kind.values is not None:
+            spelled += f"[{name!r}]"
+            kind = take_apart(kind.values)
+        else:
+            spelled += f".{name}"
+            kind = take_apart(kind.fields[name])
+    return spelled.removeprefix(".")
 
 
 def field_value(config: Any, path: str) -> Any:

@@ -39,7 +39,8 @@ def validate(config: Config, *, batch_fields: Sequence[str] = BATCH_FIELDS) -> N
     """
     errors = _type_errors(config) or [*range_errors(config), *_mesh_errors(config)]
     if not errors:
-        errors = [*_batch_errors(config), *model_errors(config), *caption_errors(config), *_part_errors(config)]
+        errors = _batch_errors(config) if "global_batch_size" in batch_fields else []
+        errors += [*model_errors(config), *caption_errors(config), *_part_errors(config)]
         # An axis of -1 is not known yet: 1 divides everything, and `validate_devices` looks again.
         mesh = config.mesh
         sizes = mesh.slice or 1, max(1, mesh.data), max(1, mesh.fsdp), max(1, mesh.tensor)
@@ -185,6 +186,11 @@ def _batch_errors(config: Config) -> list[str]:
     batch = config.global_batch_size
     if config.total_examples < batch:
         errors.append(f"total_examples={config.total_examples} must be at least one global_batch_size={batch}")
+    if batch == 1 and config.loss.contrastive_weight:
+        errors.append(
+            "global_batch_size=1: a contrastive loss compares the pairs of a batch, and one pair alone has no "
+            "negatives and teaches nothing; give at least 2, or leave that loss out (loss.contrastive_weight=0)"
+        )
     if config.warmup_examples > config.total_examples:
         errors.append(
             f"warmup_examples={config.warmup_examples} must not exceed total_examples={config.total_examples}"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.convert import pytorch
+from clipjax.runtime.files import read_bounded
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_EXPANSION = 100
@@ -26,12 +27,11 @@ def read_json(path: pathlib.Path) -> Any:
         ValueError: it cannot be read, is too large, or is no JSON.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
+        content = read_bounded(path, MAX_JSON_BYTES)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if len(content) > MAX_JSON_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_JSON_BYTES} bytes: no config file")
+    except ValueError as error:
+        raise ValueError(f"{error}: no config file") from error
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

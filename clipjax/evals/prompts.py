@@ -7,6 +7,7 @@ import json
 import pathlib
 
 from clipjax.data.scenes.language import CLASS_NAMES, TEMPLATES
+from clipjax.runtime.files import read_bounded
 
 CLASSES: dict[str, tuple[str, ...]] = {"scenes": tuple(CLASS_NAMES)}
 
@@ -47,10 +48,12 @@ def _load(name: str, known: dict[str, tuple[str, ...]], field: str) -> tuple[str
     path = pathlib.Path(name)
     if not path.is_file():
         raise ValueError(f"{field}={name!r} must be one of {', '.join(known)}, or a JSON file with a list of strings")
-    if path.stat().st_size > _MAX_FILE_BYTES:
-        raise ValueError(f"{field}={name!r} is larger than {_MAX_FILE_BYTES} bytes")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        content = read_bounded(path, _MAX_FILE_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+    try:
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{field}={name!r} is no JSON: {error}") from error
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):

@@ -19,6 +19,7 @@ from clipjax.evals.encoder import Encoder
 from clipjax.evals.prompts import load_classes, load_templates
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
 from clipjax.evals.zero_shot import ZeroShot
+from clipjax.runtime.files import write_atomic
 
 Results = dict[str, dict[str, float]]
 Measure = ZeroShot | Retrieval | ImageRetrieval
@@ -122,6 +123,4 @@ def write_results(path: pathlib.Path, checkpoint: pathlib.Path, results: Results
     """Write `{"checkpoint": ..., "tasks": {NAME: {METRIC: value}}}`; the file is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"checkpoint": str(checkpoint), "tasks": results}, indent=2, allow_nan=False)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomic(path, content + "\n")

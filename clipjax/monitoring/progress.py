@@ -1,7 +1,8 @@
 """The step clock, MFU and the progress line. Nothing here knows JAX.
 
-The progress line is ours, not rich's: on a broken pipe rich's console raises SystemExit, on a closed stream ValueError;
-into a file or a log it writes one line at the end instead of one for each update; a killed run leaves the cursor hidden.
+The progress line is ours and not rich's. On a broken pipe rich's console raises SystemExit, on a closed stream
+ValueError; into a file it writes one line at the end instead of one for each update; a killed run leaves the cursor
+hidden.
 """
 
 import contextlib

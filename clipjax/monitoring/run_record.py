@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from clipjax.runtime.files import write_atomic
+
 PACKAGES = ("clipjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 """Those whose version can change numbers or files."""
 
@@ -56,7 +58,4 @@ def write(workdir: pathlib.Path, record: Mapping[str, Any]) -> None:
         starts = list(json.loads(path.read_bytes())["starts"])
     except (OSError, ValueError, LookupError, TypeError):  # none yet, or damaged: it is a record, not a state
         starts = []
-    content = json.dumps({"starts": [*starts, dict(record)]}, indent=2)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomic(path, json.dumps({"starts": [*starts, dict(record)]}, indent=2) + "\n")

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
+from clipjax.runtime.files import write_atomic
+
 
 class _AppendOnlyFile:
     """A file of whole records: one that could not be written is taken back, so that no reader meets half of it."""
@@ -130,12 +132,7 @@ def _trim(path: pathlib.Path, start_step: int) -> None:
     kept = b"".join(line for line in content.splitlines(keepends=True) if _is_kept(line, start_step))
     if kept == content:
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomic(path, kept, sync=True)
 
 
 def _is_kept(line: bytes, start_step: int) -> bool:

@@ -19,9 +19,6 @@ from clipjax.training.program import build_program
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 GIB = 2**30
 
-DOES_NOT_FIT = 3
-"""Exit code."""
-
 GPU_POOL = 0.75
 """Of a GPU's memory, that JAX takes when it starts (docs.jax.dev, GPU memory allocation)."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from clipjax.config import Config, LossMethod, Remat
 from clipjax.config.validation import validate
-from clipjax.planning.report import DOES_NOT_FIT, GIB, compile_step, make_plan
+from clipjax.planning.report import GIB, compile_step, make_plan
 from clipjax.planning.targets import Target, check_devices
 from clipjax.runtime.terminal import format_table
 
@@ -61,7 +61,7 @@ class Search:
         num_samples: int,
         teacher: Config | None = None,
         price: float | None = None,
-        output: str | None = None,
+        output: pathlib.Path | None = None,
     ) -> None:
         """Find a mesh to start from: the config's own, or else the first that the devices allow.
 
@@ -126,7 +126,7 @@ class Search:
             }
             for attempt in self.ranked
         ]
-        pathlib.Path(self._output).write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
+        self._output.write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
 
     def run(self) -> None:
         """All stages."""
@@ -176,9 +176,9 @@ def row(attempt: Candidate) -> list[str]:
     ]
 
 
-def run_search(tries: Search) -> int:
-    """Try, and print the ranking; returns the exit code."""
+def run_search(tries: Search) -> bool:
+    """Try, and print the ranking; return whether the best fits."""
     print("trying, each on a line: " + ", ".join(HEADER), flush=True)
     tries.run()
     print("\n" + format_table([row(attempt) for attempt in tries.ranked], HEADER))
-    return 0 if tries.ranked[0].plan["fits"] else DOES_NOT_FIT
+    return tries.ranked[0].plan["fits"]

@@ -192,8 +192,10 @@ def check_devices(config: Config, target: Target, teacher: Config | None) -> Non
 def _here() -> Target:
     import jax
 
+    from clipjax.runtime.processes import open_devices
     from clipjax.runtime.sharding import hardware_slices
 
+    open_devices()
     devices = jax.devices()
     chip = find_chip(devices[0].device_kind)
     if chip is None:

@@ -6,6 +6,7 @@ A run with several processes is started by a launcher (Slurm, Kubernetes, TPU po
 
 import importlib.util
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -48,6 +49,7 @@ def start(options: Mapping[str, str | None] | None = None, environment: Mapping[
         return
     launch = find_launch(options, environment, on_tpu=_on_tpu(environment))
     if launch is None:
+        open_devices(environment)
         return
     known: dict[str, Any] = {"coordinator_address": launch.coordinator}
     if launch.process_id is not None:
@@ -66,12 +68,53 @@ def start(options: Mapping[str, str | None] | None = None, environment: Mapping[
                 "--coordinator=HOST:PORT --num_processes=N --process_id=I say all of it outright"
             ) from error
         # Opening the devices waits for all processes: now, while all of them are sure to come.
+        open_devices(environment)
         joined = jax.process_count()
     if launch.num_processes not in (None, joined):
         raise ValueError(
             f"{launch.num_processes} processes were started ({launch.launcher}), but the devices know of {joined}; "
             "does JAX_PLATFORMS name a platform that all of them have?"
         )
+
+
+def open_devices(environment: Mapping[str, str] = os.environ) -> None:
+    """Open the devices.
+
+    Raises:
+        ValueError: JAX_PLATFORMS names a platform that this machine, or this JAX, does not have.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the plugins of some platforms assert
+        wanted = environment.get("JAX_PLATFORMS") or jax.config.jax_platforms  # pyright: ignore
+        if not wanted:
+            raise
+        reason = str(error).partition(" (set JAX_PLATFORMS=")[0] or "there is no such device, or JAX has no plugin"
+        raise ValueError(
+            f"JAX_PLATFORMS={wanted}: {reason}; unset it to take the devices that are there, or name another platform"
+        ) from error
+
+
+def describe_devices(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the devices of all processes in words, and whether this machine has others that JAX does not use."""
+    devices = jax.devices()
+    platform, kind = devices[0].platform, devices[0].device_kind
+    text = f"devices: {len(devices)} {platform}" + ("" if kind.lower() == platform else f" ({kind})")
+    if jax.process_count() > 1:
+        text += f" of {jax.process_count()} processes"
+    others = _accelerator_files() if platform == "cpu" and not environment.get("JAX_PLATFORMS") else ""
+    if others:
+        text += (
+            f"\nthis machine has an accelerator ({others}) that JAX does not use: is its plugin installed "
+            "(pip install 'clipjax[gpu]' or 'clipjax[tpu]')? JAX_PLATFORMS=cpu says that the CPU is meant"
+        )
+    return text
+
+
+def _accelerator_files() -> str:
+    """The first file by which Linux shows a GPU or TPU; empty if there is none."""
+    found = (path for pattern in ("nvidia[0-9]*", "kfd", "accel[0-9]*") for path in pathlib.Path("/dev").glob(pattern))
+    return str(next(found, ""))
 
 
 def _on_tpu(environment: Mapping[str, str]) -> bool:
@@ -214,11 +257,6 @@ class ShutdownSignal:
             self.number = self.number or signal.SIGTERM
             return True
         return False
-
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, as a shell reports it; 0 without a signal."""
-        return 0 if self.number is None else 128 + self.number
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipjax.config import Config
-from clipjax.config.serialization import check_override
+from clipjax.config.paths import expand, is_path_field
+from clipjax.config.serialization import canonical_path, check_override, split_assignment
 from clipjax.sweeps.local import open_log
 from clipjax.sweeps.space import Sweep
 from clipjax.sweeps.trial import Trial, formatted, read_json
@@ -19,7 +20,8 @@ from clipjax.sweeps.trial import Trial, formatted, read_json
 
 def path_of(argument: str) -> str:
     """Return the field's path of a `--config.FIELD=VALUE`."""
-    return argument.removeprefix("--config.").partition("=")[0]
+    field = argument.removeprefix("--config.")
+    return field.removesuffix(split_assignment(field)[1])
 
 
 def load_sweep(path: pathlib.Path) -> Sweep:
@@ -84,14 +86,20 @@ def plan_trials(
 
 def _check_fields(all_overrides: Sequence[dict[str, Any]], passed: Sequence[str]) -> None:
     problems: dict[str, None] = {}  # an ordered set
-    fixed = {path_of(argument) for argument in passed}
+    fixed = {canonical_path(Config, path_of(argument)) for argument in passed}
+    spellings: dict[str, str] = {}
     for path, value in (item for overrides in all_overrides for item in overrides.items()):
-        if path in fixed:
-            problems[f"{path} is both in the sweep and on the command line; remove --config.{path}"] = None
         try:
             check_override(Config, path, value)
+            if is_path_field(name := canonical_path(Config, path)) and isinstance(value, str):
+                expand(value, path)
         except ValueError as error:
             problems[str(error)] = None
+            continue
+        if name in fixed:
+            problems[f"{path} is both in the sweep and on the command line; remove --config.{path}"] = None
+        if spellings.setdefault(name, path) != path:
+            problems[f"{path} is in the sweep twice, as {spellings[name]} too; remove one of them"] = None
     if problems:
         raise ValueError("; ".join(problems))
 

@@ -7,6 +7,7 @@ import pathlib
 from dataclasses import dataclass
 from typing import Any
 
+from clipjax.runtime.files import write_atomic
 from clipjax.sweeps.space import format_value
 
 
@@ -35,9 +36,7 @@ class Trial:
         """Writes `trial.json` so that a kill leaves either the old one or the new one."""
         record = {"status": self.status, "seconds": round(self.seconds, 3), "definition": self.definition}
         record |= {"overrides": formatted(self.overrides), "arguments": self.arguments, "problem": self.problem}
-        temporary = self.folder / "trial.json.tmp"
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.folder / "trial.json")
+        write_atomic(self.folder / "trial.json", json.dumps(record, indent=2) + "\n")
 
     def read_results(self, metric: str) -> None:
         """Fills in `metric` and `loss` of a finished trial; `problem` says what is there if `metric` is not."""

@@ -6,8 +6,8 @@ from clipjax.evals.runner import Results
 from clipjax.training.run import Run
 
 
-def train(run: Run) -> int:
-    """Train to the end, or to the first signal; returns the exit code of that signal, or 0.
+def train(run: Run) -> int | None:
+    """Train to the end, or to the first signal; return that signal's number, or None at the end.
 
     Raises:
         TooManyBadSamples: too much of the data is unusable; the state before is saved.
@@ -41,6 +41,6 @@ def train(run: Run) -> int:
         if stop:
             number = run.signal.number
             journal.message(f"stopped by signal {number} after step {step}; the same command goes on from here")
-            return run.signal.exit_code
+            return number
     run.finish(state, last, results)
-    return 0
+    return None

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from clipjax.cli import sweep
+from tests.commands import exit_code
 
 SWEEP = """
 from clipjax.sweeps import *
@@ -22,7 +23,7 @@ def arguments(folder, config, *more):
 def test_without_slurm_it_is_refused(tmp_path, capsys, monkeypatch):
     (tmp_path / "config.py").write_text("")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert sweep.main(arguments(tmp_path, tmp_path / "config.py")) == 2
+    assert exit_code(sweep.main, arguments(tmp_path, tmp_path / "config.py")) == 2
     assert "--launcher=slurm needs SLURM's sbatch, squeue, scontrol, not found in PATH" in capsys.readouterr().err
 
 
@@ -34,10 +35,10 @@ def test_dry_run_prints_the_command_and_options_are_checked(tmp_path, capsys):
     assert out.startswith("+ sbatch --parsable --array=0,1 ") and "--time=60 --gpus=1" in out
     for more, message in (
         (["--launcher=local", "--wait"], "need --launcher=slurm"),
-        (["--jobs=2"], "need --launcher=local"),
+        (["--launcher=slurm", "--jobs=2"], "need --launcher=local"),
         (["--launcher=local", "--trial=2"], "--trial=2 must be from 0 to 1"),
     ):
-        assert sweep.main([*arguments(tmp_path, tmp_path / "config.py"), *more]) == 2
+        assert exit_code(sweep.main, [*arguments(tmp_path, tmp_path / "config.py")[:3], *more]) == 2
         assert message in capsys.readouterr().err
 
 
@@ -52,7 +53,7 @@ def test_the_array_runs_trials_with_the_sweeps_own_arguments(tmp_path, monkeypat
     ((python, *_, command), given) = submitted[0][:4], submitted[0][4:]
     assert (python, command) == (sys.executable, "sweep")
     options, passed = sweep._parse([*given, "--trial=1"])  # as the script of the array calls it
-    assert (options.launcher, options.trial, options.train_command) == ("local", (1,), "env")
+    assert (options.launcher, options.trial, options.train_command) == ("local", 1, "env")
     assert passed == ["--config.total_examples=64"] and str(options.workdir) == f"{tmp_path}/work"
 
 

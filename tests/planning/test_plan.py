@@ -119,8 +119,8 @@ def test_a_planned_step_is_the_step_that_trains(compiled):
 def test_a_search_compiles_and_ranks(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "FSDP", (1, 4))
     monkeypatch.setattr(search, "TENSOR", (1, 2))
-    tries = search.Search(tiny(), here(), num_samples=1000, price=1.0, output=str(tmp_path / "plans.json"))
-    assert search.run_search(tries) == 0
+    tries = search.Search(tiny(), here(), num_samples=1000, price=1.0, output=tmp_path / "plans.json")
+    assert search.run_search(tries)
     plans = json.loads((tmp_path / "plans.json").read_text())
     seconds = [plan["predicted_step_seconds"] for plan in plans]
     assert seconds == sorted(seconds)

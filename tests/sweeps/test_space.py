@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipjax.cli import arguments
+from clipjax.cli.overrides import override, split_overrides
 from clipjax.config import Activation, Config
 from clipjax.config.serialization import check_override
 from clipjax.sweeps import Choice, Grid, IntUniform, LogUniform, RandomSearch, Sweep, Uniform
@@ -107,7 +107,7 @@ def test_values_arrive_as_given(path, value):
     """What passes the check reaches the config unchanged through the command line that trials get."""
     check_override(Config, path, value)
     argument = f"--config.{path}={format_value(value)}"
-    arrived = arguments.parse("train", [argument], options={}, config=Config()).config
+    arrived = override(Config(), split_overrides([argument])[0])
     for name in path.split("."):
         arrived = getattr(arrived, name)
     assert arrived == (Activation.GELU if value == "gelu" else value)

@@ -17,6 +17,7 @@ from clipjax.cli import sweep
 from clipjax.config import Config
 from clipjax.config.serialization import check_override
 from clipjax.sweeps import plan
+from tests.commands import exit_code
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -80,11 +81,13 @@ class Bench:
         )
 
     def arguments(self, *more: str) -> list[str]:
+        """Those of a sweep, but for what `more` says itself."""
         names = {"config": self.folder / "config.py", "sweep": self.folder / "sweep.py", "workdir": self.workdir}
-        return [*(f"--{name}={path}" for name, path in names.items()), *more]
+        own = [f"--{name}={path}" for name, path in names.items() if not any(f"--{name}=" in one for one in more)]
+        return [*own, *more]
 
-    def run(self, *more: str) -> int:
-        return sweep.main(self.arguments(*more), command=self.command)
+    def run(self, *more: str) -> int | str | None:
+        return exit_code(lambda argv: sweep.main(argv, command=self.command), self.arguments(*more))
 
     def trials(self) -> list[pathlib.Path]:
         return sorted(self.workdir.glob("trial-*"))
@@ -248,10 +251,24 @@ def test_a_trial_in_use_is_not_started(bench, capsys, monkeypatch):
         ("(", (), "SyntaxError"),
         (GRID, ("--config.optim.learning_rate=1",), "is both in the sweep and on the command line"),
         (GRID, ("--config.optim.lr=1",), "optim has no field 'lr'"),
-        (GRID, ("--config.seed", "3"), "unknown argument --config.seed; fields of the config are set by"),
-        (GRID, ("--job=2",), "unknown argument --job=2"),
-        (GRID, ("--jobs=0",), "--jobs=0 must be at least 1"),
-        (GRID, ("--jobs=two",), "invalid int value: 'two'"),
+        (GRID, ("--config.seed",), "--config.seed has no value; write --config.seed=VALUE"),
+        (GRID, ("--config.seed=3", "--config.seed", "4"), "--config.seed is given twice, '3' and '4'"),
+        (GRID, ("--config.data.train=gs://b/a.tar",), "--config.data.train=gs://b/a.tar: nothing here opens"),
+        ('Grid({"data.train": ["s3://b/a.tar"]})', (), "data.train=s3://b/a.tar: nothing here opens"),
+        (
+            """Grid({"eval.tasks['t'].source": ["a"]})""",
+            ('--config.eval.tasks["t"].source=b',),
+            "is both in the sweep and on the command line",
+        ),
+        (
+            """Grid({"eval.tasks['t'].source": ["a"], 'eval.tasks["t"].source': ["b"]})""",
+            (),
+            "is in the sweep twice, as eval.tasks['t'].source too",
+        ),
+        (GRID, ("--job=2",), "unknown option --job; did you mean --jobs?"),
+        (GRID, ("--jobs=0",), "--jobs=0 must be a whole number of at least 1"),
+        (GRID, ("--jobs=two",), "--jobs=two must be a whole number of at least 1"),
+        (GRID, ("--launcher=slrm",), "--launcher=slrm must be one of local, slurm; did you mean slurm?"),
         (GRID, ("--sweep=/nowhere.py",), "--sweep=/nowhere.py must be a Python file"),
         (GRID, ("--config=/nowhere.py:large",), "--config=/nowhere.py:large must be a Python file, or FILE:ARG"),
         (GRID, ("--workdir=/dev/null/x",), "Not a directory"),
@@ -263,8 +280,8 @@ def test_mistakes_are_one_line_before_any_trial(bench, capsys, search, more, mes
 
 
 def test_missing_flags_and_wrong_sweep_files(bench, capsys):
-    assert sweep.main([]) == 2
-    assert "the following arguments are required: --config, --sweep, --workdir" in capsys.readouterr().err
+    assert exit_code(sweep.main, []) == 2
+    assert "error: --config=FILE[:ARG] is missing" in capsys.readouterr().err
     (bench.folder / "sweep.py").write_text("get_sweep = dict\n")
     assert "must define get_sweep() that returns a Sweep; it gave dict" in error_of(bench, capsys)
     (bench.folder / "sweep.py").write_text("")

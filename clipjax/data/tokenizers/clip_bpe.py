@@ -15,6 +15,8 @@ import ftfy
 import regex
 from tokenizers.models import BPE
 
+from clipjax.runtime.files import read_bounded
+
 START_TEXT = "<|startoftext|>"
 END_TEXT = "<|endoftext|>"
 MERGES_FILE = "merges.txt"
@@ -43,13 +45,11 @@ def read_file(path: pathlib.Path, *, max_bytes: int = _MAX_FILE_BYTES) -> bytes:
         ValueError: it cannot be read or is larger than `max_bytes`.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
+        return read_bounded(path, max_bytes)
     except OSError as error:
         raise ValueError(f"Tokenizer file {str(path)!r} cannot be read: {error}. Check the path.") from error
-    if len(content) > max_bytes:
-        raise ValueError(f"Tokenizer file {str(path)!r} is larger than {max_bytes} bytes: not a tokenizer file.")
-    return content
+    except ValueError as error:
+        raise ValueError(f"Tokenizer file {error}: not a tokenizer file.") from error
 
 
 def read_clip_bpe(path: pathlib.Path) -> "ClipBpe":
