@@ -3,11 +3,17 @@
 Reading order: `TrainStream`, `_SubstitutedSamples` (decoding and the substitution of bad samples), `_Augment` (crop and
 caption), `BadSampleLimit`. Axes: b batch of this process, s image_size, l tokens."""
 
+import atexit
 import collections
+import functools
 import itertools
 import math
+import multiprocessing
+import os
 import signal
+import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,10 +114,43 @@ class _Augment:
         }
 
 
-def _ignore_interrupt(worker_index: int, worker_count: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the training process saves first and then ends its workers."""
+def _begin_worker(worker_index: int, worker_count: int) -> None:
+    """Prepare a worker process: it ignores Ctrl-C and ends with the training process.
+
+    Ctrl-C reaches every process of a terminal; the training process saves first and then ends its workers. A training
+    process that is killed can end nobody, and its workers would wait for it for ever, with all their memory.
+    """
     del worker_index, worker_count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True, name="end-with-parent").start()
+
+
+def _end_with(process: Any) -> None:
+    process.join()
+    os._exit(1)
+
+
+def _own_memory(array: np.ndarray) -> np.ndarray:
+    """Return the array, with its shared memory, if it lies in any, taken out of the file system at once.
+
+    The memory stays as long as the array does. Grain takes it out when the array is deleted, which never happens to one
+    that outlives the loop; Python then warns at exit of "leaked shared_memory objects".
+    """
+    memory = getattr(array, "shm", None)
+    if memory is not None:
+        memory.unlink()
+        memory.unlink = _do_nothing  # Grain's own call, later
+    return np.asarray(array)
+
+
+def _do_nothing() -> None: ...
+
+
+def _close_if_alive(stream: "weakref.ReferenceType[TrainStream]") -> None:
+    if (alive := stream()) is not None:
+        alive.close()
 
 
 class TrainStream:
@@ -183,32 +222,39 @@ class TrainStream:
             _mark_flags_as_parsed()
             per_worker = max(1, data.prefetch_batches // data.num_workers)
             stream = stream.mp_prefetch(
-                grain.MultiprocessingOptions(data.num_workers, per_worker), worker_init_fn=_ignore_interrupt
+                grain.MultiprocessingOptions(data.num_workers, per_worker), worker_init_fn=_begin_worker
             )
         self._source = source
         self._latest: collections.deque[tuple[str, int]] = collections.deque(maxlen=_LATEST)
         self.wait_seconds = 0.0
-        self._batches = iter(stream)
+        self._batches: Any = iter(stream)
         self._batches.start_prefetch()
+        # Before multiprocessing's own exit, which ends what takes shared memory out of the file system.
+        self._close = atexit.register(functools.partial(_close_if_alive, weakref.ref(self)))
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
+        if self._batches is None:
+            raise ValueError("the stream is closed")
         start = time.perf_counter()
         batch = next(self._batches)
         self.wait_seconds += time.perf_counter() - start
         reasons, requested = batch["reason"], batch.pop("requested")
         self._latest.extend((REASONS[reasons[i]], int(requested[i])) for i in np.flatnonzero(reasons != GOOD))
-        return {name: np.asarray(array) for name, array in batch.items()}
+        return {name: _own_memory(array) for name, array in batch.items()}
 
     def latest_bad(self) -> list[str]:
         """The last few unusable samples that this process met: reason and place, the latest first."""
         return [f"{reason} in {self._source.location(index)}" for reason, index in reversed(self._latest)]
 
     def close(self) -> None:
-        """Stops threads and worker processes."""
-        self._batches.close()
+        """Stop threads and worker processes; nothing can be read any more. Runs at exit, too, if nobody did it before."""
+        atexit.unregister(self._close)
+        batches, self._batches = self._batches, None  # lets go of the batches that lay ready
+        if batches is not None:
+            batches.close()
 
 
 def pair_groups(batch: Mapping[str, np.ndarray], same_pair: SamePair) -> np.ndarray | None:
