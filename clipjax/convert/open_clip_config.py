@@ -120,11 +120,12 @@ def _read_trunk(cfg: PeerConfig, name: str, size: int) -> ViTConfig:
     if (pool := cfg.take("timm_pool", (str, type(None)), "avg")) != "map":
         cfg.refuse("timm_pool", pool, "must be 'map': of timm's towers only SigLIP's are read, which pool by attention")
     cfg.skip(*VISION_NAMES)
-    base = name.rpartition("_")[0]
-    if base not in SIGLIP_TRUNKS:
-        cfg.refuse("timm_model_name", name, f"must be one of {', '.join(SIGLIP_TRUNKS)}, and _SIZE")
-        base = next(iter(SIGLIP_TRUNKS))
-    patch_size, width, depth, heads, mlp_dim, activation = SIGLIP_TRUNKS[base]
+    if name not in SIGLIP_TRUNKS:
+        cfg.refuse("timm_model_name", name, f"must be one of {', '.join(SIGLIP_TRUNKS)}")
+        name, size = next(iter(SIGLIP_TRUNKS)), 224
+    elif SIGLIP_TRUNKS[name][0] != size:
+        cfg.refuse("image_size", size, f"must be that of timm_model_name={name}")
+    size, patch_size, width, depth, heads, mlp_dim, activation = SIGLIP_TRUNKS[name]
     return ViTConfig(
         image_size=size,
         patch_size=patch_size,
@@ -162,7 +163,9 @@ def _read_text(cfg: PeerConfig, activation: Activation) -> TextTransformerConfig
         projection=Projection.AFFINE if affine else linear,
     )
     if tower.pool is TextPool.LAST and tower.causal:
-        cfg.refuse("pool_type", "last", "reads padding where a text is short; it needs no_causal_mask=True")
+        cfg.refuse(
+            "pool_type", "last", "must come with no_causal_mask=True: else it reads padding where texts are short"
+        )
     if tower.pool is TextPool.CLASS and not tower.causal:
         cfg.refuse("no_causal_mask", True, "must be False with embed_cls")
     _check_blocks(cfg)
@@ -290,7 +293,7 @@ def _write_image(image: ViTConfig | ResNetConfig) -> dict[str, Any]:
     if image.pool is ImagePool.ATTENTION:
         return {
             "image_size": image.image_size,
-            "timm_model_name": f"{trunk_name(image)}_224",
+            "timm_model_name": trunk_name(image),
             "timm_model_pretrained": False,
             "timm_pool": "map",
             "timm_proj": "none" if image.projection is Projection.NONE else "linear",

@@ -13,24 +13,36 @@ from clipjax.config import (
     ViTConfig,
 )
 
-SIGLIP_TRUNKS = {
-    "vit_base_patch16_siglip": (16, 768, 12, 12, None, Activation.GELU),
-    "vit_base_patch32_siglip": (32, 768, 12, 12, None, Activation.GELU_TANH),
-    "vit_large_patch16_siglip": (16, 1024, 24, 16, None, Activation.GELU),
-    "vit_so400m_patch14_siglip": (14, 1152, 27, 16, 4304, Activation.GELU),
-    "vit_so400m_patch16_siglip": (16, 1152, 27, 16, 4304, Activation.GELU_TANH),
-    "vit_giantopt_patch16_siglip": (16, 1536, 40, 16, None, Activation.GELU_TANH),
-}
-"""timm's image towers that open_clip names: patch size, width, depth, heads, MLP, non-linearity
-(huggingface/pytorch-image-models, `timm/models/vision_transformer.py`)."""
+_TRUNKS = (
+    ("vit_base_patch16_siglip", (224, 256, 384, 512), (16, 768, 12, 12, None, Activation.GELU)),
+    ("vit_base_patch32_siglip", (256,), (32, 768, 12, 12, None, Activation.GELU_TANH)),
+    ("vit_large_patch16_siglip", (256, 384), (16, 1024, 24, 16, None, Activation.GELU)),
+    ("vit_large_patch16_siglip", (512,), (16, 1024, 24, 16, None, Activation.GELU_TANH)),
+    ("vit_so400m_patch14_siglip", (224, 378, 384), (14, 1152, 27, 16, 4304, Activation.GELU)),
+    ("vit_so400m_patch16_siglip", (256, 384, 512), (16, 1152, 27, 16, 4304, Activation.GELU_TANH)),
+    ("vit_giantopt_patch16_siglip", (256, 384), (16, 1536, 40, 16, None, Activation.GELU_TANH)),
+)
+
+SIGLIP_TRUNKS = {f"{name}_{size}": (size, *tower) for name, sizes, tower in _TRUNKS for size in sizes}
+"""timm's image towers that open_clip names: image and patch size, width, depth, heads, MLP, non-linearity
+(huggingface/pytorch-image-models 1.0.31, `timm/models/vision_transformer.py`). The name sets the image's size, since
+open_clip does not pass `image_size` on."""
 
 POOLER_EPSILON = 1e-5
 """Of the norms in their pooling by queries and in their decoder, whatever `norm_kwargs` says."""
 
 
 def trunk_name(image: ViTConfig) -> str | None:
-    """timm's name of an image tower, without its size."""
-    found = (image.patch_size, image.width, image.depth, image.num_heads, image.mlp_dim, image.activation)
+    """timm's name of an image tower."""
+    found = (
+        image.image_size,
+        image.patch_size,
+        image.width,
+        image.depth,
+        image.num_heads,
+        image.mlp_dim,
+        image.activation,
+    )
     return next((name for name, sizes in SIGLIP_TRUNKS.items() if sizes == found), None)
 
 

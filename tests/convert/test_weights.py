@@ -16,7 +16,7 @@ import clipjax
 from clipjax.cli.convert import main_convert, main_export
 from clipjax.cli.eval import main as main_eval
 from clipjax.config import Resize
-from clipjax.convert import stablehlo
+from clipjax.convert import files, stablehlo
 from clipjax.convert.importer import read_peer, save
 from tests.commands import exit_code
 
@@ -108,6 +108,22 @@ def test_everything_wrong_with_weights_is_one_error(shared, tmp_path, capsys):
     assert not (tmp_path / "out").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
 
+def test_a_config_is_refused_before_any_weight_is_read(shared, tmp_path, capsys, monkeypatch):
+    root = damaged(shared, tmp_path)
+    monkeypatch.setattr(files, "read_weights", lambda *_: pytest.fail("weights are read"))
+    config = json.loads((root / "config.json").read_text())
+    config["config"]["vision_config"]["num_channels"] = 4
+    root.joinpath("config.json").unlink()
+    (root / "config.json").write_text(json.dumps(config))
+    assert convert("huggingface", root, tmp_path / "out") == 2
+    assert "num_channels=4 must be 3: pictures have three channels" in capsys.readouterr().err
+    # So is a tokenizer of another model.
+    config["config"]["vision_config"]["num_channels"], config["config"]["text_config"]["vocab_size"] = 3, 100
+    (root / "config.json").write_text(json.dumps(config))
+    assert convert("huggingface", root, tmp_path / "out", "--tokenizer=bytes") == 2
+    assert "the tokenizer has 259 ids, but the model knows 100" in capsys.readouterr().err
+
+
 def test_a_truncated_file_is_told(shared, tmp_path, capsys):
     root = damaged(shared, tmp_path)
     content = (root / "weights.safetensors").read_bytes()
@@ -161,7 +177,12 @@ def test_another_familys_weights_are_told(shared, tmp_path, capsys):
         ),
         ("openclip-vit-gelu", "vision_cfg.layers", 10**7, "layers=10000000 must be a whole number from 1 to 1000"),
         ("openclip-vit-gelu", "vision_cfg.head_width", 0, "head_width=0 must be a whole number from 1"),
-        ("openclip-vit-gelu", "vision_cfg.head_width", 48, "head_width=48 must divide the width, 64"),
+        (
+            "openclip-vit-gelu",
+            "vision_cfg.head_width",
+            20,
+            "head_width=20 must make a number of heads that divides the width, 64",
+        ),
         ("openclip-vit-gelu", "vision_cfg.patch_size", 0, "patch_size=0 must be a whole number from 1"),
         ("openclip-vit-gelu", "vision_cfg.mlp_ratio", float("inf"), "mlp_ratio=inf must be finite"),
         ("openclip-vit-gelu", "vision_cfg.mlp_ratio", -1.0, "mlp_ratio=-1.0 must make a width between 1"),

@@ -48,6 +48,7 @@ IMAGES = {
     "class": ViTConfig(**VIT),
     "average": ViTConfig(**VIT, pool=ImagePool.AVERAGE),
     "average without a class token": ViTConfig(**VIT, pool=ImagePool.AVERAGE, class_token=False),
+    "average, then the norm": ViTConfig(**VIT, pool=ImagePool.AVERAGE, ln_post_after_pool=True),
     "attention": SIGLIP_IMAGE,
     "registers": ViTConfig(**VIT, num_registers=3),
     "sincos": ViTConfig(**VIT, positions=Positions.SINCOS, projection=Projection.AFFINE),
