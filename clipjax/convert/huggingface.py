@@ -101,7 +101,7 @@ _SILENT = (
 
 
 def read_config(peer: Mapping[str, Any]) -> ModelConfig:
-    """The model that their `config.json` describes.
+    """Read the model that their `config.json` describes.
 
     Raises:
         ValueError: everything in it that clipjax has no model for.
@@ -176,7 +176,7 @@ def _read_blocks(cfg: PeerConfig, width: int, *, siglip: bool, heads: int = 12) 
 
 
 def is_siglip(config: ModelConfig) -> bool:
-    """Which of their two classes is meant."""
+    """Return true for their SigLIP class, false for their CLIP."""
     return isinstance(config.image, ViTConfig) and config.image.pool is ImagePool.ATTENTION
 
 
@@ -237,7 +237,7 @@ _SIGLIP: dict[str, Any] = {
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Their `config.json` for a model of ours.
+    """Write their `config.json` for a model of ours.
 
     Raises:
         ValueError: they have no such model.
@@ -286,7 +286,7 @@ def _write_blocks(tower: ViTConfig | TextTransformerConfig) -> dict[str, Any]:
 
 
 def table(config: ModelConfig) -> Table:
-    """Which of their arrays is which of ours.
+    """Build the table of their arrays and ours.
 
     Raises:
         ValueError: they have no such model.
@@ -350,7 +350,7 @@ def _blocks(theirs: str, ours: str, layers: Sequence[int], n: str) -> list[Rule]
 
 
 def _head(theirs: str, ours: str) -> list[Rule]:
-    """Attention pooling."""
+    """Return the rules of attention pooling."""
     return [
         rule(f"{theirs}.probe", f"{ours}/probe", "1 q w -> q w"),
         *attention(f"{theirs}.attention", f"{ours}/attn", "n"),

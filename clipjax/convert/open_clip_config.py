@@ -1,4 +1,4 @@
-"""open_clip's `model_cfg` (mlfoundations/open_clip), read and written, and which models it can describe."""
+"""open_clip's `model_cfg` (mlfoundations/open_clip): read, written, and checked for models that it cannot describe."""
 
 import math
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ _TANH = {"approximate": "tanh"}
 
 
 def read_config(peer: Mapping[str, Any]) -> ModelConfig:
-    """The model that `open_clip_config.json`, or the `model_cfg` in it, describes.
+    """Read the model that `open_clip_config.json`, or the `model_cfg` in it, describes.
 
     Raises:
         ValueError: everything in it that clipjax has no model for.
@@ -148,7 +148,7 @@ def _read_text(cfg: PeerConfig, activation: Activation) -> TextTransformerConfig
 
 
 def _read_decoder(known: PeerConfig, text: TextTransformerConfig, activation: Activation) -> DecoderConfig:
-    """The text decoder of their CoCa, whose MLP is four times as wide whatever its config says."""
+    """Read the text decoder of their CoCa, whose MLP is four times as wide whatever its config says."""
     cfg = known.group("multimodal_cfg")
     cfg.skip("context_length", "mlp_ratio", "dim_head", "n_queries", "attn_pooler_heads")
     for name, wanted in (("width", text.width), ("vocab_size", text.vocab_size)):
@@ -183,7 +183,7 @@ def _epsilon(cfg: PeerConfig) -> float:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Their `model_cfg` for a model of ours.
+    """Write their `model_cfg` for a model of ours.
 
     Raises:
         ValueError: they have no such model.
@@ -223,7 +223,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def is_custom(config: ModelConfig) -> bool:
-    """Whether theirs is a `CustomTextCLIP`: their `CLIP` has only the causal tower and a projection without bias."""
+    """Return true if only their `CustomTextCLIP` fits: `CLIP` has a causal tower and a projection without bias."""
     text = config.text
     assert isinstance(text, TextTransformerConfig)
     return not text.causal or text.projection is not Projection.LINEAR or config.caption is not None
@@ -270,7 +270,7 @@ def _write_queries(image: ViTConfig) -> dict[str, Any]:
 
 
 def _write_ratio(width: int, mlp_dim: int | None) -> dict[str, float]:
-    """The MLP's ratio, from which they take the whole part of width times it."""
+    """Return the MLP's ratio; its width is the whole part of the ratio times the tower's width."""
     if mlp_dim is None:
         return {}
     ratio = mlp_dim / width
@@ -287,7 +287,7 @@ def _write_numerics(tower: ViTConfig | TextTransformerConfig) -> dict[str, Any]:
 
 
 def _trunk_name(image: ViTConfig) -> str | None:
-    """timm's name of an image tower, without its size."""
+    """Return timm's name of an image tower, without its size."""
     found = (image.patch_size, image.width, image.depth, image.num_heads, image.mlp_dim, image.activation)
     return next((name for name, sizes in SIGLIP_TRUNKS.items() if sizes == found), None)
 
@@ -337,7 +337,7 @@ def check_known(config: ModelConfig) -> None:
 
 
 def _coca_errors(config: ModelConfig) -> list[str]:
-    """Their decoder comes with pooling by queries and a token behind the text, and neither without it."""
+    """List the errors of a decoder without pooling by queries and a class token, or of these without a decoder."""
     caption, text = config.caption, config.text
     parts = {
         "model.caption is a decoder": isinstance(caption, DecoderConfig),
