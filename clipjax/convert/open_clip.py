@@ -96,7 +96,7 @@ def _vit_rules(tower: ViTConfig) -> list[Rule]:
 
 
 def _query_pool_rules(tower: ViTConfig, embed_dim: int) -> list[Rule]:
-    """Return the rules of pooling by queries; PyTorch splits query, key and value where their inputs differ in width."""
+    """Return the rules of pooling by queries; PyTorch splits query, key and value if their inputs differ in width."""
     pool, attn = "visual.attn_pool", "image/pool/attn"
     if tower.width == embed_dim:
         weights = attention(f"{pool}.attn", attn, "queries")
