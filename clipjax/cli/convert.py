@@ -85,7 +85,7 @@ def _convert(options: Namespace) -> int:
     files.check_new(output)
     peer = read_peer(source, path, model=options.model, tokenizer=options.tokenizer)
     save(peer, output)
-    print(f"{source} {path} -> {output}: {peer.num_params / 1e6:.1f} million parameters, {peer.told}")
+    print(f"{source} {path} -> {output}: {peer.num_params / 1e6:.1f} million parameters, {peer.describe_tokenizer()}")
     return 0
 
 

@@ -1,4 +1,5 @@
-"""Weights in and out: tables that say which of a peer's weights is which of ours. No file is touched in here.
+"""Conversion of peers' weights: a peer's directory to a checkpoint (`importer`), and back (`exporter`).
 
-`rules` applies a table in either direction; one module per peer reads its config and gives its table.
+A table pairs a peer's weights with ours; `rules` applies it in either direction. One module per peer holds its table
+and reads its config; `files`, `tokenizers` and `preprocessing` handle the other files beside the weights.
 """

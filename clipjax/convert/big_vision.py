@@ -1,6 +1,6 @@
 """big_vision's SigLIP (google-research/big_vision): `.npz` files without a config, whose names are paths of Flax.
 
-Layers may lie one by one (`encoderblock_3`) or stacked (`encoderblock`); `table` is told which.
+Layers may lie one by one (`encoderblock_3`) or stacked (`encoderblock`); `table` takes which.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from clipjax.convert.rules import Rule, Table, rule
 
 
 def table(config: ModelConfig, *, stacked: bool) -> Table:
-    """Which of their arrays is which of ours.
+    """Build the table of their arrays and ours.
 
     Args:
         config: the model, a SigLIP.
@@ -70,7 +70,7 @@ def _mlp(theirs: str, ours: str, layers: Sequence[int], lead: str = "") -> list[
 
 
 def _blocks(theirs: str, ours: str, depth: int, stacked: bool) -> list[Rule]:
-    """A stack of blocks. Stacked arrays come with their axis of layers; single ones get it here."""
+    """Return the rules of a stack of blocks. Stacked arrays have their axis of layers; single ones get it here."""
     layers = () if stacked else range(depth)
     block = f"{theirs}/encoderblock" if stacked else f"{theirs}/encoderblock_{{layer}}"
     attn = f"{block}/MultiHeadDotProductAttention_0"

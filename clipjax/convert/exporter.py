@@ -1,4 +1,4 @@
-"""A checkpoint becomes a directory that a peer's own loader opens."""
+"""Export of a checkpoint as a directory that a peer's own loader opens."""
 
 import pathlib
 from collections.abc import Mapping
@@ -18,7 +18,16 @@ TARGETS = ("open_clip", "huggingface", "stablehlo")
 
 
 def export(saved: SavedCheckpoint, target: str, output: pathlib.Path) -> None:
-    """A directory that the peer's own loader opens."""
+    """Write a directory that the peer's own loader opens.
+
+    Args:
+        saved: the checkpoint.
+        target: one of `TARGETS`.
+        output: a new or empty directory.
+
+    Raises:
+        ValueError: the peer has no such model or tokenizer, or `output` is not empty.
+    """
     config, tokenizer = saved.config, saved.tokenizer()
     tokenizer_files = tokenizers.write(tokenizer, config.model.text.context_length)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])

@@ -16,12 +16,12 @@ from clipjax.runtime.files import read_bounded
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_EXPANSION = 100
-"""How many times its size an archive may unfold to. Trained weights hardly shrink at all."""
+"""The largest ratio of an archive's unpacked size to its own. Trained weights hardly shrink at all."""
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """A JSON file.
+    """Read a JSON file.
 
     Raises:
         ValueError: it cannot be read, is too large, or is no JSON.
@@ -39,12 +39,12 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def find_weights(path: pathlib.Path, preferred: Sequence[str] = ()) -> list[pathlib.Path]:
-    """The files that hold the weights: one file, or those of a directory; pickles only where there is nothing else.
+    """Find the files that hold the weights: one file, or those of a directory; pickles only if there is nothing else.
 
     Args:
         path: a file or a directory.
-        preferred: patterns of names; files of the first one that fits any are taken alone, since hubs keep the same
-            weights for several libraries side by side.
+        preferred: patterns of names; the first one that fits any file selects, since hubs keep the same weights for
+            several libraries side by side.
 
     Raises:
         ValueError: there are none.
@@ -64,7 +64,7 @@ def find_weights(path: pathlib.Path, preferred: Sequence[str] = ()) -> list[path
 
 
 def read_weights(path: pathlib.Path, preferred: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """All arrays by name, as they are on disk; see `find_weights`.
+    """Read all arrays by name, as they are on disk; see `find_weights`.
 
     Raises:
         ValueError: a file is damaged, of another kind, or repeats a name.
@@ -123,7 +123,7 @@ def check_new(path: pathlib.Path) -> None:
 
 @contextmanager
 def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to fill, which takes its name only when all of it is there.
+    """Give a directory to fill, which takes its name only when it is complete.
 
     Raises:
         ValueError: there is something of that name already, or it cannot be made.
@@ -147,12 +147,12 @@ def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_weights(file: pathlib.Path, weights: Mapping[str, np.ndarray]) -> None:
-    """A safetensors file that PyTorch's readers take for their own."""
+    """Write a safetensors file, with the metadata that PyTorch's readers expect."""
     from safetensors.numpy import save_file
 
     save_file(dict(weights), file, metadata={"format": "pt"})
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:
-    """Indented, for people."""
+    """Write indented JSON."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -36,7 +36,7 @@ MODEL_TYPES = ("clip", "siglip")
 
 
 def read_config(peer: Mapping[str, Any]) -> ModelConfig:
-    """The model that their `config.json` describes.
+    """Read the model that their `config.json` describes.
 
     Raises:
         ValueError: everything in it that clipjax has no model for.
@@ -128,7 +128,7 @@ def _read_blocks(cfg: PeerConfig, *, siglip: bool, width: int, mlp_dim: int, num
 
 
 def is_siglip(config: ModelConfig) -> bool:
-    """Which of their two classes is meant."""
+    """Return true for their SigLIP class, false for their CLIP."""
     return isinstance(config.image, ViTConfig) and config.image.pool is ImagePool.ATTENTION
 
 
@@ -189,7 +189,7 @@ _SIGLIP: dict[str, Any] = {
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Their `config.json` for a model of ours.
+    """Write their `config.json` for a model of ours.
 
     Raises:
         ValueError: they have no such model.
@@ -238,7 +238,7 @@ def _write_blocks(tower: ViTConfig | TextTransformerConfig) -> dict[str, Any]:
 
 
 def table(config: ModelConfig) -> Table:
-    """Which of their arrays is which of ours.
+    """Build the table of their arrays and ours.
 
     Raises:
         ValueError: they have no such model.
@@ -302,7 +302,7 @@ def _blocks(theirs: str, ours: str, layers: Sequence[int], n: str) -> list[Rule]
 
 
 def _head(theirs: str, ours: str) -> list[Rule]:
-    """Attention pooling."""
+    """Return the rules of attention pooling."""
     return [
         rule(f"{theirs}.probe", f"{ours}/probe", "1 q w -> q w"),
         *attention(f"{theirs}.attention", f"{ours}/attn", "n"),

@@ -1,4 +1,7 @@
-"""A peer's directory becomes a clipjax checkpoint at step 0, without a training state."""
+"""Import of a peer's directory as a clipjax checkpoint at step 0, without a training state.
+
+Read `PeerModel`, `read_peer`, `save`.
+"""
 
 import pathlib
 from collections.abc import Mapping
@@ -30,29 +33,24 @@ from clipjax.models.clip import abstract_model
 from clipjax.pytrees import from_flat, to_flat
 
 SOURCES = ("openai", "open_clip", "huggingface", "big_vision")
-
-
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-
-
 WEIGHT_FILES = {
     "openai": _OPEN_CLIP_FILES,
     "open_clip": _OPEN_CLIP_FILES,
     "huggingface": ("model*.safetensors", "pytorch_model*.bin"),
 }
-"""Names by which hubs tell the weights of one library from those of another."""
-
+"""Patterns of the names that hubs give to the weights of each library."""
 
 CAPTION_WEIGHT = 2.0
-"""Of a converted CoCa's captioning loss (arXiv 2205.01917, section 4.1)."""
+"""Weight of a converted CoCa's captioning loss (arXiv 2205.01917, section 4.1)."""
 
 
 @dataclass(frozen=True)
 class PeerModel:
-    """A peer's model, read.
+    """A peer's model as clipjax holds it.
 
     Attributes:
-        config: what a checkpoint of it records.
+        config: the config that its checkpoint records.
         params: our arrays by path, `batch_stats/...` among them.
         tokenizer: its tokenizer, or `NoTokenizer`.
     """
@@ -63,12 +61,11 @@ class PeerModel:
 
     @property
     def num_params(self) -> int:
-        """Without running statistics."""
+        """Number of parameters, without running statistics."""
         return sum(array.size for name, array in self.params.items() if not name.startswith("batch_stats"))
 
-    @property
-    def told(self) -> str:
-        """The tokenizer, in words."""
+    def describe_tokenizer(self) -> str:
+        """Describe the tokenizer, for the user."""
         if isinstance(self.tokenizer, NoTokenizer):
             return "no tokenizer found (texts cannot be read; --tokenizer=KIND:PATH adds one)"
         return f"tokenizer {self.tokenizer.name} with {self.tokenizer.vocab_size} ids"
@@ -78,7 +75,7 @@ def read_peer(source: str, path: pathlib.Path, *, model: str | None = None, toke
     """Read a peer's weights, config, preprocessing and tokenizer.
 
     Raises:
-        ValueError: everything that is wrong with one of them.
+        ValueError: with all that is wrong in the first of them that is refused.
     """
     preferred = WEIGHT_FILES.get(source, ())
     files.find_weights(path, preferred)
@@ -121,7 +118,7 @@ def _find_tokenizer(path: pathlib.Path, tokenizer: str | None, config: ModelConf
 
 
 def _read_config(source: str, path: pathlib.Path, model: str | None) -> tuple[ModelConfig, DataConfig]:
-    """The model and how it looks at pictures."""
+    """Read the config of the model and of its preprocessing."""
     found = None
     if path.is_dir():
         names = ("open_clip_config.json", "config.json") if source in ("openai", "open_clip") else ("config.json",)
@@ -172,7 +169,7 @@ def _table(source: str, config: ModelConfig, weights: Mapping[str, np.ndarray]) 
 
 
 def save(peer: PeerModel, output: pathlib.Path) -> None:
-    """A checkpoint at step 0, there as a whole or not at all."""
+    """Write a checkpoint at step 0, as a whole or not at all."""
     tree = from_flat(peer.params)
     batch_stats = tree.pop("batch_stats", None)
     arrays = {"params": tree, **({} if batch_stats is None else {"batch_stats": batch_stats})}

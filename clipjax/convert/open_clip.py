@@ -1,4 +1,4 @@
-"""open_clip's weights (mlfoundations/open_clip), and OpenAI's, whose names are the same: their names to ours."""
+"""open_clip's weights (mlfoundations/open_clip) and OpenAI's, which have the same names: their names to ours."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -25,7 +25,7 @@ OPENAI_SIZES: dict[str, Callable[[], np.ndarray] | None] = dict.fromkeys(
 
 
 def table(config: ModelConfig, *, custom_text: bool, weights: Mapping[str, np.ndarray] = MappingProxyType({})) -> Table:
-    """Which of their arrays is which of ours.
+    """Build the table of their arrays and ours.
 
     Args:
         config: the model.
@@ -105,7 +105,7 @@ def _vit_rules(tower: ViTConfig) -> list[Rule]:
 
 
 def _query_pool_rules(tower: ViTConfig, embed_dim: int) -> list[Rule]:
-    """PyTorch keeps queries', keys' and values' weights as one array where their inputs are equally wide."""
+    """Return the rules of pooling by queries; PyTorch splits query, key and value if their inputs differ in width."""
     pool, attn = "visual.attn_pool", "image/pool/attn"
     if tower.width == embed_dim:
         weights = attention(f"{pool}.attn", attn, "queries")
@@ -143,7 +143,7 @@ def _decoder_rules(tower: DecoderConfig) -> list[Rule]:
 
 
 def _trunk_rules(tower: ViTConfig, weights: Mapping[str, np.ndarray]) -> list[Rule]:
-    """timm's ViT with attention pooling, as their SigLIPs have it."""
+    """Return the rules of timm's ViT with attention pooling, as in their SigLIPs."""
     trunk, layers, ours = "visual.trunk", range(tower.depth), "image/transformer/blocks"
     block = f"{trunk}.blocks.{{layer}}"
     pool = f"{trunk}.attn_pool"
@@ -228,7 +228,7 @@ def _batch_norm(theirs: str, ours: str, layers: Sequence[int] = ()) -> list[Rule
 
 
 def _counters(tower: ResNetConfig) -> dict[str, Callable[[], np.ndarray] | None]:
-    """PyTorch counts the batches that a BatchNorm has seen; nothing reads it at a fixed momentum."""
+    """Name the counters of batches that PyTorch's BatchNorm keeps; nothing reads them at a fixed momentum."""
     norms = [f"visual.bn{number}" for number in (1, 2, 3)]
     for stage, depth in enumerate(tower.layers, start=1):
         norms.append(f"visual.layer{stage}.0.downsample.1")

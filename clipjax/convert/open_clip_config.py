@@ -1,4 +1,4 @@
-"""open_clip's `model_cfg` (mlfoundations/open_clip), read and written, and which models it can describe."""
+"""open_clip's `model_cfg` (mlfoundations/open_clip): read, written, and checked for models that it cannot describe."""
 
 import math
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ VISION_NAMES = peer_fields.OPEN_CLIP["CLIPVisionCfg"].names
 
 
 def read_config(peer: Mapping[str, Any]) -> ModelConfig:
-    """The model that `open_clip_config.json`, or the `model_cfg` in it, describes.
+    """Read the model that `open_clip_config.json`, or the `model_cfg` in it, describes.
 
     Raises:
         ValueError: everything in it that clipjax has no model for.
@@ -188,7 +188,7 @@ def _text_pool(cfg: PeerConfig, vocab_size: int) -> TextPool:
 
 
 def _read_decoder(known: PeerConfig, text: TextTransformerConfig, activation: Activation) -> DecoderConfig:
-    """The text decoder of their CoCa, whose MLP is four times as wide whatever its config says."""
+    """Read the text decoder of their CoCa, whose MLP is four times as wide whatever its config says."""
     cfg = known.group("multimodal_cfg")
     if (width := cfg.size("width", 512)) != text.width:
         cfg.refuse("width", width, f"must be that of text_cfg, {text.width}")
@@ -230,7 +230,7 @@ def _epsilon(cfg: PeerConfig) -> float:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Their `model_cfg` for a model of ours.
+    """Write their `model_cfg` for a model of ours.
 
     Raises:
         ValueError: they have no such model.
@@ -273,7 +273,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def is_custom(config: ModelConfig) -> bool:
-    """Whether theirs is a `CustomTextCLIP`: their `CLIP` has only the causal tower and a projection without bias."""
+    """Return true if only their `CustomTextCLIP` fits: `CLIP` has a causal tower and a projection without bias."""
     text = config.text
     assert isinstance(text, TextTransformerConfig)
     plain = text.causal and text.projection is Projection.LINEAR and text.pool is not TextPool.CLASS
@@ -325,7 +325,7 @@ def _write_queries(image: ViTConfig) -> dict[str, Any]:
 
 
 def _write_ratio(width: int, mlp_dim: int | None) -> dict[str, float]:
-    """The MLP's ratio, from which they take the whole part of width times it."""
+    """Return the MLP's ratio; its width is the whole part of the ratio times the tower's width."""
     if mlp_dim is None:
         return {}
     ratio = mlp_dim / width

@@ -1,4 +1,4 @@
-"""Reading a peer's JSON config: every field is taken once, what nobody takes is an error; all errors come together."""
+"""Reader of a peer's JSON config: a field that nobody takes is an error, and all errors come together."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from clipjax.convert.peer_fields import Fields
 
 _REQUIRED = object()
 MOST = 2**24
-"""No width, length or vocabulary is larger; a file that says so is damaged or means harm."""
+"""Limit of widths, lengths and vocabularies; a file with a larger one is damaged or means harm."""
 MOST_LAYERS = 1_000
 MOST_LOG_SCALE = 20
 
@@ -31,15 +31,15 @@ class PeerConfig:
             self._errors.append(f"{path}: must be a JSON object, not {values!r}")
 
     def has(self, name: str) -> bool:
-        """Whether the field is there and not null."""
+        """Return true if the field is there and not null."""
         return self._left.get(name) is not None
 
     def holds(self, name: str, value: Any) -> bool:
-        """Whether the field is there with this value; it stays to be taken."""
+        """Return true if the field is there with this value; it stays to be taken."""
         return self._left.get(name) == value
 
     def take(self, name: str, kind: Any, default: Any = _REQUIRED) -> Any:
-        """A field of a type (or one of several); whole numbers are floats too."""
+        """Take a field of a type (or one of several); whole numbers are floats too."""
         value = self._left.pop(name, default)
         if value is _REQUIRED:
             self._errors.append(f"{self._path}.{name}: missing")
@@ -56,13 +56,13 @@ class PeerConfig:
         return kinds[0]() if default is _REQUIRED else default
 
     def size(self, name: str, default: Any = _REQUIRED, most: int = MOST) -> int:
-        """A whole number from 1 to `most`."""
-        told = len(self._errors)
+        """Take a whole number from 1 to `most`."""
+        before = len(self._errors)
         value = self.take(name, int, default)
-        return 1 if len(self._errors) > told else self._bounded(name, value, most)
+        return 1 if len(self._errors) > before else self._bounded(name, value, most)
 
     def sizes(self, name: str, default: int, most: int = MOST) -> int | tuple[int, ...]:
-        """One such number, or a list of them."""
+        """Take one such number, or a list of them."""
         value = self.take(name, (int, list), default)
         if not isinstance(value, list):
             return self._bounded(name, value, most)
@@ -87,7 +87,7 @@ class PeerConfig:
         return 1
 
     def logit_scale(self, name: str, default: float) -> float:
-        """The multiplier of similarities whose logarithm the field is, or `default`; the weights have their own."""
+        """Take the logarithm of a logit scale and return the scale, or `default`; the weights have their own."""
         value = self.take(name, float, None)
         if value is None:
             return default
@@ -97,7 +97,7 @@ class PeerConfig:
         return min(math.exp(value), ModelConfig().max_logit_scale)
 
     def choose(self, name: str, choices: Mapping[Any, Any], default: Any = _REQUIRED) -> Any:
-        """What a field's value stands for."""
+        """Take a field and return the choice that its value stands for."""
         value = self._left.pop(name, default)
         if not isinstance(value, str | int | bool | type(None)) or value not in choices:
             shown = "nothing" if value is _REQUIRED else value
@@ -106,7 +106,7 @@ class PeerConfig:
         return choices[value]
 
     def group(self, name: str) -> "PeerConfig":
-        """An object inside; null or absent, one without fields."""
+        """Take a nested object; one that is null or absent has no fields."""
         value = self._left.pop(name, None)
         inside = PeerConfig({} if value is None else value, f"{self._path}.{name}", self._errors)
         self._groups.append(inside)
@@ -122,7 +122,7 @@ class PeerConfig:
         self.skip(*fields.without_effect)
 
     def skip(self, *names: str) -> None:
-        """Fields that say nothing about the model."""
+        """Skip fields that say nothing about the model."""
         for name in names:
             self._left.pop(name, None)
 
@@ -131,7 +131,7 @@ class PeerConfig:
         self._errors.append(f"{self._path}.{name}={value!r} {rule}")
 
     def finish(self) -> None:
-        """Nothing may be left.
+        """Refuse fields that nobody took.
 
         Raises:
             ValueError: every error, a line each.

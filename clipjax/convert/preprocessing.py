@@ -1,4 +1,4 @@
-"""How peers look at pictures: their JSON to the fields of `DataConfig`, and back."""
+"""Peers' preprocessing of images: their JSON to the fields of `DataConfig`, and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,21 +9,21 @@ from clipjax.convert.peer_config import PeerConfig
 HALF = (0.5, 0.5, 0.5)
 MOST_MEAN = 1_000
 _RESAMPLE = {2: Interpolation.BILINEAR, 3: Interpolation.BICUBIC}
-"""Pillow's numbers."""
+"""Interpolation by Pillow's numbers."""
 
 
 def default(*, siglip: bool) -> DataConfig:
-    """What a family does when its files do not say."""
+    """Return the defaults of a family, for files that do not say."""
     if siglip:
         return DataConfig(mean=HALF, std=HALF, resize=Resize.SQUASH)
     return DataConfig(mean=CLIP_MEAN, std=CLIP_STD)
 
 
 def read_open_clip(peer: Mapping[str, Any], *, siglip: bool) -> DataConfig:
-    """From the `preprocess_cfg` of `open_clip_config.json`.
+    """Read the `preprocess_cfg` of `open_clip_config.json`.
 
     Raises:
-        ValueError: what clipjax does not do.
+        ValueError: with every field that clipjax does not support.
     """
     data = default(siglip=siglip)
     known = PeerConfig(peer, "preprocess_cfg")
@@ -38,7 +38,7 @@ def read_open_clip(peer: Mapping[str, Any], *, siglip: bool) -> DataConfig:
 
 
 def write_open_clip(data: DataConfig) -> dict[str, Any]:
-    """For `open_clip_config.json`."""
+    """Return the `preprocess_cfg` of `open_clip_config.json`."""
     return {
         "mean": list(data.mean),
         "std": list(data.std),
@@ -48,10 +48,10 @@ def write_open_clip(data: DataConfig) -> dict[str, Any]:
 
 
 def read_huggingface(peer: Mapping[str, Any], image_size: int, *, siglip: bool) -> DataConfig:
-    """From `preprocessor_config.json`.
+    """Read `preprocessor_config.json`.
 
     Raises:
-        ValueError: what clipjax does not do, or a size that is not the model's.
+        ValueError: with every field that clipjax does not support, or a size that is not the model's.
     """
     data = default(siglip=siglip)
     known = PeerConfig(peer, "preprocessor_config")
@@ -78,7 +78,7 @@ def read_huggingface(peer: Mapping[str, Any], image_size: int, *, siglip: bool) 
 
 
 def write_huggingface(data: DataConfig, image_size: int, *, siglip: bool) -> dict[str, Any]:
-    """For `preprocessor_config.json`."""
+    """Return the content of `preprocessor_config.json`."""
     squash = data.resize is Resize.SQUASH
     square = {"height": image_size, "width": image_size}
     return {
@@ -97,7 +97,7 @@ def write_huggingface(data: DataConfig, image_size: int, *, siglip: bool) -> dic
 
 
 def _read_size(known: PeerConfig, name: str, image_size: int, number: set[str]) -> bool:
-    """Check a size; whether it is that of the shorter side. A bare number stands for the sides of `number`."""
+    """Check a size, and return true if it is of the shorter side. A bare number stands for the sides of `number`."""
     size = known.take(name, (dict, int, type(None)), None)
     if size is None:
         return number == {"shortest_edge"}

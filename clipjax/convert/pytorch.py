@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 OLDEST = (2, 6)
-"""Before it, `weights_only=True` could be broken out of (CVE-2025-32434)."""
+"""The oldest PyTorch whose `weights_only=True` is safe (CVE-2025-32434)."""
 
 
 def read(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a `.pt`, `.pth`, `.bin` or `.ckpt` by name; of a training checkpoint, its `state_dict`.
+    """Read the tensors of a `.pt`, `.pth`, `.bin` or `.ckpt` by name; of a training checkpoint, its `state_dict`.
 
     Raises:
         ValueError: PyTorch is absent or too old; the file is damaged, TorchScript, or holds more than tensors.
@@ -53,7 +53,7 @@ def _torch(file: pathlib.Path) -> Any:
 
 
 def _array(torch: Any, name: str, tensor: Any) -> np.ndarray:
-    """A tensor as NumPy has it; bfloat16, which NumPy lacks, becomes float32, which holds it exactly."""
+    """Convert a tensor to NumPy; bfloat16, which NumPy lacks, becomes float32, which holds it exactly."""
     tensor = tensor.detach()
     try:
         return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()

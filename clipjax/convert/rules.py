@@ -1,8 +1,8 @@
-"""Tables of weights, and how they are applied in both directions.
+"""Tables of weights, and their application in both directions.
 
-A rule says that some of the peer's arrays are some of ours, and how their axes are arranged, as an einops pattern.
-Where a name holds `{layer}`, all layers are stacked along a leading axis `l`; where a side has several names, they are
-stacked along an axis of its own. A pattern only rearranges, so every rule can be read backwards and no bit changes.
+A rule pairs some of the peer's arrays with some of ours, and arranges their axes by an einops pattern. Where a name
+holds `{layer}`, all layers are stacked along a leading axis `l`; where a side has several names, they are stacked along
+an axis of its own. A pattern only rearranges, so every rule works backwards too, and no bit changes.
 """
 
 from collections import Counter
@@ -14,12 +14,12 @@ import numpy as np
 from einops import rearrange
 
 FLOATS = ("float32", "float16", "bfloat16")
-"""What a weight may come as; float32 holds all of them exactly."""
+"""Dtypes of peers' weights; float32 holds all of them exactly."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Some arrays of the peer and the same numbers as some arrays of ours.
+    """A pairing of some of the peer's arrays with the arrays of ours that hold the same numbers.
 
     Attributes:
         theirs: names, with `{layer}` where every layer has such an array.
@@ -34,7 +34,7 @@ class Rule:
     layers: Sequence[int] = ()
 
     def their_names(self) -> list[list[str]]:
-        """Names by layer (one, unnamed, where there are none), then by part."""
+        """List the names by layer (one entry where there are no layers), then by part."""
         if not self.layers:
             return [list(self.theirs)]
         return [[name.format(layer=layer) for name in self.theirs] for layer in self.layers]
@@ -45,7 +45,7 @@ class Table:
     """All rules of one model of one peer.
 
     Attributes:
-        rules: which arrays are which.
+        rules: pairings of arrays.
         sizes: of axes that patterns split, such as heads `n`.
         ignored: peer's names that hold nothing to keep, with what to write there on the way out (None: nothing).
     """
@@ -56,13 +56,13 @@ class Table:
 
 
 def rule(theirs: str | Iterable[str], ours: str | Iterable[str], pattern: str, layers: Sequence[int] = ()) -> Rule:
-    """A rule; single names may be given as they are."""
+    """Make a rule; a single name needs no tuple."""
     theirs, ours = ((side,) if isinstance(side, str) else tuple(side) for side in (theirs, ours))
     return Rule(theirs, ours, pattern, layers)
 
 
 def norm(theirs: str, ours: str, layers: Sequence[int] = ()) -> list[Rule]:
-    """A LayerNorm."""
+    """Make the rules of a LayerNorm."""
     lead = "l " if layers else ""
     return [
         rule(f"{theirs}.{name}", f"{ours}/{mine}", f"{lead}w -> {lead}w", layers)
@@ -71,7 +71,7 @@ def norm(theirs: str, ours: str, layers: Sequence[int] = ()) -> list[Rule]:
 
 
 def linear(theirs: str, ours: str, layers: Sequence[int] = ()) -> list[Rule]:
-    """A linear layer: PyTorch's [out, in] to [in, out]."""
+    """Make the rules of a linear layer: PyTorch's [out, in] to [in, out]."""
     lead = "l " if layers else ""
     return [
         rule(f"{theirs}.weight", f"{ours}/kernel", f"{lead}o i -> {lead}i o", layers),
@@ -80,7 +80,7 @@ def linear(theirs: str, ours: str, layers: Sequence[int] = ()) -> list[Rule]:
 
 
 def heads_out(theirs: str, ours: str, n: str, layers: Sequence[int] = ()) -> list[Rule]:
-    """The way out of an attention; `n` is its heads' axis."""
+    """Make the rules of an attention's output projection; `n` is its heads' axis."""
     lead = "l " if layers else ""
     return [
         rule(f"{theirs}.weight", f"{ours}/kernel", f"{lead}w ({n} d) -> {lead}{n} d w", layers),
@@ -89,7 +89,7 @@ def heads_out(theirs: str, ours: str, n: str, layers: Sequence[int] = ()) -> lis
 
 
 def attention(theirs: str, ours: str, n: str, layers: Sequence[int] = ()) -> list[Rule]:
-    """PyTorch's `MultiheadAttention`, with queries', keys' and values' weights as one; `n` is its heads' axis."""
+    """Make the rules of PyTorch's `MultiheadAttention`, whose query, key and value are one; `n` is its heads' axis."""
     lead = "l " if layers else ""
     return [
         rule(
@@ -104,14 +104,14 @@ def attention(theirs: str, ours: str, n: str, layers: Sequence[int] = ()) -> lis
 
 
 def attention_bias(theirs: str, ours: str, n: str, layers: Sequence[int] = ()) -> Rule:
-    """The biases of its queries, keys and values."""
+    """Make the rule of the biases of its queries, keys and values."""
     lead = "l " if layers else ""
     biases = [f"{ours}/{name}/bias" for name in "qkv"]
     return rule(f"{theirs}.in_proj_bias", biases, f"{lead}(three {n} d) -> three {lead}{n} d", layers)
 
 
 def to_ours(table: Table, weights: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Our arrays by path, all float32.
+    """Return our arrays by path, all float32.
 
     Args:
         table: the peer's.
@@ -148,7 +148,7 @@ def to_ours(table: Table, weights: Mapping[str, np.ndarray], shapes: Mapping[str
 
 
 def to_theirs(table: Table, ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The peer's arrays by name.
+    """Return the peer's arrays by name.
 
     Raises:
         ValueError: arrays of ours that no rule takes, all of them.
@@ -179,7 +179,7 @@ class _Found:
 
 
 def _gather(weights: Mapping[str, np.ndarray], item: Rule) -> _Found:
-    """The arrays of a rule, stacked by layer and part as float32, or what is wrong with them."""
+    """Stack the arrays of a rule by layer and part as float32, or return what is wrong with them."""
     errors, rows = [], []
     for layer in item.their_names():
         row = []

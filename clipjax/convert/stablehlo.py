@@ -1,4 +1,4 @@
-"""Both towers as StableHLO programs that need nothing of clipjax's model code: weights beside them, any batch size.
+"""Both towers as StableHLO programs that need none of clipjax's model code; weights beside them, any batch size.
 
 `IMAGE_FILE` maps weights and uint8 pixels [b, s, s, 3] to unit-norm embeddings [b, e], `TEXT_FILE` weights and token
 ids [b, l]. Both are what `jax.export` serialises; the weights are a dict of arrays by name, in `WEIGHTS_FILE`.
@@ -24,7 +24,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def write(config: Config, params: Mapping[str, np.ndarray], folder: pathlib.Path) -> None:
-    """The three files.
+    """Write the three files.
 
     Args:
         config: the model, and how it normalises pixels.
@@ -50,7 +50,7 @@ def write(config: Config, params: Mapping[str, np.ndarray], folder: pathlib.Path
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What `write` wrote, ready to run.
+    """Load the files of `write`, ready to run.
 
     Attributes:
         encode_image: uint8 pixels [b, s, s, 3] -> unit-norm embeddings [b, e].

@@ -9,8 +9,8 @@ _NORMAL, _USER_DEFINED = 1, 4  # kinds of pieces (sentencepiece_model.proto)
 _UNIGRAM, _BPE = 1, 2  # kinds of models
 
 
-def of_bytes() -> Any:
-    """`BytesTokenizer`: byte + 1, and 0 for padding."""
+def export_bytes() -> Any:
+    """Export `BytesTokenizer`: byte + 1, and 0 for padding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -23,14 +23,14 @@ def of_bytes() -> Any:
 
 
 def _shown_bytes() -> list[str]:
-    """The character by which byte-level tokenizers show each byte: itself, or if it cannot be seen, one from 256 on."""
+    """Return the characters of byte-level tokenizers by byte: itself, or one from 256 on if it is invisible."""
     seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     unseen = iter(range(256, 512))
     return [chr(byte) if byte in seen else chr(next(unseen)) for byte in range(256)]
 
 
-def of_sentencepiece(content: bytes) -> Any:
-    """A SentencePiece model (arXiv 1808.06226) of pairs or of unigrams, with its own normalisation.
+def export_sentencepiece(content: bytes) -> Any:
+    """Build a SentencePiece model (arXiv 1808.06226) of pairs or of unigrams, with its own normalisation.
 
     Args:
         content: of a `.model` file.
@@ -62,7 +62,7 @@ def _unigrams(model: Any) -> Any:
 
 
 def _pairs(model: Any) -> Any:
-    """SentencePiece merges first what makes the piece of the highest score; a list of merges is in that order."""
+    """List the merges in their order: SentencePiece first merges what makes the piece of the highest score."""
     from tokenizers import models
 
     vocab = {piece.piece: i for i, piece in enumerate(model.pieces)}
@@ -83,7 +83,7 @@ def _pairs(model: Any) -> Any:
 
 
 def _add_whitespace(tokenizer: Any, spec: Any, *, byte_fallback: bool) -> None:
-    """What is done to the text before, and undone after: Unicode's forms, spaces as `▁`, one in front."""
+    """Build the normalisation of text and its inverse: Unicode's forms, spaces as `▁`, one in front."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     before: list[Any] = []

@@ -1,4 +1,4 @@
-"""Tokenizers in peers' directories: found on the way in, written on the way out."""
+"""Tokenizers in peers' directories: found at import, written at export."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ SPECIAL_WORDS = ("<unk>", "<pad>", "[PAD]", "[UNK]", "<s>")
 
 
 def find(folder: pathlib.Path | None) -> Tokenizer:
-    """The tokenizer that lies beside a peer's weights, or `NoTokenizer`.
+    """Find the tokenizer that lies beside a peer's weights; without one, return `NoTokenizer`.
 
     Raises:
         ValueError: there is one, but it is damaged.
@@ -45,10 +45,10 @@ def find(folder: pathlib.Path | None) -> Tokenizer:
 
 
 def _is_gemma(folder: pathlib.Path) -> bool:
-    """By the class that it says it has, or else by its special tokens."""
+    """Return true for Gemma's tokenizer, by the class that its files name or else by its special tokens."""
     if (folder / CONFIG_FILE).is_file():
-        told = read_json(folder / CONFIG_FILE)
-        kind = told.get("tokenizer_class") if isinstance(told, dict) else None
+        named = read_json(folder / CONFIG_FILE)
+        kind = named.get("tokenizer_class") if isinstance(named, dict) else None
         if isinstance(kind, str):
             return kind.startswith("Gemma")
     content = read_file(folder / FAST_FILE)
@@ -56,7 +56,7 @@ def _is_gemma(folder: pathlib.Path) -> bool:
 
 
 def open_clip_fields(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What `text_cfg` says so that open_clip opens the files of `write`; CLIP's own vocabulary it has itself."""
+    """Return the fields of `text_cfg` by which open_clip opens the files of `write`; it ships CLIP's own vocabulary."""
     match tokenizer:
         case NoTokenizer():
             return {}
@@ -69,7 +69,7 @@ def open_clip_fields(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write(tokenizer: Tokenizer, context_length: int) -> dict[str, bytes]:
-    """Files by name, as Hugging Face's `AutoTokenizer` reads them; nothing for `NoTokenizer`.
+    """Return files by name, as Hugging Face's `AutoTokenizer` reads them; none for `NoTokenizer`.
 
     Raises:
         ValueError: a tokenizer that they cannot express.
@@ -98,9 +98,9 @@ def write(tokenizer: Tokenizer, context_length: int) -> dict[str, bytes]:
             return _fast_files(tokenizers.Tokenizer.from_str(content.decode()), tokenizer, context_length)
         case SentencePieceTokenizer():
             [content] = tokenizer.files().values()
-            return _fast_files(tokenizer_export.of_sentencepiece(content), tokenizer, context_length)
+            return _fast_files(tokenizer_export.export_sentencepiece(content), tokenizer, context_length)
         case BytesTokenizer():
-            return _fast_files(tokenizer_export.of_bytes(), tokenizer, context_length)
+            return _fast_files(tokenizer_export.export_bytes(), tokenizer, context_length)
         case _:
             return {}
 
@@ -111,7 +111,7 @@ def _config(kind: str, context_length: int, **fields: Any) -> bytes:
 
 
 def _fast_files(fast: tokenizers.Tokenizer, tokenizer: Tokenizer, context_length: int) -> dict[str, bytes]:
-    """The tokenizer with start and end as tokens, put around every text."""
+    """Return the tokenizer with start and end tokens around every text."""
     assert tokenizer.start_id is not None
     start = fast.id_to_token(tokenizer.start_id) or START_TEXT
     end = fast.id_to_token(tokenizer.end_id) or END_TEXT

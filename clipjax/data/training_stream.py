@@ -250,7 +250,7 @@ class TrainStream:
         return [f"{reason} in {self._source.location(index)}" for reason, index in reversed(self._latest)]
 
     def close(self) -> None:
-        """Stop threads and worker processes; nothing can be read any more. Runs at exit, too, if nobody did it before."""
+        """Stop threads and worker processes; nothing can be read any more. At exit it runs if nobody did it before."""
         atexit.unregister(self._close)
         batches, self._batches = self._batches, None  # lets go of the batches that lay ready
         if batches is not None:

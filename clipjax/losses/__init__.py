@@ -1,10 +1,10 @@
 """Contrastive losses: pure functions `(image_embed, text_embed, logit_scale, logit_bias) -> (loss, metrics)`.
 
-The value and its gradient are those of the mean over the global batch, whatever mesh, method or tile computes it.
-`contrastive` holds the plain references; `logit_loss` is what a kind of loss does with a logit, and `softmax`,
-`sigmoid` and `distillation` are the kinds; `tiles` walks through a block of the similarity matrix, `partitioning` and
-`topology` share the matrix out among devices, `sharded` makes a differentiable function of it, `moving_averages` keeps
-what `global` remembers of each sample, `build` puts them together.
+The value and its gradient are those of the mean over the global batch, whatever mesh, method or tile computes them.
+Read `contrastive`, the plain references, and `signature`; then, from the inside out, `logit_loss` with its
+implementations `softmax`, `sigmoid` and `distillation`; `tiles`, which computes a block of the similarity matrix;
+`partitioning` and `topology`, which share the matrix out among devices; `sharded`, which makes a differentiable
+function of it; `moving_averages`, the memory of the `global` loss; and `build`, which puts them together.
 """
 
 from clipjax.losses.build import build_loss, describe_loss, make_loss

@@ -1,9 +1,10 @@
-"""From options or a config to a loss function.
+"""Construction of a loss function, from options (`make_loss`) or from a config (`build_loss`).
 
-`contrastive` holds the plain references; `logit_loss` and its kinds say what a loss does with a logit, `tiles` walks
-through a block of the similarity matrix, `partitioning` and `topology` share the matrix out among devices, `sharded`
-makes a differentiable function of it, `moving_averages` keeps what `global` remembers of each sample."""
+Read `make_loss`, `ContrastiveLoss`; then `build_loss` and `with_captions`.
+"""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,17 +41,17 @@ def make_loss(
     epsilon: float = DEFAULT_EPSILON,
     rho: float | None = None,
 ) -> LossFunction:
-    """The loss of this kind, in tiles, on this mesh; without a mesh, on whole arrays.
+    """Make the loss of this kind, in tiles, on this mesh; without a mesh, on whole arrays.
 
     Args:
         kind: `softmax`, `sigmoid` or `global`.
         method: `gathered`, `ring` or `auto`, which chooses by the number of pairs per device, memory and topology.
         mesh: has some of the axes `slice`, `data` and `fsdp`, over which the rows of both embeddings are split.
-        tile: at most so many rows and columns of the similarity matrix exist on a device at a time; None: 1,024.
+        tile: the most rows and columns of the similarity matrix that exist on a device at a time; None: 1,024.
         dtype: of the embeddings that move between devices and enter the products. Sums are float32.
         label_smoothing: softmax only: the share of the target that is spread evenly over the batch.
         group_role: pairs of the same group are `ignored`, or each other's `positive`.
-        distill_weight: of the cross-entropy against a teacher, besides the loss itself; None: no teacher.
+        distill_weight: of the cross-entropy against a teacher, beside the loss itself; None: no teacher.
         epsilon: global only: added to each sample's moving average.
         rho: global only: the loss is divided by the logit scale, and rho / logit_scale added, so that the scale is
             learned as in FastCLIP-v3; None: neither.
@@ -68,16 +69,39 @@ def make_loss(
         2004.11362, equation 2 (several positives); arXiv 2309.12314 (distillation).
 
     Cost:
-        Memory per device: linear in its rows and columns, and one tile; see `losses.ways` for what moves.
+        Memory per device: linear in its rows and columns, and one tile; for the traffic see `losses.partitioning`.
     """
     kind, method, dtype, group_role = LossKind(kind), LossMethod(method), Dtype(dtype), GroupRole(group_role)
     positives = group_role is GroupRole.POSITIVE
     _check_options(kind, positives, label_smoothing, tile, distill_weight, epsilon, rho)
-    rules = _rules(kind, positives, epsilon, distill_weight)
-    product = TiledLogits(rules, DEFAULT_TILE if tile is None else tile, jnp.dtype(dtype.value), positives)
-    tiled = make_sharded_loss(product, method=method, mesh=mesh)
+    logit_loss = _choose_logit_loss(kind, positives, epsilon, distill_weight)
+    tiled = TiledLogits(logit_loss, DEFAULT_TILE if tile is None else tile, jnp.dtype(dtype.value), positives)
+    sharded = make_sharded_loss(tiled, method=method, mesh=mesh)
+    return ContrastiveLoss(sharded, kind, positives, label_smoothing, distill_weight is not None, rho)
 
-    def loss(
+
+@dataclass(frozen=True)
+class ContrastiveLoss:
+    """A contrastive loss over the global batch, as `LossFunction` describes it.
+
+    Attributes:
+        sharded: pairs and scaling -> value, metrics and the new moving averages.
+        kind: only a sigmoid depends on the bias; only `global` needs moving averages.
+        positives: true if pairs of the same group are positives, so that groups are needed.
+        label_smoothing: share of the target that is spread evenly over the batch.
+        distills: true if a teacher is needed.
+        rho: of FastCLIP-v3; None: leave the loss as it is.
+    """
+
+    sharded: Callable[[Pairs, Scaling], tuple[Array, Metrics, Array | None]]
+    kind: LossKind
+    positives: bool
+    label_smoothing: float
+    distills: bool
+    rho: float | None
+
+    def __call__(
+        self,
         image_embed: Float[Array, "n e"],
         text_embed: Float[Array, "n e"],
         logit_scale: Float[Array, ""],
@@ -87,29 +111,27 @@ def make_loss(
         teacher: Teacher | None = None,
         memory: MovingAverages | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
-        _check_given("teacher", teacher, needed=distill_weight is not None)
-        _check_given("memory", memory, needed=kind is LossKind.GLOBAL)
-        if positives or label_smoothing:
-            _check_given("group", group, needed=positives)
-        # Only a sigmoid depends on the bias; what is zero here gets no gradient there.
-        bias = logit_bias if kind is LossKind.SIGMOID and logit_bias is not None else jnp.zeros_like(logit_scale)
-        pairs = Pairs(image_embed, text_embed, group)
-        scaling = Scaling(logit_scale, bias)
+        """Compute the loss and its metrics; see `LossFunction` for the arguments."""
+        _check_given("teacher", teacher, needed=self.distills)
+        _check_given("memory", memory, needed=self.kind is LossKind.GLOBAL)
+        if self.positives or self.label_smoothing:
+            _check_given("group", group, needed=self.positives)
+        # The zero of a loss that does not depend on the bias gives the caller's bias no gradient.
+        bias = logit_bias if self.kind is LossKind.SIGMOID and logit_bias is not None else jnp.zeros_like(logit_scale)
+        pairs, scaling = Pairs(image_embed, text_embed, group), Scaling(logit_scale, bias)
         if teacher is not None:
             pairs = pairs._replace(teacher=(teacher.image_embed, teacher.text_embed))
             scaling = scaling._replace(teacher=teacher.logit_scale)
         if memory is not None:
             pairs, scaling = pairs._replace(memory=memory.log_mean), scaling._replace(gamma=memory.gamma)
-        value, metrics, new_memory = tiled(pairs, scaling)
-        if label_smoothing:
+        value, metrics, new_memory = self.sharded(pairs, scaling)
+        if self.label_smoothing:
             own = jnp.mean(jnp.sum(image_embed * text_embed, axis=1))
             every = jnp.sum(jnp.mean(image_embed, axis=0) * jnp.mean(text_embed, axis=0))
-            value = value + label_smoothing * logit_scale * (own - every)
-        if rho is not None:
-            value = (value + rho) / logit_scale
+            value = value + self.label_smoothing * logit_scale * (own - every)
+        if self.rho is not None:
+            value = (value + self.rho) / logit_scale
         return value, metrics if new_memory is None else {**metrics, "memory": new_memory}
-
-    return loss
 
 
 def _check_options(
@@ -131,7 +153,7 @@ def _check_options(
     if distill_weight is not None and not distill_weight > 0:
         raise ValueError(f"distill_weight={distill_weight} must be greater than 0, or None for no teacher")
     if distill_weight is not None and rho is not None:
-        raise ValueError(f"rho={rho} would divide what is learned from a teacher too; leave out one of them")
+        raise ValueError(f"rho={rho} would divide the teacher's part of the loss too; leave out rho or distill_weight")
     if not 0 < epsilon < 1:
         raise ValueError(f"epsilon={epsilon} must lie between 0 and 1")
     if kind is LossKind.GLOBAL and positives:
@@ -140,28 +162,27 @@ def _check_options(
         raise ValueError(f"rho={rho} and epsilon={epsilon} need kind=global; kind={kind.value} would ignore them")
 
 
-def _rules(kind: LossKind, positives: bool, epsilon: float, distill_weight: float | None) -> LogitLoss:
-    """What is done with each logit."""
-    rules: LogitLoss
+def _choose_logit_loss(kind: LossKind, positives: bool, epsilon: float, distill_weight: float | None) -> LogitLoss:
+    logit_loss: LogitLoss
     match kind:
         case LossKind.SOFTMAX:
-            rules = MultiPositiveSoftmax() if positives else Softmax()
+            logit_loss = MultiPositiveSoftmax() if positives else Softmax()
         case LossKind.SIGMOID:
-            rules = Sigmoid()
+            logit_loss = Sigmoid()
         case LossKind.GLOBAL:
-            rules = GlobalSoftmax(epsilon)
-    return rules if distill_weight is None else Distilled(rules, distill_weight)
+            logit_loss = GlobalSoftmax(epsilon)
+    return logit_loss if distill_weight is None else Distilled(logit_loss, distill_weight)
 
 
 def _check_given(name: str, value: object, *, needed: bool) -> None:
     if needed and value is None:
-        raise ValueError(f"this loss needs {name}=...")
+        raise ValueError(f"this loss needs {name}=...; pass it with the embeddings")
     if not needed and value is not None:
         raise ValueError(f"this loss would ignore {name}; make it with the options that use it")
 
 
 def build_loss(config: LossConfig, mesh: Mesh) -> LossFunction:
-    """The loss that a config describes: contrastive, of captions, or both."""
+    """Build the loss that a config describes: contrastive, of captions, or both."""
     contrastive = _build_contrastive(config, mesh) if config.contrastive_weight else None
     if contrastive is not None and not config.caption_weight and config.contrastive_weight == 1:
         return contrastive
@@ -169,9 +190,9 @@ def build_loss(config: LossConfig, mesh: Mesh) -> LossFunction:
 
 
 def with_captions(contrastive: LossFunction | None, contrastive_weight: float, caption_weight: float) -> LossFunction:
-    """Weighted sum of a contrastive loss (None: without) and the mean negative log-likelihood of captions' tokens.
+    """Add a contrastive loss (None: without) and the mean negative log-likelihood of captions' tokens, weighted.
 
-    What it returns also takes `nll` and `num_tokens` [n]; the mean is over all tokens of the global batch.
+    The returned loss also takes `nll` and `num_tokens` [n]; its mean is over all tokens of the global batch.
 
     Source:
         arXiv 2205.01917, equation 3.
@@ -180,13 +201,13 @@ def with_captions(contrastive: LossFunction | None, contrastive_weight: float, c
     def loss(*embeds: Any, nll: Any = None, num_tokens: Any = None, **options: Any) -> tuple[Any, Metrics]:
         value, metrics = jnp.zeros((), jnp.float32), {}
         if contrastive is not None:
-            of_pairs, metrics = contrastive(*embeds, **options)
-            value = contrastive_weight * of_pairs
-            metrics["contrastive_loss"] = of_pairs
+            contrastive_value, metrics = contrastive(*embeds, **options)
+            value = contrastive_weight * contrastive_value
+            metrics["contrastive_loss"] = contrastive_value
         if caption_weight:
-            of_captions = jnp.sum(nll) / jnp.sum(num_tokens)
-            value = value + caption_weight * of_captions
-            metrics["caption_loss"] = of_captions
+            caption_value = jnp.sum(nll) / jnp.sum(num_tokens)
+            value = value + caption_weight * caption_value
+            metrics["caption_loss"] = caption_value
         return value, metrics
 
     return loss
@@ -208,12 +229,12 @@ def _build_contrastive(config: LossConfig, mesh: Mesh) -> LossFunction:
 
 
 def describe_loss(config: Config, mesh: Mesh) -> str:
-    """What was chosen, for the log."""
+    """Describe the kind, method and tiles that were chosen, for the log."""
     devices, loss = batch_devices(mesh), config.loss
     pair_bytes = 2 * config.model.embed_dim * jnp.dtype(loss.dtype.value).itemsize
     method = choose_method(loss.method, mesh, config.global_batch_size, pair_bytes)
     slices = f" in {mesh.shape[SLICE]} slices" if mesh.shape[SLICE] > 1 else ""
-    way = f"{method.value} over {devices} devices{slices}, " if devices > 1 else ""
+    sharing = f"{method.value} over {devices} devices{slices}, " if devices > 1 else ""
     tile = f"tiles of at most {DEFAULT_TILE if loss.tile is None else loss.tile}"
     cached = "" if config.microbatch_size is None else f", {config.microbatch_size} pairs encoded at a time"
-    return f"loss: {loss.kind.value}, {way}{tile}{cached}"
+    return f"loss: {loss.kind.value}, {sharing}{tile}{cached}"

@@ -1,4 +1,4 @@
-"""Contrastive losses on whole arrays, as the papers write them: what the tiled and sharded ones are tested against.
+"""Contrastive losses on whole arrays, as the papers write them: references for the tiled and sharded ones.
 
 Axes: n pairs of the global batch, e embed.
 """
@@ -16,13 +16,13 @@ def _logits(
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""] | None,
 ) -> Float[Array, "n n"]:
-    """All logits in full float32, also where the hardware's default for float32 is fewer bits."""
+    """Compute all logits in full float32, also where the hardware's default for float32 is fewer bits."""
     similarity = jnp.matmul(image_embed, text_embed.T, precision=jax.lax.Precision.HIGHEST)
     return logit_scale * similarity + (0 if logit_bias is None else logit_bias)
 
 
 def _negatives(n: int, group: Int[Array, "n"] | None) -> Array:
-    """Which pairs off the diagonal count, bool [n, n]."""
+    """Mark the pairs off the diagonal that count, bool [n, n]."""
     group = jnp.arange(n) if group is None else group
     return group[:, None] != group[None, :]
 
@@ -35,7 +35,7 @@ def softmax_loss(
     *,
     group: Int[Array, "n"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Symmetric cross-entropy over the n x n similarity matrix, mean over the n pairs and both directions.
+    """Compute the symmetric cross-entropy over the n x n similarity matrix, mean over the pairs and both directions.
 
     A bias added to every logit leaves a softmax as it is, so `logit_bias` does not enter.
 
@@ -58,7 +58,7 @@ def sigmoid_loss(
     *,
     group: Int[Array, "n"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Binary cross-entropy of every pair, summed over the n x n logits and divided by n.
+    """Compute the binary cross-entropy of every pair, summed over the n x n logits and divided by n.
 
     Source:
         arXiv 2303.15343, equation 1.
@@ -69,7 +69,7 @@ def sigmoid_loss(
 
 
 def _metrics(logits: Float[Array, "n n"]) -> Metrics:
-    """In-batch accuracy both ways; a tie is a miss."""
+    """Compute the in-batch accuracy both ways; a tie is a miss."""
     others = jnp.where(jnp.eye(len(logits), dtype=bool), -jnp.inf, logits)
     return {
         "image_to_text_accuracy": jnp.mean(jnp.diagonal(logits) > jnp.max(others, axis=1), dtype=jnp.float32),

@@ -1,4 +1,8 @@
-"""A contrastive loss together with the cross-entropy against a teacher's similarities."""
+"""A contrastive loss together with the cross-entropy against a teacher's similarities.
+
+Read `DistillationSums`, `Distilled`.
+Axes: n rows or columns, a rows of a tile, b columns of a tile.
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,10 +16,10 @@ from clipjax.losses.softmax import Softmax, Sums, finite, log_sum
 
 
 class DistillationSums(NamedTuple):
-    """Of a loss with a teacher.
+    """Statistics of a loss with a teacher.
 
     Attributes:
-        base: the loss's own statistics.
+        base: statistics of the loss itself.
         student: sums of the student's logits.
         teacher: sums of the teacher's logits.
         cross: sum of exp(teacher's logit - teacher's peak) * student's logit.
@@ -78,23 +82,25 @@ class Distilled:
 
     def finish(self, images: DistillationSums, texts: DistillationSums, own: PairInputs) -> PairLosses:
         assert own.teacher is not None
-        outcome = self.base.finish(images.base, texts.base, own)
+        base = self.base.finish(images.base, texts.base, own)
         share = self.share * 0.5 / self.base.weight
-        loss, pull, known = outcome.loss, outcome.pull, []
-        for side, of_base in zip((images, texts), outcome.known, strict=True):
+        loss, negated_positive_gradient, normalizers = base.loss, base.negated_positive_gradient, []
+        for side, base_normalizer in zip((images, texts), base.normalizers, strict=True):
             student, teacher = log_sum(side.student), log_sum(side.teacher)
             # Expected logit of the others under the teacher, relative to the positive.
             every = jnp.logaddexp(teacher, own.teacher)
             others = jax.nn.sigmoid(teacher - own.teacher)
             expected = side.cross * jnp.exp(finite(side.teacher.peak - every)) - others * own.positive
             loss = loss + share * (jax.nn.softplus(student - own.positive) - expected)
-            pull = pull + share * (jax.nn.sigmoid(student - own.positive) - others)
-            known.append((of_base, jnp.logaddexp(student, own.positive), every))
-        return PairLosses(loss, (known[0], known[1]), pull, outcome.memory)
+            negated_positive_gradient = negated_positive_gradient + share * (
+                jax.nn.sigmoid(student - own.positive) - others
+            )
+            normalizers.append((base_normalizer, jnp.logaddexp(student, own.positive), every))
+        return PairLosses(loss, (normalizers[0], normalizers[1]), negated_positive_gradient, base.memory)
 
-    def slope(self, tile: Tile, rows: tuple[Any, Array, Array], columns: tuple[Any, Array, Array]) -> Array:
+    def logit_gradient(self, tile: Tile, rows: tuple[Any, Array, Array], columns: tuple[Any, Array, Array]) -> Array:
         assert tile.teacher is not None
-        student = Softmax().slope(tile, rows[1], columns[1])
-        teacher = Softmax().slope(Tile(tile.teacher), rows[2], columns[2])
+        student = Softmax().logit_gradient(tile, rows[1], columns[1])
+        teacher = Softmax().logit_gradient(Tile(tile.teacher), rows[2], columns[2])
         share = self.share * 0.5 / self.base.weight
-        return self.base.slope(tile, rows[0], columns[0]) + share * (student - teacher)
+        return self.base.logit_gradient(tile, rows[0], columns[0]) + share * (student - teacher)

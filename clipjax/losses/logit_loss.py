@@ -1,10 +1,10 @@
-"""The protocol of a contrastive loss: what it does with the logits of a tile, and what its statistics come to.
+"""The protocol of a contrastive loss: statistics of the logits of a tile, losses of the pairs, gradients of the logits.
 
-The diagonal of the similarity matrix (each image with its own text) is kept out of the statistics. So a small loss is a
-small number computed directly, and not the difference of two large ones.
+Statistics leave out the diagonal of the similarity matrix (each image with its own text), which the loss treats in
+closed form. So a small loss is a small number computed directly, and not the difference of two large ones.
 
-Read `Tile`, `PairInputs`, `PairLosses`, `LogitLoss`; then the kinds in `softmax`, `sigmoid`, and `distillation`, which
-adds a teacher to any of them.
+Read `Tile`, `PairInputs`, `PairLosses`, `LogitLoss`; then its implementations in `softmax`, `sigmoid` and
+`distillation`, which adds a teacher to any of them.
 Axes: n rows or columns, a rows of a tile, b columns of a tile.
 """
 
@@ -18,7 +18,7 @@ class Tile(NamedTuple):
 
     Attributes:
         logits: -inf where a pair does not count: on the diagonal, in padding, within a group that is left out.
-        same: whether a pair off the diagonal is a positive too; None where only the diagonal is.
+        same: true where a pair off the diagonal is a positive too; None where only the diagonal is.
         teacher: the teacher's logits, -inf where a pair does not count; None without a teacher.
     """
 
@@ -28,13 +28,13 @@ class Tile(NamedTuple):
 
 
 class PairInputs(NamedTuple):
-    """What is known of each pair by itself.
+    """Numbers of each pair by itself, which a loss needs beside the statistics.
 
     Attributes:
-        positive: its logit, on the diagonal.
+        positive: the pair's logit, on the diagonal.
         batch_size: pairs in the global batch.
-        teacher: the teacher's logit of it.
-        memory: logarithms of its image's and its text's moving averages (`Global`); -inf: not seen yet.
+        teacher: the teacher's logit of the pair.
+        memory: logarithms of the moving averages of its image and its text (`GlobalSoftmax`); -inf: not seen yet.
         gamma: weight of a new value in those averages.
     """
 
@@ -46,59 +46,59 @@ class PairInputs(NamedTuple):
 
 
 class PairLosses(NamedTuple):
-    """What complete statistics of some images and of their texts come to.
+    """Losses of some pairs, with all that their gradients need of whole rows and columns.
 
     Attributes:
-        loss: the part of each pair.
-        known: of each image's row and of each text's column: what `slope` needs.
-        pull: minus the derivative by the logit on the diagonal.
+        loss: of each pair.
+        normalizers: of each image's row and each text's column, for `logit_gradient`: log-sum-exps, or trees of them.
+        negated_positive_gradient: minus the derivative of each pair's loss by its logit on the diagonal.
         memory: the averages of `PairInputs.memory` with these pairs in them.
     """
 
     loss: Float[Array, "n"]
-    known: tuple[Any, Any]
-    pull: Float[Array, "n"]
+    normalizers: tuple[Any, Any]
+    negated_positive_gradient: Float[Array, "n"]
     memory: Float[Array, "n 2"] | None = None
 
 
 @runtime_checkable
 class LogitLoss(Protocol):
-    """A kind of loss. Statistics are trees of arrays, one number per row or column in each."""
+    """A loss as a function of logits. Statistics are trees of arrays, with one number per row or column in each."""
 
     @property
     def weight(self) -> float:
-        """Of one pair, before the mean over the batch."""
+        """Weight of one pair, before the mean over the batch."""
         ...
 
     @property
     def single_pass(self) -> bool:
-        """Whether slopes, and the pull of the diagonal, depend on no statistics: one pass gives loss and gradients."""
+        """True if no gradient depends on statistics, so that one pass gives loss and gradients."""
         ...
 
     def empty(self, n: int) -> Any:
-        """Statistics of nothing."""
+        """Return the statistics of n rows or columns without any logit."""
         ...
 
     def reduce(self, tile: Tile, axis: int) -> Any:
-        """Statistics along an axis of a tile."""
+        """Return the statistics along an axis of a tile."""
         ...
 
     def merge(self, left: Any, right: Any) -> Any:
-        """Statistics of two disjoint parts together."""
+        """Merge the statistics of two disjoint parts."""
         ...
 
     def combine(self, part: Any, axes: tuple[str, ...]) -> Any:
-        """Statistics of the parts that the devices along mesh axes hold."""
+        """Merge the statistics of the parts that the devices along mesh axes hold."""
         ...
 
     def peak(self, statistics: Any) -> Float[Array, "n"]:
-        """The largest logit of a negative; -inf where there is none."""
+        """Return the largest logit of a negative; -inf where there is none."""
         ...
 
     def finish(self, images: Any, texts: Any, own: PairInputs) -> PairLosses:
-        """From the statistics of whole rows and columns."""
+        """Compute the losses of pairs from the statistics of their whole rows and columns."""
         ...
 
-    def slope(self, tile: Tile, rows: Any, columns: Any) -> Float[Array, "a b"]:
-        """Derivative by each logit off the diagonal; `rows` and `columns` are what `finish` made known."""
+    def logit_gradient(self, tile: Tile, rows: Any, columns: Any) -> Float[Array, "a b"]:
+        """Return the derivative by each logit off the diagonal, given the normalizers of its rows and columns."""
         ...

@@ -1,4 +1,4 @@
-"""What the `global` loss remembers of every sample: two numbers each, split over the devices that split the batch.
+"""Moving averages of the `global` loss: two numbers for every sample, split over the devices that split the batch.
 
 Axes: c samples that one device keeps, r pairs of one device, n pairs of the global batch.
 """
@@ -17,7 +17,7 @@ from clipjax.runtime.sharding import batch_axes
 
 
 def init_moving_averages(num_samples: int) -> Float[Array, "samples 2"]:
-    """Room for every sample, and some more (`validation.MEMORY_UNIT`); -inf: nothing is known yet.
+    """Return room for every sample, rounded up to `validation.MEMORY_UNIT`; -inf: not seen yet.
 
     Cost:
         8 bytes a sample, over all devices together.
@@ -27,20 +27,20 @@ def init_moving_averages(num_samples: int) -> Float[Array, "samples 2"]:
 
 
 class MovingAveragesAccess(NamedTuple):
-    """How a batch reads and writes the memory of a mesh.
+    """Reads and writes of the moving averages of a batch's samples.
 
     Attributes:
-        recall: (memory, index [n]) -> what is known of these samples, float32 [n, 2].
-        remember: (memory, index [n], rows [n, 2]) -> the memory with these rows in it. Of a sample that is in the batch
+        gather: (memory, index [n]) -> the moving averages of these samples, float32 [n, 2].
+        scatter: (memory, index [n], rows [n, 2]) -> the memory with these rows in it. Of a sample that is in the batch
             more than once, the first row is kept.
     """
 
-    recall: Callable[[Array, Array], Array]
-    remember: Callable[[Array, Array, Array], Array]
+    gather: Callable[[Array, Array], Array]
+    scatter: Callable[[Array, Array, Array], Array]
 
 
 def make_moving_averages_access(mesh: Mesh) -> MovingAveragesAccess:
-    """Access to a memory that is split over the batch axes of a mesh.
+    """Build the access to a memory that is split over the batch axes of a mesh.
 
     Cost:
         Moved per device: n indices and 2 n numbers, each time.
@@ -48,33 +48,33 @@ def make_moving_averages_access(mesh: Mesh) -> MovingAveragesAccess:
     axes = batch_axes(mesh)
     split = PartitionSpec(axes)
 
-    def gather(x: Array) -> Array:
+    def all_gather(x: Array) -> Array:
         return jax.lax.all_gather(x, axes, axis=0, tiled=True)
 
     def own_place(index: Array, kept: int) -> Array:
-        """Where on this device a sample is kept; `kept` if elsewhere."""
+        """Return the place on this device that keeps a sample; `kept` if another device does."""
         place = index - jax.lax.axis_index(axes) * kept
         return jnp.where((place >= 0) & (place < kept), place, kept)
 
-    def recall(memory: Float[Array, "c 2"], index: Int[Array, "r"]) -> Float[Array, "r 2"]:
+    def gather(memory: Float[Array, "c 2"], index: Int[Array, "r"]) -> Float[Array, "r 2"]:
         count, kept = index.shape[0], memory.shape[0]
-        rows = memory.at[own_place(gather(index), kept)].get(mode="fill", fill_value=-jnp.inf)
+        rows = memory.at[own_place(all_gather(index), kept)].get(mode="fill", fill_value=-jnp.inf)
         rows = jax.lax.pmax(rows, axes)  # one device has it
         return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(axes) * count, count)
 
-    def remember(memory: Float[Array, "c 2"], index: Int[Array, "r"], rows: Float[Array, "r 2"]) -> Float[Array, "c 2"]:
-        index, rows = gather(index), gather(rows)
+    def scatter(memory: Float[Array, "c 2"], index: Int[Array, "r"], rows: Float[Array, "r 2"]) -> Float[Array, "c 2"]:
+        index, rows = all_gather(index), all_gather(rows)
         place = jnp.where(_is_first(index), own_place(index, memory.shape[0]), memory.shape[0])
         return memory.at[place].set(rows, mode="drop")
 
     def on_mesh(run: Callable[..., Array], inputs: int) -> Callable[..., Array]:
         return jax.shard_map(run, mesh=mesh, in_specs=(split,) * inputs, out_specs=split, check_vma=False)
 
-    return MovingAveragesAccess(on_mesh(recall, 2), on_mesh(remember, 3))
+    return MovingAveragesAccess(on_mesh(gather, 2), on_mesh(scatter, 3))
 
 
 def _is_first(index: Int[Array, "n"]) -> Array:
-    """Whether a number has not occurred before, bool [n]. A scatter that meets a place twice may keep either row."""
+    """Mark numbers that have not occurred before, bool [n]. A scatter that meets a place twice may keep either row."""
     order = jnp.argsort(index, stable=True)
     ordered = index[order]
     new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])

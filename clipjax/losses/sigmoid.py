@@ -1,4 +1,7 @@
-"""SigLIP's pairwise sigmoid loss."""
+"""SigLIP's pairwise sigmoid loss.
+
+Axes: n rows or columns, a rows of a tile, b columns of a tile.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ from clipjax.losses.softmax import Softmax, Sums
 
 
 class Sigmoid:
-    """Every pair by itself: the diagonal, and what is `same`, belongs together, nothing else does.
+    """Binary cross-entropy of every pair by itself: the diagonal and pairs that are `same` match, all others do not.
 
     Source:
         arXiv 2303.15343, equation 1.
@@ -37,17 +40,17 @@ class Sigmoid:
 
     def finish(self, images: Sums, texts: Sums, own: PairInputs) -> PairLosses:
         del texts  # the same logits once more
-        pull = jax.nn.sigmoid(-own.positive)
-        return PairLosses(jax.nn.softplus(-own.positive) + images.total, (None, None), pull)
+        missing = jax.nn.sigmoid(-own.positive)
+        return PairLosses(jax.nn.softplus(-own.positive) + images.total, (None, None), missing)
 
-    def slope(self, tile: Tile, rows: None, columns: None) -> Float[Array, "a b"]:
+    def logit_gradient(self, tile: Tile, rows: None, columns: None) -> Float[Array, "a b"]:
         del rows, columns
         signed = _signed(tile)
         falling = jnp.exp(-jnp.abs(signed))  # also in `reduce`, so that it is computed once
-        slope = jnp.where(signed >= 0, 1, falling) / (1 + falling)
-        return slope if tile.same is None else jnp.where(tile.same, -slope, slope)
+        gradient = jnp.where(signed >= 0, 1, falling) / (1 + falling)
+        return gradient if tile.same is None else jnp.where(tile.same, -gradient, gradient)
 
 
 def _signed(tile: Tile) -> Array:
-    """Logits of negatives, and minus those of positives: what a sigmoid pushes down."""
+    """Return the logits of negatives and minus those of positives: a sigmoid loss lowers both."""
     return tile.logits if tile.same is None else jnp.where(tile.same, -tile.logits, tile.logits)

@@ -1,4 +1,7 @@
-"""What every loss takes and gives."""
+"""The signature of every loss over the global batch.
+
+Axes: n pairs of the global batch, e embed, t embed of a teacher.
+"""
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -9,7 +12,7 @@ from clipjax.typing import Metrics
 
 
 class Teacher(NamedTuple):
-    """What a frozen model makes of the same pairs.
+    """A frozen model's embeddings of the same pairs.
 
     Attributes:
         image_embed: unit-norm; its size may differ from the student's.
@@ -23,7 +26,7 @@ class Teacher(NamedTuple):
 
 
 class MovingAverages(NamedTuple):
-    """What the `global` loss remembers of the pairs of a batch.
+    """Moving averages of the pairs of a batch, which the `global` loss reads and updates.
 
     Attributes:
         log_mean: logarithms of the moving averages of each image and each text; -inf: not seen yet.
@@ -49,7 +52,7 @@ class LossFunction(Protocol):
         teacher: Teacher | None = None,
         memory: MovingAverages | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Loss and metrics.
+        """Compute the loss and its metrics.
 
         Args:
             image_embed: unit-norm.

@@ -1,4 +1,8 @@
-"""Softmax losses: over the batch, with several positives, and against the whole dataset."""
+"""Softmax losses: over the batch, with several positives, and against the whole dataset.
+
+Read `Sums`, `Softmax`, `MultiPositiveSoftmax`, `GlobalSoftmax`.
+Axes: n rows or columns, a rows of a tile, b columns of a tile.
+"""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +16,7 @@ from clipjax.losses.logit_loss import PairInputs, PairLosses, Tile
 
 
 class Sums(NamedTuple):
-    """Over all pairs off the diagonal that count.
+    """Sums over all pairs off the diagonal that count.
 
     Attributes:
         peak: the largest logit; -inf where there is none.
@@ -24,12 +28,12 @@ class Sums(NamedTuple):
 
 
 def finite(peak: Array) -> Array:
-    """A number to subtract before exponentiating: the peak, or 0 where there is none."""
+    """Return the number to subtract before exponentiating: the peak, or 0 where there is none."""
     return jnp.where(jnp.isfinite(peak), peak, 0)
 
 
 def log_sum(sums: Sums) -> Float[Array, "*n"]:
-    """Log-sum-exp; -inf where there was nothing."""
+    """Return the log-sum-exp; -inf where there was nothing."""
     return sums.peak + jnp.log(sums.total)
 
 
@@ -62,21 +66,21 @@ class Softmax:
         # -inf where a pair has no negatives: its loss is 0.
         row, column = log_sum(images), log_sum(texts)
         loss = jax.nn.softplus(row - positive) + jax.nn.softplus(column - positive)
-        pull = jax.nn.sigmoid(row - positive) + jax.nn.sigmoid(column - positive)
-        return PairLosses(loss, (jnp.logaddexp(row, positive), jnp.logaddexp(column, positive)), pull)
+        missing = jax.nn.sigmoid(row - positive) + jax.nn.sigmoid(column - positive)
+        return PairLosses(loss, (jnp.logaddexp(row, positive), jnp.logaddexp(column, positive)), missing)
 
-    def slope(self, tile: Tile, rows: Float[Array, "a"], columns: Float[Array, "b"]) -> Float[Array, "a b"]:
+    def logit_gradient(self, tile: Tile, rows: Float[Array, "a"], columns: Float[Array, "b"]) -> Float[Array, "a b"]:
         return jnp.exp(tile.logits - rows[:, None]) + jnp.exp(tile.logits - columns[None, :])
 
 
 class PositiveSums(NamedTuple):
-    """Of negatives and of further positives (pairs of the same group).
+    """Sums over negatives, and over further positives (pairs of the same group).
 
     Attributes:
         negatives: sums over the negatives.
         positives: sums over the further positives.
         logits: plain sum of the further positives' logits.
-        count: how many of them there are.
+        count: number of the further positives.
     """
 
     negatives: Sums
@@ -86,7 +90,7 @@ class PositiveSums(NamedTuple):
 
 
 class MultiPositiveSoftmax:
-    """Softmax whose target is shared equally by all positives of a row or column (arXiv 2004.11362, equation 2)."""
+    """Softmax whose target all positives of a row or column share equally (arXiv 2004.11362, equation 2)."""
 
     weight, single_pass = 0.5, False
 
@@ -126,32 +130,34 @@ class MultiPositiveSoftmax:
         return statistics.negatives.peak
 
     def finish(self, images: PositiveSums, texts: PositiveSums, own: PairInputs) -> PairLosses:
-        positive, loss, pull, known = own.positive, jnp.zeros(()), jnp.zeros(()), []
+        positive, loss, missing, normalizers = own.positive, jnp.zeros(()), jnp.zeros(()), []
         for side in (images, texts):
             other = jnp.logaddexp(log_sum(side.negatives), log_sum(side.positives))
             share = 1 / (1 + side.count)
             loss = loss + jax.nn.softplus(other - positive) + share * (side.count * positive - side.logits)
-            pull = pull + jax.nn.sigmoid(other - positive) - (1 - share)
-            known.append((jnp.logaddexp(other, positive), share))
-        return PairLosses(loss, (known[0], known[1]), pull)
+            missing = missing + jax.nn.sigmoid(other - positive) - (1 - share)
+            normalizers.append((jnp.logaddexp(other, positive), share))
+        return PairLosses(loss, (normalizers[0], normalizers[1]), missing)
 
-    def slope(self, tile: Tile, rows: tuple[Array, Array], columns: tuple[Array, Array]) -> Float[Array, "a b"]:
+    def logit_gradient(
+        self, tile: Tile, rows: tuple[Array, Array], columns: tuple[Array, Array]
+    ) -> Float[Array, "a b"]:
         assert tile.same is not None
         target = jnp.where(tile.same, rows[1][:, None] + columns[1][None, :], 0)
-        return self._softmax.slope(tile, rows[0], columns[0]) - target
+        return self._softmax.logit_gradient(tile, rows[0], columns[0]) - target
 
 
 @dataclass(frozen=True)
 class GlobalSoftmax(Softmax):
     """Softmax against the whole dataset, whose sum each sample estimates by a moving average over its batches.
 
-    With g the sum over the negatives j of exp(logit_ij - logit_ii), divided by the batch without i, and u its average
-    over the batches that the sample was in, a pair's loss is log(epsilon + u) by row and by column, and its gradient
-    that of g / (epsilon + u). A pair without negatives teaches nothing, and leaves u as it is.
+    With g the sum over the negatives j of exp(logit_ij - logit_ii), divided by the size of the batch without i, and u
+    its average over the batches that the sample was in, a pair's loss is log(epsilon + u) by row and by column, and its
+    gradient that of g / (epsilon + u). A pair without negatives has no gradient, and leaves u as it is.
 
     Source:
         arXiv 2407.01445 (FastCLIP), the loss GCL without its factor 1 / logit_scale; arXiv 2202.12387 (SogCLR).
-        Logarithms of the averages are kept, so that no scale overflows.
+        The memory holds logarithms of the averages, so that no scale overflows.
     """
 
     epsilon: float
@@ -159,14 +165,14 @@ class GlobalSoftmax(Softmax):
     def finish(self, images: Sums, texts: Sums, own: PairInputs) -> PairLosses:
         assert own.memory is not None and own.gamma is not None
         size, small = math.log(max(1, own.batch_size - 1)), math.log(self.epsilon)
-        loss, pull, known, memory = jnp.zeros(()), jnp.zeros(()), [], []
+        loss, ratio, normalizers, memory = jnp.zeros(()), jnp.zeros(()), [], []
         for side, old in ((images, own.memory[:, 0]), (texts, own.memory[:, 1])):
             new = log_sum(side) - own.positive - size
             average = jnp.logaddexp(jnp.log1p(-own.gamma) + old, jnp.log(own.gamma) + new)
             average = jnp.where(old == -jnp.inf, new, jnp.where(new == -jnp.inf, old, average))
             value = jnp.logaddexp(small, average)
             loss = loss + value
-            pull = pull + jnp.exp(new - value)
-            known.append(own.positive + size + value)
+            ratio = ratio + jnp.exp(new - value)
+            normalizers.append(own.positive + size + value)
             memory.append(average)
-        return PairLosses(loss, (known[0], known[1]), pull, jnp.stack(memory, axis=1))
+        return PairLosses(loss, (normalizers[0], normalizers[1]), ratio, jnp.stack(memory, axis=1))

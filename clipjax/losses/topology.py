@@ -1,4 +1,4 @@
-"""How the devices of a mesh share the similarity matrix, by their number, their memory and what joins them."""
+"""Choice of method and stages of gathering, by the number, the memory and the links of a mesh's devices."""
 
 import numpy as np
 from jax.sharding import Mesh
@@ -8,20 +8,20 @@ from clipjax.runtime.chips import memory_bytes
 from clipjax.runtime.sharding import SLICE, batch_axes, batch_devices
 
 RING_ROWS = 1024
-"""Pairs of one device from which `auto` takes the ring. It needs 8 r n e FLOPs where gathering needs 10, and no memory
-for the embeddings of the others, but moves them in as many messages as there are devices: below, these are too small
-to hide behind the products (a TPU compiler's estimate for 256 chips puts the two even between 128 and 1,024)."""
+"""Pairs per device from which on `auto` takes the ring. It needs 8 r n e FLOPs where gathering needs 10, and no memory
+for the embeddings of the others, but moves them in as many messages as there are devices. Smaller messages do not hide
+behind the products (a TPU compiler's estimate for 256 chips puts the two even between 128 and 1,024)."""
 
 GATHERED_SHARE = 0.1
-"""Of a device's memory: the most that `auto` spends on the embeddings of all others."""
+"""The largest share of a device's memory that `auto` spends on the embeddings of all others."""
 
 
 def choose_method(method: LossMethod, mesh: Mesh | None, global_batch_size: int, pair_bytes: int = 0) -> LossMethod:
-    """What `auto` comes to, by topology, size and memory.
+    """Resolve `auto` by topology, size and memory; return any other method as it is.
 
     Args:
-        method: what was asked for.
-        mesh: between several slices, `auto` gathers: only that keeps most of what moves inside each.
+        method: of the config.
+        mesh: between several slices `auto` gathers: only that keeps most of the traffic inside each.
         global_batch_size: from `RING_ROWS` pairs per device on, `auto` takes the ring.
         pair_bytes: of an image's and a text's embedding; if all of them took more than `GATHERED_SHARE` of a device's
             memory, as far as that is known, `auto` takes the ring.
@@ -40,7 +40,7 @@ Stages = tuple[tuple[str, list[list[int]] | None], ...]
 
 
 def gather_stages(mesh: Mesh) -> Stages:
-    """How to gather over the batch axes inside a slice: the last axis first, and on a torus side by side.
+    """Plan the gather over the batch axes inside a slice: the last axis first, and on a torus side by side.
 
     The TPU compiler makes a gather over a plane or a whole torus an all-reduce, which moves twice as much; along one
     side of it, it stays a gather.
@@ -59,7 +59,7 @@ def gather_stages(mesh: Mesh) -> Stages:
 
 
 def _line(mesh: Mesh, axis: str) -> int:
-    """How many devices that follow each other on an axis lie on one side of a torus; all, where there is none."""
+    """Count the devices that follow each other on an axis along one side of a torus; all, where there is no torus."""
     devices = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0).reshape(mesh.shape[axis], -1)[:, 0]
     places = [getattr(device, "coords", (0,)) for device in devices]
     count = 1

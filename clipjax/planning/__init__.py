@@ -1,5 +1,5 @@
-"""What a run will need and how fast it may go, found by compiling its step for accelerators that are not here.
+"""Prediction of a run's needs and speed, by compiling its step for accelerators that this machine lacks.
 
-`targets` describes the machines, `traffic` and `timing` read a compiled step, `memory` says what fills a chip, `report`
-puts it together and prints it.
+`targets` describes the accelerators; `hlo` reads the compiled step, `traffic` its collectives, `timing` its seconds,
+`memory` the parts of a chip's memory; `report` makes a plan of them; `search` tries many plans, `measure` runs one.
 """

@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its text: every instruction with how often it runs.
+"""Reader of a compiled program's text: every instruction, and how often it runs.
 
 `parse` turns the text of `compiled.as_text()` into computations, `executed` walks from the entry through loops, calls
 and branches. A loop's body counts as often as the loop runs, which XLA's own `cost_analysis` does not do.
@@ -30,10 +30,10 @@ class Instruction:
     Attributes:
         name: unique in the program.
         opcode: "fusion", "all-gather-start", ...
-        shape: of the result, as text; a tuple's in parentheses.
+        shape: of the result, as text; a tuple's shape in parentheses.
         operands: names of the instructions whose results enter.
-        attributes: all that follows the operands, as text.
-        arguments: what stands between the parentheses, as text.
+        attributes: text after the operands.
+        arguments: text between the parentheses.
     """
 
     name: str
@@ -45,26 +45,26 @@ class Instruction:
 
     @property
     def arrays(self) -> list[tuple[str, tuple[int, ...]]]:
-        """dtype and shape of every array of the result."""
+        """Dtype and shape of every array of the result."""
         return arrays_of(self.shape)
 
     @property
     def op_name(self) -> str:
-        """Where in the traced function it comes from; "" if the compiler made it."""
+        """Path in the traced function; "" if the compiler made the instruction."""
         return self.attribute(r'op_name="([^"]*)"')
 
     @property
     def estimated_cycles(self) -> int:
-        """The TPU compiler's estimate; 0 for what it makes none for."""
+        """The TPU compiler's estimate; 0 where it makes none."""
         return int(self.attribute(r'"estimated_cycles":"(\d+)"') or 0)
 
     def attribute(self, pattern: str) -> str:
-        """First group of a pattern in the attributes; "" without a match."""
+        """Return the first group of a pattern in the attributes; "" without a match."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else ""
 
     def called(self, role: str) -> list[str]:
-        """Names of the computations that it refers to as `role` ("calls", "body", ...)."""
+        """List the computations to which it refers as `role` ("calls", "body", ...)."""
         return [
             name
             for found in _CALLED.finditer(self.attributes)
@@ -75,7 +75,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class HloModule:
-    """Computations by name, each a list of instructions in the order in which they are scheduled."""
+    """Computations by name, each a list of instructions in scheduled order."""
 
     computations: Mapping[str, list[Instruction]]
     entry: str
@@ -85,11 +85,11 @@ class HloModule:
         return {i.name: i.shape for instructions in self.computations.values() for i in instructions}
 
     def shape(self, name: str) -> str:
-        """Of an instruction's result."""
+        """Return the shape of an instruction's result, as text."""
         return self._shapes[name]
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a `while` runs its body: as the compiler says, else the bound in its condition.
+        """Return how often a `while` runs its body: the compiler's count, else the bound in its condition.
 
         Raises:
             ValueError: the condition has no constant bound.
@@ -114,9 +114,9 @@ class HloModule:
                 yield from self._reachable(instruction.called("calls") + instruction.called("to_apply"))
 
     def executed(self) -> Iterator[tuple[Instruction, int]]:
-        """Every instruction that is scheduled by itself, in order, and how often it runs in one call of the program.
+        """Yield every instruction that is scheduled by itself, in order, and how often one call of the program runs it.
 
-        What a fusion consists of is not among them: see `inside`.
+        A fusion counts as one instruction; `fused_instructions` lists its parts.
         """
         yield from self._walk(self.entry, 1)
 
@@ -135,8 +135,8 @@ class HloModule:
                     for name in instruction.called("to_apply") + instruction.called("calls"):
                         yield from self._walk(name, times)
 
-    def runs_aside(self) -> set[str]:
-        """Names of the instructions that run while others compute: begun by a start, with work before its done."""
+    def overlapped(self) -> set[str]:
+        """Return the names of instructions that run while others compute: a start with work before its done."""
         names = set()
         for instructions in self.computations.values():
             begun: dict[str, tuple[Instruction, bool]] = {}
@@ -154,27 +154,27 @@ class HloModule:
                     begun[instruction.name] = (instruction, False)
         return names
 
-    def inside(self, instruction: Instruction) -> Iterator[Instruction]:
-        """The instructions that a fusion consists of, or the instruction itself."""
+    def fused_instructions(self, instruction: Instruction) -> Iterator[Instruction]:
+        """Yield the instructions of a fusion, or the instruction itself if it is no fusion."""
         if instruction.opcode not in FUSIONS:
             yield instruction
             return
         for name in instruction.called("calls"):
             for part in self.computations[name]:
-                yield from self.inside(part)
+                yield from self.fused_instructions(part)
 
     def flops(self) -> float:
-        """Of all matrix products and convolutions in one call of the program; a multiply-add is two."""
+        """Count the FLOPs of all matrix products and convolutions in one call; a multiply-add is two."""
         return float(
             sum(
                 times * self.product_flops(part)
                 for instruction, times in self.executed()
-                for part in self.inside(instruction)
+                for part in self.fused_instructions(instruction)
             )
         )
 
-    def moved_bytes(self, instruction: Instruction) -> int:
-        """What one run of an instruction reads and writes; of an array that it looks into, the part that it touches."""
+    def bytes_accessed(self, instruction: Instruction) -> int:
+        """Count the bytes that one run reads and writes; of an array that it indexes, only the part that it touches."""
         called = instruction.called("calls")
         if instruction.opcode not in FUSIONS or not called:
             if instruction.opcode == "dynamic-update-slice":
@@ -215,7 +215,7 @@ class HloModule:
         return bytes_of(root.shape)
 
     def product_flops(self, instruction: Instruction) -> int:
-        """Of a matrix product or convolution; 0 for anything else."""
+        """Count the FLOPs of a matrix product or convolution; 0 for any other instruction."""
         if instruction.opcode == "dot":
             contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
         elif instruction.opcode == "custom-call" and "__cublas" in instruction.attributes:
@@ -229,7 +229,7 @@ class HloModule:
         return 2 * math.prod(result) * math.prod(left[int(i)] for i in contracted.split(",") if i)
 
     def _convolution_flops(self, convolution: Instruction) -> int:
-        """Of a convolution, as which the TPU compiler writes products too; what falls on padding is not counted."""
+        """Count a convolution's FLOPs without padding; the TPU compiler writes products as convolutions too."""
         (_, result), *_ = convolution.arrays
         left, right = (arrays_of(self.shape(name))[0][1] for name in convolution.operands[:2])
         labels = convolution.attribute(r"dim_labels=([\w>?-]+)")
@@ -244,7 +244,7 @@ class HloModule:
 
 
 def _num_valid_taps(place: int, window: Mapping[str, str], size: int, kernel: int, out: int) -> int:
-    """How many pairs of a number and a tap meet along one side of a convolution."""
+    """Count the pairs of a number and a tap that meet along one side of a convolution."""
 
     def of(name: str, default: str) -> str:
         return window[name].split("x")[place] if name in window else default
@@ -267,7 +267,7 @@ def _num_valid_taps(place: int, window: Mapping[str, str], size: int, kernel: in
 
 
 def arrays_of(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-    """dtype and shape of every array in a shape's text."""
+    """Return dtype and shape of every array in a shape's text."""
     return [
         (dtype, tuple(int(n) for n in dims.split(",") if n))
         for dtype, dims in _ARRAY.findall(shape)
@@ -276,12 +276,12 @@ def arrays_of(shape: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def bytes_of(shape: str) -> int:
-    """Bytes of all arrays in a shape's text, padding of layouts not counted."""
+    """Count the bytes of all arrays in a shape's text, without the padding of layouts."""
     return int(sum(ITEM_BYTES[dtype] * math.prod(dims) for dtype, dims in arrays_of(shape)))
 
 
 def parse(text: str) -> HloModule:
-    """Computations and instructions of a compiled program's text.
+    """Parse the text of a compiled program into computations and instructions.
 
     Raises:
         ValueError: the text has no entry computation.
@@ -307,7 +307,7 @@ def parse(text: str) -> HloModule:
 
 
 def _whole_lines(text: str) -> list[str]:
-    """Lines of a program's text; what a kernel says of itself spreads its instruction over several, here joined."""
+    """Split a program's text into lines, and join instructions that a kernel's annotation spreads over several."""
     lines: list[str] = []
     for line in text.splitlines():
         if lines and line and line != "}" and not line.startswith(("%", "ENTRY", "  %", "  ROOT ", "HloModule")):
@@ -331,7 +331,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Find where the parenthesis that opens at `start` closes."""
     depth = 0
     for place in range(start, len(text)):
         if text[place] == "(":

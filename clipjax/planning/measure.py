@@ -1,4 +1,4 @@
-"""A planned step, run on the accelerators of this machine: what it really takes, beside what was predicted."""
+"""Measurement of a planned step on the accelerators of this machine, to compare with the prediction."""
 
 import statistics
 import time
@@ -47,7 +47,7 @@ def measure(compiled: Compiled, init_state: Any) -> dict[str, Any]:
 
 
 def make_batch(shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Pairs of noise, each as a step takes it."""
+    """Make pairs of noise in the shapes that a step takes."""
     keys = jax.random.split(jax.random.key(1), len(shapes))
     made = {}
     for key, (name, leaf) in zip(keys, sorted(shapes.items()), strict=True):

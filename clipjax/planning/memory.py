@@ -1,4 +1,4 @@
-"""What fills a chip's memory while a step runs, by kind."""
+"""Contents of a chip's memory at the peak of a step, by kind."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from clipjax.config import Config, Dtype
 
 
 def bytes_on_a_chip(tree: Any) -> int:
-    """Of all arrays of a tree, one chip's part; a PRNG key counts as its words."""
+    """Count the bytes of one chip's part of all arrays of a tree; a PRNG key counts as its words."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -22,10 +22,10 @@ def bytes_on_a_chip(tree: Any) -> int:
 
 
 def by_kind(config: Config, state: Any, batch: Any, teacher: Any, peak_bytes: int) -> Mapping[str, int]:
-    """Bytes of one chip at the peak of a step. What is no argument of the step is split by what is known of it.
+    """Split the bytes of one chip at the peak of a step by kind.
 
-    `loss` is what the embeddings of the whole batch take, which a ring never has together; `activations` is the rest:
-    what the towers keep for the backward pass, what they work in, and blocks of logits.
+    `loss` counts the embeddings of the whole batch, which a ring never has together; `activations` is the rest: arrays
+    that the towers keep for the backward pass, their temporaries, and blocks of logits.
     """
     params = bytes_on_a_chip(state.params)
     kinds = {
@@ -41,6 +41,6 @@ def by_kind(config: Config, state: Any, batch: Any, teacher: Any, peak_bytes: in
 
 
 def _loss_bytes(config: Config) -> int:
-    """Embeddings of all pairs, of images and of texts."""
+    """Count the bytes of the embeddings of all images and texts."""
     size = 2 if config.loss.dtype is Dtype.BFLOAT16 else 4
     return 2 * config.global_batch_size * config.model.embed_dim * size

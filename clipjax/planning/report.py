@@ -20,7 +20,7 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 GIB = 2**30
 
 GPU_POOL = 0.75
-"""Of a GPU's memory, that JAX takes when it starts (docs.jax.dev, GPU memory allocation)."""
+"""Share of a GPU's memory that JAX takes when it starts (docs.jax.dev, GPU memory allocation)."""
 
 NEARLY_FULL = (
     f"more than the {GPU_POOL:.0%} of a GPU that JAX takes at first, and older versions at most: "
@@ -28,7 +28,7 @@ NEARLY_FULL = (
 )
 
 UNKNOWN = ("peak_hbm_bytes", "predicted_step_seconds", "roofline_step_seconds", "predicted_mfu", "collectives")
-"""What a plan always has; null where the compiler refuses the step."""
+"""Keys that every plan has; null where the compiler refuses the step."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Compiled:
     """A step that was compiled, or the reason why it does not fit.
 
     Attributes:
-        executable: what JAX made; None if the compiler found that it does not fit.
+        executable: None if the compiler found that the step does not fit.
         text: of the compiled program.
-        refusal: what the compiler said.
+        refusal: message of the compiler; "" if it compiled.
         state: shapes of the training state.
-        batch: of what a step reads.
-        teacher: of the teacher's parameters.
-        mesh: that it was compiled for.
+        batch: shapes of a batch.
+        teacher: shapes of the teacher's parameters; None without one.
+        mesh: of the target's devices.
         seconds: of compilation.
         init_state: key -> a fresh state.
     """
@@ -81,7 +81,7 @@ def compile_step(config: Config, target: Target, *, num_samples: int, teacher: C
 
 
 def make_plan(config: Config, target: Target, compiled: Compiled, *, price: float | None = None) -> dict[str, Any]:
-    """What is known of a run from its compiled step; `docs/planning.md` says what each field means."""
+    """Make the plan of a run from its compiled step; `docs/planning.md` defines each field."""
     chips = len(target.devices)
     plan: dict[str, Any] = {
         "topology": target.name,
@@ -123,7 +123,7 @@ def make_plan(config: Config, target: Target, compiled: Compiled, *, price: floa
         "roofline_step_seconds": seconds.roofline,
         "predicted_mfu": useful / (chips * 1e12 * target.chip.peak_tflops * step),
         "collectives": [dataclasses.asdict(collective) for collective in moved],
-        "least_bytes": traffic.least_traffic(config, compiled.state.params, compiled.mesh),
+        "least_bytes": traffic.min_traffic_bytes(config, compiled.state.params, compiled.mesh),
         "images_per_second_per_host": config.global_batch_size / step / target.num_hosts,
         "hosts": target.num_hosts,
         "steps": steps,
@@ -138,7 +138,7 @@ def make_plan(config: Config, target: Target, compiled: Compiled, *, price: floa
 
 
 def describe(plan: Mapping[str, Any]) -> str:
-    """A plan as text for a person."""
+    """Format a plan as text."""
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
     where = plan["topology"] + (f", {plan['slices']} slices" if plan["slices"] > 1 else "")
     lines = [f"{where}: {plan['chips']} chips ({mesh}), batch {plan['global_batch_size']:,}", ""]

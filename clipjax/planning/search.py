@@ -1,8 +1,8 @@
-"""Try rematerialisation, meshes, microbatches and loss methods for a run, and rank what fits by predicted seconds.
+"""Search over rematerialisation, meshes, microbatches and loss methods, ranked by predicted seconds.
 
-Every try compiles the whole step. One choice is varied at a time, each from the best so far: rematerialisation first,
-which decides what fits, then how parameters and then products are split, then microbatches where nothing has fitted,
-then the loss.
+Every candidate compiles the whole step. The search varies one choice at a time, each from the best so far:
+rematerialisation first, which decides what fits; then the axes `fsdp` and `tensor`; then microbatches where nothing
+has fitted; then the loss.
 """
 
 import copy
@@ -25,11 +25,11 @@ MICROBATCHES = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One configuration and what is predicted of it.
+    """One configuration and its plan.
 
     Attributes:
-        changes: of the config, path by path.
-        plan: what `run_search.make_plan` gave.
+        changes: choices by name, which `changed` makes in the config.
+        plan: of `report.make_plan`.
     """
 
     changes: dict[str, Any]
@@ -37,13 +37,13 @@ class Candidate:
 
     @property
     def rank(self) -> tuple[bool, float]:
-        """What fits comes first, then what is fastest; of what does not fit, what needs least memory."""
+        """Key to sort by: candidates that fit by seconds, then those that do not by the memory that they need."""
         fits = self.plan["fits"]
         return not fits, self.plan["predicted_step_seconds"] if fits else needed_bytes(self.plan)
 
 
 def needed_bytes(plan: dict[str, Any]) -> float:
-    """The peak, or what the compiler says when it refuses a step: of temporaries alone at times, so only to rank by."""
+    """Return the peak, or the bytes in the compiler's refusal: at times of temporaries alone, so only to rank by."""
     if plan["peak_hbm_bytes"] is not None:
         return plan["peak_hbm_bytes"]
     found = re.search(r"(\d+(?:\.\d+)?)([KMGT])", plan["reason"])
@@ -51,7 +51,7 @@ def needed_bytes(plan: dict[str, Any]) -> float:
 
 
 class Search:
-    """Configurations tried so far, each once."""
+    """Candidates so far, each once."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Search:
         """Find a mesh to start from: the config's own, or else the first that the devices allow.
 
         Raises:
-            ValueError: they allow none, nor the config's own, of which the message speaks.
+            ValueError: no mesh is possible; the message tells why the config's own is refused.
         """
         self._config, self._target = config, target
         self._num_samples, self._teacher = num_samples, teacher
@@ -78,7 +78,7 @@ class Search:
             "microbatch": config.microbatch_size,
             "method": config.loss.method,
         }
-        self.tries: list[Candidate] = []
+        self.candidates: list[Candidate] = []
         if refusal := self._refusal(self._start):
             meshes = [{**self._start, "fsdp": fsdp, "tensor": 1} for fsdp in FSDP]
             possible = [changes for changes in meshes if not self._refusal(changes)]
@@ -88,24 +88,24 @@ class Search:
 
     @property
     def best(self) -> dict[str, Any]:
-        """Changes of the best so far."""
-        return self.ranked[0].changes if self.tries else self._start
+        """Choices of the best candidate so far."""
+        return self.ranked[0].changes if self.candidates else self._start
 
-    def attempt(self, **changes: Any) -> None:
-        """Compile one more; what the mesh or the batch does not allow is passed over."""
+    def evaluate(self, **changes: Any) -> None:
+        """Compile and rank one more candidate; skip those that the mesh or the batch does not allow."""
         changes = {**self.best, **changes}
-        if any(attempt.changes == changes for attempt in self.tries) or self._refusal(changes):
+        if any(candidate.changes == changes for candidate in self.candidates) or self._refusal(changes):
             return
         config = changed(self._config, changes)
         compiled = compile_step(config, self._target, num_samples=self._num_samples, teacher=self._teacher)
-        self.tries.append(Candidate(changes, make_plan(config, self._target, compiled, price=self._price)))
-        print(" ".join(row(self.tries[-1])), flush=True)
+        self.candidates.append(Candidate(changes, make_plan(config, self._target, compiled, price=self._price)))
+        print(" ".join(row(self.candidates[-1])), flush=True)
         self._write()
 
     @property
     def ranked(self) -> list[Candidate]:
-        """All, the best first."""
-        return sorted(self.tries, key=lambda attempt: attempt.rank)
+        """All candidates, the best first."""
+        return sorted(self.candidates, key=lambda candidate: candidate.rank)
 
     def _refusal(self, changes: dict[str, Any]) -> str:
         config = changed(self._config, changes)
@@ -121,30 +121,30 @@ class Search:
             return
         plans = [
             {
-                "changes": {name: getattr(value, "value", value) for name, value in attempt.changes.items()},
-                **attempt.plan,
+                "changes": {name: getattr(value, "value", value) for name, value in candidate.changes.items()},
+                **candidate.plan,
             }
-            for attempt in self.ranked
+            for candidate in self.ranked
         ]
         self._output.write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
 
     def run(self) -> None:
-        """All stages."""
+        """Run all stages of the search."""
         for remat in (self._config.model.remat, *Remat):
-            self.attempt(remat=remat)
+            self.evaluate(remat=remat)
         for fsdp in FSDP:
-            self.attempt(fsdp=fsdp)
+            self.evaluate(fsdp=fsdp)
         for tensor in TENSOR:
-            self.attempt(tensor=tensor)
-        if not any(attempt.plan["fits"] for attempt in self.tries):
+            self.evaluate(tensor=tensor)
+        if not any(candidate.plan["fits"] for candidate in self.candidates):
             for parts in MICROBATCHES:
-                self.attempt(microbatch=self._config.global_batch_size // parts)
+                self.evaluate(microbatch=self._config.global_batch_size // parts)
         for method in (LossMethod.GATHERED, LossMethod.RING):
-            self.attempt(method=method)
+            self.evaluate(method=method)
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
-    """A copy of a config with these choices."""
+    """Return a copy of a config with these choices."""
     config = copy.deepcopy(config)
     config.model.remat = changes["remat"]
     config.mesh.fsdp = changes["fsdp"]
@@ -157,9 +157,9 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
 HEADER = ("remat", "mesh.fsdp", "mesh.tensor", "microbatch", "loss.method", "fits", "GiB", "ms predicted", "MFU")
 
 
-def row(attempt: Candidate) -> list[str]:
-    """A try as a line of the ranking."""
-    changes, plan = attempt.changes, attempt.plan
+def row(candidate: Candidate) -> list[str]:
+    """Format a candidate as a row of the ranking."""
+    changes, plan = candidate.changes, candidate.plan
     peak = f"{plan['peak_hbm_bytes'] / GIB:.2f}" if plan["peak_hbm_bytes"] is not None else "-"
     step = f"{1e3 * plan['predicted_step_seconds']:.1f}" if plan["fits"] else "-"
     mfu = f"{plan['predicted_mfu']:.1%}" if plan["fits"] else "-"
@@ -176,9 +176,9 @@ def row(attempt: Candidate) -> list[str]:
     ]
 
 
-def run_search(tries: Search) -> bool:
-    """Try, and print the ranking; return whether the best fits."""
+def run_search(search: Search) -> bool:
+    """Search and print the ranking; return true if the best candidate fits."""
     print("trying, each on a line: " + ", ".join(HEADER), flush=True)
-    tries.run()
-    print("\n" + format_table([row(attempt) for attempt in tries.ranked], HEADER))
-    return tries.ranked[0].plan["fits"]
+    search.run()
+    print("\n" + format_table([row(candidate) for candidate in search.ranked], HEADER))
+    return search.ranked[0].plan["fits"]

@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""What has to be set before JAX loads, where it is not set."""
+"""Defaults of environment variables that JAX and the compilers read when they load."""
 
 XLA_FLAGS = "--xla_gpu_enable_triton_gemm=false"
 """Triton's products need a GPU to be tuned on; the compiler fails without one (JAX 0.10.2)."""
@@ -30,14 +30,14 @@ XLA_FLAGS = "--xla_gpu_enable_triton_gemm=false"
 
 @dataclass(frozen=True)
 class Target:
-    """Where a step is to run.
+    """The accelerators for which a step is compiled.
 
     Attributes:
         name: as the user gave it.
         chip: one of its devices.
         devices: all of them, as JAX describes them.
         num_slices: groups with slow links between them.
-        is_here: whether they are this machine's own, so that a step can be run.
+        is_here: true for this machine's own devices, on which a step can run.
     """
 
     name: str
@@ -64,12 +64,12 @@ def prepare_environment(topology: str) -> None:
 
 
 def find_target(name: str, num_slices: int = 1) -> Target:
-    """The accelerators that a topology's name means.
+    """Find the accelerators that a topology's name means.
 
     Args:
         name: `CHIP:SHAPE`. For TPUs the shape is the torus, in chips: `v5e:16x16`, `v5p:4x8x8`; for GPUs it is nodes
             times GPUs of each: `h100:8`, `h100:32x8`. `here`: the accelerators of this machine.
-        num_slices: so many of these, with the data-center network between them.
+        num_slices: number of such slices, joined by the data-center network.
 
     Raises:
         ValueError: no such chip or shape, or the compiler for it is not installed.
@@ -141,7 +141,7 @@ def _gpu_devices(chip: Gpu, nodes: int, each: int) -> Sequence[Any]:
 
 
 def gpu_description(chip: Gpu) -> str:
-    """A GPU as XLA's compiler wants it told (`GpuTargetConfigProto`), from what is published of it."""
+    """Describe a GPU for XLA's compiler (`GpuTargetConfigProto`), from its published figures."""
     major, minor = chip.capability
     fields = {
         "threads_per_block_limit": 1024,
@@ -173,10 +173,10 @@ def gpu_description(chip: Gpu) -> str:
 
 
 def check_devices(config: Config, target: Target, teacher: Config | None) -> None:
-    """Refuse a config that cannot be shared out over the target's devices.
+    """Refuse a config that cannot be split over the target's devices.
 
     Raises:
-        ValueError: all that does not fit.
+        ValueError: with every field that does not fit.
     """
     validate_devices(
         config,
@@ -208,7 +208,7 @@ def _here() -> Target:
 
 @functools.cache
 def compiler_versions() -> dict[str, str]:
-    """What compiled: versions of JAX and of the compilers that are installed."""
+    """Return the versions of JAX and of the installed compilers."""
     import importlib.metadata
 
     names = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")

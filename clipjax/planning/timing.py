@@ -1,9 +1,9 @@
-"""How long a compiled step may take: a prediction to rank by, and the bound that it cannot go below.
+"""Seconds of a compiled step: a prediction to rank by, and a lower bound.
 
 On TPUs the prediction adds up the compiler's own estimates of cycles, each as often as its instruction runs. They cover
-neither kernels of ours nor collectives, so both are added from what they compute and move (`kernel_seconds`,
-`traffic`). On GPUs, whose compiler estimates nothing, every instruction takes what its operations or its bytes need at
-the shares of the peaks that an H200 was seen to reach.
+neither our kernels nor collectives, whose seconds follow from their operations and bytes (`kernel_seconds`,
+`traffic`). The GPU compiler estimates nothing: there every instruction takes the time of its operations or its bytes,
+at the shares of the peaks that were measured on an H200.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from clipjax.planning.traffic import KINDS, Collective
 from clipjax.runtime.chips import Chip, Tpu
 
 GPU_PRODUCT_SHARE, GPU_MEMORY_SHARE = 0.6, 0.8
-"""Of a GPU's peaks, that products and memory traffic of a training step reach."""
+"""Shares of a GPU's peaks that products and memory traffic of a training step reach."""
 
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -21,7 +21,7 @@ _FREE = {
     "recv",
     *KINDS, *(f"{kind}-start" for kind in KINDS),
 }  # fmt: skip
-"""What takes no time of its own, or is counted elsewhere; so does whatever only waits for what began before it."""
+"""Opcodes that take no time of their own or are counted elsewhere; `is_free` adds all that only wait for a start."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Timing:
     """Seconds of one step.
 
     Attributes:
-        compute: products, sums, copies: all but what follows.
-        kernels: of our own.
-        exposed: collectives that nothing hides.
+        compute: products, sums, copies: all but kernels and collectives.
+        kernels: our Pallas kernels.
+        exposed: collectives during which nothing computes.
         hidden: collectives that run beside computation.
-        roofline: the bound of this program: the largest of what its products (those that are computed again included),
-            its memory and its links need.
-        flops: of all products of one chip, those that are computed again included.
+        roofline: the lower bound of this program: the largest of the seconds that its products (with those computed
+            again), its memory and its links need.
+        flops: of all products of one chip, with those computed again.
     """
 
     compute: float
@@ -47,18 +47,18 @@ class Timing:
 
     @property
     def predicted(self) -> float:
-        """All of it; what is hidden counts where it is longer than all that could hide it."""
+        """Sum of the parts; hidden collectives count where they take longer than the computation."""
         return max(self.compute + self.kernels, self.hidden) + self.exposed
 
 
 def predict(program: HloModule, chip: Chip, collectives: list[Collective], memory_traffic_bytes: int) -> Timing:
-    """Seconds of a step of a compiled program.
+    """Predict the seconds of a step.
 
     Args:
-        program: its text, parsed.
-        chip: that it was compiled for.
-        collectives: what it moves.
-        memory_traffic_bytes: that a step reads and writes at least.
+        program: the compiled step, parsed.
+        chip: the target of the compilation.
+        collectives: of the program.
+        memory_traffic_bytes: the least that a step reads and writes.
     """
     compute = kernels = kernel_flops = 0.0
     for instruction, times in program.executed():
@@ -77,33 +77,33 @@ def predict(program: HloModule, chip: Chip, collectives: list[Collective], memor
 
 
 def is_free(instruction: Instruction) -> bool:
-    """Whether it takes no time of its own, or is counted elsewhere."""
+    """Return true if an instruction takes no time of its own, or is counted elsewhere."""
     return instruction.opcode in _FREE or instruction.opcode.endswith("-done")
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Whether it is a Pallas kernel for TPUs."""
+    """Return true if an instruction is a Pallas kernel for TPUs."""
     return instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.attributes
 
 
 def kernel_seconds(instruction: Instruction, chip: Chip) -> float:
-    """A kernel's: its bytes, or its products and then its vector operations, whichever takes longer.
+    """Return the seconds of a kernel: of its bytes, or of its products and then its vector operations; the larger.
 
-    What the units have to do, padding included, the kernel says itself (`models.fused_attention`).
+    The kernel's own annotation counts this work, padding included (`models.fused_attention`).
     """
 
-    def said(name: str) -> float:
+    def annotation(name: str) -> float:
         return float(instruction.attribute(rf'"?{name}"?[:=]\s*\\?"?(\d+)') or 0)
 
-    products = said("matrix_flops") / (1e12 * chip.peak_tflops)
-    vectors = said("vector_operations") / chip.vector_rate if isinstance(chip, Tpu) else 0.0
-    return max(said("bytes_accessed") / chip.memory_bandwidth, products + vectors)
+    products = annotation("matrix_flops") / (1e12 * chip.peak_tflops)
+    vectors = annotation("vector_operations") / chip.vector_rate if isinstance(chip, Tpu) else 0.0
+    return max(annotation("bytes_accessed") / chip.memory_bandwidth, products + vectors)
 
 
 def operation_seconds(instruction: Instruction, program: HloModule, chip: Chip) -> float:
-    """One instruction of a GPU's program, by its operations or by its bytes."""
-    products = sum(program.product_flops(part) for part in program.inside(instruction))
-    moved = program.moved_bytes(instruction)
+    """Return the seconds of one instruction of a GPU's program, by its operations or by its bytes."""
+    products = sum(program.product_flops(part) for part in program.fused_instructions(instruction))
+    moved = program.bytes_accessed(instruction)
     return max(
         products / (GPU_PRODUCT_SHARE * 1e12 * chip.peak_tflops), moved / (GPU_MEMORY_SHARE * chip.memory_bandwidth)
     )

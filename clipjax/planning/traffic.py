@@ -1,7 +1,7 @@
-"""What a compiled step moves between chips: every collective with its axes, bytes and whether it is hidden.
+"""Collectives of a compiled step: axes, bytes, and overlap with computation.
 
-Bytes are those that one chip has to send in one step, whatever the algorithm: of an all-gather of n chips (n - 1) / n
-of the result, of a reduce-scatter as much of its input, of an all-reduce twice that, of a permutation all of it.
+Bytes are those that one chip has to send in one step, whatever the algorithm: (n - 1) / n of the result of an
+all-gather over n chips, as much of the input of a reduce-scatter, twice that of an all-reduce, all of a permutation.
 """
 
 import math
@@ -30,11 +30,11 @@ class Collective:
 
     Attributes:
         kind: "all-gather", ...; "send" between slices.
-        axis: mesh axes that it runs along, joined by "+"; an axis's name in part where it runs along part of one.
-        bytes: that one chip sends for them in a step.
-        count: how many run in a step.
-        overlapped: whether the program computes while they run.
-        seconds: that the links need at least.
+        axis: mesh axes along which it runs, joined by "+"; "part of NAME" where it runs along part of one.
+        bytes: sent by one chip in a step.
+        count: runs in a step.
+        overlapped: true if the program computes while they run.
+        seconds: the least that the links need.
     """
 
     kind: str
@@ -46,11 +46,11 @@ class Collective:
 
 
 def collectives(program: HloModule, mesh: Any, chip: Chip) -> list[Collective]:
-    """All that a compiled step moves, the largest first.
+    """List the collectives of a compiled step, the largest first.
 
     Args:
-        program: its text, parsed.
-        mesh: that it was compiled for; positions in it are the chips' numbers in the text.
+        program: the compiled step, parsed.
+        mesh: of the compilation; positions in it are the chips' numbers in the text.
         chip: one of the mesh's.
     """
     sums: dict[tuple[str, str, bool], list[float]] = defaultdict(lambda: [0, 0, 0.0])
@@ -81,21 +81,21 @@ def _kind(instruction: Instruction) -> str:
 
 
 def _found(program: HloModule) -> list[tuple[str, Instruction, int, bool]]:
-    """Every collective once: its kind, itself, how often it runs, and whether computation hides it.
+    """List every collective once: kind, instruction, number of runs, and true if computation hides it.
 
-    The TPU compiler spreads a hidden collective over several fusions, which repeat its instruction: it is counted where
-    it starts. A fusion of a collective that nothing has started runs by itself: so are reduce-scatters written, as an
-    all-reduce of which each chip keeps its part.
+    The TPU compiler spreads a hidden collective over several fusions, which repeat its instruction: the fusion that
+    starts it counts. A fusion of a collective that nothing has started runs by itself: the compiler writes a
+    reduce-scatter so, as an all-reduce of which each chip keeps its part.
     """
-    found, parts, aside = [], [], program.runs_aside()
+    found, parts, hidden = [], [], program.overlapped()
     for instruction, times in program.executed():
         kind = _kind(instruction)
         if kind in KINDS or kind in _SLICES:
-            found.append((kind, instruction, times, instruction.name in aside))
+            found.append((kind, instruction, times, instruction.name in hidden))
         elif instruction.opcode == "fusion":
-            inside = list(program.inside(instruction))
-            starts = any(_STARTS in part.attributes for part in inside)
-            parts += [(instruction, part, times, starts) for part in inside if _kind(part) in KINDS]
+            fused = list(program.fused_instructions(instruction))
+            starts = any(_STARTS in part.attributes for part in fused)
+            parts += [(instruction, part, times, starts) for part in fused if _kind(part) in KINDS]
     started = {_identity(part) for _, part, _, starts in parts if starts}
     for fusion, part, times, starts in parts:
         if starts or _identity(part) not in started:
@@ -105,12 +105,12 @@ def _found(program: HloModule) -> list[tuple[str, Instruction, int, bool]]:
 
 
 def _identity(collective: Instruction) -> tuple[str, str]:
-    """Of a collective that is written several times; channels alone are shared by some that are not the same."""
+    """Identify a collective that is written several times; different ones may share a channel, so shapes count too."""
     return collective.attribute(r"channel_id=(\d+)"), str(arrays_of(collective.shape))
 
 
 def _whole_bytes(kind: str, instruction: Instruction, program: HloModule) -> int:
-    """Of an all-gather's result, or of what enters the others."""
+    """Count the bytes of an all-gather's result, or of another collective's operands."""
     if kind == "all-gather":
         shape = instruction.shape
         if instruction.opcode.endswith("-start"):  # (inputs, results)
@@ -132,7 +132,7 @@ def _sent(kind: str, size: int, n: int) -> int:
 
 
 def _sent_to_slices(send: Instruction, size: int, n: int) -> int:
-    """Of what a chip hands to the network between slices, which does the whole collective."""
+    """Count the bytes that a chip sends for a send between slices, which stands for the whole collective."""
     match send.attribute(r'_xla_megascale_transfer_type="(\w+)"'):
         case "ALL_REDUCE":
             return _sent("all-reduce", size, n)
@@ -145,9 +145,9 @@ def _sent_to_slices(send: Instruction, size: int, n: int) -> int:
 
 
 def replica_groups(instruction: Instruction, num_devices: int) -> np.ndarray | None:
-    """Which chips take part together, [groups, chips of each]; None for a permutation.
+    """Parse the groups of chips that take part together, [groups, chips of each]; None for a permutation.
 
-    Written are lists, or an iota that is reshaped and transposed, or axes of a mesh that is an iota.
+    The text is a list, or an iota that is reshaped and transposed, or axes of a mesh that is an iota.
 
     Raises:
         ValueError: the text is in none of these forms.
@@ -182,13 +182,13 @@ def _numbers(text: str) -> list[int]:
 
 
 def _iota(shape: str, transposed: str | None) -> np.ndarray:
-    """0, 1, 2, ... in this shape, transposed, flat."""
+    """Return 0, 1, 2, ... in this shape, transposed and flattened."""
     order = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
     return (order.transpose(_numbers(transposed)) if transposed else order).reshape(-1)
 
 
 def _route(groups: np.ndarray | None, mesh: Any, chip: Chip, moved: int, kind: str) -> tuple[str, float]:
-    """Names of the axes, and the least seconds that the links need."""
+    """Return the names of the axes, and the least seconds that the links need."""
     if kind in _SLICES:
         return "slice", moved / chip.network_bandwidth
     if groups is None:
@@ -205,7 +205,7 @@ def _route(groups: np.ndarray | None, mesh: Any, chip: Chip, moved: int, kind: s
 
 
 def _bandwidth(chip: Chip, devices: Sequence[Any]) -> float:
-    """Bytes per second that each of a group of chips can send to the others."""
+    """Return the bytes per second that each of a group of chips can send to the others."""
     if isinstance(chip, Tpu):
         if hardware_slices(devices) > 1:
             return chip.network_bandwidth
@@ -219,17 +219,17 @@ def _bandwidth(chip: Chip, devices: Sequence[Any]) -> float:
     return min(chip.link_bandwidth, together * chip.network_bandwidth)
 
 
-def least_traffic(config: Config, params: Any, mesh: Any) -> dict[str, int]:
-    """Bytes that one chip has to send in a step at least, by axis, whatever the program.
+def min_traffic_bytes(config: Config, params: Any, mesh: Any) -> dict[str, int]:
+    """Return a lower bound of the bytes that one chip sends in a step, by axis, whatever the program.
 
     Gradients are summed in float32: scattered over `fsdp`, where the parameter is split, then summed over `data`, then
-    over `slice`; parameters are gathered once over `fsdp`, embeddings once over all axes of the batch; a block's
+    over `slice`. Parameters are gathered once over `fsdp`, embeddings once over all axes of the batch. A block's
     activations are summed twice forward and twice backward over `tensor`.
 
     Args:
         config: the run.
         params: shapes of the parameters, each with its sharding.
-        mesh: what they lie on.
+        mesh: of the shardings.
     """
     sizes = dict(mesh.shape)
     slices, data, fsdp, tensor = (sizes[axis] for axis in ("slice", "data", "fsdp", "tensor"))
@@ -252,7 +252,7 @@ def least_traffic(config: Config, params: Any, mesh: Any) -> dict[str, int]:
 
 
 def _activation_bytes(config: Config) -> float:
-    """Of one pair, between two blocks, times the number of blocks."""
+    """Count one pair's bytes between two blocks, times the number of blocks."""
     size = 2 if config.model.compute_dtype is Dtype.BFLOAT16 else 4
     image, text = config.model.image, config.model.text
     total = 0

@@ -120,14 +120,14 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, teacher: Params | None = None) -> tuple[TrainState, Metrics]:
         key, remembered = jax.random.fold_in(state.key, state.step), state.memory
         if memory is not None and remembered is not None:
-            batch = {**batch, "memory": MovingAverages(memory.recall(remembered, batch["index"]), gamma(state.step))}
+            batch = {**batch, "memory": MovingAverages(memory.gather(remembered, batch["index"]), gamma(state.step))}
         if teach is not None:
             assert teacher is not None
             batch = {**batch, "teacher": Teacher(*teach(teacher, batch, key)[:3])}
         grads, metrics = grads_fn(state.params, {**batch, "batch_stats": state.batch_stats or {}}, key)
         batch_stats = metrics.pop("batch_stats", None) or None
         if memory is not None and remembered is not None:
-            remembered = memory.remember(remembered, batch["index"], metrics.pop("memory"))
+            remembered = memory.scatter(remembered, batch["index"], metrics.pop("memory"))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params: dict[str, Any] = {**optax.apply_updates(state.params, updates)}  # type: ignore[arg-type]
         params["log_logit_scale"] = jnp.minimum(params["log_logit_scale"], max_log_scale)

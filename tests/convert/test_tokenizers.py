@@ -104,7 +104,7 @@ def test_a_model_of_words_is_refused():
     options = {"vocab_size": 8, "model_type": "word", "hard_vocab_limit": False, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(WORDS * 3), model_writer=model, **options)
     with pytest.raises(ValueError, match=r"a tokenizer\.json cannot hold"):
-        tokenizer_export.of_sentencepiece(model.getvalue())
+        tokenizer_export.export_sentencepiece(model.getvalue())
 
 
 def test_clips_own_vocabulary_is_found_again(shared: pathlib.Path, tmp_path: pathlib.Path):

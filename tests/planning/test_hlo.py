@@ -65,7 +65,7 @@ def test_what_a_kernel_says_of_itself_belongs_to_its_instruction():
 def test_of_an_array_that_is_looked_into_only_the_part_counts():
     program = hlo.parse(LOOP)
     (read,) = (i for i, _ in program.executed() if i.name == "read")
-    assert program.moved_bytes(read) == 2 * 8 * 16 * 4 + 4  # a slice in, a slice out, the index
+    assert program.bytes_accessed(read) == 2 * 8 * 16 * 4 + 4  # a slice in, a slice out, the index
     assert read.estimated_cycles == 100
 
 

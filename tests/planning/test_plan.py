@@ -146,7 +146,7 @@ def searched(monkeypatch, predict, config: Config | None = None) -> list[search.
     monkeypatch.setattr(search, "make_plan", made)
     tries = search.Search(tiny() if config is None else config, here(), num_samples=1000)
     tries.run()
-    return tries.tries
+    return tries.candidates
 
 
 def test_a_search_goes_on_from_the_best(monkeypatch):
