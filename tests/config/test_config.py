@@ -148,6 +148,7 @@ def test_time_is_told_in_examples():
     assert steps_of(170, config) == 3
 
 
+@pytest.mark.process
 def test_import_is_light():
     code = (
         "import sys, time; start = time.perf_counter(); import clipjax.config, clipjax; "
