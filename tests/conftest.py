@@ -3,7 +3,9 @@
 import os
 import pathlib
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+from tests.commands import QUICK_COMPILE
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILE}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("NPROC", "2")  # bits on the CPU depend on the size of XLA's thread pool
 
@@ -26,3 +28,13 @@ def shared() -> pathlib.Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the folder {SHARED.name}/ beside the repository, which is absent")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of what was compiled in this session: what several tests or processes compile is compiled once."""
+    folder = tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder

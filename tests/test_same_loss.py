@@ -64,6 +64,7 @@ def test_bad_options_are_refused(option, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_it_imports_nothing_of_the_package():
     code = "import sys, benchmarks.same_loss; sys.exit(any(name.split('.')[0] == 'clipjax' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

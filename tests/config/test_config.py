@@ -247,6 +247,7 @@ def test_json_of_a_strange_shape_is_refused(values):
         from_dict(values)
 
 
+@pytest.mark.process
 def test_import_is_light():
     code = (
         "import sys, time; start = time.perf_counter(); import clipjax.config, clipjax; "

@@ -309,6 +309,7 @@ def test_arguments_are_checked(shared, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("folder", ["openclip-rn-gelu", "hf-siglip"])
+@pytest.mark.process
 def test_stablehlo_needs_no_model_code(shared: pathlib.Path, tmp_path: pathlib.Path, folder: str):
     assert convert(FOLDERS[folder], shared / "reference" / folder, tmp_path / "ours") == 0
     assert export("stablehlo", tmp_path / "ours", tmp_path / "programs") == 0

@@ -202,6 +202,7 @@ def test_unknown_split():
         world.sample_stream(0, "test", 0)
 
 
+@pytest.mark.process
 def test_importing_the_folder_leaves_tfds_and_pillow_alone():
     code = (
         "import sys, clipjax.data.scenes.world, clipjax.data.scenes.language, clipjax.data.scenes.drawing;"

@@ -157,6 +157,7 @@ def test_threads_do_not_change_the_stream():
         assert_same(take(8, config=make_config(num_threads=threads, prefetch_batches=prefetch)), expected)
 
 
+@pytest.mark.process
 def test_workers_do_not_change_the_stream():
     assert_same(take(5, config=make_config(num_workers=2, num_threads=1)), take(5))
 

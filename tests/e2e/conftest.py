@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.commands import QUICK_COMPILE
+
 TINY = '''
 """A run of seconds, for tests."""
 from clipjax.config import *
@@ -53,18 +55,19 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def cache(compile_cache: pathlib.Path) -> dict[str, str]:
     """Environment of processes that share compiled steps."""
     return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_COMPILATION_CACHE_DIR": str(compile_cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """One device, two threads: what bitwise comparisons need to be told."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "2", "XLA_FLAGS": "", **changes}
+    """One device, two threads, one set of compiler flags: what bitwise comparisons need to be told."""
+    flags = f"{QUICK_COMPILE} {changes.pop('XLA_FLAGS', '')}".strip()
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "2", "XLA_FLAGS": flags, **changes}
 
 
 def start(*arguments: str, **changes: str) -> subprocess.Popen:

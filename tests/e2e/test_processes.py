@@ -26,6 +26,8 @@ from clipjax.monitoring.run_logger import sample_digest
 from tests.e2e.conftest import run, start
 from tests.e2e.test_run import make_tar
 
+pytestmark = pytest.mark.process
+
 LAST_STEP = 12
 
 
@@ -220,11 +222,10 @@ RESTORE = """
 import hashlib, sys
 import jax, numpy as np
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
-from clipjax.cli import arguments
 from clipjax.config import MeshConfig
-from clipjax.runtime import launchers, processes, sharding
+from clipjax.runtime import processes, sharding
 
-processes.start(arguments.option_values(sys.argv, launchers.OPTIONS))
+processes.start(dict(word.removeprefix("--").split("=") for word in sys.argv[2:]))
 mesh = sharding.make_mesh(MeshConfig())
 for path in sys.argv[1].split(","):
     digest = hashlib.sha256()
@@ -373,7 +374,7 @@ def test_another_config_code_and_data_are_refused_by_name_on_both(tiny_config, t
         make_tar(tmp_path / folder / "pairs.tar", corrupt=corrupt)
     copy = tmp_path / "code" / "clipjax"
     shutil.copytree(pathlib.Path(clipjax.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    with (copy / "training" / "optimizer.py").open("a") as file:
+    with (copy / "pytrees.py").open("a") as file:
         file.write("# changed\n")
     config = tmp_path / "config.py"
     config.write_text(TAR.replace("CONFIG", repr(str(tiny_config))))
@@ -387,7 +388,7 @@ def test_another_config_code_and_data_are_refused_by_name_on_both(tiny_config, t
         config_line, code_line, data_line = refused(outputs(both, expect=2))
     assert "process 1 (" in config_line and "another config than process 0" in config_line
     assert "optim.learning_rate=0.5 (process 0: 0.001); give every process the same config file" in config_line
-    assert "another code than process 0" in code_line and "clipjax/training/optimizer.py=" in code_line
+    assert "another code than process 0" in code_line and "clipjax/pytrees.py=" in code_line
     assert "another data than process 0" in data_line and "pairs.tar contents=" in data_line
     for rank in range(2):
         assert f"error: {data_line}" in rank_log(tmp_path / "run", rank)
@@ -428,14 +429,14 @@ def test_when_a_process_dies_the_other_ends_within_the_heartbeat(tiny_config, fi
 
 FAILING = """
 import os, runpy
-from clipjax.data import pipeline
+from clipjax.data import training_stream
 
 def get_config():
     if os.environ.get("FAILING"):
         def fail(self):
             raise KeyError("defect of one process")
 
-        pipeline.TrainStream.__next__ = fail
+        training_stream.TrainStream.__next__ = fail
     return runpy.run_path(CONFIG)["get_config"]()
 """
 

@@ -191,11 +191,13 @@ def test_it_opens_and_embeds_as_then(golden):
         np.testing.assert_allclose(ours[name], golden["embedded"][name], rtol=0, atol=EMBED_TOLERANCE, err_msg=name)
 
 
+@pytest.mark.process
 def test_it_evaluates_as_then(golden, folder):
     run(folder, *EVAL)
     assert_close(json.loads((folder / "evaluated.json").read_text())["tasks"], golden["evaluated"])
 
 
+@pytest.mark.process
 def test_it_trains_on_as_then(golden, folder):
     before = (folder / "run" / "metrics.jsonl").read_bytes()
     run(folder, *TRAIN)

@@ -65,6 +65,8 @@ def summary(plan: dict) -> dict:
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu")
 @pytest.mark.parametrize("name", ["small", *(pytest.param(preset, marks=pytest.mark.slow) for preset in PRESETS)])
+@pytest.mark.process
+@pytest.mark.compile_ahead
 def test_a_step_costs_no_more_than_it_did(name):
     known, now = json.loads(GOLDEN.read_text())[name], digest(name)
     remedy = f"if that is meant, python -m tests.golden.test_plans {name}\nbefore: {known}\nnow: {now}"

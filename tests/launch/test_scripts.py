@@ -16,6 +16,8 @@ from clipjax.cli.errors import UNUSABLE_DATA, USAGE_ERROR
 from tests.e2e.conftest import environment
 from tests.launch.conftest import until
 
+pytestmark = pytest.mark.process
+
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 ENV = environment(CLIPJAX=f"{sys.executable} -m clipjax", PYTHONPATH=str(LAUNCH.parent))
 GKE = ("--name=run", "--image=registry/clipjax", "--bucket=b", "--", "--config=c.py", "--workdir=/bucket/run")

@@ -14,6 +14,8 @@ from tests.launch.conftest import Cluster, until
 SLURM = pathlib.Path(__file__).parents[2] / "launch" / "slurm"
 LAST_STEP = 12
 
+pytestmark = pytest.mark.process
+
 
 def submit(slurm: Cluster, folder: pathlib.Path, *options: str, arguments: tuple[str, ...]) -> str:
     command = ("sbatch", "--parsable", "--ntasks-per-node=2", *options, str(SLURM / "train.sbatch"), *arguments)

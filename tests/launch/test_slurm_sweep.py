@@ -58,6 +58,7 @@ def test_the_array_runs_trials_with_the_sweeps_own_arguments(tmp_path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_an_array_job_with_one_leaderboard(slurm, tiny_config, tmp_path):
     command = (
         sys.executable,

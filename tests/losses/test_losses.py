@@ -4,6 +4,7 @@ Tolerance: 2e-6 (Euclidean norm, relative) in float32: products of unit vectors 
 good to about 1e-6. With bfloat16 operands each number carries 2^-9, which the scale multiplies in the exponent.
 """
 
+import functools
 import itertools
 import json
 import pathlib
@@ -33,15 +34,26 @@ def bias_of(kind: str) -> float:
     return -5.0 if kind == "sigmoid" else 0.0
 
 
-def evaluate(loss, image, text, scale, bias=0.0, group=None):
-    """Loss, gradients by name, metrics."""
+@functools.lru_cache
+def compiled(loss):
+    """The loss and its gradients; one that is known by now is not compiled again for other numbers."""
 
-    def objective(image, text, scale, bias):
+    def objective(image, text, scale, bias, group):
         return loss(image, text, scale, bias, group=group)
 
+    return jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2, 3), has_aux=True))
+
+
+@functools.lru_cache
+def tiled(kind: str, tile: int | None):
+    """The loss on one device, made once."""
+    return make_loss(kind=kind, tile=tile)
+
+
+def evaluate(loss, image, text, scale, bias=0.0, group=None):
+    """Loss, gradients by name, metrics."""
     arguments = (jnp.asarray(image), jnp.asarray(text), jnp.float32(scale), jnp.float32(bias))
-    run = jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2, 3), has_aux=True))
-    (value, metrics), grads = run(*arguments)
+    (value, metrics), grads = compiled(loss)(*arguments, group)
     return value, dict(zip(NAMES, grads, strict=True)), metrics
 
 
@@ -66,7 +78,7 @@ def test_the_plain_losses_are_those_of_the_papers(kind, scale):
 def test_tiles_of_any_size_agree_with_float64(kind, tile):
     image, text = inputs()
     for scale in (1.0, 14.3, 100.0):
-        value, grads, metrics = evaluate(make_loss(kind=kind, tile=tile), image, text, scale, bias_of(kind))
+        value, grads, metrics = evaluate(tiled(kind, tile), image, text, scale, bias_of(kind))
         truth = reference(kind, image, text, scale, bias_of(kind))
         assert worst(kind, truth, value, grads) < TOLERANCE
         _, _, expected = evaluate(PLAIN[kind], image, text, scale, bias_of(kind))
@@ -164,7 +176,7 @@ def test_edge_cases_are_finite_and_right(kind, shape):
     elif shape == "a row of zeros":
         text = text * (np.arange(24) != 5).astype(np.float32)[:, None]
     for scale in (1.0, 100.0):
-        value, grads, metrics = evaluate(make_loss(kind=kind, tile=8), image, text, scale, bias_of(kind))
+        value, grads, metrics = evaluate(tiled(kind, 8), image, text, scale, bias_of(kind))
         truth = reference(kind, image, text, scale, bias_of(kind))
         assert np.isfinite(value) and all(np.isfinite(grad).all() for grad in grads.values())
         # Values near 1e-44 are below float32's normal numbers, and what cancels to zero has no relative error.
@@ -254,6 +266,7 @@ def test_gathering_by_groups_gives_the_same(monkeypatch):
     assert total(found, "all-gather") == (2 * 64 * 32 + 2 * 64) * 7 // 8
 
 
+@pytest.mark.process
 def test_on_64_and_256_devices_as_much_moves_and_no_more_is_kept(tmp_path):
     output = tmp_path / "collectives.json"
     command = [sys.executable, "-m", "benchmarks.collectives", "--devices", "64", "256", f"--output={output}"]

@@ -276,6 +276,8 @@ def run_plan(tmp_path, *options: str) -> dict:
 
 
 @pytest.mark.skipif(not has("libtpu"), reason="needs the TPU compiler: pip install 'clipjax[plan]'")
+@pytest.mark.process
+@pytest.mark.compile_ahead
 def test_a_tpu_that_is_not_here(tmp_path):
     plan = run_plan(tmp_path, "--topology=v5e:2x2", f"--dump_hlo={tmp_path / 'step.txt'}")
     text = (tmp_path / "step.txt").read_text()
@@ -287,6 +289,8 @@ def test_a_tpu_that_is_not_here(tmp_path):
 
 
 @pytest.mark.skipif(not has("jax_cuda12_plugin"), reason="needs JAX's CUDA plugin: pip install 'clipjax[plan-gpu]'")
+@pytest.mark.process
+@pytest.mark.compile_ahead
 def test_a_gpu_that_is_not_here(tmp_path):
     plan = run_plan(tmp_path, "--topology=h100:2x4")
     assert plan["chips"] == 8 and plan["hosts"] == 2 and plan["fits"]

@@ -108,6 +108,7 @@ def bench(tmp_path):
 # Running
 
 
+@pytest.mark.process
 def test_grid_runs_ranks_and_is_not_run_again(bench, capsys):
     assert bench.run("--config.seed=3") == 0
     out = capsys.readouterr().out
@@ -135,6 +136,7 @@ def test_grid_runs_ranks_and_is_not_run_again(bench, capsys):
     assert "0 to run" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_another_metric_ranks_anew_without_training(bench):
     assert bench.run() == 0
     bench.define(GRID, metric="loss", rest=", maximize=False")
@@ -143,6 +145,7 @@ def test_another_metric_ranks_anew_without_training(bench):
     assert [row["optim.learning_rate"] for row in bench.leaderboard()] == ["0.004", "0.002", "0.001"]
 
 
+@pytest.mark.process
 def test_failed_trial_is_reported_and_run_again(bench, capsys, monkeypatch):
     monkeypatch.setenv("FAIL_RATE", "0.002")
     assert bench.run() == 1
@@ -159,6 +162,7 @@ def test_failed_trial_is_reported_and_run_again(bench, capsys, monkeypatch):
     assert bench.leaderboard()[0]["trial"] == "trial-0001"
 
 
+@pytest.mark.process
 def test_done_without_results_is_run_again(bench):
     assert bench.run() == 0
     (bench.trials()[2] / "results.json").unlink()
@@ -174,6 +178,7 @@ def test_done_without_results_is_run_again(bench):
         ("BROKEN", "done", "results.json cannot be read"),
     ],
 )
+@pytest.mark.process
 def test_trials_without_the_metric(bench, capsys, monkeypatch, variable, status, message):
     monkeypatch.setenv(variable, "1")
     assert bench.run() == 1
@@ -182,11 +187,13 @@ def test_trials_without_the_metric(bench, capsys, monkeypatch, variable, status,
     assert (bench.workdir / "sweep.png").stat().st_size > 5000
 
 
+@pytest.mark.process
 def test_two_jobs_run_side_by_side(bench, monkeypatch):
     monkeypatch.setenv("MEET", "1")
     assert bench.run("--jobs=2") == 0
 
 
+@pytest.mark.process
 def test_random_sweep_with_every_kind_of_field(bench):
     bench.define(
         'RandomSearch({"optim.learning_rate": LogUniform(1e-4, 3e-3), "optim.beta2": Choice([0.95, 0.98]),'
@@ -208,6 +215,7 @@ def error_of(bench: Bench, capsys, *more: str) -> str:
     return captured.err
 
 
+@pytest.mark.process
 def test_changed_definitions_are_noticed(bench, capsys):
     assert bench.run() == 0
     capsys.readouterr()
@@ -221,6 +229,7 @@ def test_changed_definitions_are_noticed(bench, capsys):
     assert "the config file has changed since" in error_of(bench, capsys)
 
 
+@pytest.mark.process
 def test_a_grown_sweep_goes_on_and_a_shrunk_one_is_noticed(bench, capsys):
     assert bench.run() == 0
     bench.define(GRID.replace("]", ", 0.008]"))
@@ -231,6 +240,7 @@ def test_a_grown_sweep_goes_on_and_a_shrunk_one_is_noticed(bench, capsys):
     assert "trial-0003-learning-rate-0.008" in error_of(bench, capsys)
 
 
+@pytest.mark.process
 def test_a_trial_in_use_is_not_started(bench, capsys, monkeypatch):
     monkeypatch.setenv("FAIL_RATE", "0.001")
     assert bench.run() == 1
@@ -288,6 +298,7 @@ def test_missing_flags_and_wrong_sweep_files(bench, capsys):
     assert "must define get_sweep() that returns a Sweep; it gave NoneType" in error_of(bench, capsys)
 
 
+@pytest.mark.process
 def test_a_trial_is_trained_by_the_command_that_is_asked_for(bench, capsys):
     script = bench.folder / "two words.sh"
     script.write_text(f'#!/bin/sh\n[ "$1" = 4 ] && shift && exec {shlex.join(bench.command)} "$@"\n')
@@ -333,6 +344,7 @@ def start_slow_sweep(bench: Bench, *, slow: str = "gently") -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.process
 def test_signals_stop_the_trials_and_the_sweep_goes_on_later(bench, number):
     process = start_slow_sweep(bench)
     process.send_signal(number)
@@ -347,6 +359,7 @@ def test_signals_stop_the_trials_and_the_sweep_goes_on_later(bench, number):
     assert bench.runs() == [2, 2, 1]
 
 
+@pytest.mark.process
 def test_a_second_signal_kills_stubborn_trials(bench):
     process = start_slow_sweep(bench, slow="stubborn")
     process.send_signal(signal.SIGINT)
@@ -360,6 +373,7 @@ def test_a_second_signal_kills_stubborn_trials(bench):
             os.kill(int(ready.read_text()), 0)
 
 
+@pytest.mark.process
 def test_a_killed_sweep_leaves_its_trials_locked(bench, capsys):
     process = start_slow_sweep(bench)
     process.kill()

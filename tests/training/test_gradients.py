@@ -45,7 +45,7 @@ def batch() -> dict[str, np.ndarray]:
 def setting(kind: str):
     config = small_config(kind)
     clip = build_clip(config.model)
-    return clip.init(jax.random.key(1)), make_encode(clip, config.data)
+    return jax.jit(clip.init)(jax.random.key(1)), make_encode(clip, config.data)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
