@@ -21,7 +21,7 @@ from clipjax.config.validation import check_embeddings
 from clipjax.data.images import make_eval_transform
 from clipjax.data.tokenizers.protocol import Tokenizer, tokenize
 from clipjax.evals.zero_shot import zero_shot_classifier
-from clipjax.models.clip import build_clip, normalise_pixels
+from clipjax.models.clip import build_clip
 from clipjax.models.generation import TextFormat, beam_search, generate, greedy, make_top_k
 from clipjax.runtime import sharding
 from clipjax.typing import Params
@@ -41,15 +41,12 @@ class Model:
     """
 
     def __init__(self, config: Config, params: Params, tokenizer: Tokenizer, *, batch_size: int = 256) -> None:
-        self._clip = clip = build_clip(config.model)
-        self._writers: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
+        self._clip = clip = build_clip(config.model, data=config.data)
+        self._captioners: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.logit_scale = float(np.exp(params["log_logit_scale"]))
         self._batch_size, self._view = batch_size, make_eval_transform(config)
         self._encode_image, self._encode_text = jax.jit(clip.encode_image), jax.jit(clip.encode_text)
-        self._encode_picture = jax.jit(
-            lambda params, image: clip.encode_image(params, normalise_pixels(image, config.data))
-        )
 
     def encode_image(self, images: Any) -> Float[np.ndarray, "n embed"]:
         """Unit-norm embeddings of pictures of any size.
@@ -63,7 +60,7 @@ class Model:
         pixels = [self._view(picture) for picture in _pictures(images)]
         if not pixels:
             return np.zeros((0, self.config.model.embed_dim), np.float32)
-        return self._in_batches(self._encode_picture, np.stack(pixels))
+        return self._in_batches(self._encode_image, np.stack(pixels))
 
     def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n embed"]:
         """Unit-norm embeddings of texts; longer ones are cut at the context length."""
@@ -108,9 +105,9 @@ class Model:
             start_id, self.tokenizer.end_id, self.tokenizer.pad_id, self.config.model.text.context_length
         )
         options = {"greedy": (), "top_k": (top_k,), "beam": (num_beams,)}[method]
-        if (method, *options) not in self._writers:
-            self._writers[method, *options] = jax.jit(self._make_writer(frame, method, *options))
-        write, key = self._writers[method, *options], jax.random.key(seed)
+        if (method, *options) not in self._captioners:
+            self._captioners[method, *options] = jax.jit(self._make_captioner(frame, method, *options))
+        write, key = self._captioners[method, *options], jax.random.key(seed)
         at_once = max(1, CAPTIONS_AT_ONCE // (num_beams if method == "beam" else 1))
         parts = [
             np.asarray(write(self.params, jnp.asarray(padded), jax.random.fold_in(key, number)))[:count]
@@ -120,17 +117,17 @@ class Model:
         ends = (rows == frame.end_id).argmax(axis=1)
         return [self.tokenizer.decode(row[1:end].tolist()) for row, end in zip(rows, ends, strict=True)]
 
-    def _make_writer(
+    def _make_captioner(
         self, frame: TextFormat, method: str, *count: int
     ) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
-        """`write(params, images, key) -> tokens`; `count` is of beams, or of the tokens that are drawn from."""
-        clip, config = self._clip, self.config
+        """Return `write(params, images, key) -> tokens`; `count` is of beams, or of the tokens that are drawn from."""
+        clip = self._clip
 
         def write(params: Params, image: jax.Array, key: jax.Array) -> jax.Array:
-            seen = clip.look(params, normalise_pixels(image, config.data))
+            image_tokens = clip.encode_image_tokens(params, image)
             if method == "beam":
-                seen = jnp.repeat(seen, *count, axis=0)
-            step = lambda tokens: clip.next_logits(params, seen, tokens)  # noqa: E731
+                image_tokens = jnp.repeat(image_tokens, *count, axis=0)
+            step = lambda tokens: clip.next_logits(params, image_tokens, tokens)  # noqa: E731
             if method == "beam":
                 return beam_search(step, image.shape[0], frame, num_beams=count[0])
             choose = make_top_k(*count) if method == "top_k" else greedy

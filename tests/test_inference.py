@@ -28,7 +28,7 @@ def test_captions_are_texts_and_programs_are_kept(model: Model):
         first = model.caption(images, method=method)
         assert [type(text) for text in first] == [str] * 3
         assert model.caption(images, method=method) == first
-    assert len(model._writers) == 3
+    assert len(model._captioners) == 3
     one_beam = model.caption(images, method="beam", num_beams=1)
     assert one_beam == model.caption(images, method="greedy")
     assert model.caption(images[1], method="greedy") == one_beam[1:2]

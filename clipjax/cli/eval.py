@@ -17,7 +17,7 @@ from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sample import Source
 from clipjax.data.sources import recording_sources
 from clipjax.data.tokenizers.protocol import Tokenizer
-from clipjax.evals.encoder import make_encoder_factory
+from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import Task, build_tasks, run_tasks, write_results
 from clipjax.models.clip import build_clip
 from clipjax.monitoring.run_logger import results_table
@@ -125,10 +125,9 @@ def evaluate(saved: SavedCheckpoint, tokenizer: Tokenizer, tasks: dict[str, Task
     """Run the tasks, print the table, write the JSON; returns the exit code."""
     config = saved.config
     mesh = sharding.make_mesh(config.mesh)
-    clip = build_clip(config.model)
+    clip = build_clip(config.model, data=config.data)
     with jax.set_mesh(mesh):
-        make_encoder = make_encoder_factory(config, clip, mesh, tokenizer)
-        results = run_tasks(tasks, make_encoder(load_params(saved, mesh)))
+        results = run_tasks(tasks, Encoder(config, clip, mesh, tokenizer, load_params(saved, mesh)))
     if processes.is_first():
         print(f"checkpoint {saved.path} ({saved.params_group}), step {saved.step}")
         print(results_table(results))

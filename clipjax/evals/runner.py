@@ -1,4 +1,4 @@
-"""From the tasks of a config to their metrics.
+"""Evaluation tasks of a config, and their metrics.
 
 `build_tasks` opens every source and checks every name before a device is touched; `run_tasks` does the work.
 """
@@ -24,7 +24,7 @@ Results = dict[str, dict[str, float]]
 
 
 def build_tasks(config: Config, open_source: Callable[..., Source] = build_source) -> dict[str, Task]:
-    """The tasks of `config.eval.tasks`, by name; `open_source` opens what they read.
+    """Open the tasks of `config.eval.tasks`, by name; `open_source` opens their data.
 
     Raises:
         ValueError: missing data, unknown classes or templates; the task is named.
@@ -67,7 +67,7 @@ def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Sou
 
 
 def _counting(task: Callable[[Encoder, Callable[[Iterator[dict]], Iterator[dict]]], dict[str, float]]) -> Task:
-    """The task with `num_skipped` among its metrics: how many samples were unusable and left out."""
+    """Return the task with `num_skipped` among its metrics: the number of unusable samples, which are left out."""
 
     def run(encoder: Encoder) -> dict[str, float]:
         skipped = 0
@@ -75,7 +75,7 @@ def _counting(task: Callable[[Encoder, Callable[[Iterator[dict]], Iterator[dict]
         def read(batches: Iterator[dict]) -> Iterator[dict]:
             nonlocal skipped
             for batch in batches:
-                skipped += int((encoder.gather(batch["reason"]) >= 0).sum())
+                skipped += int((encoder.gather(batch["skip_reason"]) >= 0).sum())
                 yield batch
 
         return {**task(encoder, read), "num_skipped": float(skipped)}
@@ -84,7 +84,7 @@ def _counting(task: Callable[[Encoder, Callable[[Iterator[dict]], Iterator[dict]
 
 
 def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Results:
-    """Metrics of every task."""
+    """Return the metrics of every task."""
     return {name: task(encoder) for name, task in tasks.items()}
 
 

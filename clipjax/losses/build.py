@@ -4,6 +4,8 @@
 through a block of the similarity matrix, `partitioning` and `topology` share the matrix out among devices, `sharded`
 makes a differentiable function of it, `moving_averages` keeps what `global` remembers of each sample."""
 
+import functools
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,12 +19,12 @@ from clipjax.losses.logit_loss import LogitLoss
 from clipjax.losses.partitioning import Pairs
 from clipjax.losses.sharded import make_sharded_loss
 from clipjax.losses.sigmoid import Sigmoid
-from clipjax.losses.signature import LossFunction, MovingAverages, Teacher
+from clipjax.losses.signature import LossInputs, LossResults, MovingAverages, Teacher
 from clipjax.losses.softmax import GlobalSoftmax, MultiPositiveSoftmax, Softmax
 from clipjax.losses.tiles import DEFAULT_TILE, Scaling, TiledLogits
 from clipjax.losses.topology import choose_method
 from clipjax.runtime.sharding import SLICE, batch_devices
-from clipjax.typing import Metrics
+from clipjax.typing import Encoded, Metrics
 
 DEFAULT_EPSILON = LossConfig().epsilon
 
@@ -39,7 +41,7 @@ def make_loss(
     distill_weight: float | None = None,
     epsilon: float = DEFAULT_EPSILON,
     rho: float | None = None,
-) -> LossFunction:
+) -> "ContrastiveLoss":
     """The loss of this kind, in tiles, on this mesh; without a mesh, on whole arrays.
 
     Args:
@@ -75,9 +77,39 @@ def make_loss(
     _check_options(kind, positives, label_smoothing, tile, distill_weight, epsilon, rho)
     rules = _rules(kind, positives, epsilon, distill_weight)
     product = TiledLogits(rules, DEFAULT_TILE if tile is None else tile, jnp.dtype(dtype.value), positives)
-    tiled = make_sharded_loss(product, method=method, mesh=mesh)
+    distilled = distill_weight is not None
+    return ContrastiveLoss(product, kind, method, mesh, label_smoothing=label_smoothing, distilled=distilled, rho=rho)
 
-    def loss(
+
+@dataclass(frozen=True, eq=False)
+class ContrastiveLoss:
+    """The loss that `make_loss` describes, a `LossFunction`.
+
+    Attributes:
+        product: what is done with each logit, in tiles.
+        kind: the kind of loss.
+        method: the way in which devices share the similarity matrix.
+        mesh: has the axes over which the rows of both embeddings are split; None: whole arrays.
+        label_smoothing: share of the target that is spread evenly over the batch.
+        distilled: the loss needs a teacher.
+        rho: margin by which the `global` loss learns its scale.
+    """
+
+    product: TiledLogits
+    kind: LossKind
+    method: LossMethod
+    mesh: Mesh | None
+    _: KW_ONLY
+    label_smoothing: float
+    distilled: bool
+    rho: float | None
+
+    @functools.cached_property
+    def _tiled(self) -> Any:
+        return make_sharded_loss(self.product, method=self.method, mesh=self.mesh)
+
+    def __call__(
+        self,
         image_embed: Float[Array, "n e"],
         text_embed: Float[Array, "n e"],
         logit_scale: Float[Array, ""],
@@ -87,12 +119,31 @@ def make_loss(
         teacher: Teacher | None = None,
         memory: MovingAverages | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
-        _check_given("teacher", teacher, needed=distill_weight is not None)
-        _check_given("memory", memory, needed=kind is LossKind.GLOBAL)
-        if positives or label_smoothing:
+        """Return loss and metrics; see `LossFunction`."""
+        inputs = LossInputs(group, teacher, memory)
+        results = self.evaluate(image_embed, text_embed, logit_scale, logit_bias, inputs)
+        return results.loss, results.metrics
+
+    def evaluate(
+        self,
+        image_embed: Float[Array, "n e"],
+        text_embed: Float[Array, "n e"],
+        logit_scale: Float[Array, ""],
+        logit_bias: Float[Array, ""] | None,
+        inputs: LossInputs,
+    ) -> LossResults:
+        """Return loss and metrics, and the new moving averages of the `global` loss.
+
+        Raises:
+            ValueError: a teacher, memory or groups that are missing, or that this loss would ignore.
+        """
+        positives, (group, teacher, memory) = self.product.positives, inputs
+        _check_given("teacher", teacher, needed=self.distilled)
+        _check_given("memory", memory, needed=self.kind is LossKind.GLOBAL)
+        if positives or self.label_smoothing:
             _check_given("group", group, needed=positives)
         # Only a sigmoid depends on the bias; what is zero here gets no gradient there.
-        bias = logit_bias if kind is LossKind.SIGMOID and logit_bias is not None else jnp.zeros_like(logit_scale)
+        bias = logit_bias if self.kind is LossKind.SIGMOID and logit_bias is not None else jnp.zeros_like(logit_scale)
         pairs = Pairs(image_embed, text_embed, group)
         scaling = Scaling(logit_scale, bias)
         if teacher is not None:
@@ -100,16 +151,14 @@ def make_loss(
             scaling = scaling._replace(teacher=teacher.logit_scale)
         if memory is not None:
             pairs, scaling = pairs._replace(memory=memory.log_mean), scaling._replace(gamma=memory.gamma)
-        value, metrics, new_memory = tiled(pairs, scaling)
-        if label_smoothing:
+        value, metrics, new_memory = self._tiled(pairs, scaling)
+        if self.label_smoothing:
             own = jnp.mean(jnp.sum(image_embed * text_embed, axis=1))
             every = jnp.sum(jnp.mean(image_embed, axis=0) * jnp.mean(text_embed, axis=0))
-            value = value + label_smoothing * logit_scale * (own - every)
-        if rho is not None:
-            value = (value + rho) / logit_scale
-        return value, metrics if new_memory is None else {**metrics, "memory": new_memory}
-
-    return loss
+            value = value + self.label_smoothing * logit_scale * (own - every)
+        if self.rho is not None:
+            value = (value + self.rho) / logit_scale
+        return LossResults(value, metrics, new_memory)
 
 
 def _check_options(
@@ -160,39 +209,49 @@ def _check_given(name: str, value: object, *, needed: bool) -> None:
         raise ValueError(f"this loss would ignore {name}; make it with the options that use it")
 
 
-def build_loss(config: LossConfig, mesh: Mesh) -> LossFunction:
-    """The loss that a config describes: contrastive, of captions, or both."""
-    contrastive = _build_contrastive(config, mesh) if config.contrastive_weight else None
-    if contrastive is not None and not config.caption_weight and config.contrastive_weight == 1:
-        return contrastive
-    return with_captions(contrastive, config.contrastive_weight, config.caption_weight)
+@dataclass(frozen=True, eq=False)
+class TrainingLoss:
+    """Weighted sum of a contrastive loss and the mean negative log-likelihood of the captions' tokens.
 
+    The second mean is over all tokens of the global batch.
 
-def with_captions(contrastive: LossFunction | None, contrastive_weight: float, caption_weight: float) -> LossFunction:
-    """Weighted sum of a contrastive loss (None: without) and the mean negative log-likelihood of captions' tokens.
-
-    What it returns also takes `nll` and `num_tokens` [n]; the mean is over all tokens of the global batch.
+    Attributes:
+        contrastive: loss of the embeddings; None: without.
+        contrastive_weight: its weight.
+        caption_weight: weight of the captions' negative log-likelihood; 0: without.
 
     Source:
         arXiv 2205.01917, equation 3.
     """
 
-    def loss(*embeds: Any, nll: Any = None, num_tokens: Any = None, **options: Any) -> tuple[Any, Metrics]:
-        value, metrics = jnp.zeros((), jnp.float32), {}
-        if contrastive is not None:
-            of_pairs, metrics = contrastive(*embeds, **options)
-            value = contrastive_weight * of_pairs
-            metrics["contrastive_loss"] = of_pairs
-        if caption_weight:
-            of_captions = jnp.sum(nll) / jnp.sum(num_tokens)
-            value = value + caption_weight * of_captions
-            metrics["caption_loss"] = of_captions
-        return value, metrics
+    contrastive: ContrastiveLoss | None
+    contrastive_weight: float = 1.0
+    caption_weight: float = 0.0
 
-    return loss
+    def __call__(self, encoded: Encoded, inputs: LossInputs) -> LossResults:
+        """Return the loss of what a model gives for the global batch."""
+        results = LossResults(jnp.zeros((), jnp.float32), {})
+        if self.contrastive is not None:
+            image, text, scale, bias = encoded[:4]
+            results = self.contrastive.evaluate(image, text, scale, bias, inputs)
+            if not self.caption_weight and self.contrastive_weight == 1:
+                return results
+            metrics = {**results.metrics, "contrastive_loss": results.loss}
+            results = results._replace(loss=self.contrastive_weight * results.loss, metrics=metrics)
+        if self.caption_weight:
+            caption_loss = jnp.sum(encoded.nll) / jnp.sum(encoded.num_tokens)  # type: ignore[arg-type]
+            metrics = {**results.metrics, "caption_loss": caption_loss}
+            results = results._replace(loss=results.loss + self.caption_weight * caption_loss, metrics=metrics)
+        return results
 
 
-def _build_contrastive(config: LossConfig, mesh: Mesh) -> LossFunction:
+def build_loss(config: LossConfig, mesh: Mesh) -> TrainingLoss:
+    """Return the loss that a config describes: contrastive, of captions, or both."""
+    contrastive = _build_contrastive(config, mesh) if config.contrastive_weight else None
+    return TrainingLoss(contrastive, config.contrastive_weight, config.caption_weight)
+
+
+def _build_contrastive(config: LossConfig, mesh: Mesh) -> ContrastiveLoss:
     return make_loss(
         kind=config.kind,
         method=config.method,

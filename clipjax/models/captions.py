@@ -28,9 +28,9 @@ class DecoderLayer(nn.Module):
         tower, width, numerics = self.tower, self.width, self.numerics
         init, mlp_dim = text_block_init(width, tower.depth), tower.mlp_dim or 4 * width
         x, _ = Block(tower.num_heads, mlp_dim, True, tower.activation, numerics, init, name="text")(x, None)
-        seen = LayerNorm(numerics, name="ln_image")(image)
+        image_tokens = LayerNorm(numerics, name="ln_image")(image)
         cross = CrossAttention(tower.num_heads, width, width, numerics, init, name="cross_attn")
-        x = x + cross(LayerNorm(numerics, name="ln_1")(x), seen)
+        x = x + cross(LayerNorm(numerics, name="ln_1")(x), image_tokens)
         x = constrain(x, "batch", None, None)
         x = x + Mlp(mlp_dim, tower.activation, numerics, init, name="mlp")(LayerNorm(numerics, name="ln_2")(x))
         return constrain(x, "batch", None, None), None

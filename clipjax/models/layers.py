@@ -89,17 +89,17 @@ add_bias.defvjp(lambda y, bias, dtype: (add_bias(y, bias, dtype), None), _add_bi
 
 @dataclass(frozen=True)
 class Numerics:
-    """What a tower computes in.
+    """Dtypes and methods of a tower's computation.
 
     Attributes:
-        activations: what blocks hand to each other; sums and normalisations are float32 whatever it is.
-        operands: of matrix products with parameters.
+        compute_dtype: of activations between blocks; sums and normalisations are float32 whatever it is.
+        matmul_dtype: of the operands of matrix products with parameters.
         epsilon: added to a variance before its root is taken.
-        attention: what computes self-attention.
+        attention: the method of self-attention.
     """
 
-    activations: Any
-    operands: Any
+    compute_dtype: Any
+    matmul_dtype: Any
     epsilon: float = 1e-5
     attention: AttentionMethod = AttentionMethod.AUTO
 
@@ -124,11 +124,11 @@ class Linear(nn.Module):
         axes, merge = len(self.in_shape), self.merge
         if merge is not None:
             kernel, axes = merge(kernel), 1
-        y: Any = matmul(x, kernel, axes, self.numerics.operands)
+        y: Any = matmul(x, kernel, axes, self.numerics.matmul_dtype)
         if self.bias_init is not None:
             bias = self.param("bias", self.bias_init, self.out_shape)
-            y = y + align(bias, y) if merge is None else add_bias(y, merge(bias), self.numerics.activations)
-        return checkpoint_name(y.astype(self.numerics.activations), self.saved_as)
+            y = y + align(bias, y) if merge is None else add_bias(y, merge(bias), self.numerics.compute_dtype)
+        return checkpoint_name(y.astype(self.numerics.compute_dtype), self.saved_as)
 
 
 class LayerNorm(nn.Module):
@@ -144,12 +144,12 @@ class LayerNorm(nn.Module):
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         normalised = centred * jax.lax.rsqrt(variance + self.numerics.epsilon)
-        return (normalised * align(scale, x) + align(bias, x)).astype(self.numerics.activations)
+        return (normalised * align(scale, x) + align(bias, x)).astype(self.numerics.compute_dtype)
 
 
-def activation(kind: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
+def activate(activation: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """QuickGELU (openai/CLIP `model.py`), or GELU, exact or by tanh (arXiv 1606.08415, section 2)."""
-    match kind:
+    match activation:
         case Activation.QUICK_GELU:
             return x * jax.nn.sigmoid(1.702 * x)
         case Activation.GELU:

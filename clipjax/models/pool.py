@@ -26,7 +26,7 @@ class AttentionPool(nn.Module):
         width = x.shape[-1]
         xavier = nn.initializers.xavier_uniform()
         probe = self.param("probe", nn.initializers.normal(width**-0.5), (1, width))
-        probe = jnp.broadcast_to(probe[None], (x.shape[0], 1, width)).astype(self.numerics.activations)
+        probe = jnp.broadcast_to(probe[None], (x.shape[0], 1, width)).astype(self.numerics.compute_dtype)
         # Of Xavier's variance for a square matrix, whatever shape the kernel is kept in.
         square = nn.initializers.normal(width**-0.5)
         init = BlockInit(qkv=square, attn_out=square, fc_in=xavier, fc_out=xavier)
@@ -82,6 +82,6 @@ class MeanQueryPool(nn.Module):
         x = x.astype(jnp.float32)
         x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
         x = x + self.param("pos_embed", normal, x.shape[1:])[None]
-        x = x.astype(self.numerics.activations)
+        x = x.astype(self.numerics.compute_dtype)
         attn = CrossAttention(self.num_heads, width, self.embed_dim, self.numerics, init, name="attn")
         return attn(x[:, :1], x)[:, 0]

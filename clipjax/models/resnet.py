@@ -72,7 +72,7 @@ class Convolution(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j o"]:
         shape = (self.size, self.size, x.shape[-1], self.channels)
         kernel = self.param("kernel", torch_uniform(self.size * self.size * x.shape[-1]), shape)
-        return convolve(x.astype(self.numerics.operands), kernel, self.stride)
+        return convolve(x.astype(self.numerics.matmul_dtype), kernel, self.stride)
 
 
 class BatchNorm(nn.Module):
@@ -101,7 +101,7 @@ class BatchNorm(nn.Module):
             batch_mean, batch_variance = mean.value, variance.value
         factor = scale * jax.lax.rsqrt(batch_variance + self.numerics.epsilon)
         y = (x - align(batch_mean, x)) * align(factor, x) + align(bias, x)
-        return y.astype(self.numerics.activations)
+        return y.astype(self.numerics.compute_dtype)
 
 
 def average_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b i j c"]:

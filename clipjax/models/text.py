@@ -18,7 +18,7 @@ def end_of_text(tokens: Int[Array, "b l"]) -> Int[Array, " b"]:
     return jnp.argmax(tokens, axis=-1)
 
 
-def _seen_behind_a_class_token(tokens: Int[Array, "b l"]) -> Bool[Array, "b k"]:
+def _mask_with_class_token(tokens: Int[Array, "b l"]) -> Bool[Array, "b k"]:
     """Which of a text's tokens and the class token behind them may be attended to.
 
     Padding (id 0) is left out, but as in open_clip's CoCa, whose weights are made for it, the mask sits one place late:
@@ -44,13 +44,13 @@ class TextTransformer(nn.Module):
             token = align(self.param("class_embed", normal, (width,)), x)
             x = jnp.concatenate([x, jnp.broadcast_to(token, (x.shape[0], 1, width))], axis=1)
         positions = self.param("pos_embed", normal, (tower.context_length + with_class, width))
-        x = constrain((x + positions[None]).astype(self.numerics.activations), "batch", None, None)
+        x = constrain((x + positions[None]).astype(self.numerics.compute_dtype), "batch", None, None)
         init = text_block_init(width, tower.depth)
-        seen = _seen_behind_a_class_token(tokens) if with_class else None
-        x = Transformer(tower, tower.causal, self.model, self.numerics, init, name="transformer")(x, seen)
-        words = x[:, : tokens.shape[1]]
+        mask = _mask_with_class_token(tokens) if with_class else None
+        x = Transformer(tower, tower.causal, self.model, self.numerics, init, name="transformer")(x, mask)
+        text_tokens = x[:, : tokens.shape[1]]
         x = self._pool(x, tokens)
-        return tower_projection(x, tower.projection, width, self.model.embed_dim, self.numerics), words
+        return tower_projection(x, tower.projection, width, self.model.embed_dim, self.numerics), text_tokens
 
     def _pool(self, x: Float[Array, "b m w"], tokens: Int[Array, "b l"]) -> Float[Array, "b w"]:
         tower = self.tower

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from clipjax.config import Activation, AttentionMethod, ModelConfig, Remat, TextTransformerConfig, ViTConfig
 from clipjax.models.fused_attention import fused_attention, is_supported
-from clipjax.models.layers import HIDDEN, MATMUL, Initializer, LayerNorm, Linear, Numerics, activation, torch_uniform
+from clipjax.models.layers import HIDDEN, MATMUL, Initializer, LayerNorm, Linear, Numerics, activate, torch_uniform
 from clipjax.runtime.sharding import backend, constrain, num_shards, platform
 
 
@@ -104,20 +104,20 @@ class Attention(nn.Module):
     init: BlockInit
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l w"], seen: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
+    def __call__(self, x: Float[Array, "b l w"], mask: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
         length, width = x.shape[1:]
         heads = (3, self.num_heads, width // self.num_heads)
-        if seen is None and is_fused(self.numerics.attention, x.shape, *heads[1:]):
+        if mask is None and is_fused(self.numerics.attention, x.shape, *heads[1:]):
             return self._fused(x, heads)
         qkv = Linear((width,), heads, self.numerics, self.init.qkv, name="qkv")(x)
-        if seen is None and self.numerics.attention is AttentionMethod.CUDNN:
+        if mask is None and self.numerics.attention is AttentionMethod.CUDNN:
             mixed = checkpoint_name(cudnn_attention(qkv, causal=self.causal), MATMUL)
             return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, name="out")(mixed)
         # Batched matrix products want heads outside tokens; on the CPU this order is 2.5 times as fast.
         query, key, value = jnp.transpose(qkv, (2, 0, 3, 1, 4))  # each [b, n, l, d]
         visible = jnp.tril(jnp.ones((length, length), bool))[None, None] if self.causal else None
-        if seen is not None:
-            among = seen[:, None, None]
+        if mask is not None:
+            among = mask[:, None, None]
             visible = among if visible is None else visible & among
         mixed = checkpoint_name(attend(query, key, value, visible), MATMUL)
         return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, name="out")(mixed)
@@ -173,7 +173,7 @@ class Mlp(nn.Module):
     """Two layers with a non-linearity between."""
 
     mlp_dim: int
-    kind: Activation
+    activation: Activation
     numerics: Numerics
     init: BlockInit
 
@@ -184,7 +184,7 @@ class Mlp(nn.Module):
             (width,), (self.mlp_dim,), self.numerics, self.init.fc_in, torch_uniform(width), HIDDEN, name="fc_in"
         )
         hidden = fc_in(x)
-        hidden = constrain(activation(self.kind, hidden), "batch", None, "mlp")
+        hidden = constrain(activate(self.activation, hidden), "batch", None, "mlp")
         return Linear(
             (self.mlp_dim,), (width,), self.numerics, self.init.fc_out, torch_uniform(self.mlp_dim), name="fc_out"
         )(hidden)
@@ -193,23 +193,23 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One pre-norm residual block, in the form that `nn.scan` wants: carry in, (carry, None) out.
 
-    `seen`: tokens that may be attended to; None: all of them.
+    `mask`: tokens that may be attended to; None: all of them.
     """
 
     num_heads: int
     mlp_dim: int
     causal: bool
-    kind: Activation
+    activation: Activation
     numerics: Numerics
     init: BlockInit
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l w"], seen: Bool[Array, "b l"] | None) -> tuple[Float[Array, "b l w"], None]:
+    def __call__(self, x: Float[Array, "b l w"], mask: Bool[Array, "b l"] | None) -> tuple[Float[Array, "b l w"], None]:
         x = x + Attention(self.num_heads, self.causal, self.numerics, self.init, name="attn")(
-            LayerNorm(self.numerics, name="ln_1")(x), seen
+            LayerNorm(self.numerics, name="ln_1")(x), mask
         )
         x = constrain(x, "batch", None, None)
-        x = x + Mlp(self.mlp_dim, self.kind, self.numerics, self.init, name="mlp")(
+        x = x + Mlp(self.mlp_dim, self.activation, self.numerics, self.init, name="mlp")(
             LayerNorm(self.numerics, name="ln_2")(x)
         )
         return constrain(x, "batch", None, None), None
@@ -251,9 +251,9 @@ class Transformer(nn.Module):
     init: BlockInit
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l w"], seen: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
+    def __call__(self, x: Float[Array, "b l w"], mask: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
         tower = self.tower
         stack = stack_blocks(Block, tower.depth, self.model)
         mlp_dim = tower.mlp_dim or 4 * tower.width
         blocks = stack(tower.num_heads, mlp_dim, self.causal, tower.activation, self.numerics, self.init, name="blocks")
-        return blocks(x, seen)[0]
+        return blocks(x, mask)[0]

@@ -53,7 +53,7 @@ class VisionTransformer(nn.Module):
         x = self._embed(pixels, train)
         if tower.ln_pre:
             x = LayerNorm(self.numerics, name="ln_pre")(x)
-        x = constrain(x.astype(self.numerics.activations), "batch", None, None)
+        x = constrain(x.astype(self.numerics.compute_dtype), "batch", None, None)
         init = image_block_init(width, tower.mlp_dim or 4 * width)
         x = Transformer(tower, False, self.model, self.numerics, init, name="transformer")(x)
         pooled, tokens = self._pool(x)

@@ -38,7 +38,7 @@ class StepTimes:
         step_seconds: from step to step, all in all.
         input_wait_seconds: waiting for the next batch to be read and decoded.
         blocked_seconds: waiting for the devices, and thereby for other processes.
-        samples: digest of the samples that it fed (`clipjax.journal.sample_digest`).
+        samples: digest of the samples that it fed (`run_logger.sample_digest`).
     """
 
     host: str

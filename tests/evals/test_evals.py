@@ -1,6 +1,7 @@
 """Zero-shot and retrieval against brute force on embeddings that the test makes up."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -16,13 +17,22 @@ def unit(x: np.ndarray) -> np.ndarray:
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def fake_encoder(image_embed: np.ndarray, text_table: dict[str, np.ndarray]) -> Encoder:
-    """Pixels hold the row of `image_embed` to return."""
-    return Encoder(
-        embed_images=lambda image: image_embed[image[:, 0, 0, 0].astype(int)],
-        embed_texts=lambda texts: np.stack([text_table[text] for text in texts]),
-        gather=lambda rows: rows,
-    )
+class FakeEncoder(Encoder):
+    """Embeddings out of tables: pixels hold the row of `image_embed` to return."""
+
+    has_embeddings = True
+
+    def __init__(self, image_embed: np.ndarray, text_table: dict[str, np.ndarray]) -> None:
+        object.__setattr__(self, "tables", (image_embed, text_table))
+
+    def embed_images(self, image: np.ndarray) -> np.ndarray:
+        return self.tables[0][image[:, 0, 0, 0].astype(int)]
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        return np.stack([self.tables[1][text] for text in texts])
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        return rows
 
 
 def batch(rows: list[int], labels: list[int], captions: list[tuple[str, ...]], mask: list[bool] | None = None) -> dict:
@@ -39,7 +49,7 @@ def batch(rows: list[int], labels: list[int], captions: list[tuple[str, ...]], m
 
 def test_classifier_is_the_mean_of_the_prompts_unit_norm():
     table = {"a cat": unit(np.array([1.0, 0.0])), "the cat": unit(np.array([0.0, 1.0]))}
-    encoder = fake_encoder(np.zeros((1, 2)), table)
+    encoder = FakeEncoder(np.zeros((1, 2)), table)
     classifier = zero_shot_classifier(encoder.embed_texts, ["cat"], ["a {}", "the {}"])
     np.testing.assert_allclose(classifier, [[2**-0.5, 2**-0.5]], rtol=1e-6)
 
@@ -48,7 +58,7 @@ def test_zero_shot_counts_labelled_good_samples_only():
     names = [f"class {i}" for i in range(7)]
     directions = np.eye(7, dtype=np.float32)
     image_embed = directions[[0, 1, 2, 3, 3]]
-    encoder = fake_encoder(image_embed, dict(zip(names, directions, strict=True)))
+    encoder = FakeEncoder(image_embed, dict(zip(names, directions, strict=True)))
     batches = [
         batch([0, 1], [0, 1], [(), ()]),  # right, right
         batch([2, 3], [5, -1], [(), ()]),  # wrong; no label
@@ -62,7 +72,7 @@ def test_zero_shot_counts_labelled_good_samples_only():
 
 
 def test_zero_shot_refuses_labels_without_a_name_and_no_labels_at_all():
-    encoder = fake_encoder(np.eye(2, dtype=np.float32), {"a": unit(np.ones(2)), "b": unit(np.array([1.0, -1.0]))})
+    encoder = FakeEncoder(np.eye(2, dtype=np.float32), {"a": unit(np.ones(2)), "b": unit(np.array([1.0, -1.0]))})
     with pytest.raises(ValueError, match="label 9 has no class name: there are 2"):
         zero_shot(encoder, [batch([0], [9], [()])], ["a", "b"], ["{}"])
     with pytest.raises(ValueError, match="no sample has a label"):
@@ -95,14 +105,14 @@ def test_retrieval_leaves_out_bad_samples_and_those_without_captions():
         batch([0, 1], [-1, -1], [("zero", "also zero"), ()]),
         batch([2, 3], [-1, -1], [("three",), ("three",)], mask=[False, True]),
     ]
-    metrics = retrieval(fake_encoder(directions, table), batches)
+    metrics = retrieval(FakeEncoder(directions, table), batches)
     assert (metrics["num_examples"], metrics["num_texts"]) == (2, 3)
     assert metrics["image_to_text_r1"] == metrics["text_to_image_r1"] == 1.0
 
 
 def test_image_retrieval_matches_pictures_of_one_caption():
     directions = np.eye(4, dtype=np.float32)
-    encoder = fake_encoder(directions, {})
+    encoder = FakeEncoder(directions, {})
     source = [batch([0, 1, 2], [-1] * 3, [("sun",), ("moon",), ("only here",)])]
     gallery = [batch([1, 0, 3], [-1] * 3, [("sun",), ("moon",), ("only there",)])]
     metrics = image_retrieval(encoder, source, gallery)
@@ -116,7 +126,7 @@ def test_image_retrieval_matches_pictures_of_one_caption():
 
 def test_retrieval_without_captions_is_refused():
     with pytest.raises(ValueError, match="no sample has a caption"):
-        retrieval(fake_encoder(np.eye(2, dtype=np.float32), {}), [batch([0, 1], [0, 0], [(), ()])])
+        retrieval(FakeEncoder(np.eye(2, dtype=np.float32), {}), [batch([0, 1], [0, 0], [(), ()])])
 
 
 def test_prompts_by_name_and_from_files(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from clipjax.config import MeshConfig
 from clipjax.config.validation import MEMORY_UNIT
-from clipjax.losses.moving_averages import init_moving_averages, make_moving_averages_access
+from clipjax.losses.moving_averages import MovingAveragesAccess, init_moving_averages
 from clipjax.runtime.sharding import batch_sharding, make_mesh, state_shardings
 
 SAMPLES = MEMORY_UNIT + 5
@@ -23,21 +23,21 @@ def test_there_is_room_for_every_sample_and_nothing_is_known():
 def test_what_is_remembered_is_recalled(sizes):
     slices, data, fsdp = sizes
     mesh = make_mesh(MeshConfig(slice=slices, data=data, fsdp=fsdp), jax.devices()[: slices * data * fsdp])
-    access, split = make_moving_averages_access(mesh), batch_sharding(mesh)
+    access, split = MovingAveragesAccess(mesh), batch_sharding(mesh)
     memory = jax.device_put(
         init_moving_averages(SAMPLES), state_shardings(mesh, {"memory": init_moving_averages(SAMPLES)})["memory"]
     )
     rng, expected = np.random.default_rng(0), {}
-    recall, remember = jax.jit(access.recall), jax.jit(access.remember, donate_argnums=0)
+    gather, scatter = jax.jit(access.gather), jax.jit(access.scatter, donate_argnums=0)
     for _ in range(3):
         index = rng.choice(SAMPLES, 24, replace=False).astype(np.int32)
         index[:4] = (0, SAMPLES - 1, MEMORY_UNIT, MEMORY_UNIT - 1)
         index[5] = index[20]  # twice in a batch: the first is kept
         rows = rng.normal(size=(24, 2)).astype(np.float32)
         where = jax.device_put(index, split)
-        known = np.asarray(recall(memory, where))
+        known = np.asarray(gather(memory, where))
         assert known.tolist() == [expected.get(i, [-np.inf, -np.inf]) for i in index.tolist()]
-        memory = remember(memory, where, jax.device_put(rows, split))
+        memory = scatter(memory, where, jax.device_put(rows, split))
         expected |= dict(zip(index.tolist()[::-1], rows.tolist()[::-1], strict=True))
         assert memory.sharding.is_equivalent_to(split, 2)
     assert int(jnp.sum(jnp.isfinite(memory))) == 2 * len(expected)
