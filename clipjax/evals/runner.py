@@ -41,6 +41,8 @@ def build_tasks(config: Config, open_source: Callable[..., Source] = build_sourc
 def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Source]) -> Task:
     def open_batches(spec: str) -> Callable[[], Iterator[dict]]:
         source = open_source(spec, data=config.data, label_key=task.tfds_label_key)
+        if not len(source):
+            raise ValueError(f"source {spec!r} holds no sample; name one that does, or leave the task out")
         return lambda: eval_batches(
             source,
             view=make_eval_transform(config),

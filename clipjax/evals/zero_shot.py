@@ -8,17 +8,33 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from clipjax.evals.encoder import Encoder
+from clipjax.evals.prompts import check_templates, check_texts
 
 
 def make_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Return all prompts of the first class, one a template, then of the second, and so on."""
+    """Return all prompts of the first class, one a template, then of the second, and so on.
+
+    Raises:
+        ValueError: names or templates are no sequence of strings, or there is none; a template without one `{}`.
+    """
+    check_texts("names", names)
+    check_templates(templates)
     return [template.replace("{}", name) for name in names for template in templates]
 
 
 def zero_shot_classifier(
     embed_texts: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], templates: Sequence[str]
 ) -> np.ndarray:
-    """Return a unit-norm row per class, the mean of its prompts' embeddings. Float32 `[k, e]`."""
+    """Return a unit-norm row per class, the mean of its prompts' embeddings. Float32 `[k, e]`.
+
+    Args:
+        embed_texts: gives a unit-norm row per text.
+        names: of the classes.
+        templates: each with one `{}` for the name.
+
+    Raises:
+        ValueError: names or templates are no sequence of strings, or there is none; a template without one `{}`.
+    """
     embed = embed_texts(make_prompts(names, templates)).reshape(len(names), len(templates), -1).mean(axis=1)
     return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float32)
 

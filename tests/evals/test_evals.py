@@ -6,10 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from clipjax.config import Config, TaskConfig, TaskKind
+from clipjax.data.sources import ArraySource
 from clipjax.evals import prompts
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.retrieval import image_retrieval, recalls, retrieval
-from clipjax.evals.runner import write_results
+from clipjax.evals.runner import build_tasks, write_results
 from clipjax.evals.zero_shot import zero_shot, zero_shot_classifier
 
 
@@ -52,6 +54,50 @@ def test_classifier_is_the_mean_of_the_prompts_unit_norm():
     encoder = FakeEncoder(np.zeros((1, 2)), table)
     classifier = zero_shot_classifier(encoder.embed_texts, ["cat"], ["a {}", "the {}"])
     np.testing.assert_allclose(classifier, [[2**-0.5, 2**-0.5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "message"),
+    [
+        ("red", ["a {}"], r"names='red' must be a sequence of strings; put a single one into a list: \['red'\]"),
+        (["red"], "a {}", "templates='a {}' must be a sequence of strings"),
+        ([], ["a {}"], "names is empty; give at least one"),
+        (["red"], (), "templates is empty; give at least one"),
+        (["red", 5], ["a {}"], r"names\[1\]=5 must be a string"),
+        (["red"], ["a photo"], "'a photo' must hold one {} for the class name"),
+        (["red"], ["{} and {}"], "must hold one {} for the class name"),
+    ],
+)
+def test_classes_and_templates_are_sequences_of_strings(names, templates, message):
+    encoder = FakeEncoder(np.eye(2, dtype=np.float32), {})
+    with pytest.raises(ValueError, match=message):
+        zero_shot_classifier(encoder.embed_texts, names, templates)
+    with pytest.raises(ValueError, match=message):
+        zero_shot(encoder, [], names, templates)
+
+
+def test_sources_without_a_usable_sample_are_refused():
+    encoder = FakeEncoder(np.eye(2, dtype=np.float32), {"a": unit(np.ones(2))})
+    bad = batch([0, 1], [0, 0], [("a",), ("a",)], mask=[False, False])
+    good = batch([0], [0], [("a",)])
+    for batches in ([], [bad]):
+        with pytest.raises(ValueError, match="no sample has a label"):
+            zero_shot(encoder, batches, ["a"], ["{}"])
+        with pytest.raises(ValueError, match="no sample has a caption"):
+            retrieval(encoder, batches)
+        with pytest.raises(ValueError, match="no usable sample of the source has a caption"):
+            image_retrieval(encoder, batches, [good])
+        with pytest.raises(ValueError, match="no usable sample of the gallery has a caption"):
+            image_retrieval(encoder, [good], batches)
+    with pytest.raises(ValueError, match="recalls of 0 images and 0 texts"):
+        recalls(np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0, int))
+
+
+def test_a_task_whose_source_is_empty_is_refused_before_work():
+    config = Config()
+    config.eval.tasks = {"names": TaskConfig(kind=TaskKind.RETRIEVAL, source="nothing.tar")}
+    with pytest.raises(ValueError, match="eval.tasks.names: source 'nothing.tar' holds no sample"):
+        build_tasks(config, lambda spec, **options: ArraySource([], []))
 
 
 def test_zero_shot_counts_labelled_good_samples_only():
