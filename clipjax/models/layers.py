@@ -19,11 +19,11 @@ from clipjax.config import Activation, AttentionMethod, Projection
 Initializer = Any
 
 MATMUL, HIDDEN = "product", "hidden"
-"""Names, for `remat_block`, of what comes out of a matrix product, and out of the first one of an MLP."""
+"""Names, for `remat_block`, of the result of a matrix product, and of the first one of an MLP."""
 
 
 def torch_uniform(fan_in: int) -> Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear and convolution layers, biases included."""
+    """Return U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear and convolution layers and their biases."""
     bound = fan_in**-0.5
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -33,7 +33,7 @@ def torch_uniform(fan_in: int) -> Initializer:
 
 
 def align(parameter: Array, x: Array) -> Array:
-    """A parameter with leading axes of length 1, so that it broadcasts to x without rank promotion."""
+    """Return a parameter with leading axes of length 1, so that it broadcasts to x without rank promotion."""
     return parameter.reshape((1,) * (x.ndim - parameter.ndim) + parameter.shape)
 
 
@@ -70,7 +70,7 @@ matmul.defvjp(_product, _product_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def add_bias(y: Float[Array, "... w"], bias: Float[Array, " w"], dtype: Any) -> Float[Array, "... w"]:
-    """Their sum, of which the caller keeps no more than `dtype`.
+    """Return the sum, of which the caller keeps no more than `dtype`.
 
     The bias's gradient is a product with ones, exact in `dtype`: where nothing else reads the whole gradient at the
     same time, a TPU's compiler estimates a third of a sum's time for it.
@@ -107,7 +107,7 @@ class Numerics:
 class Linear(nn.Module):
     """Tensor product of the last axes of the input with a kernel, and a bias.
 
-    `saved_as` names the result for `remat_block`; `merge` makes of kernel and bias those of a product of matrices.
+    `saved_as` names the result for `remat_block`; `merge` reshapes kernel and bias for a product of matrices.
     """
 
     in_shape: tuple[int, ...]
@@ -148,7 +148,7 @@ class LayerNorm(nn.Module):
 
 
 def activate(activation: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """QuickGELU (openai/CLIP `model.py`), or GELU, exact or by tanh (arXiv 1606.08415, section 2)."""
+    """Apply QuickGELU (openai/CLIP `model.py`), or GELU, exact or by tanh (arXiv 1606.08415, section 2)."""
     match activation:
         case Activation.QUICK_GELU:
             return x * jax.nn.sigmoid(1.702 * x)
@@ -161,7 +161,7 @@ def activate(activation: Activation, x: Float[Array, "..."]) -> Float[Array, "..
 def tower_projection(
     x: Float[Array, "b w"], projection: Projection, width: int, embed_dim: int, numerics: Numerics
 ) -> Float[Array, "b e"]:
-    """What a tower has pooled, as its embedding before normalisation; for use inside a module."""
+    """Project the pooled vector of a tower to its embedding before normalisation; for use inside a module."""
     if projection is Projection.NONE:
         return x
     bias = nn.initializers.zeros if projection is Projection.AFFINE else None

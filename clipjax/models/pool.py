@@ -27,7 +27,7 @@ class AttentionPool(nn.Module):
         xavier = nn.initializers.xavier_uniform()
         probe = self.param("probe", nn.initializers.normal(width**-0.5), (1, width))
         probe = jnp.broadcast_to(probe[None], (x.shape[0], 1, width)).astype(self.numerics.compute_dtype)
-        # Of Xavier's variance for a square matrix, whatever shape the kernel is kept in.
+        # Of Xavier's variance for a square matrix, whatever the shape of the kernel.
         square = nn.initializers.normal(width**-0.5)
         init = BlockInit(qkv=square, attn_out=square, fc_in=xavier, fc_out=xavier)
         x = CrossAttention(self.num_heads, width, width, self.numerics, init, name="attn")(probe, x)
@@ -36,7 +36,7 @@ class AttentionPool(nn.Module):
 
 
 class QueryPool(nn.Module):
-    """CoCa's: learned queries attend to all tokens; as many vectors come out.
+    """CoCa's pooling: learned queries attend to all tokens, and each gives a vector.
 
     Source:
         arXiv 2205.01917, section 3.2, as mlfoundations/open_clip's `AttentionalPooler` builds it.

@@ -15,7 +15,7 @@ from clipjax.typing import Params
 
 
 def sincos(side: int, width: int) -> Float[np.ndarray, "l w"]:
-    """Positions of a square grid, row by row: sines and cosines of the column, then of the row.
+    """Return positions of a square grid, row by row: sines and cosines of the column, then of the row.
 
     Source:
         arXiv 2104.02057, section 4; google-research/big_vision `models/vit.py`, `posemb_sincos_2d`.
@@ -27,14 +27,14 @@ def sincos(side: int, width: int) -> Float[np.ndarray, "l w"]:
 
 
 def image_places(tower: ViTConfig | ResNetConfig) -> tuple[int, int]:
-    """Places before the grid that have a position of their own, and the grid's side."""
+    """Return the number of places before the grid that have a position of their own, and the grid's side."""
     if isinstance(tower, ResNetConfig):
         return 1, tower.image_size // 32
     return int(tower.class_token), tower.image_size // tower.patch_size
 
 
 def resize_grid(table: Float[Array, "l w"], prefix: int, side: int) -> Float[Array, "m w"]:
-    """A table of positions for a grid of another side: bicubic and antialiased; the `prefix` places stay."""
+    """Return the table of positions for a grid of another side: bicubic and antialiased; the `prefix` places stay."""
     kept, grid = table[:prefix], table[prefix:]
     old = math.isqrt(grid.shape[0])
     if old == side:
@@ -45,14 +45,14 @@ def resize_grid(table: Float[Array, "l w"], prefix: int, side: int) -> Float[Arr
 
 
 def resize_text(table: Float[Array, "l w"], length: int) -> Float[Array, "m w"]:
-    """A table of positions for texts of another length: cut at the end, or stretched linearly."""
+    """Return the table of positions for texts of another length: cut at the end, or stretched linearly."""
     if length <= table.shape[0]:
         return table[:length]
     return jax.image.resize(table, (length, table.shape[1]), "linear", antialias=False)
 
 
 def fit_positions(params: Params, old: ModelConfig, new: ModelConfig) -> Params:
-    """Parameters for images of another size or texts of another length; all but positions stay as they are."""
+    """Return parameters for images of another size or texts of another length; all but positions stay."""
     image, text = dict(params["image"]), dict(params["text"])
     prefix, side = image_places(new.image)
     if image_places(old.image) != (prefix, side):

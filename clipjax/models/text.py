@@ -14,21 +14,21 @@ from clipjax.runtime.sharding import constrain
 
 
 def end_of_text(tokens: Int[Array, "b l"]) -> Int[Array, " b"]:
-    """Where each text ends: every tokenizer gives end-of-text its largest id, so at the first maximum of the row."""
+    """Return the position of each text's end, the first maximum of its row: its id is every tokenizer's largest."""
     return jnp.argmax(tokens, axis=-1)
 
 
 def _mask_with_class_token(tokens: Int[Array, "b l"]) -> Bool[Array, "b k"]:
-    """Which of a text's tokens and the class token behind them may be attended to.
+    """Return a mask of the tokens that may be attended to, among a text's tokens and the class token behind them.
 
     Padding (id 0) is left out, but as in open_clip's CoCa, whose weights are made for it, the mask sits one place late:
-    the first token is always seen, and place i + 1 if token i is no padding.
+    the first token always takes part, and place i + 1 if token i is no padding.
     """
     return jnp.concatenate([jnp.ones((tokens.shape[0], 1), bool), tokens != 0], axis=1)
 
 
 class TextTransformer(nn.Module):
-    """From token ids to the embedding before normalisation, and the tokens that a decoder reads."""
+    """Text tower: token ids in, the embedding before normalisation and the tokens for a decoder out."""
 
     tower: TextTransformerConfig
     model: ModelConfig

@@ -32,7 +32,7 @@ class BlockInit:
 
 
 def text_block_init(width: int, depth: int) -> BlockInit:
-    """OpenAI's text tower: residual branches shrink with depth (openai/CLIP, `initialize_parameters`)."""
+    """Return OpenAI's for texts: residual branches shrink with depth (openai/CLIP, `initialize_parameters`)."""
     residual = nn.initializers.normal(width**-0.5 * (2 * depth) ** -0.5)
     return BlockInit(
         qkv=nn.initializers.normal(width**-0.5),
@@ -43,7 +43,7 @@ def text_block_init(width: int, depth: int) -> BlockInit:
 
 
 def image_block_init(width: int, mlp_dim: int) -> BlockInit:
-    """OpenAI's image tower: left at PyTorch's defaults, which are Xavier for the query, key and value kernels."""
+    """Return OpenAI's for images: PyTorch's defaults, Xavier for the query, key and value kernels."""
     bound = (6 / (width + 3 * width)) ** 0.5
 
     def xavier(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -60,7 +60,7 @@ def attend(
     value: Float[Array, "b n k d"],
     visible: Bool[Array, "#b #n #l k"] | None = None,
 ) -> Float[Array, "b l n d"]:
-    """Softmax attention; logits and softmax in float32."""
+    """Return softmax attention; logits and softmax are float32."""
     logits = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     if visible is not None:
         logits = jnp.where(visible, logits, -jnp.inf)
@@ -69,7 +69,7 @@ def attend(
 
 
 def cudnn_attention(qkv: Float[Array, "b l 3 n d"], *, causal: bool) -> Float[Array, "b l n d"]:
-    """`attend` by NVIDIA's library, which trains on even lengths only: an odd one gets a token that nobody sees."""
+    """Return `attend` by NVIDIA's library, which trains on even lengths only: an odd one gets a masked token."""
     batch, length = qkv.shape[:2]
     qkv = jnp.pad(qkv, ((0, 0), (0, length % 2), (0, 0), (0, 0), (0, 0)))
     lengths = jnp.full(batch, length, jnp.int32) if length % 2 else None
@@ -87,9 +87,9 @@ def cudnn_attention(qkv: Float[Array, "b l 3 n d"], *, causal: bool) -> Float[Ar
 
 
 def is_fused(method: AttentionMethod, shape: Sequence[Any], num_heads: int, head_dim: int) -> bool:
-    """Whether one kernel computes the attention of such tokens and heads on the mesh in force.
+    """Return True if one kernel computes the attention of such tokens and heads on the mesh in force.
 
-    Not that of an exported program, whose batch is a symbol until it runs.
+    An exported program never uses it, as its batch is a symbol until it runs.
     """
     wanted = method is AttentionMethod.FUSED or (method is AttentionMethod.AUTO and platform() == "tpu")
     return wanted and isinstance(shape[0], int) and is_supported(shape[0], shape[1], num_heads, head_dim)
@@ -117,24 +117,24 @@ class Attention(nn.Module):
         query, key, value = jnp.transpose(qkv, (2, 0, 3, 1, 4))  # each [b, n, l, d]
         visible = jnp.tril(jnp.ones((length, length), bool))[None, None] if self.causal else None
         if mask is not None:
-            among = mask[:, None, None]
-            visible = among if visible is None else visible & among
+            attended = mask[:, None, None]
+            visible = attended if visible is None else visible & attended
         mixed = checkpoint_name(attend(query, key, value, visible), MATMUL)
         return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, name="out")(mixed)
 
     def _fused(self, x: Float[Array, "b l w"], heads: tuple[int, int, int]) -> Float[Array, "b l w"]:
-        """The same in one kernel, which takes and gives all heads side by side."""
+        """Compute the same in one kernel, whose inputs and outputs have all heads side by side."""
         width, parts = x.shape[-1], num_shards("heads")
 
         # Barriers: else the compiler takes the gradients' products apart into heads, and copies activations for it.
         def by_part(parameter: Array) -> Array:
-            """[..., 3, n, d] -> [..., 3 w]: queries, keys and values of each part of the heads side by side."""
+            """Reshape [..., 3, n, d] to [..., 3 w]: queries, keys and values of each part of the heads side by side."""
             *outer, _, count, dim = parameter.shape
             apart = parameter.reshape(*outer, 3, parts, count // parts, dim)
             return jax.lax.optimization_barrier(jnp.moveaxis(apart, -4, -3).reshape(*outer, 3 * width))
 
         def by_width(parameter: Array) -> Array:
-            """[n, d, w] -> [n d, w], and a bias as it is."""
+            """Reshape [n, d, w] to [n d, w]; a bias stays."""
             return parameter if parameter.ndim == 1 else jax.lax.optimization_barrier(parameter.reshape(-1, width))
 
         qkv = Linear((width,), heads, self.numerics, self.init.qkv, merge=by_part, name="qkv")(x)
@@ -193,7 +193,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One pre-norm residual block, in the form that `nn.scan` wants: carry in, (carry, None) out.
 
-    `mask`: tokens that may be attended to; None: all of them.
+    `mask` is True for tokens that may be attended to; None: all of them.
     """
 
     num_heads: int
@@ -216,20 +216,20 @@ class Block(nn.Module):
 
 
 def stack_blocks(block: type[nn.Module], depth: int, model: ModelConfig) -> type[nn.Module]:
-    """`depth` blocks with parameters and statistics stacked along the first axis; all get the same second input."""
-    everyone: Any = nn.broadcast
+    """Return `depth` blocks with parameters stacked along the first axis; all get the same second input."""
+    shared: Any = nn.broadcast
     return nn.scan(
         remat_block(block, model.remat, scanned=model.scan_layers),
         variable_axes={"params": 0, "batch_stats": 0},
         split_rngs={"params": True},
-        in_axes=everyone,
+        in_axes=shared,
         length=depth,
         unroll=1 if model.scan_layers else depth,
     )
 
 
 def remat_block(block: type[nn.Module], policy: Remat, *, scanned: bool) -> type[nn.Module]:
-    """A block under a rematerialisation policy; a loop keeps recomputation from being merged away by itself."""
+    """Return a block under a rematerialisation policy; a loop by itself keeps recomputation from being merged away."""
     match policy:
         case Remat.NONE:
             return block

@@ -7,7 +7,7 @@ from clipjax.training.run import Run
 
 
 def train(run: Run) -> int:
-    """Train to the end, or to the first signal; returns the exit code of that signal, or 0.
+    """Train to the end, or to the first signal; return the exit code of that signal, or 0.
 
     Raises:
         TooManyBadSamples: too much of the data is unusable; the state before is saved.

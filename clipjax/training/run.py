@@ -114,7 +114,7 @@ class Run:
         return Encoder(self.config, program.clip, program.mesh, self.inputs.tokenizer, eval_params(state))
 
     def evaluate(self, state: TrainState, step: int) -> Results:
-        """Run the tasks; should one fail, the state is saved before the error goes on."""
+        """Run the tasks; if one fails, save the state before the error is raised."""
         self.logger.flush()
         with self.logger.pause():
             try:
@@ -128,7 +128,7 @@ class Run:
         return results
 
     def save(self, state: TrainState, step: int, results: Results | None = None) -> None:
-        """Save in the background; the log is complete up to this step before the checkpoint can be."""
+        """Save in the background; the log is complete up to this step before the checkpoint is."""
         self.logger.flush()
         if self.checkpoints.latest_step() == step:
             return

@@ -18,7 +18,6 @@ from clipjax.config import Config, LossKind, steps_of
 from clipjax.data.sample import REASONS
 from clipjax.losses import LossInputs, MovingAverages, Teacher
 from clipjax.losses.moving_averages import MovingAveragesAccess, init_moving_averages
-from clipjax.pytrees import global_norm
 from clipjax.training.gradients import Gradients, TeacherForward
 from clipjax.training.optimizer import make_schedule
 from clipjax.typing import Batch, Key, Metrics, Params
@@ -160,10 +159,10 @@ class TrainStep:
 
 def _norms(grads: Params, params: Params) -> Metrics:
     return {
-        "grad_norm": global_norm(grads),
-        "grad_norm_image": global_norm(grads["image"]),
-        "grad_norm_text": global_norm(grads["text"]),
-        "param_norm": global_norm(params),
+        "grad_norm": optax.tree.norm(grads),
+        "grad_norm_image": optax.tree.norm(grads["image"]),
+        "grad_norm_text": optax.tree.norm(grads["text"]),
+        "param_norm": optax.tree.norm(params),
     }
 
 
