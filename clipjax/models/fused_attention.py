@@ -177,14 +177,16 @@ def _backward_kernel(q: Any, k: Any, v: Any, grad: Any, out: Any, *, heads: Head
         for head in range(heads.count):
             lanes, own = slice(*_lanes(heads, head)), _own(heads, head)
             whole_q, whole_grad = q[i, :, lanes], grad[i, :, lanes]
-            query, key, value, of_out = (_only(own, x) for x in (whole_q, k[i, :, lanes], v[i, :, lanes], whole_grad))
+            query, key, value, head_grad = (
+                _only(own, x) for x in (whole_q, k[i, :, lanes], v[i, :, lanes], whole_grad)
+            )
             weights = _weights(whole_q, key, heads)
-            of_weights = _Columns.products(whole_grad, value)
-            mean = weights.rows_sum(of_weights)
-            of_logits = weights.times_difference(of_weights, mean)
-            tiles.add(0, lanes, scale * of_logits.mix(key))
-            tiles.add(1, lanes, scale * of_logits.spread(query))
-            tiles.add(2, lanes, weights.spread(of_out))
+            weight_grads = _Columns.products(whole_grad, value)
+            mean = weights.rows_sum(weight_grads)
+            logit_grads = weights.times_difference(weight_grads, mean)
+            tiles.add(0, lanes, scale * logit_grads.mix(key))
+            tiles.add(1, lanes, scale * logit_grads.spread(query))
+            tiles.add(2, lanes, weights.spread(head_grad))
             tiles.write(out, i, head)
 
     _of_each(q.shape[0], run)

@@ -23,7 +23,7 @@ MATMUL, HIDDEN = "product", "hidden"
 
 
 def torch_uniform(fan_in: int) -> Initializer:
-    """Return U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear and convolution layers and their biases."""
+    """Return U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear and convolution layers, and biases."""
     bound = fan_in**-0.5
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -44,16 +44,16 @@ def matmul(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int, dtype
     The kernel's gradient is float32 as well, so that devices sum it in float32: were the kernel cast outside, its
     gradient would be rounded to `dtype` before the sum.
     """
-    return _product(x, kernel, axes, dtype)[0]
+    return _matmul_forward(x, kernel, axes, dtype)[0]
 
 
-def _product(x: Array, kernel: Array, axes: int, dtype: Any) -> tuple[Array, tuple[Array, Array, Any]]:
+def _matmul_forward(x: Array, kernel: Array, axes: int, dtype: Any) -> tuple[Array, tuple[Array, Array, Any]]:
     contract = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
     narrow = x.astype(dtype)
     return _dot(narrow, kernel.astype(dtype), contract), (narrow, kernel, jnp.zeros((), x.dtype))
 
 
-def _product_backward(axes: int, dtype: Any, saved: tuple[Array, Array, Any], grad: Array) -> tuple[Array, Array]:
+def _matmul_backward(axes: int, dtype: Any, saved: tuple[Array, Array, Any], grad: Array) -> tuple[Array, Array]:
     x, kernel, example = saved
     narrow, batch = grad.astype(dtype), tuple(range(x.ndim - axes))
     outputs = tuple(range(x.ndim - axes, grad.ndim))
@@ -65,7 +65,7 @@ def _dot(left: Array, right: Array, contract: tuple[tuple[int, ...], tuple[int, 
     return jax.lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-matmul.defvjp(_product, _product_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

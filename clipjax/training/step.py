@@ -97,14 +97,14 @@ class TrainStep:
         gradients: of the loss over the global batch.
         tx: the optimizer.
         averages: access to the state's memory; the `global` loss needs it.
-        teacher: the frozen teacher, whose parameters are the third argument of the step; None: without.
+        teacher_forward: the frozen teacher, whose parameters are the third argument of the step; None: without.
     """
 
     config: Config
     gradients: Gradients
     tx: optax.GradientTransformation
     averages: MovingAveragesAccess | None = None
-    teacher: TeacherForward | None = None
+    teacher_forward: TeacherForward | None = None
 
     def __call__(
         self, state: TrainState, batch: Batch, teacher_params: Params | None = None
@@ -146,9 +146,9 @@ class TrainStep:
         if self.averages is not None and state.memory is not None:
             log_mean = self.averages.gather(state.memory, batch["index"])
             memory = MovingAverages(log_mean, make_gamma(self.config)(state.step))
-        if self.teacher is not None:
+        if self.teacher_forward is not None:
             assert teacher_params is not None
-            teacher = Teacher(*self.teacher(teacher_params, batch, key)[:3])
+            teacher = Teacher(*self.teacher_forward(teacher_params, batch, key)[:3])
         return LossInputs(batch.get("group"), teacher, memory)
 
     def _clamp(self, params: Params) -> Params:
