@@ -30,31 +30,25 @@ SETTLE = 2  # uncounted updates at the start of a round: caches and clocks have 
 
 def clipjax_step(batch_size: int) -> tuple[Callable[[], float], dict]:
     """One update by the step that `clipjax train` runs."""
-    import functools
-
     import jax
     import numpy as np
 
-    from clipjax.losses import make_loss
-    from clipjax.models.clip import abstract_params, build_clip, make_encode
     from clipjax.runtime import sharding
-    from clipjax.training import gradients, optimizer
-    from clipjax.training.step import make_init_state, make_train_step
+    from clipjax.training.program import build_program
     from configs.emoji import get_config
 
     config = get_config()
     config.global_batch_size = batch_size
-    mesh, clip = sharding.make_mesh(config.mesh), build_clip(config.model)
-    tx = optimizer.make_tx(config, abstract_params(config.model))
-    grads_fn = functools.partial(gradients.direct, make_encode(clip, config.data), make_loss(mesh=mesh))
+    mesh = sharding.make_mesh(config.mesh)
+    program = build_program(config, mesh, num_samples=1)
     jax.set_mesh(mesh)
-    state = jax.jit(make_init_state(config, clip.init, tx, num_samples=1))(jax.random.key(0))
-    step = jax.jit(make_train_step(config, grads_fn, tx, optimizer.make_schedule(config)), donate_argnums=0)
+    state = jax.jit(program.init_state)(jax.random.key(0))
+    step = jax.jit(program.train_step, donate_argnums=0)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (batch_size, 64, 64, 3)).astype(np.uint8),
         "tokens": rng.integers(1, 49_407, (batch_size, 32)).astype(np.int32),
-        "reason": np.full(batch_size, -1, np.int32),
+        "skip_reason": np.full(batch_size, -1, np.int32),
     }
 
     def update() -> float:

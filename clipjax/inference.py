@@ -20,8 +20,9 @@ from clipjax.config import Config, DecoderConfig, MeshConfig
 from clipjax.config.validation import check_embeddings
 from clipjax.data.images import make_eval_transform
 from clipjax.data.tokenizers.protocol import Tokenizer, tokenize
+from clipjax.evals.prompts import check_texts
 from clipjax.evals.zero_shot import zero_shot_classifier
-from clipjax.models.clip import build_clip, normalise_pixels
+from clipjax.models.clip import build_clip
 from clipjax.models.generation import TextFormat, beam_search, generate, greedy, make_top_k
 from clipjax.runtime import sharding
 from clipjax.typing import Params
@@ -41,45 +42,48 @@ class Model:
     """
 
     def __init__(self, config: Config, params: Params, tokenizer: Tokenizer, *, batch_size: int = 256) -> None:
-        self._clip = clip = build_clip(config.model)
-        self._writers: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
+        self._clip = clip = build_clip(config.model, data=config.data)
+        self._captioners: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.logit_scale = float(np.exp(params["log_logit_scale"]))
         self._batch_size, self._view = batch_size, make_eval_transform(config)
         self._encode_image, self._encode_text = jax.jit(clip.encode_image), jax.jit(clip.encode_text)
-        self._encode_picture = jax.jit(
-            lambda params, image: clip.encode_image(params, normalise_pixels(image, config.data))
-        )
 
     def encode_image(self, images: Any) -> Float[np.ndarray, "n embed"]:
-        """Unit-norm embeddings of pictures of any size.
+        """Return unit-norm embeddings of pictures of any size; no pictures give no rows.
 
         Args:
             images: a PIL image or uint8 array `[h, w, 3]`, a sequence of them, or a uint8 array `[n, h, w, 3]`.
 
         Raises:
-            ValueError: an array that is not uint8, or not of such a shape.
+            ValueError: an array that is not uint8 or not of such a shape, or a picture without pixels.
         """
         pixels = [self._view(picture) for picture in _pictures(images)]
         if not pixels:
             return np.zeros((0, self.config.model.embed_dim), np.float32)
-        return self._in_batches(self._encode_picture, np.stack(pixels))
+        return self._in_batches(self._encode_image, np.stack(pixels))
 
     def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n embed"]:
-        """Unit-norm embeddings of texts; longer ones are cut at the context length."""
+        """Return unit-norm embeddings of a text or a sequence of them; longer ones are cut at the context length.
+
+        Raises:
+            ValueError: something among them is no string.
+        """
         texts = [texts] if isinstance(texts, str) else list(texts)
+        if texts:
+            check_texts("texts", texts)
         return self.embed_tokens(tokenize(self.tokenizer, texts, self.config.model.text.context_length))
 
     def caption(
         self, images: Any, *, method: str = "beam", num_beams: int = 4, top_k: int = 10, seed: int = 0
     ) -> list[str]:
-        """Captions that the model writes; it needs a decoder (`model.caption`).
+        """Return captions that the model writes; it needs a decoder (`model.caption`).
 
         Args:
             images: as for `encode_image`.
             method: `greedy`, `top_k` (each token drawn from the likeliest ones) or `beam`.
-            num_beams: texts that are followed at a time, 1 or more; `beam` only.
-            top_k: how many tokens are drawn from, 1 to the vocabulary's size; `top_k` only.
+            num_beams: texts that are continued at a time, 1 or more; `beam` only.
+            top_k: number of tokens to draw from, 1 to the vocabulary's size; `top_k` only.
             seed: of the draws, 0 or more; `top_k` only.
 
         Raises:
@@ -108,9 +112,9 @@ class Model:
             start_id, self.tokenizer.end_id, self.tokenizer.pad_id, self.config.model.text.context_length
         )
         options = {"greedy": (), "top_k": (top_k,), "beam": (num_beams,)}[method]
-        if (method, *options) not in self._writers:
-            self._writers[method, *options] = jax.jit(self._make_writer(frame, method, *options))
-        write, key = self._writers[method, *options], jax.random.key(seed)
+        if (method, *options) not in self._captioners:
+            self._captioners[method, *options] = jax.jit(self._make_captioner(frame, method, *options))
+        write, key = self._captioners[method, *options], jax.random.key(seed)
         at_once = max(1, CAPTIONS_AT_ONCE // (num_beams if method == "beam" else 1))
         parts = [
             np.asarray(write(self.params, jnp.asarray(padded), jax.random.fold_in(key, number)))[:count]
@@ -120,17 +124,17 @@ class Model:
         ends = (rows == frame.end_id).argmax(axis=1)
         return [self.tokenizer.decode(row[1:end].tolist()) for row, end in zip(rows, ends, strict=True)]
 
-    def _make_writer(
+    def _make_captioner(
         self, frame: TextFormat, method: str, *count: int
     ) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
-        """`write(params, images, key) -> tokens`; `count` is of beams, or of the tokens that are drawn from."""
-        clip, config = self._clip, self.config
+        """Return `write(params, images, key) -> tokens`; `count` is of beams, or of the tokens that are drawn from."""
+        clip = self._clip
 
         def write(params: Params, image: jax.Array, key: jax.Array) -> jax.Array:
-            seen = clip.look(params, normalise_pixels(image, config.data))
+            image_tokens = clip.encode_image_tokens(params, image)
             if method == "beam":
-                seen = jnp.repeat(seen, *count, axis=0)
-            step = lambda tokens: clip.next_logits(params, seen, tokens)  # noqa: E731
+                image_tokens = jnp.repeat(image_tokens, *count, axis=0)
+            step = lambda tokens: clip.next_logits(params, image_tokens, tokens)  # noqa: E731
             if method == "beam":
                 return beam_search(step, image.shape[0], frame, num_beams=count[0])
             choose = make_top_k(*count) if method == "top_k" else greedy
@@ -141,18 +145,22 @@ class Model:
     def zero_shot_classifier(
         self, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
     ) -> Float[np.ndarray, "classes embed"]:
-        """One unit-norm row per class: the mean over templates (each with one `{}`) of the prompts' embeddings.
+        """Return a unit-norm row per class: the mean over templates of the embeddings of its prompts.
+
+        Args:
+            names: of the classes, at least one.
+            templates: each with one `{}` for the name, at least one.
+
+        Raises:
+            ValueError: a single string instead of a sequence, no string at all, or a template without one `{}`.
 
         Source:
             arXiv 2103.00020, section 3.1.4.
         """
-        for template in templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"template {template!r} must hold one {{}} for the class name")
         return zero_shot_classifier(self.encode_text, names, templates)
 
     def embed_pixels(self, pixels: Float[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n embed"]:
-        """Unit-norm embeddings of pixels that are already resized, cropped and normalised."""
+        """Return unit-norm embeddings of pixels that are already resized, cropped and normalised."""
         size = self.config.model.image.image_size
         pixels = np.asarray(pixels, np.float32)
         if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
@@ -160,7 +168,7 @@ class Model:
         return self._in_batches(self._encode_image, pixels)
 
     def embed_tokens(self, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n embed"]:
-        """Unit-norm embeddings of token ids, start and end included, padded with 0."""
+        """Return unit-norm embeddings of token ids, start and end included, padded with 0."""
         length, vocab = self.config.model.text.context_length, self.config.model.text.vocab_size
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.shape[1] != length or not np.issubdtype(tokens.dtype, np.integer):
@@ -181,7 +189,7 @@ class Model:
 
 
 def _batches(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Rows in batches padded to a power of two, so that few shapes are compiled, and how many of each count."""
+    """Yield rows in batches padded to a power of two, so that few shapes are compiled, and the number that counts."""
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         padded = np.zeros((1 << (len(part) - 1).bit_length(), *rows.shape[1:]), rows.dtype)
@@ -190,7 +198,7 @@ def _batches(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def _pictures(images: Any) -> list[np.ndarray]:
-    """Single pictures, sequences and batches as a list of uint8 `[h, w, 3]`."""
+    """Return single pictures, sequences and batches as a list of uint8 `[h, w, 3]`."""
     from PIL import Image
 
     if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
@@ -203,6 +211,8 @@ def _pictures(images: Any) -> list[np.ndarray]:
                 f"a picture is {array.dtype} {array.shape}; give PIL images or uint8 arrays [h, w, 3] "
                 "(normalised float pixels go to embed_pixels)"
             )
+        if not array.size:
+            raise ValueError(f"a picture has {array.shape[0]} x {array.shape[1]} pixels; leave out empty ones")
         pictures.append(array)
     return pictures
 

@@ -12,9 +12,9 @@ Params = Mapping[str, Any]
 """Parameters: a nested dict of float32 arrays."""
 
 Batch = Mapping[str, Any]
-"""`image` uint8 [b, h, w, 3], `tokens` int32 [b, l], `reason` int32 [b] (why another pair stands in for this one, an
-index into `data.sources.REASONS`; -1: none does). Where configured, `group` int32 [b] (equal for pairs that are no
-negatives of each other), `index` int32 [b] (of the sample in its source). In training also `batch_stats`."""
+"""`image` uint8 [b, h, w, 3], `tokens` int32 [b, l], `skip_reason` int32 [b] (why another pair stands in for this one,
+an index into `data.sample.REASONS`; -1: none does). Where configured, `group` int32 [b] (equal for pairs that are no
+negatives of each other), `index` int32 [b] (of the sample in its source)."""
 
 Metrics = dict[str, Any]
 """Scalars by name."""
@@ -24,7 +24,7 @@ Key = jax.Array
 
 
 class Encoded(NamedTuple):
-    """What encoding a batch gives.
+    """Results of encoding a batch.
 
     Attributes:
         image_embed: unit-norm float32 [b, e].
@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
         logit_scale: multiplier of similarities, a scalar.
         logit_bias: added to logits, a scalar, or None.
         nll: negative log-likelihood of each caption, float32 [b], or None where nothing predicts captions.
-        num_tokens: how many tokens each of them counts, float32 [b], or None.
+        num_tokens: number of tokens that each of them counts, float32 [b], or None.
         batch_stats: running statistics of BatchNorm after this batch; empty in other models.
     """
 

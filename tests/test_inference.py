@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from clipjax.config import Config, DecoderConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.data.tokenizers.bytes import BytesTokenizer
@@ -30,7 +31,7 @@ def test_captions_are_texts_and_programs_are_kept(model: Model):
         first = model.caption(images, method=method)
         assert [type(text) for text in first] == [str] * 3
         assert model.caption(images, method=method) == first
-    assert len(model._writers) == 3
+    assert len(model._captioners) == 3
     one_beam = model.caption(images, method="beam", num_beams=1)
     assert one_beam == model.caption(images, method="greedy")
     assert model.caption(images[1], method="greedy") == one_beam[1:2]
@@ -40,4 +41,31 @@ def test_captions_are_texts_and_programs_are_kept(model: Model):
         model.caption(images, num_beams=0)
     with pytest.raises(ValueError, match="top_k=1000000 must be a whole number from 1 to"):
         model.caption(images, method="top_k", top_k=1_000_000)
+    assert model.caption([]) == []
+
+
+def test_pictures_without_pixels_and_wrong_texts_are_refused(model: Model):
+    good = np.zeros((4, 4, 3), np.uint8)
+    for empty in (np.zeros((0, 5, 3), np.uint8), np.zeros((5, 0, 3), np.uint8), Image.new("RGB", (0, 5))):
+        for images in (empty, [empty], [good, empty]):
+            with pytest.raises(ValueError, match=r"a picture has \d x \d pixels; leave out empty ones"):
+                model.encode_image(images)
+            with pytest.raises(ValueError, match=r"a picture has \d x \d pixels"):
+                model.caption(images)
+    for texts in ([5], ["a", None], [b"a"]):
+        with pytest.raises(ValueError, match=r"texts\[\d\]=.* must be a string"):
+            model.encode_text(texts)
+    with pytest.raises(ValueError, match="names='red' must be a sequence of strings"):
+        model.zero_shot_classifier("red", ["a {}"])
+    with pytest.raises(ValueError, match="templates='a {}' must be a sequence of strings"):
+        model.zero_shot_classifier(["red"], "a {}")
+    with pytest.raises(ValueError, match="names is empty"):
+        model.zero_shot_classifier([])
+    with pytest.raises(ValueError, match="templates is empty"):
+        model.zero_shot_classifier(["red"], [])
+
+
+def test_no_pictures_and_no_texts_give_no_rows(model: Model):
+    assert model.encode_image([]).shape == model.encode_text([]).shape == (0, 16)
+    assert model.encode_image(np.zeros((0, 4, 4, 3), np.uint8)).shape == (0, 16)
     assert model.caption([]) == []

@@ -159,24 +159,31 @@ def measure(case: Case, scales: Sequence[float] = SCALES) -> dict[str, float]:
     import jax.numpy as jnp
 
     from clipjax.config import MeshConfig
-    from clipjax.losses import MovingAverages, Teacher, make_loss
+    from clipjax.losses import LossInputs, MovingAverages, Teacher, TrainingLoss, make_loss
+    from clipjax.models.clip import Clip
     from clipjax.runtime import sharding
-    from clipjax.training import gradients
+    from clipjax.training.gradients import CachedGradients, DirectGradients, Microbatches
     from clipjax.typing import Encoded
 
     slices, data, fsdp, tensor = case.mesh
     config = MeshConfig(slice=slices, data=data, fsdp=fsdp, tensor=tensor)
     mesh = sharding.make_mesh(config, jax.devices()[: slices * data * fsdp * tensor])
     chosen, (image, text) = (LOSSES | COMBINED)[case.loss], inputs()
-    loss = make_loss(method=case.method, tile=case.tile, dtype=case.dtype, mesh=mesh, **chosen.options())
+    loss = TrainingLoss(make_loss(method=case.method, tile=case.tile, dtype=case.dtype, mesh=mesh, **chosen.options()))
 
-    def encode(params: Any, batch: Any, key: Any) -> "Encoded":
+    class Table(Clip):
         """Embeddings that are themselves the parameters, picked by number, so that theirs are the gradients."""
-        picked = (params["image"][batch["image"]], params["text"][batch["tokens"]])
-        return Encoded(*picked, params["scale"], params["bias"])
+
+        def __init__(self) -> None:
+            pass
+
+        def encode_batch(self, params: Any, batch_stats: Any, batch: Any, key: Any) -> Encoded:
+            picked = (params["image"][batch["image"]], params["text"][batch["tokens"]])
+            return Encoded(*picked, params["scale"], params["bias"])
 
     devices = sharding.batch_devices(mesh)
-    grads_fn = gradients.make_cached(len(image) // 2 // devices * devices, devices) if case.cached else gradients.direct
+    microbatches = Microbatches(len(image) // 2 // devices * devices, devices)
+    gradients = CachedGradients(Table(), loss, microbatches) if case.cached else DirectGradients(Table(), loss)
     given = chosen.given()
     given |= {
         name: make(*given[name]) for name, make in (("teacher", Teacher), ("memory", MovingAverages)) if name in given
@@ -184,15 +191,15 @@ def measure(case: Case, scales: Sequence[float] = SCALES) -> dict[str, float]:
     found = []
     with jax.set_mesh(mesh):
         batch = sharding.global_batch(mesh, {name: np.arange(len(image)) for name in ("image", "tokens")})
-        batch |= jax.tree.map(jnp.asarray, given)
         key = jax.random.key(0)
-        run = jax.jit(lambda params, batch: grads_fn(encode, loss, params, batch, key))
+        run = jax.jit(lambda params, batch, given: gradients(params, {}, batch, LossInputs(**given), key))
         for scale in scales:
             params = {"image": image, "text": text, "scale": jnp.float32(scale), "bias": jnp.float32(chosen.bias)}
-            of_params, metrics = run(jax.device_put(params, sharding.replicated(mesh)), batch)
+            placed = jax.device_put(params, sharding.replicated(mesh))
+            grads, aux = run(placed, batch, jax.tree.map(jnp.asarray, given))
             if chosen.kind != "sigmoid":
-                del of_params["bias"]
-            found.append(errors(chosen.truth(image, text, scale), metrics["loss"], of_params))
+                del grads["bias"]
+            found.append(errors(chosen.truth(image, text, scale), aux.loss, grads))
     return worst(found)
 
 

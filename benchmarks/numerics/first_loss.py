@@ -17,7 +17,7 @@ import numpy as np
 from clipjax.cli import arguments
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import TrainStream
-from clipjax.models.clip import abstract_params, build_clip, make_encode
+from clipjax.models.clip import abstract_params, build_clip
 from clipjax.training import optimizer
 from clipjax.training.inputs import open_inputs
 from clipjax.training.step import make_init_state
@@ -42,15 +42,18 @@ def main() -> None:
     parsed = arguments.parse("first_loss", sys.argv[1:], options={"workdir": "of the run"})
     config = parsed.config
     inputs = open_inputs(config)
-    clip, tokenize = build_clip(config.model), TextToTokens(inputs.tokenizer, config.model.text.context_length)
+    clip, tokenize = (
+        build_clip(config.model, data=config.data),
+        TextToTokens(inputs.tokenizer, config.model.text.context_length),
+    )
     tx = optimizer.make_tx(config, abstract_params(config.model))
     params = jax.jit(make_init_state(config, clip.init, tx, num_samples=1))(jax.random.key(config.seed)).params
     stream = TrainStream(inputs.source, tokenize=tokenize, config=config)
     batch = next(stream)
     stream.close()
-    encode = jax.jit(make_encode(clip, config.data))
+    encode = jax.jit(clip.encode_batch)
     parts = [
-        encode(params, {name: batch[name][start : start + ROWS] for name in ("image", "tokens")}, jax.random.key(0))
+        encode(params, {}, {name: batch[name][start : start + ROWS] for name in ("image", "tokens")}, jax.random.key(0))
         for start in range(0, config.global_batch_size, ROWS)
     ]
     image, text = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in (0, 1))

@@ -96,7 +96,8 @@ def embed(model: Model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     found = {"image_embed": model.embed_pixels(pixels), "text_embed": model.embed_tokens(tokens)}
     if isinstance(model.config.model.caption, DecoderConfig):
         clip = build_clip(model.config.model)
-        logits = jax.jit(clip.next_logits)(model.params, jax.jit(clip.look)(model.params, pixels), tokens)
+        image_tokens = jax.jit(clip.encode_image_tokens)(model.params, pixels)
+        logits = jax.jit(clip.next_logits)(model.params, image_tokens, tokens)
         found["caption_logits"] = np.asarray(logits)[:, :-1]
     return found
 

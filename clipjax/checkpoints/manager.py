@@ -43,23 +43,23 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The newest complete step, or None."""
+        """Return the newest complete step, or None."""
         return self._manager.latest_step()
 
     def path(self, step: int) -> pathlib.Path:
-        """Directory of a step."""
+        """Return the directory of a step."""
         return self._workdir / FOLDER / str(step)
 
     def save(
         self, step: int, arrays: Mapping[str, Any], records: Mapping[str, Any], best_value: float | None = None
     ) -> None:
-        """Start saving; returns when the arrays may change again.
+        """Start saving, and return when the arrays may change again.
 
         Args:
             step: completed updates.
             arrays: pytrees of arrays by group.
             records: JSON values by name.
-            best_value: what the best step is chosen by, if it was measured at this step.
+            best_value: the metric that chooses the best step, if it was measured at this step.
         """
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
@@ -67,7 +67,7 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def restore(self, step: int, abstract_arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arrays, placed as the shardings of `abstract_arrays` say, and the records.
+        """Return the arrays, placed by the shardings of `abstract_arrays`, and the records.
 
         Raises:
             DamagedCheckpoint: a group or array is missing, misshapen or damaged.
@@ -78,7 +78,7 @@ class Checkpoints:
         return {name: restored[name] for name in abstract_arrays}, {name: restored[name] for name in RECORDS}
 
     def wait(self) -> None:
-        """Until everything saved so far is on disk."""
+        """Wait until everything saved so far is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class Checkpoints:
 def restore_items(
     restore: Callable[..., Any], path: pathlib.Path, abstract_arrays: Mapping[str, Any], records: Sequence[str] = ()
 ) -> Any:
-    """Groups of arrays and records by name; `restore` reads them from `path`.
+    """Return groups of arrays and records by name; `restore` reads them from `path`.
 
     Raises:
         DamagedCheckpoint: they cannot be read.

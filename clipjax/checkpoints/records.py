@@ -16,13 +16,13 @@ RECORDS = ("config", "data", "tokenizer", "preprocessing")
 
 
 def pack_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer as a JSON record."""
+    """Return the tokenizer as a JSON record."""
     files = {name: base64.b64encode(content).decode() for name, content in tokenizer.files().items()}
     return {"name": tokenizer.name, "files": files}
 
 
 def unpack_tokenizer(record: Any) -> Tokenizer:
-    """The tokenizer of a record.
+    """Return the tokenizer of a record.
 
     Raises:
         ValueError: the record is damaged.
@@ -35,9 +35,9 @@ def unpack_tokenizer(record: Any) -> Tokenizer:
 
 
 def make_records(config: Config, tokenizer: Tokenizer, data_position: Mapping[str, Any]) -> dict[str, Any]:
-    """All records of a checkpoint.
+    """Return all records of a checkpoint.
 
-    `preprocessing` repeats what of the config turns a picture into the model's input, for readers of other kinds.
+    `preprocessing` repeats the fields of the config that turn a picture into the model's input, for other readers.
     """
     return {
         "config": to_dict(config),

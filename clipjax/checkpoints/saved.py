@@ -37,7 +37,7 @@ class SavedCheckpoint:
         self._restore = functools.partial(reader.restore, self.path.absolute())
         items: dict[str, Any] = {name: ocp.args.JsonRestore() for name in RECORDS}
         try:
-            records = _lone_reader().restore(self.path.absolute(), args=ocp.args.Composite(**items))
+            records = _independent_reader().restore(self.path.absolute(), args=ocp.args.Composite(**items))
             self.records: dict[str, Any] = dict(records.items())
             self.config: Config = from_dict(self.records["config"])
             self.step = _step_of(self.path, self.records["data"])
@@ -54,9 +54,9 @@ class SavedCheckpoint:
         return "ema" if (self.path / "ema").is_dir() else "params"
 
     def params(self, abstract_params: Any) -> Any:
-        """The parameters to evaluate, placed as the shardings of `abstract_params` say.
+        """Return the parameters to evaluate, placed by the shardings of `abstract_params`.
 
-        BatchNorm's statistics are among them, as `batch_stats`, where they are among those.
+        They include BatchNorm's statistics, as `batch_stats`, if `abstract_params` does.
         """
         group, wanted = self.params_group, dict(abstract_params)
         groups = {"batch_stats": wanted.pop("batch_stats")} if "batch_stats" in wanted else {}
@@ -64,12 +64,12 @@ class SavedCheckpoint:
         return {**restored[group], **{name: restored[name] for name in groups}}
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that was saved."""
+        """Return the tokenizer that was saved."""
         return unpack_tokenizer(self.records["tokenizer"])
 
 
-def _lone_reader() -> ocp.Checkpointer:
-    """Reads without waiting for other processes, which may be unable to."""
+def _independent_reader() -> ocp.Checkpointer:
+    """Return a reader that does not wait for other processes, which may be unable to read."""
     me = jax.process_index()
     options = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
@@ -108,7 +108,7 @@ def _step_of(path: pathlib.Path, data: Any) -> int:
 
 
 def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int]:
-    """The folder of steps and the step that a path means.
+    """Return the folder of steps and the step that a path means.
 
     Raises:
         ValueError: there is none.
@@ -126,7 +126,7 @@ def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int]:
 
 
 def newest_checkpoint(workdir: pathlib.Path) -> SavedCheckpoint | None:
-    """The newest checkpoint in a workdir, or None where there is none yet.
+    """Return the newest checkpoint in a workdir, or None where there is none yet.
 
     Raises:
         ValueError: it is damaged, or the workdir is itself the directory of one step.
@@ -143,6 +143,6 @@ def newest_checkpoint(workdir: pathlib.Path) -> SavedCheckpoint | None:
 
 
 def load_params(saved: SavedCheckpoint, mesh: Mesh) -> Params:
-    """The parameters to evaluate, on any mesh."""
+    """Return the parameters to evaluate, on any mesh."""
     abstract = abstract_model(saved.config.model)
     return saved.params(sharding.with_shardings(abstract, sharding.state_shardings(mesh, abstract, PARAMETER_RULES)))

@@ -22,7 +22,7 @@ from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sample import Source
 from clipjax.data.sources import recording_sources
 from clipjax.data.tokenizers.protocol import Tokenizer
-from clipjax.evals.encoder import make_encoder_factory
+from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import Task, build_tasks, run_tasks, write_results
 from clipjax.models.clip import build_clip
 from clipjax.monitoring.run_logger import results_table
@@ -216,10 +216,11 @@ def _evaluate(evaluation: Evaluation) -> None:
     """Run the tasks, write the JSON, print the table."""
     saved, config = evaluation.saved, evaluation.config
     mesh = sharding.make_mesh(config.mesh)
-    clip = build_clip(config.model)
+    clip = build_clip(config.model, data=config.data)
     with jax.set_mesh(mesh):
-        make_encoder = make_encoder_factory(config, clip, mesh, evaluation.tokenizer)
-        results = run_tasks(evaluation.tasks, make_encoder(load_params(saved, mesh)))
+        results = run_tasks(
+            evaluation.tasks, Encoder(config, clip, mesh, evaluation.tokenizer, load_params(saved, mesh))
+        )
     if processes.is_first():
         if evaluation.output is not None:
             write_results(evaluation.output, saved.path, results)

@@ -1,11 +1,12 @@
-"""Both towers as StableHLO programs that need none of clipjax's model code; weights beside them, any batch size.
+"""Both towers as StableHLO programs that need nothing of clipjax's model code: weights beside them, any batch size.
 
 `IMAGE_FILE` maps weights and uint8 pixels [b, s, s, 3] to unit-norm embeddings [b, e], `TEXT_FILE` weights and token
 ids [b, l]. Both are what `jax.export` serialises; the weights are a dict of arrays by name, in `WEIGHTS_FILE`.
 """
 
+import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax import export
 
 from clipjax.config import Config
 from clipjax.convert import files
-from clipjax.models.clip import build_clip, normalise_pixels
+from clipjax.models.clip import build_clip
 from clipjax.pytrees import from_flat
 
 IMAGE_FILE, TEXT_FILE, WEIGHTS_FILE = "image.stablehlo", "text.stablehlo", "model.safetensors"
@@ -24,17 +25,17 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def write(config: Config, params: Mapping[str, np.ndarray], folder: pathlib.Path) -> None:
-    """Write the three files.
+    """The three files.
 
     Args:
         config: the model, and how it normalises pixels.
         params: all arrays by path, `batch_stats/...` among them.
         folder: where they go.
     """
-    clip, size = build_clip(config.model), config.model.image.image_size
+    clip, size = build_clip(config.model, data=config.data), config.model.image.image_size
 
     def encode_image(weights: Mapping[str, jax.Array], pixels: jax.Array) -> jax.Array:
-        return clip.encode_image(from_flat(weights), normalise_pixels(pixels, config.data))
+        return clip.encode_image(from_flat(weights), pixels)
 
     def encode_text(weights: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
         return clip.encode_text(from_flat(weights), tokens)
@@ -48,17 +49,31 @@ def write(config: Config, params: Mapping[str, np.ndarray], folder: pathlib.Path
     files.write_weights(folder / WEIGHTS_FILE, params)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExportedModel:
-    """Load the files of `write`, ready to run.
+    """Both programs and their weights, ready to run.
 
     Attributes:
-        encode_image: uint8 pixels [b, s, s, 3] -> unit-norm embeddings [b, e].
-        encode_text: int32 token ids [b, l] -> unit-norm embeddings [b, e].
+        weights: arrays by name.
+        image: the program of `IMAGE_FILE`.
+        text: the program of `TEXT_FILE`.
     """
 
-    encode_image: Callable[[Any], jax.Array]
-    encode_text: Callable[[Any], jax.Array]
+    weights: Mapping[str, jax.Array]
+    image: export.Exported
+    text: export.Exported
+
+    @functools.cached_property
+    def _jitted(self) -> tuple[Any, Any]:
+        return jax.jit(self.image.call), jax.jit(self.text.call)
+
+    def encode_image(self, pixels: Any) -> jax.Array:
+        """Return unit-norm embeddings [b, e] of uint8 pixels [b, s, s, 3]."""
+        return self._jitted[0](self.weights, pixels)
+
+    def encode_text(self, tokens: Any) -> jax.Array:
+        """Return unit-norm embeddings [b, e] of int32 token ids [b, l]."""
+        return self._jitted[1](self.weights, tokens)
 
 
 def read(folder: pathlib.Path) -> ExportedModel:
@@ -68,13 +83,11 @@ def read(folder: pathlib.Path) -> ExportedModel:
         ValueError: one of them is missing or damaged.
     """
     weights = jax.device_put(files.read_weights(folder / WEIGHTS_FILE))
+    return ExportedModel(weights, _read_program(folder / IMAGE_FILE), _read_program(folder / TEXT_FILE))
 
-    def program(name: str) -> Callable[[Any], jax.Array]:
-        try:
-            exported = export.deserialize(bytearray((folder / name).read_bytes()))
-        except Exception as error:  # flatbuffers and MLIR raise their own kinds
-            raise ValueError(f"{folder / name} is damaged or absent: {error}") from error
-        run = jax.jit(exported.call)
-        return lambda rows: run(weights, rows)
 
-    return ExportedModel(program(IMAGE_FILE), program(TEXT_FILE))
+def _read_program(path: pathlib.Path) -> export.Exported:
+    try:
+        return export.deserialize(bytearray(path.read_bytes()))
+    except Exception as error:  # flatbuffers and MLIR raise their own kinds
+        raise ValueError(f"{path} is damaged or absent: {error}") from error

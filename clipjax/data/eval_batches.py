@@ -41,7 +41,7 @@ def eval_batches(
 
     Returns:
         Batches of `image` uint8 [b, s, s, 3], `label` int32 [b] (-1: none), `mask` bool [b], `index` int64 [b] in
-        the source (-1: padding), `reason` int32 [b] (why a sample is bad, an index into `REASONS`; -1: it is not)
+        the source (-1: padding), `skip_reason` int32 [b] (why a sample is bad, an index into `REASONS`; -1: it is not)
         and `captions`, a list of b tuples of texts.
 
     Raises:
@@ -72,7 +72,7 @@ def eval_batches(
 
 def _eval_row(image_size: int, *, index: int, reason: int = GOOD) -> dict[str, Any]:
     image = np.zeros((image_size, image_size, 3), np.uint8)
-    return {"image": image, "label": -1, "mask": False, "index": index, "reason": reason, "captions": ()}
+    return {"image": image, "label": -1, "mask": False, "index": index, "skip_reason": reason, "captions": ()}
 
 
 def _read_ahead(
@@ -97,6 +97,6 @@ def _stack_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "label": np.array([row["label"] for row in rows], np.int32),
         "mask": np.array([row["mask"] for row in rows], np.bool_),
         "index": np.array([row["index"] for row in rows], np.int64),
-        "reason": np.array([row["reason"] for row in rows], np.int32),
+        "skip_reason": np.array([row["skip_reason"] for row in rows], np.int32),
         "captions": [row["captions"] for row in rows],
     }

@@ -33,9 +33,11 @@ def decode(image: bytes | np.ndarray, *, max_pixels: int) -> np.ndarray:
         uint8 [h, w, 3].
 
     Raises:
-        BadSample: `corrupt_image` (also for truncated and other files) or `image_too_large`.
+        BadSample: `corrupt_image` (also for truncated and other files, and without pixels) or `image_too_large`.
     """
     if isinstance(image, np.ndarray):
+        if image.ndim != 3:
+            raise BadSample("corrupt_image")
         _check_pixels(image.shape[0], image.shape[1], max_pixels)
         return image
     try:
@@ -47,8 +49,15 @@ def decode(image: bytes | np.ndarray, *, max_pixels: int) -> np.ndarray:
 
 
 def _check_pixels(height: int, width: int, max_pixels: int) -> None:
+    if not height * width:
+        raise BadSample("corrupt_image")
     if height * width > max_pixels:
         raise BadSample("image_too_large")
+
+
+def _require_pixels(image: np.ndarray) -> None:
+    if not image.size:
+        raise ValueError(f"an image of {image.shape[0]} x {image.shape[1]} pixels cannot be resized; leave it out")
 
 
 def _decode_jpeg(image: bytes, max_pixels: int) -> np.ndarray:
@@ -102,6 +111,7 @@ def random_resized_crop(
     """
     from PIL import Image
 
+    _require_pixels(image)
     top, left, height, width = _crop_box(image.shape[0], image.shape[1], min_area, rng)
     box = (left, top, left + width, top + height)
     return np.asarray(Image.fromarray(image).resize((size, size), _filter(interpolation), box=box))
@@ -137,6 +147,7 @@ class EvalTransform:
             return resize_center_crop(image, self.size, self.interpolation)
         from PIL import Image
 
+        _require_pixels(image)
         size = (self.size, self.size)
         return np.asarray(Image.fromarray(image).resize(size, _filter(self.interpolation)))
 
@@ -169,6 +180,7 @@ def resize_center_crop(
     """
     from PIL import Image
 
+    _require_pixels(image)
     height, width = image.shape[:2]
     short = min(height, width)
     if max(height, width) > _MAX_SIDE_RATIO * short:

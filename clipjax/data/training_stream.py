@@ -110,7 +110,7 @@ class _Augment:
             "tokens": self.tokenize(caption),
             "index": np.int64(pair.index),
             "requested": np.int64(pair.requested),
-            "reason": np.int32(pair.reason),
+            "skip_reason": np.int32(pair.reason),
         }
 
 
@@ -164,8 +164,8 @@ class TrainStream:
     A bad sample is replaced by another one of the source, always the same, and marked with the reason.
 
     Iterating gives `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `index` int64 [b], the index in the source
-    of the pair that was used, and `reason` int32 [b], why the pair that was due is unusable: an index into `REASONS`,
-    or -1 if it was used itself.
+    of the pair that was used, and `skip_reason` int32 [b], why the pair that was due is unusable: an index into
+    `REASONS`, or -1 if it was used itself.
 
     Args:
         source: pairs; it must have at least one global batch of them.
@@ -241,7 +241,7 @@ class TrainStream:
         start = time.perf_counter()
         batch = next(self._batches)
         self.wait_seconds += time.perf_counter() - start
-        reasons, requested = batch["reason"], batch.pop("requested")
+        reasons, requested = batch["skip_reason"], batch.pop("requested")
         self._latest.extend((REASONS[reasons[i]], int(requested[i])) for i in np.flatnonzero(reasons != GOOD))
         return {name: _own_memory(array) for name, array in batch.items()}
 

@@ -1,1 +1,1 @@
-"""Evaluation tasks. Each gets an `Encoder` (functions from pixels and texts to embeddings) and gives metrics."""
+"""Evaluation tasks. Each gets an `Encoder`, which embeds pixels and texts, and gives metrics."""

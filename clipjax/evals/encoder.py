@@ -1,95 +1,107 @@
-"""From a model on a mesh to the two functions that evaluation needs: pictures in, texts in, embeddings out.
+"""The encoder of evaluation: a model on a mesh, with pictures and texts in, embeddings on the host out.
 
-Axes: b rows of this process, n rows over all processes, e embed.
+Axes: b rows of this process, n rows over all processes, m texts, l tokens, e embed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from clipjax.config import Config
 from clipjax.data.tokenizers.protocol import Tokenizer, tokenize
-from clipjax.models.clip import Clip, normalise_pixels
-from clipjax.models.text import end_of_text
+from clipjax.models.clip import Clip
 from clipjax.runtime.sharding import batch_sharding, global_batch, replicated
 from clipjax.typing import Params
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoder:
-    """Embeddings on the host, the same on every process.
+    """Embeddings on the host, the same on every process. Each batch is split over the mesh.
+
+    All encoders of one `Clip` share its compiled programs.
 
     Attributes:
-        embed_images: uint8 `[b, s, s, 3]`, this process's part of a batch -> unit-norm float32 `[n, e]`.
-        embed_texts: texts (the same on all processes) -> unit-norm float32 `[len(texts), e]`.
-        gather: rows `[b, ...]` of this process -> rows `[n, ...]` in the order of `embed_images`.
-        make_likelihood: texts -> a function of uint8 `[b, s, s, 3]` that gives the log-likelihood of each text given
-            each image `[n, len(texts)]`. For models that predict captions and have no embeddings; None for others.
+        config: gives the batch size, the context length and the kind of model.
+        clip: the model.
+        mesh: the devices.
+        tokenizer: text to ids.
+        params: the parameters to evaluate, BatchNorm's statistics among them.
     """
 
-    embed_images: Callable[[np.ndarray], np.ndarray]
-    embed_texts: Callable[[Sequence[str]], np.ndarray]
-    gather: Callable[[np.ndarray], np.ndarray]
-    make_likelihood: Callable[[Sequence[str]], Callable[[np.ndarray], np.ndarray]] | None = None
+    config: Config
+    clip: Clip
+    mesh: Mesh
+    tokenizer: Tokenizer
+    params: Params
+
+    @property
+    def has_embeddings(self) -> bool:
+        """False for models that only predict captions."""
+        return self.config.loss.contrastive_weight != 0
+
+    def embed_images(self, image: np.ndarray) -> np.ndarray:
+        """Return unit-norm float32 `[n, e]` of uint8 `[b, s, s, 3]`, this process's part of a batch."""
+        with jax.set_mesh(self.mesh):
+            return self._fetch(_encode_image(self.clip, self.params, global_batch(self.mesh, image)))
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Return unit-norm float32 `[m, e]` of texts, which are the same on all processes."""
+        tokens, size = self.tokenize(texts), self.config.eval.batch_size
+        sharding = batch_sharding(self.mesh)
+        parts = [np.zeros((0, self.config.model.embed_dim), np.float32)]
+        for start in range(0, len(tokens), size):
+            rows = tokens[start : start + size]
+            padded = np.zeros((size, rows.shape[1]), rows.dtype)
+            padded[: len(rows)] = rows
+            split = jax.make_array_from_callback(padded.shape, sharding, lambda index, padded=padded: padded[index])
+            with jax.set_mesh(self.mesh):
+                parts.append(self._fetch(_encode_text(self.clip, self.params, split))[: len(rows)])
+        return np.concatenate(parts)
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows `[n, ...]` of all processes, in the order of `embed_images`, from rows `[b, ...]` of each."""
+        return self._fetch(global_batch(self.mesh, rows))
+
+    def tokenize(self, texts: Sequence[str]) -> np.ndarray:
+        """Return token ids int32 `[m, l]`."""
+        return tokenize(self.tokenizer, texts, self.config.model.text.context_length)
+
+    def likelihood(self, image: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Return the log-likelihood of each text given each image, float32 `[n, m]`; for models that predict captions.
+
+        Args:
+            image: uint8 `[b, s, s, 3]`, this process's part of a batch.
+            tokens: of the texts, int32 `[m, l]`, as `tokenize` gives them.
+        """
+        max_length = int(tokens.argmax(axis=1).max()) + 1  # the end of a text has the largest id
+        with jax.set_mesh(self.mesh):
+            split = global_batch(self.mesh, image)
+            return self._fetch(_likelihood(self.clip, self.params, split, tokens, max_length))
+
+    def _fetch(self, x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        return np.asarray(jax.jit(_identity, out_shardings=replicated(self.mesh))(x))
 
 
-def make_encoder_factory(config: Config, clip: Clip, mesh: Mesh, tokenizer: Tokenizer) -> Callable[[Params], Encoder]:
-    """`make_encoder(params)`; both towers are compiled once and split each batch over the mesh."""
-    sharding = batch_sharding(mesh)
-    batch_size = config.eval.batch_size
+@partial(jax.jit, static_argnums=0)
+def _encode_image(clip: Clip, params: Params, image: jax.Array) -> jax.Array:
+    return clip.encode_image(params, image)
 
-    @jax.jit
-    def encode_image(params: Params, image: jax.Array) -> jax.Array:
-        return clip.encode_image(params, normalise_pixels(image, config.data))
 
-    encode_text = jax.jit(clip.encode_text)
+@partial(jax.jit, static_argnums=0)
+def _encode_text(clip: Clip, params: Params, tokens: jax.Array) -> jax.Array:
+    return clip.encode_text(params, tokens)
 
-    @partial(jax.jit, static_argnames="longest")
-    def likelihood(params: Params, image: jax.Array, tokens: jax.Array, longest: int) -> jax.Array:
-        return clip.likelihood(params, normalise_pixels(image, config.data), tokens, longest)
 
-    to_all = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+@partial(jax.jit, static_argnums=(0, 4))
+def _likelihood(clip: Clip, params: Params, image: jax.Array, tokens: jax.Array, max_length: int) -> jax.Array:
+    return clip.likelihood(params, image, tokens, max_length)
 
-    def fetch(x: jax.Array) -> np.ndarray:
-        return np.asarray(x if x.is_fully_addressable else to_all(x))
 
-    def make_encoder(params: Params) -> Encoder:
-        def embed_images(image: np.ndarray) -> np.ndarray:
-            with jax.set_mesh(mesh):
-                return fetch(encode_image(params, global_batch(mesh, image)))
-
-        def embed_texts(texts: Sequence[str]) -> np.ndarray:
-            tokens = tokenize(tokenizer, texts, config.model.text.context_length)
-            parts = []
-            for start in range(0, len(tokens), batch_size):
-                rows = tokens[start : start + batch_size]
-                padded = np.zeros((batch_size, rows.shape[1]), rows.dtype)
-                padded[: len(rows)] = rows
-                split = jax.make_array_from_callback(padded.shape, sharding, lambda index, padded=padded: padded[index])
-                with jax.set_mesh(mesh):
-                    parts.append(fetch(encode_text(params, split))[: len(rows)])
-            return np.concatenate(parts)
-
-        def gather(rows: np.ndarray) -> np.ndarray:
-            return fetch(global_batch(mesh, rows))
-
-        def make_likelihood(texts: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
-            tokens = tokenize(tokenizer, texts, config.model.text.context_length)
-            longest = int(end_of_text(jnp.asarray(tokens)).max()) + 1
-
-            def of_images(image: np.ndarray) -> np.ndarray:
-                with jax.set_mesh(mesh):
-                    return fetch(likelihood(params, global_batch(mesh, image), tokens, longest))
-
-            return of_images
-
-        return Encoder(
-            embed_images, embed_texts, gather, make_likelihood if config.loss.contrastive_weight == 0 else None
-        )
-
-    return make_encoder
+def _identity(x: jax.Array) -> jax.Array:
+    return x

@@ -1,10 +1,11 @@
-"""Class names and prompt templates by name: the data of zero-shot classification.
+"""Class names and prompt templates by name, for zero-shot classification.
 
 A template holds one `{}` for the class name.
 """
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 from clipjax.data.scenes.language import CLASS_NAMES, TEMPLATES
 from clipjax.runtime.files import read_bounded
@@ -21,7 +22,7 @@ _MAX_FILE_BYTES = 10_000_000
 
 
 def load_classes(name: str) -> tuple[str, ...]:
-    """Class names by name, or from a JSON file with a list of strings, in the order of the labels.
+    """Return class names by name, or from a JSON file with a list of strings, in the order of the labels.
 
     Raises:
         ValueError: neither a known name nor such a file.
@@ -30,16 +31,41 @@ def load_classes(name: str) -> tuple[str, ...]:
 
 
 def load_templates(name: str) -> tuple[str, ...]:
-    """Templates by name, or from a JSON file with a list of strings.
+    """Return templates by name, or from a JSON file with a list of strings.
 
     Raises:
         ValueError: neither a known name nor such a file, or a template without exactly one `{}`.
     """
     templates = _load(name, TEMPLATE_SETS, "templates")
+    check_templates(templates, f"templates={name!r}")
+    return templates
+
+
+def check_texts(field: str, texts: Sequence[str]) -> None:
+    """Refuse what is no sequence of strings, or an empty one.
+
+    Raises:
+        ValueError: a single string, which would count as one text a letter; no text; something else than a string.
+    """
+    if isinstance(texts, str):
+        raise ValueError(f"{field}={texts!r} must be a sequence of strings; put a single one into a list: [{texts!r}]")
+    if not len(texts):
+        raise ValueError(f"{field} is empty; give at least one string")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{field}[{index}]={text!r} must be a string")
+
+
+def check_templates(templates: Sequence[str], field: str = "templates") -> None:
+    """Refuse templates that are not strings with one `{}` each.
+
+    Raises:
+        ValueError: the first of them that is not.
+    """
+    check_texts(field, templates)
     for template in templates:
         if template.count("{}") != 1:
-            raise ValueError(f"templates={name!r}: {template!r} must hold one {{}} for the class name")
-    return templates
+            raise ValueError(f"{field}: {template!r} must hold one {{}} for the class name")
 
 
 def _load(name: str, known: dict[str, tuple[str, ...]], field: str) -> tuple[str, ...]:

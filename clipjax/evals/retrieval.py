@@ -39,7 +39,7 @@ class ImageRetrieval:
 
 
 def retrieval(encoder: Encoder, batches: Iterable[dict]) -> dict[str, float]:
-    """`image_to_text_rK` (any caption of the image among the K nearest), `text_to_image_rK`, and how many of each.
+    """Return `image_to_text_rK` (any caption of the image among the K nearest), `text_to_image_rK`, and their numbers.
 
     Samples without a caption are left out.
 
@@ -55,15 +55,18 @@ def retrieval(encoder: Encoder, batches: Iterable[dict]) -> dict[str, float]:
 
 
 def image_retrieval(encoder: Encoder, queries: Iterable[dict], gallery: Iterable[dict]) -> dict[str, float]:
-    """`source_to_gallery_rK`, `gallery_to_source_rK`: a picture with the same first caption among the K nearest.
+    """Return `source_to_gallery_rK`, `gallery_to_source_rK`: a picture with the same first caption among the K nearest.
 
     Pictures without a counterpart are no queries but stay in the other side's gallery. `num_examples` counts the
     queries of the first direction.
 
     Raises:
-        ValueError: no picture has a counterpart.
+        ValueError: no picture has a counterpart, or one of the sides has no picture with a caption.
     """
     (left, left_captions), (right, right_captions) = _embed(encoder, queries), _embed(encoder, gallery)
+    for name, captions in (("source", left_captions), ("gallery", right_captions)):
+        if not captions:
+            raise ValueError(f"no usable sample of the {name} has a caption; image retrieval needs one per picture")
     same = np.asarray([own[0] for own in left_captions])[:, None] == np.asarray([own[0] for own in right_captions])
     if not same.any():
         raise ValueError("no picture of the source has the caption of one in the gallery")
@@ -78,7 +81,7 @@ def image_retrieval(encoder: Encoder, queries: Iterable[dict], gallery: Iterable
 
 
 def _embed(encoder: Encoder, batches: Iterable[dict]) -> tuple[np.ndarray, list[tuple[str, ...]]]:
-    """Embeddings of all good pictures with a caption, in the order of the source, and their captions."""
+    """Return embeddings of all usable pictures with a caption, in the order of the source, and their captions."""
     embeds, captions = [], []
     for batch in batches:
         embed = encoder.embed_images(batch["image"])
@@ -88,11 +91,11 @@ def _embed(encoder: Encoder, batches: Iterable[dict]) -> tuple[np.ndarray, list[
         order = np.argsort(index[kept], kind="stable")
         embeds.append(embed[kept][order])
         captions += [by_index[int(position)] for position in index[kept][order]]
-    return np.concatenate(embeds), captions
+    return (np.concatenate(embeds) if embeds else np.zeros((0, 0), np.float32)), captions
 
 
 def _all_captions(batch: dict) -> dict[int, tuple[str, ...]]:
-    """Captions of the whole batch by sample index, from all processes."""
+    """Return captions of the whole batch by sample index, from all processes."""
     import jax
 
     own = {int(i): captions for i, captions in zip(batch["index"], batch["captions"], strict=True)}
@@ -114,13 +117,18 @@ def _all_captions(batch: dict) -> dict[int, tuple[str, ...]]:
 
 
 def recalls(image_embed: np.ndarray, text_embed: np.ndarray, owners: np.ndarray) -> dict[str, float]:
-    """Recalls from embeddings.
+    """Return recalls from embeddings.
 
     Args:
         image_embed: float32 `[n, e]`.
         text_embed: float32 `[m, e]`.
         owners: int `[m]`, the image that each text belongs to.
+
+    Raises:
+        ValueError: there is no image or no text.
     """
+    if not len(image_embed) or not len(text_embed):
+        raise ValueError(f"recalls of {len(image_embed)} images and {len(text_embed)} texts: give at least one of each")
     image_ranks = np.full(len(image_embed), np.iinfo(np.int64).max)
     text_ranks = np.zeros(len(text_embed), np.int64)
     for start in range(0, len(image_embed), _BLOCK):

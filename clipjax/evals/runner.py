@@ -49,7 +49,7 @@ class Task:
 
         def read(number: int) -> Iterator[dict]:
             for batch in self._batches(self.sources[number]):
-                skipped[number] += int((encoder.gather(batch["reason"]) >= 0).sum())
+                skipped[number] += int((encoder.gather(batch["skip_reason"]) >= 0).sum())
                 yield batch
 
         metrics = self.measure(encoder, *map(read, range(len(self.sources))))
@@ -88,6 +88,9 @@ def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Sou
         raise ValueError(f"kind={task.kind.value} needs embeddings, which loss.contrastive_weight=0 does not train")
     specs = [task.source] if task.gallery is None else [task.source, task.gallery]
     sources = [open_source(spec, data=config.data, label_key=task.tfds_label_key) for spec in specs]
+    for spec, source in zip(specs, sources, strict=True):
+        if not len(source):
+            raise ValueError(f"source {spec!r} holds no sample; name one that does, or leave the task out")
     return Task(_build_measure(task), config, sources, task.max_examples)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clipjax.evals.encoder import Encoder
+from clipjax.evals.prompts import check_templates, check_texts
 
 DEEP = 5
 """Classes among which the right one must be, for `top5`."""
@@ -36,28 +37,43 @@ class ZeroShot:
         return zero_shot(encoder, batches, self.names, self.templates)
 
 
-def prompts_of(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """All templates of the first class, then of the second, and so on."""
+def make_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Return all prompts of the first class, one a template, then of the second, and so on.
+
+    Raises:
+        ValueError: names or templates are no sequence of strings, or there is none; a template without one `{}`.
+    """
+    check_texts("names", names)
+    check_templates(templates)
     return [template.replace("{}", name) for name in names for template in templates]
 
 
 def zero_shot_classifier(
     embed_texts: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], templates: Sequence[str]
 ) -> np.ndarray:
-    """One unit-norm row per class: the mean of its prompts' embeddings. Float32 `[k, e]`."""
-    embed = embed_texts(prompts_of(names, templates)).reshape(len(names), len(templates), -1).mean(axis=1)
+    """Return a unit-norm row per class, the mean of its prompts' embeddings. Float32 `[k, e]`.
+
+    Args:
+        embed_texts: gives a unit-norm row per text.
+        names: of the classes.
+        templates: each with one `{}` for the name.
+
+    Raises:
+        ValueError: names or templates are no sequence of strings, or there is none; a template without one `{}`.
+    """
+    embed = embed_texts(make_prompts(names, templates)).reshape(len(names), len(templates), -1).mean(axis=1)
     return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float32)
 
 
 def _make_score(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
-    """`score(images) -> [n, k]`, larger for likelier classes."""
-    if encoder.make_likelihood is None:
+    """Return `score(images) -> [n, k]`, larger for likelier classes."""
+    if encoder.has_embeddings:
         classifier = zero_shot_classifier(encoder.embed_texts, names, templates)
         return lambda images: encoder.embed_images(images) @ classifier.T
-    likelihood = encoder.make_likelihood(prompts_of(names, templates))
+    tokens = encoder.tokenize(make_prompts(names, templates))
 
     def score(images: np.ndarray) -> np.ndarray:
-        rows = likelihood(images)
+        rows = encoder.likelihood(images, tokens)
         return rows.reshape(len(rows), len(names), len(templates)).mean(axis=2)
 
     return score
@@ -66,9 +82,10 @@ def _make_score(encoder: Encoder, names: Sequence[str], templates: Sequence[str]
 def zero_shot(
     encoder: Encoder, batches: Iterable[dict], names: Sequence[str], templates: Sequence[str]
 ) -> dict[str, float]:
-    """`top1`, `top5` (where there are more than 5 classes) and `num_examples`; samples without a label are left out.
+    """Return `top1`, `top5` (where there are more than 5 classes) and `num_examples`.
 
-    A model without embeddings ranks classes by the mean log-likelihood of their prompts given the image.
+    Samples without a label are left out. A model without embeddings ranks classes by the mean log-likelihood of their
+    prompts given the image.
 
     Raises:
         ValueError: a label beyond the class names, or no labelled sample at all.

@@ -7,15 +7,19 @@ implementations `softmax`, `sigmoid` and `distillation`; `tiles`, which computes
 function of it; `moving_averages`, the memory of the `global` loss; and `build`, which puts them together.
 """
 
-from clipjax.losses.build import build_loss, describe_loss, make_loss
+from clipjax.losses.build import ContrastiveLoss, TrainingLoss, build_loss, describe_loss, make_loss
 from clipjax.losses.contrastive import sigmoid_loss, softmax_loss
-from clipjax.losses.signature import LossFunction, MovingAverages, Teacher
+from clipjax.losses.signature import LossFunction, LossInputs, LossResults, MovingAverages, Teacher
 from clipjax.losses.topology import choose_method
 
 __all__ = [
+    "ContrastiveLoss",
     "LossFunction",
+    "LossInputs",
+    "LossResults",
     "MovingAverages",
     "Teacher",
+    "TrainingLoss",
     "build_loss",
     "choose_method",
     "describe_loss",

@@ -1,10 +1,11 @@
-"""Construction of a loss function, from options (`make_loss`) or from a config (`build_loss`).
+"""From options or a config to a loss function.
 
-Read `make_loss`, `ContrastiveLoss`; then `build_loss` and `with_captions`.
-"""
+`contrastive` holds the plain references; `logit_loss` and its kinds say what a loss does with a logit, `tiles` walks
+through a block of the similarity matrix, `partitioning` and `topology` share the matrix out among devices, `sharded`
+makes a differentiable function of it, `moving_averages` keeps what `global` remembers of each sample."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,12 +19,12 @@ from clipjax.losses.logit_loss import LogitLoss
 from clipjax.losses.partitioning import Pairs
 from clipjax.losses.sharded import make_sharded_loss
 from clipjax.losses.sigmoid import Sigmoid
-from clipjax.losses.signature import LossFunction, MovingAverages, Teacher
+from clipjax.losses.signature import LossInputs, LossResults, MovingAverages, Teacher
 from clipjax.losses.softmax import GlobalSoftmax, MultiPositiveSoftmax, Softmax
 from clipjax.losses.tiles import DEFAULT_TILE, Scaling, TiledLogits
 from clipjax.losses.topology import choose_method
 from clipjax.runtime.sharding import SLICE, batch_devices
-from clipjax.typing import Metrics
+from clipjax.typing import Encoded, Metrics
 
 DEFAULT_EPSILON = LossConfig().epsilon
 
@@ -40,18 +41,18 @@ def make_loss(
     distill_weight: float | None = None,
     epsilon: float = DEFAULT_EPSILON,
     rho: float | None = None,
-) -> LossFunction:
-    """Make the loss of this kind, in tiles, on this mesh; without a mesh, on whole arrays.
+) -> "ContrastiveLoss":
+    """The loss of this kind, in tiles, on this mesh; without a mesh, on whole arrays.
 
     Args:
         kind: `softmax`, `sigmoid` or `global`.
         method: `gathered`, `ring` or `auto`, which chooses by the number of pairs per device, memory and topology.
         mesh: has some of the axes `slice`, `data` and `fsdp`, over which the rows of both embeddings are split.
-        tile: the most rows and columns of the similarity matrix that exist on a device at a time; None: 1,024.
+        tile: at most so many rows and columns of the similarity matrix exist on a device at a time; None: 1,024.
         dtype: of the embeddings that move between devices and enter the products. Sums are float32.
         label_smoothing: softmax only: the share of the target that is spread evenly over the batch.
         group_role: pairs of the same group are `ignored`, or each other's `positive`.
-        distill_weight: of the cross-entropy against a teacher, beside the loss itself; None: no teacher.
+        distill_weight: of the cross-entropy against a teacher, besides the loss itself; None: no teacher.
         epsilon: global only: added to each sample's moving average.
         rho: global only: the loss is divided by the logit scale, and rho / logit_scale added, so that the scale is
             learned as in FastCLIP-v3; None: neither.
@@ -69,36 +70,43 @@ def make_loss(
         2004.11362, equation 2 (several positives); arXiv 2309.12314 (distillation).
 
     Cost:
-        Memory per device: linear in its rows and columns, and one tile; for the traffic see `losses.partitioning`.
+        Memory per device: linear in its rows and columns, and one tile; see `losses.ways` for what moves.
     """
     kind, method, dtype, group_role = LossKind(kind), LossMethod(method), Dtype(dtype), GroupRole(group_role)
     positives = group_role is GroupRole.POSITIVE
     _check_options(kind, positives, label_smoothing, tile, distill_weight, epsilon, rho)
-    logit_loss = _choose_logit_loss(kind, positives, epsilon, distill_weight)
-    tiled = TiledLogits(logit_loss, DEFAULT_TILE if tile is None else tile, jnp.dtype(dtype.value), positives)
-    sharded = make_sharded_loss(tiled, method=method, mesh=mesh)
-    return ContrastiveLoss(sharded, kind, positives, label_smoothing, distill_weight is not None, rho)
+    rules = _rules(kind, positives, epsilon, distill_weight)
+    product = TiledLogits(rules, DEFAULT_TILE if tile is None else tile, jnp.dtype(dtype.value), positives)
+    distilled = distill_weight is not None
+    return ContrastiveLoss(product, kind, method, mesh, label_smoothing=label_smoothing, distilled=distilled, rho=rho)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ContrastiveLoss:
-    """A contrastive loss over the global batch, as `LossFunction` describes it.
+    """The loss that `make_loss` describes, a `LossFunction`.
 
     Attributes:
-        sharded: pairs and scaling -> value, metrics and the new moving averages.
-        kind: only a sigmoid depends on the bias; only `global` needs moving averages.
-        positives: true if pairs of the same group are positives, so that groups are needed.
+        product: what is done with each logit, in tiles.
+        kind: the kind of loss.
+        method: the way in which devices share the similarity matrix.
+        mesh: has the axes over which the rows of both embeddings are split; None: whole arrays.
         label_smoothing: share of the target that is spread evenly over the batch.
-        distills: true if a teacher is needed.
-        rho: of FastCLIP-v3; None: leave the loss as it is.
+        distilled: the loss needs a teacher.
+        rho: margin by which the `global` loss learns its scale.
     """
 
-    sharded: Callable[[Pairs, Scaling], tuple[Array, Metrics, Array | None]]
+    product: TiledLogits
     kind: LossKind
-    positives: bool
+    method: LossMethod
+    mesh: Mesh | None
+    _: KW_ONLY
     label_smoothing: float
-    distills: bool
+    distilled: bool
     rho: float | None
+
+    @functools.cached_property
+    def _tiled(self) -> Any:
+        return make_sharded_loss(self.product, method=self.method, mesh=self.mesh)
 
     def __call__(
         self,
@@ -111,27 +119,46 @@ class ContrastiveLoss:
         teacher: Teacher | None = None,
         memory: MovingAverages | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Compute the loss and its metrics; see `LossFunction` for the arguments."""
-        _check_given("teacher", teacher, needed=self.distills)
+        """Return loss and metrics; see `LossFunction`."""
+        inputs = LossInputs(group, teacher, memory)
+        results = self.evaluate(image_embed, text_embed, logit_scale, logit_bias, inputs)
+        return results.loss, results.metrics
+
+    def evaluate(
+        self,
+        image_embed: Float[Array, "n e"],
+        text_embed: Float[Array, "n e"],
+        logit_scale: Float[Array, ""],
+        logit_bias: Float[Array, ""] | None,
+        inputs: LossInputs,
+    ) -> LossResults:
+        """Return loss and metrics, and the new moving averages of the `global` loss.
+
+        Raises:
+            ValueError: a teacher, memory or groups that are missing, or that this loss would ignore.
+        """
+        positives, (group, teacher, memory) = self.product.positives, inputs
+        _check_given("teacher", teacher, needed=self.distilled)
         _check_given("memory", memory, needed=self.kind is LossKind.GLOBAL)
-        if self.positives or self.label_smoothing:
-            _check_given("group", group, needed=self.positives)
-        # The zero of a loss that does not depend on the bias gives the caller's bias no gradient.
+        if positives or self.label_smoothing:
+            _check_given("group", group, needed=positives)
+        # Only a sigmoid depends on the bias; what is zero here gets no gradient there.
         bias = logit_bias if self.kind is LossKind.SIGMOID and logit_bias is not None else jnp.zeros_like(logit_scale)
-        pairs, scaling = Pairs(image_embed, text_embed, group), Scaling(logit_scale, bias)
+        pairs = Pairs(image_embed, text_embed, group)
+        scaling = Scaling(logit_scale, bias)
         if teacher is not None:
             pairs = pairs._replace(teacher=(teacher.image_embed, teacher.text_embed))
             scaling = scaling._replace(teacher=teacher.logit_scale)
         if memory is not None:
             pairs, scaling = pairs._replace(memory=memory.log_mean), scaling._replace(gamma=memory.gamma)
-        value, metrics, new_memory = self.sharded(pairs, scaling)
+        value, metrics, new_memory = self._tiled(pairs, scaling)
         if self.label_smoothing:
             own = jnp.mean(jnp.sum(image_embed * text_embed, axis=1))
             every = jnp.sum(jnp.mean(image_embed, axis=0) * jnp.mean(text_embed, axis=0))
             value = value + self.label_smoothing * logit_scale * (own - every)
         if self.rho is not None:
             value = (value + self.rho) / logit_scale
-        return value, metrics if new_memory is None else {**metrics, "memory": new_memory}
+        return LossResults(value, metrics, new_memory)
 
 
 def _check_options(
@@ -153,7 +180,7 @@ def _check_options(
     if distill_weight is not None and not distill_weight > 0:
         raise ValueError(f"distill_weight={distill_weight} must be greater than 0, or None for no teacher")
     if distill_weight is not None and rho is not None:
-        raise ValueError(f"rho={rho} would divide the teacher's part of the loss too; leave out rho or distill_weight")
+        raise ValueError(f"rho={rho} would divide what is learned from a teacher too; leave out one of them")
     if not 0 < epsilon < 1:
         raise ValueError(f"epsilon={epsilon} must lie between 0 and 1")
     if kind is LossKind.GLOBAL and positives:
@@ -162,58 +189,69 @@ def _check_options(
         raise ValueError(f"rho={rho} and epsilon={epsilon} need kind=global; kind={kind.value} would ignore them")
 
 
-def _choose_logit_loss(kind: LossKind, positives: bool, epsilon: float, distill_weight: float | None) -> LogitLoss:
-    logit_loss: LogitLoss
+def _rules(kind: LossKind, positives: bool, epsilon: float, distill_weight: float | None) -> LogitLoss:
+    """What is done with each logit."""
+    rules: LogitLoss
     match kind:
         case LossKind.SOFTMAX:
-            logit_loss = MultiPositiveSoftmax() if positives else Softmax()
+            rules = MultiPositiveSoftmax() if positives else Softmax()
         case LossKind.SIGMOID:
-            logit_loss = Sigmoid()
+            rules = Sigmoid()
         case LossKind.GLOBAL:
-            logit_loss = GlobalSoftmax(epsilon)
-    return logit_loss if distill_weight is None else Distilled(logit_loss, distill_weight)
+            rules = GlobalSoftmax(epsilon)
+    return rules if distill_weight is None else Distilled(rules, distill_weight)
 
 
 def _check_given(name: str, value: object, *, needed: bool) -> None:
     if needed and value is None:
-        raise ValueError(f"this loss needs {name}=...; pass it with the embeddings")
+        raise ValueError(f"this loss needs {name}=...")
     if not needed and value is not None:
         raise ValueError(f"this loss would ignore {name}; make it with the options that use it")
 
 
-def build_loss(config: LossConfig, mesh: Mesh) -> LossFunction:
-    """Build the loss that a config describes: contrastive, of captions, or both."""
-    contrastive = _build_contrastive(config, mesh) if config.contrastive_weight else None
-    if contrastive is not None and not config.caption_weight and config.contrastive_weight == 1:
-        return contrastive
-    return with_captions(contrastive, config.contrastive_weight, config.caption_weight)
+@dataclass(frozen=True, eq=False)
+class TrainingLoss:
+    """Weighted sum of a contrastive loss and the mean negative log-likelihood of the captions' tokens.
 
+    The second mean is over all tokens of the global batch.
 
-def with_captions(contrastive: LossFunction | None, contrastive_weight: float, caption_weight: float) -> LossFunction:
-    """Add a contrastive loss (None: without) and the mean negative log-likelihood of captions' tokens, weighted.
-
-    The returned loss also takes `nll` and `num_tokens` [n]; its mean is over all tokens of the global batch.
+    Attributes:
+        contrastive: loss of the embeddings; None: without.
+        contrastive_weight: its weight.
+        caption_weight: weight of the captions' negative log-likelihood; 0: without.
 
     Source:
         arXiv 2205.01917, equation 3.
     """
 
-    def loss(*embeds: Any, nll: Any = None, num_tokens: Any = None, **options: Any) -> tuple[Any, Metrics]:
-        value, metrics = jnp.zeros((), jnp.float32), {}
-        if contrastive is not None:
-            contrastive_value, metrics = contrastive(*embeds, **options)
-            value = contrastive_weight * contrastive_value
-            metrics["contrastive_loss"] = contrastive_value
-        if caption_weight:
-            caption_value = jnp.sum(nll) / jnp.sum(num_tokens)
-            value = value + caption_weight * caption_value
-            metrics["caption_loss"] = caption_value
-        return value, metrics
+    contrastive: ContrastiveLoss | None
+    contrastive_weight: float = 1.0
+    caption_weight: float = 0.0
 
-    return loss
+    def __call__(self, encoded: Encoded, inputs: LossInputs) -> LossResults:
+        """Return the loss of what a model gives for the global batch."""
+        results = LossResults(jnp.zeros((), jnp.float32), {})
+        if self.contrastive is not None:
+            image, text, scale, bias = encoded[:4]
+            results = self.contrastive.evaluate(image, text, scale, bias, inputs)
+            if not self.caption_weight and self.contrastive_weight == 1:
+                return results
+            metrics = {**results.metrics, "contrastive_loss": results.loss}
+            results = results._replace(loss=self.contrastive_weight * results.loss, metrics=metrics)
+        if self.caption_weight:
+            caption_loss = jnp.sum(encoded.nll) / jnp.sum(encoded.num_tokens)  # type: ignore[arg-type]
+            metrics = {**results.metrics, "caption_loss": caption_loss}
+            results = results._replace(loss=results.loss + self.caption_weight * caption_loss, metrics=metrics)
+        return results
 
 
-def _build_contrastive(config: LossConfig, mesh: Mesh) -> LossFunction:
+def build_loss(config: LossConfig, mesh: Mesh) -> TrainingLoss:
+    """Return the loss that a config describes: contrastive, of captions, or both."""
+    contrastive = _build_contrastive(config, mesh) if config.contrastive_weight else None
+    return TrainingLoss(contrastive, config.contrastive_weight, config.caption_weight)
+
+
+def _build_contrastive(config: LossConfig, mesh: Mesh) -> ContrastiveLoss:
     return make_loss(
         kind=config.kind,
         method=config.method,
@@ -229,12 +267,12 @@ def _build_contrastive(config: LossConfig, mesh: Mesh) -> LossFunction:
 
 
 def describe_loss(config: Config, mesh: Mesh) -> str:
-    """Describe the kind, method and tiles that were chosen, for the log."""
+    """What was chosen, for the log."""
     devices, loss = batch_devices(mesh), config.loss
     pair_bytes = 2 * config.model.embed_dim * jnp.dtype(loss.dtype.value).itemsize
     method = choose_method(loss.method, mesh, config.global_batch_size, pair_bytes)
     slices = f" in {mesh.shape[SLICE]} slices" if mesh.shape[SLICE] > 1 else ""
-    sharing = f"{method.value} over {devices} devices{slices}, " if devices > 1 else ""
+    way = f"{method.value} over {devices} devices{slices}, " if devices > 1 else ""
     tile = f"tiles of at most {DEFAULT_TILE if loss.tile is None else loss.tile}"
     cached = "" if config.microbatch_size is None else f", {config.microbatch_size} pairs encoded at a time"
-    return f"loss: {loss.kind.value}, {sharing}{tile}{cached}"
+    return f"loss: {loss.kind.value}, {way}{tile}{cached}"

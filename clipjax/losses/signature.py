@@ -37,6 +37,34 @@ class MovingAverages(NamedTuple):
     gamma: Float[Array, ""]
 
 
+class LossInputs(NamedTuple):
+    """Inputs of a loss besides the embeddings and their scaling.
+
+    Attributes:
+        group: pairs of the same group are no negatives of each other.
+        teacher: embeddings of the same pairs to learn from; a loss made with `distill_weight` needs them.
+        memory: moving averages of these pairs; the `global` loss needs them.
+    """
+
+    group: Int[Array, "n"] | None = None
+    teacher: Teacher | None = None
+    memory: MovingAverages | None = None
+
+
+class LossResults(NamedTuple):
+    """Value of a loss, and what comes with it.
+
+    Attributes:
+        loss: mean over the global batch.
+        metrics: scalars by name; their derivatives are zero.
+        log_mean: new `MovingAverages.log_mean` of these pairs; None with other losses than `global`.
+    """
+
+    loss: Float[Array, ""]
+    metrics: Metrics
+    log_mean: Float[Array, "n 2"] | None = None
+
+
 @runtime_checkable
 class LossFunction(Protocol):
     """A loss over the global batch."""
@@ -61,6 +89,6 @@ class LossFunction(Protocol):
             logit_bias: added to the logits; a softmax does not depend on it.
             group: pairs of the same group are no negatives of each other.
             teacher: to learn from; a loss made with `distill_weight` needs it.
-            memory: of these pairs; the `global` loss needs it, and returns the new `log_mean` as `metrics["memory"]`.
+            memory: of these pairs; the `global` loss needs it. `ContrastiveLoss.evaluate` gives the new ones as well.
         """
         ...

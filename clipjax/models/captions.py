@@ -1,4 +1,4 @@
-"""Heads that predict captions: CoCa's decoder, and the paper's two baselines of the figure on efficiency.
+"""Modules that predict captions: CoCa's decoder, and the two baselines of the paper's figure on efficiency.
 
 Both give the negative log-likelihood of every caption of a batch, so that a loss can average over all devices.
 Axes: b batch, l tokens, k image tokens, w width, v vocabulary, e embed.
@@ -45,9 +45,9 @@ class DecoderLayer(nn.Module):
         tower, width, numerics = self.tower, self.width, self.numerics
         init, mlp_dim = text_block_init(width, tower.depth), tower.hidden_dim(width)
         x, _ = Block(tower.num_heads, mlp_dim, True, tower.activation, numerics, init, name="text")(x, None)
-        seen = LayerNorm(numerics, name="ln_image")(image)
+        image_tokens = LayerNorm(numerics, name="ln_image")(image)
         cross = CrossAttention(tower.num_heads, width, width, numerics, init, name="cross_attn")
-        x = x + cross(LayerNorm(numerics, name="ln_1")(x), seen)
+        x = x + cross(LayerNorm(numerics, name="ln_1")(x), image_tokens)
         x = constrain(x, "batch", None, None)
         x = x + Mlp(mlp_dim, tower.activation, numerics, init, name="mlp")(LayerNorm(numerics, name="ln_2")(x))
         return constrain(x, "batch", None, None), None
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
 
 def next_tokens(tokens: Int[Array, "b l"]) -> tuple[Int[Array, "b m"], Bool[Array, "b m"]]:
-    """What follows each token but the last, and which of that belongs to the caption: all up to its end."""
+    """Return the successor of each token but the last, and a mask of those up to the caption's end."""
     inside = jnp.arange(1, tokens.shape[1])[None] <= end_of_text(tokens)[:, None]
     return tokens[:, 1:], inside
 
@@ -84,7 +84,7 @@ def next_tokens(tokens: Int[Array, "b l"]) -> tuple[Int[Array, "b m"], Bool[Arra
 def caption_likelihood(
     logits: Float[Array, "b m v"], tokens: Int[Array, "b l"]
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Negative log-likelihood of each caption, in nats, and how many tokens were predicted; both float32."""
+    """Return each caption's negative log-likelihood, in nats, and its number of predicted tokens; both float32."""
     labels, inside = next_tokens(tokens)
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     chosen = jnp.take_along_axis(log_p, labels[:, :, None], axis=-1)[:, :, 0]
@@ -110,7 +110,7 @@ class BagOfWords(nn.Module):
 
 
 def bag_of(tokens: Int[Array, "b l"], vocab_size: int) -> Float[Array, "b v"]:
-    """The set of a caption's tokens as a distribution, uniform over them; start and end are not among them."""
+    """Return the set of a caption's tokens as a uniform distribution; start and end are not among them."""
     end = end_of_text(tokens)[:, None]
     places = jnp.arange(tokens.shape[1])[None]
     inside = (places > 0) & (places < end)
@@ -122,7 +122,7 @@ def bag_of(tokens: Int[Array, "b l"], vocab_size: int) -> Float[Array, "b v"]:
 def words_likelihood(
     logits: Float[Array, "b v"], tokens: Int[Array, "b l"]
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Cross-entropy of each caption's bag of tokens, in nats, and 1 for each caption; both float32."""
+    """Return the cross-entropy of each caption's bag of tokens, in nats, and 1 for each caption; both float32."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     bag = bag_of(tokens, logits.shape[-1])
     return -(bag * log_p).sum(1), jnp.ones(tokens.shape[0], jnp.float32)

@@ -32,7 +32,7 @@ DEFAULT_VMEM_BYTES = 96 * 2**20
 
 
 class Heads(NamedTuple):
-    """How a width is cut into heads.
+    """Split of a width into heads.
 
     Attributes:
         count: heads that one device has.
@@ -46,12 +46,12 @@ class Heads(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Of all heads together."""
+        """Width of all heads together."""
         return self.count * self.dim
 
 
 def is_supported(batch: int, length: int, num_heads: int, head_dim: int) -> bool:
-    """Whether the kernel can do these sequences and heads on the mesh in force.
+    """Return True if the kernel can compute these sequences and heads on the mesh in force.
 
     Each device's width has to be a multiple of `LANES`, one sequence has to fit into a chip's own memory, and a batch
     that the devices cannot share is that of initialisation.
@@ -66,7 +66,7 @@ def is_supported(batch: int, length: int, num_heads: int, head_dim: int) -> bool
 def fused_attention(
     qkv: Float[Array, "b l _"], *, num_heads: int, causal: bool, interpret: bool = False
 ) -> Float[Array, "b l w"]:
-    """Softmax attention; logits, softmax and sums in float32.
+    """Return softmax attention; logits, softmax and sums are float32.
 
     Args:
         qkv: queries, keys and values side by side, each with its heads side by side; with a width that is split
@@ -147,7 +147,7 @@ def _vmem_bytes() -> int:
 
 
 def _sequences(batch: int, sequence_bytes: int) -> int:
-    """How many sequences a program of the grid takes."""
+    """Return the number of sequences that a program of the grid takes."""
     return max((n for n in range(1, batch + 1) if batch % n == 0 and n * sequence_bytes <= BLOCK_BYTES), default=1)
 
 
@@ -177,14 +177,16 @@ def _backward_kernel(q: Any, k: Any, v: Any, grad: Any, out: Any, *, heads: Head
         for head in range(heads.count):
             lanes, own = slice(*_lanes(heads, head)), _own(heads, head)
             whole_q, whole_grad = q[i, :, lanes], grad[i, :, lanes]
-            query, key, value, of_out = (_only(own, x) for x in (whole_q, k[i, :, lanes], v[i, :, lanes], whole_grad))
+            query, key, value, head_grad = (
+                _only(own, x) for x in (whole_q, k[i, :, lanes], v[i, :, lanes], whole_grad)
+            )
             weights = _weights(whole_q, key, heads)
-            of_weights = _Columns.products(whole_grad, value)
-            mean = weights.rows_sum(of_weights)
-            of_logits = weights.times_difference(of_weights, mean)
-            tiles.add(0, lanes, scale * of_logits.mix(key))
-            tiles.add(1, lanes, scale * of_logits.spread(query))
-            tiles.add(2, lanes, weights.spread(of_out))
+            weight_grads = _Columns.products(whole_grad, value)
+            mean = weights.rows_sum(weight_grads)
+            logit_grads = weights.times_difference(weight_grads, mean)
+            tiles.add(0, lanes, scale * logit_grads.mix(key))
+            tiles.add(1, lanes, scale * logit_grads.spread(query))
+            tiles.add(2, lanes, weights.spread(head_grad))
             tiles.write(out, i, head)
 
     _of_each(q.shape[0], run)
@@ -205,7 +207,7 @@ class _Columns(NamedTuple):
 
     @classmethod
     def products(cls, left: Array, right: Array) -> "_Columns":
-        """left [l, d] times right [l, d] transposed."""
+        """Return left [l, d] times right [l, d] transposed."""
         whole = main_columns(right.shape[0])
         last = None
         if whole < right.shape[0]:
@@ -213,13 +215,13 @@ class _Columns(NamedTuple):
         return cls(_dot(left, right[:whole], 1, 1), last)
 
     def mix(self, rows: Array) -> Array:
-        """This times rows [keys, d], in their dtype; float32 [l, d]."""
+        """Return this times rows [keys, d], in their dtype; float32 [l, d]."""
         whole = self.main.shape[1]
         mixed = _dot(self.main.astype(rows.dtype), rows[:whole], 1, 0)
         return mixed if self.last is None else mixed + self.last * rows[whole:].astype(jnp.float32)
 
     def spread(self, rows: Array) -> Array:
-        """This transposed times rows [l, d]; float32 [keys, d]."""
+        """Return this transposed times rows [l, d]; float32 [keys, d]."""
         spread = _dot(self.main.astype(rows.dtype), rows, 0, 0)
         if self.last is None:
             return spread
@@ -227,28 +229,28 @@ class _Columns(NamedTuple):
         return jnp.concatenate([spread, last], axis=0)
 
     def rows_sum(self, other: "_Columns") -> Array:
-        """Sums along the rows of both multiplied, [l, 1]."""
+        """Return the sums along the rows of the elementwise product, [l, 1]."""
         total = jnp.sum(self.main * other.main, axis=1, keepdims=True)
         return total if self.last is None or other.last is None else total + self.last * other.last
 
     def times_difference(self, other: "_Columns", mean: Array) -> "_Columns":
-        """This times what the other has more than `mean`."""
+        """Return this times the other less `mean`."""
         last = None if self.last is None or other.last is None else self.last * (other.last - mean)
         return _Columns(self.main * (other.main - mean), last)
 
 
 def main_columns(length: int) -> int:
-    """How many keys are computed in whole tiles of columns: all, or all but one where that saves a tile."""
+    """Return the number of keys computed in whole tiles of columns: all, or all but one where that saves a tile."""
     return length - 1 if length > LANES and length % LANES == 1 else length
 
 
 def _lanes(heads: Heads, head: int) -> tuple[int, int]:
-    """Where the aligned lanes that a head lies in start and stop."""
+    """Return start and stop of the aligned lanes that hold a head."""
     return head * heads.dim // LANES * LANES, _up((head + 1) * heads.dim, LANES)
 
 
 def _own(heads: Heads, head: int) -> Array:
-    """Which of these lanes are the head's, bool [1, lanes]."""
+    """Return a mask of the lanes that are the head's, bool [1, lanes]."""
     start, stop = _lanes(heads, head)
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, stop - start), 1) + start
     return (lane >= head * heads.dim) & (lane < (head + 1) * heads.dim)

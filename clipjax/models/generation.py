@@ -19,7 +19,7 @@ Sampler = Callable[[Float[Array, "b v"], Key], Int[Array, " b"]]
 
 @dataclass(frozen=True)
 class TextFormat:
-    """What frames a text: ids of its start, its end and the padding, and the length of a row."""
+    """Frame of a text: ids of its start, its end and the padding, and the length of a row."""
 
     start_id: int
     end_id: int
@@ -27,18 +27,18 @@ class TextFormat:
     length: int
 
     def rows(self, count: int) -> Int[Array, "n l"]:
-        """Texts that have only begun."""
+        """Return texts that consist of their start."""
         return jnp.full((count, self.length), self.pad_id, jnp.int32).at[:, 0].set(self.start_id)
 
 
 def greedy(logits: Float[Array, "b v"], key: Key) -> Int[Array, " b"]:
-    """The likeliest token."""
+    """Return the likeliest token."""
     del key
     return jnp.argmax(logits, axis=-1)
 
 
 def make_top_k(count: int, temperature: float = 1.0) -> Sampler:
-    """`choose(logits, key)`: one of the `count` likeliest tokens, drawn by their probability at a temperature."""
+    """Return `choose(logits, key)`, which draws one of the `count` likeliest tokens by probability at a temperature."""
 
     def choose(logits: Float[Array, "b v"], key: Key) -> Int[Array, " b"]:
         best, ids = jax.lax.top_k(logits, count)
@@ -49,7 +49,7 @@ def make_top_k(count: int, temperature: float = 1.0) -> Sampler:
 
 
 def generate(next_logits: NextLogits, count: int, frame: TextFormat, choose: Sampler, key: Key) -> Int[Array, "b l"]:
-    """`count` texts, token by token; each ends by itself or at the end of its row."""
+    """Return `count` texts, written token by token; each ends by itself or at the end of its row."""
 
     def step(place: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         tokens, done = state
@@ -65,13 +65,13 @@ def generate(next_logits: NextLogits, count: int, frame: TextFormat, choose: Sam
 def beam_search(
     next_logits: NextLogits, count: int, frame: TextFormat, *, num_beams: int, length_penalty: float = 1.0
 ) -> Int[Array, "b l"]:
-    """The likeliest of `num_beams` texts for each of `count` images.
+    """Return the likeliest of `num_beams` texts for each of `count` images.
 
     Args:
         next_logits: for rows that belong to images 0, 0, ..., 1, 1, ...: `num_beams` to each.
         count: images.
-        frame: what frames a text.
-        num_beams: texts that are followed at a time.
+        frame: ids and length of a text.
+        num_beams: texts that are continued at a time.
         length_penalty: log-likelihoods are divided by the number of tokens to this power before they are compared.
     """
 
@@ -102,7 +102,7 @@ def beam_search(
 
 
 def _allowed(logits: Float[Array, "n v"], frame: TextFormat) -> Float[Array, "n v"]:
-    """A text does not begin twice, and padding is no word of it."""
+    """Return logits in which a second start, and padding, are impossible."""
     ids = jnp.arange(logits.shape[-1])[None]
     banned = (ids == frame.start_id) | ((ids == frame.pad_id) & (frame.pad_id != frame.end_id))
     return jnp.where(banned, -jnp.inf, logits)

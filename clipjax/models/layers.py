@@ -19,11 +19,11 @@ from clipjax.config import Activation, AttentionMethod, Projection
 Initializer = Any
 
 MATMUL, HIDDEN = "product", "hidden"
-"""Names, for `remat_block`, of what comes out of a matrix product, and out of the first one of an MLP."""
+"""Names, for `remat_block`, of the result of a matrix product, and of the first one of an MLP."""
 
 
 def torch_uniform(fan_in: int) -> Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear and convolution layers, biases included."""
+    """Return U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear and convolution layers, and biases."""
     bound = fan_in**-0.5
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -33,7 +33,7 @@ def torch_uniform(fan_in: int) -> Initializer:
 
 
 def align(parameter: Array, x: Array) -> Array:
-    """A parameter with leading axes of length 1, so that it broadcasts to x without rank promotion."""
+    """Return a parameter with leading axes of length 1, so that it broadcasts to x without rank promotion."""
     return parameter.reshape((1,) * (x.ndim - parameter.ndim) + parameter.shape)
 
 
@@ -44,16 +44,16 @@ def matmul(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int, dtype
     The kernel's gradient is float32 as well, so that devices sum it in float32: were the kernel cast outside, its
     gradient would be rounded to `dtype` before the sum.
     """
-    return _product(x, kernel, axes, dtype)[0]
+    return _matmul_forward(x, kernel, axes, dtype)[0]
 
 
-def _product(x: Array, kernel: Array, axes: int, dtype: Any) -> tuple[Array, tuple[Array, Array, Any]]:
+def _matmul_forward(x: Array, kernel: Array, axes: int, dtype: Any) -> tuple[Array, tuple[Array, Array, Any]]:
     contract = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
     narrow = x.astype(dtype)
     return _dot(narrow, kernel.astype(dtype), contract), (narrow, kernel, jnp.zeros((), x.dtype))
 
 
-def _product_backward(axes: int, dtype: Any, saved: tuple[Array, Array, Any], grad: Array) -> tuple[Array, Array]:
+def _matmul_backward(axes: int, dtype: Any, saved: tuple[Array, Array, Any], grad: Array) -> tuple[Array, Array]:
     x, kernel, example = saved
     narrow, batch = grad.astype(dtype), tuple(range(x.ndim - axes))
     outputs = tuple(range(x.ndim - axes, grad.ndim))
@@ -65,12 +65,12 @@ def _dot(left: Array, right: Array, contract: tuple[tuple[int, ...], tuple[int, 
     return jax.lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-matmul.defvjp(_product, _product_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def add_bias(y: Float[Array, "... w"], bias: Float[Array, " w"], dtype: Any) -> Float[Array, "... w"]:
-    """Their sum, of which the caller keeps no more than `dtype`.
+    """Return the sum, of which the caller keeps no more than `dtype`.
 
     The bias's gradient is a product with ones, exact in `dtype`: where nothing else reads the whole gradient at the
     same time, a TPU's compiler estimates a third of a sum's time for it.
@@ -89,17 +89,17 @@ add_bias.defvjp(lambda y, bias, dtype: (add_bias(y, bias, dtype), None), _add_bi
 
 @dataclass(frozen=True)
 class Numerics:
-    """What a tower computes in.
+    """Dtypes and methods of a tower's computation.
 
     Attributes:
-        activations: what blocks hand to each other; sums and normalisations are float32 whatever it is.
-        operands: of matrix products with parameters.
+        compute_dtype: of activations between blocks; sums and normalisations are float32 whatever it is.
+        matmul_dtype: of the operands of matrix products with parameters.
         epsilon: added to a variance before its root is taken.
-        attention: what computes self-attention.
+        attention: the method of self-attention.
     """
 
-    activations: Any
-    operands: Any
+    compute_dtype: Any
+    matmul_dtype: Any
     epsilon: float = 1e-5
     attention: AttentionMethod = AttentionMethod.AUTO
 
@@ -107,7 +107,7 @@ class Numerics:
 class Linear(nn.Module):
     """Tensor product of the last axes of the input with a kernel, and a bias.
 
-    `saved_as` names the result for `remat_block`; `merge` makes of kernel and bias those of a product of matrices.
+    `saved_as` names the result for `remat_block`; `merge` reshapes kernel and bias for a product of matrices.
     """
 
     in_shape: tuple[int, ...]
@@ -124,11 +124,11 @@ class Linear(nn.Module):
         axes, merge = len(self.in_shape), self.merge
         if merge is not None:
             kernel, axes = merge(kernel), 1
-        y: Any = matmul(x, kernel, axes, self.numerics.operands)
+        y: Any = matmul(x, kernel, axes, self.numerics.matmul_dtype)
         if self.bias_init is not None:
             bias = self.param("bias", self.bias_init, self.out_shape)
-            y = y + align(bias, y) if merge is None else add_bias(y, merge(bias), self.numerics.activations)
-        return checkpoint_name(y.astype(self.numerics.activations), self.saved_as)
+            y = y + align(bias, y) if merge is None else add_bias(y, merge(bias), self.numerics.compute_dtype)
+        return checkpoint_name(y.astype(self.numerics.compute_dtype), self.saved_as)
 
 
 class LayerNorm(nn.Module):
@@ -144,12 +144,12 @@ class LayerNorm(nn.Module):
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         normalised = centred * jax.lax.rsqrt(variance + self.numerics.epsilon)
-        return (normalised * align(scale, x) + align(bias, x)).astype(self.numerics.activations)
+        return (normalised * align(scale, x) + align(bias, x)).astype(self.numerics.compute_dtype)
 
 
-def activation(kind: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """QuickGELU (openai/CLIP `model.py`), or GELU, exact or by tanh (arXiv 1606.08415, section 2)."""
-    match kind:
+def activate(activation: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Apply QuickGELU (openai/CLIP `model.py`), or GELU, exact or by tanh (arXiv 1606.08415, section 2)."""
+    match activation:
         case Activation.QUICK_GELU:
             return x * jax.nn.sigmoid(1.702 * x)
         case Activation.GELU:
@@ -161,7 +161,7 @@ def activation(kind: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
 def tower_projection(
     x: Float[Array, "b w"], projection: Projection, width: int, embed_dim: int, numerics: Numerics
 ) -> Float[Array, "b e"]:
-    """What a tower has pooled, as its embedding before normalisation; for use inside a module."""
+    """Project the pooled vector of a tower to its embedding before normalisation; for use inside a module."""
     if projection is Projection.NONE:
         return x
     bias = nn.initializers.zeros if projection is Projection.AFFINE else None

@@ -39,8 +39,8 @@ class AttentionPool(nn.Module):
         width = x.shape[-1]
         xavier = nn.initializers.xavier_uniform()
         probe = self.param("probe", nn.initializers.normal(width**-0.5), (1, width))
-        probe = jnp.broadcast_to(probe[None], (x.shape[0], 1, width)).astype(self.numerics.activations)
-        # Of Xavier's variance for a square matrix, whatever shape the kernel is kept in.
+        probe = jnp.broadcast_to(probe[None], (x.shape[0], 1, width)).astype(self.numerics.compute_dtype)
+        # Of Xavier's variance for a square matrix, whatever the shape of the kernel.
         square = nn.initializers.normal(width**-0.5)
         init = BlockInit(qkv=square, attn_out=square, fc_in=xavier, fc_out=xavier)
         x = CrossAttention(self.num_heads, width, width, self.numerics, init, name="attn")(probe, x)
@@ -49,7 +49,7 @@ class AttentionPool(nn.Module):
 
 
 class QueryPool(nn.Module):
-    """CoCa's: learned queries attend to all tokens; as many vectors come out.
+    """CoCa's pooling: learned queries attend to all tokens, and each gives a vector.
 
     Source:
         arXiv 2205.01917, section 3.2, as mlfoundations/open_clip's `AttentionalPooler` builds it.
@@ -95,6 +95,6 @@ class MeanQueryPool(nn.Module):
         x = x.astype(jnp.float32)
         x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
         x = x + self.param("pos_embed", normal, x.shape[1:])[None]
-        x = x.astype(self.numerics.activations)
+        x = x.astype(self.numerics.compute_dtype)
         attn = CrossAttention(self.num_heads, width, self.embed_dim, self.numerics, init, name="attn")
         return attn(x[:, :1], x)[:, 0]

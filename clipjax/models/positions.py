@@ -15,7 +15,7 @@ from clipjax.typing import Params
 
 
 def sincos(side: int, width: int) -> Float[np.ndarray, "l w"]:
-    """Positions of a square grid, row by row: sines and cosines of the column, then of the row.
+    """Return positions of a square grid, row by row: sines and cosines of the column, then of the row.
 
     Source:
         arXiv 2104.02057, section 4; google-research/big_vision `models/vit.py`, `posemb_sincos_2d`.
@@ -27,7 +27,7 @@ def sincos(side: int, width: int) -> Float[np.ndarray, "l w"]:
 
 
 def resize_grid(table: Float[Array, "l w"], prefix: int, side: int) -> Float[Array, "m w"]:
-    """A table of positions for a grid of another side: bicubic and antialiased; the `prefix` places stay."""
+    """Return the table of positions for a grid of another side: bicubic and antialiased; the `prefix` places stay."""
     kept, grid = table[:prefix], table[prefix:]
     old = math.isqrt(grid.shape[0])
     if old == side:
@@ -38,14 +38,14 @@ def resize_grid(table: Float[Array, "l w"], prefix: int, side: int) -> Float[Arr
 
 
 def resize_text(table: Float[Array, "l w"], length: int) -> Float[Array, "m w"]:
-    """A table of positions for texts of another length: cut at the end, or stretched linearly."""
+    """Return the table of positions for texts of another length: cut at the end, or stretched linearly."""
     if length <= table.shape[0]:
         return table[:length]
     return jax.image.resize(table, (length, table.shape[1]), "linear", antialias=False)
 
 
 def fit_positions(params: Params, old: ModelConfig, new: ModelConfig) -> Params:
-    """Parameters for images of another size or texts of another length; all but positions stay as they are."""
+    """Return parameters for images of another size or texts of another length; all but positions stay."""
     image, text = dict(params["image"]), dict(params["text"])
     prefix, side = new.image.grid()
     if old.image.grid() != (prefix, side):

@@ -33,9 +33,9 @@ MOMENTUM = 0.1
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "s s c o"], stride: int) -> Float[Array, "b i j o"]:
-    """Convolution padded to keep the size at stride 1; operands as narrow as x, result float32.
+    """Convolve with padding that keeps the size at stride 1; operands have the dtype of x, the result is float32.
 
-    So is the kernel's gradient, which devices add up: see `transformer.product`.
+    The kernel's gradient, which devices add up, is float32 as well: see `layers.matmul`.
     """
     return _convolve(x, kernel.astype(x.dtype), stride)
 
@@ -57,12 +57,12 @@ def _convolve_forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tupl
 
 
 def _convolve_backward(stride: int, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    """Operands are rounded as in the forward pass; they are float32 again for sums in float32."""
+    """Return gradients of x and kernel. Operands are rounded as in the forward pass; sums are float32."""
     x, kernel = saved
     wide = x.astype(jnp.float32), kernel.astype(x.dtype).astype(jnp.float32)
-    pull = jax.vjp(lambda x, kernel: _convolve(x, kernel, stride), *wide)[1]
-    of_x, of_kernel = pull(grad.astype(x.dtype).astype(jnp.float32))
-    return of_x.astype(x.dtype), of_kernel
+    pull_back = jax.vjp(lambda x, kernel: _convolve(x, kernel, stride), *wide)[1]
+    x_grad, kernel_grad = pull_back(grad.astype(x.dtype).astype(jnp.float32))
+    return x_grad.astype(x.dtype), kernel_grad
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -80,7 +80,7 @@ class Convolution(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j o"]:
         shape = (self.size, self.size, x.shape[-1], self.channels)
         kernel = self.param("kernel", torch_uniform(self.size * self.size * x.shape[-1]), shape)
-        return convolve(x.astype(self.numerics.operands), kernel, self.stride)
+        return convolve(x.astype(self.numerics.matmul_dtype), kernel, self.stride)
 
 
 class BatchNorm(nn.Module):
@@ -109,11 +109,11 @@ class BatchNorm(nn.Module):
             batch_mean, batch_variance = mean.value, variance.value
         factor = scale * jax.lax.rsqrt(batch_variance + self.numerics.epsilon)
         y = (x - align(batch_mean, x)) * align(factor, x) + align(bias, x)
-        return y.astype(self.numerics.activations)
+        return y.astype(self.numerics.compute_dtype)
 
 
 def average_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b i j c"]:
-    """Means of squares that do not overlap."""
+    """Return means over squares that do not overlap."""
     if size == 1:
         return x
     b, h, w, c = x.shape
@@ -145,7 +145,7 @@ class Bottleneck(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """From normalised pixels to the embedding before normalisation, and the places that a caption is made from."""
+    """Image tower: normalised pixels in, the embedding before normalisation and the tokens for a caption out."""
 
     tower: ResNetConfig
     model: ModelConfig

@@ -24,21 +24,21 @@ RULES: Rules = (
 
 
 def end_of_text(tokens: Int[Array, "b l"]) -> Int[Array, " b"]:
-    """Where each text ends: every tokenizer gives end-of-text its largest id, so at the first maximum of the row."""
+    """Return the position of each text's end, the first maximum of its row: its id is every tokenizer's largest."""
     return jnp.argmax(tokens, axis=-1)
 
 
-def _seen_behind_a_class_token(tokens: Int[Array, "b l"]) -> Bool[Array, "b k"]:
-    """Which of a text's tokens and the class token behind them may be attended to.
+def _mask_with_class_token(tokens: Int[Array, "b l"]) -> Bool[Array, "b k"]:
+    """Return a mask of the tokens that may be attended to, among a text's tokens and the class token behind them.
 
     Padding (id 0) is left out, but as in open_clip's CoCa, whose weights are made for it, the mask sits one place late:
-    the first token is always seen, and place i + 1 if token i is no padding.
+    the first token always takes part, and place i + 1 if token i is no padding.
     """
     return jnp.concatenate([jnp.ones((tokens.shape[0], 1), bool), tokens != 0], axis=1)
 
 
 class TextTransformer(nn.Module):
-    """From token ids to the embedding before normalisation, and the tokens that a decoder reads."""
+    """Text tower: token ids in, the embedding before normalisation and the tokens for a decoder out."""
 
     tower: TextTransformerConfig
     model: ModelConfig
@@ -54,13 +54,13 @@ class TextTransformer(nn.Module):
             token = align(self.param("class_embed", normal, (width,)), x)
             x = jnp.concatenate([x, jnp.broadcast_to(token, (x.shape[0], 1, width))], axis=1)
         positions = self.param("pos_embed", normal, (tower.context_length + with_class, width))
-        x = constrain((x + positions[None]).astype(self.numerics.activations), "batch", None, None)
+        x = constrain((x + positions[None]).astype(self.numerics.compute_dtype), "batch", None, None)
         init = text_block_init(width, tower.depth)
-        seen = _seen_behind_a_class_token(tokens) if with_class else None
-        x = Transformer(tower, tower.causal, self.model, self.numerics, init, name="transformer")(x, seen)
-        words = x[:, : tokens.shape[1]]
+        mask = _mask_with_class_token(tokens) if with_class else None
+        x = Transformer(tower, tower.causal, self.model, self.numerics, init, name="transformer")(x, mask)
+        text_tokens = x[:, : tokens.shape[1]]
         x = self._pool(x, tokens)
-        return tower_projection(x, tower.projection, width, self.model.embed_dim, self.numerics), words
+        return tower_projection(x, tower.projection, width, self.model.embed_dim, self.numerics), text_tokens
 
     def _pool(self, x: Float[Array, "b m w"], tokens: Int[Array, "b l"]) -> Float[Array, "b w"]:
         tower = self.tower

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from clipjax.config import Activation, AttentionMethod, ModelConfig, Remat, TextTransformerConfig, ViTConfig
 from clipjax.models.fused_attention import fused_attention, is_supported
-from clipjax.models.layers import HIDDEN, MATMUL, Initializer, LayerNorm, Linear, Numerics, activation, torch_uniform
+from clipjax.models.layers import HIDDEN, MATMUL, Initializer, LayerNorm, Linear, Numerics, activate, torch_uniform
 from clipjax.runtime.sharding import Rules, backend, constrain, num_shards, platform
 
 RULES: Rules = (
@@ -43,7 +43,7 @@ class BlockInit:
 
 
 def text_block_init(width: int, depth: int) -> BlockInit:
-    """OpenAI's text tower: residual branches shrink with depth (openai/CLIP, `initialize_parameters`)."""
+    """Return OpenAI's for texts: residual branches shrink with depth (openai/CLIP, `initialize_parameters`)."""
     residual = nn.initializers.normal(width**-0.5 * (2 * depth) ** -0.5)
     return BlockInit(
         qkv=nn.initializers.normal(width**-0.5),
@@ -54,7 +54,7 @@ def text_block_init(width: int, depth: int) -> BlockInit:
 
 
 def image_block_init(width: int, mlp_dim: int) -> BlockInit:
-    """OpenAI's image tower: left at PyTorch's defaults, which are Xavier for the query, key and value kernels."""
+    """Return OpenAI's for images: PyTorch's defaults, Xavier for the query, key and value kernels."""
     bound = (6 / (width + 3 * width)) ** 0.5
 
     def xavier(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -71,7 +71,7 @@ def attend(
     value: Float[Array, "b n k d"],
     visible: Bool[Array, "#b #n #l k"] | None = None,
 ) -> Float[Array, "b l n d"]:
-    """Softmax attention; logits and softmax in float32."""
+    """Return softmax attention; logits and softmax are float32."""
     logits = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     if visible is not None:
         logits = jnp.where(visible, logits, -jnp.inf)
@@ -80,7 +80,7 @@ def attend(
 
 
 def cudnn_attention(qkv: Float[Array, "b l 3 n d"], *, causal: bool) -> Float[Array, "b l n d"]:
-    """`attend` by NVIDIA's library, which trains on even lengths only: an odd one gets a token that nobody sees."""
+    """Return `attend` by NVIDIA's library, which trains on even lengths only: an odd one gets a masked token."""
     batch, length = qkv.shape[:2]
     qkv = jnp.pad(qkv, ((0, 0), (0, length % 2), (0, 0), (0, 0), (0, 0)))
     lengths = jnp.full(batch, length, jnp.int32) if length % 2 else None
@@ -98,9 +98,9 @@ def cudnn_attention(qkv: Float[Array, "b l 3 n d"], *, causal: bool) -> Float[Ar
 
 
 def is_fused(method: AttentionMethod, shape: Sequence[Any], num_heads: int, head_dim: int) -> bool:
-    """Whether one kernel computes the attention of such tokens and heads on the mesh in force.
+    """Return True if one kernel computes the attention of such tokens and heads on the mesh in force.
 
-    Not that of an exported program, whose batch is a symbol until it runs.
+    An exported program never uses it, as its batch is a symbol until it runs.
     """
     wanted = method is AttentionMethod.FUSED or (method is AttentionMethod.AUTO and platform() == "tpu")
     return wanted and isinstance(shape[0], int) and is_supported(shape[0], shape[1], num_heads, head_dim)
@@ -115,37 +115,37 @@ class Attention(nn.Module):
     init: BlockInit
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l w"], seen: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
+    def __call__(self, x: Float[Array, "b l w"], mask: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
         length, width = x.shape[1:]
         heads = (3, self.num_heads, width // self.num_heads)
-        if seen is None and is_fused(self.numerics.attention, x.shape, *heads[1:]):
+        if mask is None and is_fused(self.numerics.attention, x.shape, *heads[1:]):
             return self._fused(x, heads)
         qkv = Linear((width,), heads, self.numerics, self.init.qkv, name="qkv")(x)
-        if seen is None and self.numerics.attention is AttentionMethod.CUDNN:
+        if mask is None and self.numerics.attention is AttentionMethod.CUDNN:
             mixed = checkpoint_name(cudnn_attention(qkv, causal=self.causal), MATMUL)
             return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, name="out")(mixed)
         # Batched matrix products want heads outside tokens; on the CPU this order is 2.5 times as fast.
         query, key, value = jnp.transpose(qkv, (2, 0, 3, 1, 4))  # each [b, n, l, d]
         visible = jnp.tril(jnp.ones((length, length), bool))[None, None] if self.causal else None
-        if seen is not None:
-            among = seen[:, None, None]
-            visible = among if visible is None else visible & among
+        if mask is not None:
+            attended = mask[:, None, None]
+            visible = attended if visible is None else visible & attended
         mixed = checkpoint_name(attend(query, key, value, visible), MATMUL)
         return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, name="out")(mixed)
 
     def _fused(self, x: Float[Array, "b l w"], heads: tuple[int, int, int]) -> Float[Array, "b l w"]:
-        """The same in one kernel, which takes and gives all heads side by side."""
+        """Compute the same in one kernel, whose inputs and outputs have all heads side by side."""
         width, parts = x.shape[-1], num_shards("heads")
 
         # Barriers: else the compiler takes the gradients' products apart into heads, and copies activations for it.
         def by_part(parameter: Array) -> Array:
-            """[..., 3, n, d] -> [..., 3 w]: queries, keys and values of each part of the heads side by side."""
+            """Reshape [..., 3, n, d] to [..., 3 w]: queries, keys and values of each part of the heads side by side."""
             *outer, _, count, dim = parameter.shape
             apart = parameter.reshape(*outer, 3, parts, count // parts, dim)
             return jax.lax.optimization_barrier(jnp.moveaxis(apart, -4, -3).reshape(*outer, 3 * width))
 
         def by_width(parameter: Array) -> Array:
-            """[n, d, w] -> [n d, w], and a bias as it is."""
+            """Reshape [n, d, w] to [n d, w]; a bias stays."""
             return parameter if parameter.ndim == 1 else jax.lax.optimization_barrier(parameter.reshape(-1, width))
 
         qkv = Linear((width,), heads, self.numerics, self.init.qkv, merge=by_part, name="qkv")(x)
@@ -184,7 +184,7 @@ class Mlp(nn.Module):
     """Two layers with a non-linearity between."""
 
     mlp_dim: int
-    kind: Activation
+    activation: Activation
     numerics: Numerics
     init: BlockInit
 
@@ -195,7 +195,7 @@ class Mlp(nn.Module):
             (width,), (self.mlp_dim,), self.numerics, self.init.fc_in, torch_uniform(width), HIDDEN, name="fc_in"
         )
         hidden = fc_in(x)
-        hidden = constrain(activation(self.kind, hidden), "batch", None, "mlp")
+        hidden = constrain(activate(self.activation, hidden), "batch", None, "mlp")
         return Linear(
             (self.mlp_dim,), (width,), self.numerics, self.init.fc_out, torch_uniform(self.mlp_dim), name="fc_out"
         )(hidden)
@@ -204,43 +204,43 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One pre-norm residual block, in the form that `nn.scan` wants: carry in, (carry, None) out.
 
-    `seen`: tokens that may be attended to; None: all of them.
+    `mask` is True for tokens that may be attended to; None: all of them.
     """
 
     num_heads: int
     mlp_dim: int
     causal: bool
-    kind: Activation
+    activation: Activation
     numerics: Numerics
     init: BlockInit
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l w"], seen: Bool[Array, "b l"] | None) -> tuple[Float[Array, "b l w"], None]:
+    def __call__(self, x: Float[Array, "b l w"], mask: Bool[Array, "b l"] | None) -> tuple[Float[Array, "b l w"], None]:
         x = x + Attention(self.num_heads, self.causal, self.numerics, self.init, name="attn")(
-            LayerNorm(self.numerics, name="ln_1")(x), seen
+            LayerNorm(self.numerics, name="ln_1")(x), mask
         )
         x = constrain(x, "batch", None, None)
-        x = x + Mlp(self.mlp_dim, self.kind, self.numerics, self.init, name="mlp")(
+        x = x + Mlp(self.mlp_dim, self.activation, self.numerics, self.init, name="mlp")(
             LayerNorm(self.numerics, name="ln_2")(x)
         )
         return constrain(x, "batch", None, None), None
 
 
 def stack_blocks(block: type[nn.Module], depth: int, model: ModelConfig) -> type[nn.Module]:
-    """`depth` blocks with parameters and statistics stacked along the first axis; all get the same second input."""
-    everyone: Any = nn.broadcast
+    """Return `depth` blocks with parameters stacked along the first axis; all get the same second input."""
+    shared: Any = nn.broadcast
     return nn.scan(
         remat_block(block, model.remat, scanned=model.scan_layers),
         variable_axes={"params": 0, "batch_stats": 0},
         split_rngs={"params": True},
-        in_axes=everyone,
+        in_axes=shared,
         length=depth,
         unroll=1 if model.scan_layers else depth,
     )
 
 
 def remat_block(block: type[nn.Module], policy: Remat, *, scanned: bool) -> type[nn.Module]:
-    """A block under a rematerialisation policy; a loop keeps recomputation from being merged away by itself."""
+    """Return a block under a rematerialisation policy; a loop by itself keeps recomputation from being merged away."""
     match policy:
         case Remat.NONE:
             return block
@@ -262,9 +262,9 @@ class Transformer(nn.Module):
     init: BlockInit
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l w"], seen: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
+    def __call__(self, x: Float[Array, "b l w"], mask: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
         tower = self.tower
         stack = stack_blocks(Block, tower.depth, self.model)
         sizes = (tower.num_heads, tower.hidden_dim)
         blocks = stack(*sizes, self.causal, tower.activation, self.numerics, self.init, name="blocks")
-        return blocks(x, seen)[0]
+        return blocks(x, mask)[0]

@@ -29,7 +29,7 @@ RULES: Rules = (
 
 
 def patchify(pixels: Float[Array, "b h w c"], size: int) -> Float[Array, "b l size size c"]:
-    """Cut an image into square patches, row by row; pixels that do not fill a patch are dropped."""
+    """Cut an image into square patches, row by row; drop pixels that do not fill a patch."""
     b, h, w, c = pixels.shape
     pixels = pixels[:, : h // size * size, : w // size * size]
     grid = pixels.reshape(b, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
@@ -37,20 +37,20 @@ def patchify(pixels: Float[Array, "b h w c"], size: int) -> Float[Array, "b l si
 
 
 def kept_patches(tower: ViTConfig) -> int:
-    """Patches that training looks at: a fixed number, so that shapes are static."""
+    """Return the number of patches that training keeps, a fixed one, so that shapes are static."""
     patches = (tower.image_size // tower.patch_size) ** 2
     return max(1, int(patches * (1 - tower.patch_dropout)))
 
 
 def drop_patches(x: Float[Array, "b l w"], kept: int, key: jax.Array) -> Float[Array, "b k w"]:
-    """`kept` patches of every image, drawn without replacement (FLIP, arXiv 2212.00794, section 3)."""
+    """Return `kept` patches of every image, drawn without replacement (FLIP, arXiv 2212.00794, section 3)."""
     noise = jax.random.uniform(key, x.shape[:2])
     chosen = jax.lax.top_k(noise, kept)[1]
     return jnp.take_along_axis(x, chosen[:, :, None], axis=1)
 
 
 class VisionTransformer(nn.Module):
-    """From normalised pixels to the embedding before normalisation, and the tokens that a caption is made from."""
+    """Image tower: normalised pixels in, the embedding before normalisation and the tokens for a caption out."""
 
     tower: ViTConfig
     model: ModelConfig
@@ -64,14 +64,14 @@ class VisionTransformer(nn.Module):
         x = self._embed(pixels, train)
         if tower.ln_pre:
             x = LayerNorm(self.numerics, name="ln_pre")(x)
-        x = constrain(x.astype(self.numerics.activations), "batch", None, None)
+        x = constrain(x.astype(self.numerics.compute_dtype), "batch", None, None)
         init = image_block_init(width, tower.hidden_dim)
         x = Transformer(tower, False, self.model, self.numerics, init, name="transformer")(x)
         pooled, tokens = self._pool(x)
         return tower_projection(pooled, tower.projection, width, self.model.embed_dim, self.numerics), tokens
 
     def _embed(self, pixels: Float[Array, "b h w c"], train: bool) -> Float[Array, "b l e"]:
-        """Tokens with their positions, float32."""
+        """Return tokens with their positions, float32."""
         tower, width = self.tower, self.tower.width
         normal = nn.initializers.normal(width**-0.5)
         patch = (tower.patch_size, tower.patch_size, pixels.shape[-1])

@@ -1,6 +1,6 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard, the progress line, each process's log. It never makes a device wait.
+"""The logger of a run: `metrics.jsonl`, TensorBoard, progress line, each process's log. It never makes a device wait.
 
-A step's metrics are kept as they come, still being computed, and fetched one step later.
+A step's metrics are kept while they are being computed, and fetched one step later.
 """
 
 import pathlib
@@ -28,12 +28,12 @@ class RunLogger:
 
     Args:
         config: the run.
-        workdir: where the files go.
+        workdir: the folder of the files.
         start_step: completed updates; later lines of an earlier try are dropped.
         flops_per_pair: of the model's forward pass, for MFU.
         skip_reasons: names of the counts in the metric `samples_skipped`.
-        enabled: whether this process writes and talks; None: the first one does.
-        times: brings together how long each of several processes takes; None for one alone.
+        enabled: this process writes and prints; None: the first one does.
+        times: collects the times of several processes; None for one alone.
     """
 
     def __init__(
@@ -60,28 +60,28 @@ class RunLogger:
         self._clock = StepClock(steps, step=start_step, examples_seen=start_step * self._batch)
         self._pending: tuple[int, Metrics, dict[str, Any]] | None = None
         self._times, self._last_step = times, start_step
-        self._blocked_seconds = 0.0  # since the last note
+        self._blocked_seconds = 0.0  # since the last logged step
         self._samples = 0
 
-    def feed(self, index: np.ndarray) -> None:
-        """Take note of the samples that this process feeds into a step."""
+    def count_samples(self, index: np.ndarray) -> None:
+        """Add the samples that this process feeds into a step to the digest."""
         self._samples = (self._samples + sample_digest(index)) % 2**64
 
     @contextmanager
-    def blocked(self) -> Iterator[None]:
-        """Time in here the host waits for the devices, and thereby for other processes."""
+    def waiting_for_devices(self) -> Iterator[None]:
+        """Count the time of the `with` block as waiting for the devices, and so for other processes."""
         start = time.perf_counter()
         try:
             yield
         finally:
             self._blocked_seconds += time.perf_counter() - start
 
-    def note(self, step: int, metrics: Metrics, wait_seconds: float) -> None:
-        """Remember a step to log; its numbers are fetched by the next `flush`.
+    def log_step(self, step: int, metrics: Metrics, wait_seconds: float) -> None:
+        """Log a step; the next `flush` fetches its numbers.
 
         Args:
             step: completed updates.
-            metrics: what the step gave.
+            metrics: of the step, on the devices.
             wait_seconds: total time that training has waited for data.
         """
         rates = self._clock.lap(step=step, examples_seen=step * self._batch, wait_seconds=wait_seconds)
@@ -89,7 +89,7 @@ class RunLogger:
         self._account(step, rates)
 
     def _account(self, step: int, rates: Mapping[str, float]) -> None:
-        """Log and pass on what this process did since the last note."""
+        """Log and send the times of this process since the last logged step."""
         steps = step - self._last_step
         seconds = self._batch / rates["examples_per_second"]
         spent = StepTimes(
@@ -109,14 +109,14 @@ class RunLogger:
             self._times.send(step, steps, spent)
 
     def flush(self) -> None:
-        """Write the remembered step, if there is one."""
+        """Write the pending step, if there is one."""
         if self._pending is None:
             return
         step, metrics, host = self._pending
         self._pending = None
         if self._writer is None:
             return
-        with self.blocked():
+        with self.waiting_for_devices():
             skipped = np.asarray(metrics["samples_skipped"]).tolist()
         values = {
             "examples_seen": step * self._batch,
@@ -154,12 +154,12 @@ class RunLogger:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time in here is not training: it does not enter the rates."""
+        """Leave the time of the `with` block out of the rates."""
         with self._clock.pause():
             yield
 
     def finish(self) -> None:
-        """Show how long each of several processes took; all of them must call it."""
+        """Show the times of several processes; all of them must call it."""
         if self._times is not None and (table := self._times.table()):
             self.message(table)
 
@@ -172,7 +172,7 @@ class RunLogger:
 
 
 def sample_digest(index: np.ndarray) -> int:
-    """A digest of samples by their number in the source, the same in any order.
+    """Return a digest of samples by their number in the source, the same in any order.
 
     It is a sum modulo 2^64, so those of all processes add up to that of the global batch, and those of all steps of
     an epoch to that of the whole source: if one sample were read twice, or left out, they would not.
@@ -184,7 +184,7 @@ def sample_digest(index: np.ndarray) -> int:
 
 
 def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """Results for a person: a line per task and metric, shares as percentages."""
+    """Return results as a table: a line per task and metric, shares as percentages."""
     rows = [
         [task, name, f"{value:.0f}" if name.startswith("num_") else f"{100 * value:.1f} %"]
         for task, metrics in results.items()

@@ -56,7 +56,7 @@ def make_batch(shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
                 array = jax.random.bits(key, leaf.shape, jnp.uint8)
             case "tokens":
                 array = jax.random.randint(key, leaf.shape, 1, 256, jnp.int32)
-            case "reason":
+            case "skip_reason":
                 array = jnp.full(leaf.shape, -1, jnp.int32)
             case _:
                 array = jnp.arange(leaf.shape[0], dtype=jnp.int32)

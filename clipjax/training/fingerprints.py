@@ -22,7 +22,7 @@ _NAMES, _CONTENTS = 1000, 16  # samples whose place, and whose content, enters t
 
 
 def digests(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """One digest of each section."""
+    """Return one digest of each section."""
     return {section: _digest(json.dumps(values, sort_keys=True).encode()) for section, values in facts.items()}
 
 
@@ -34,12 +34,12 @@ def _digest(*parts: bytes) -> str:
 
 
 def config_fingerprint(config: Config) -> dict[str, Any]:
-    """Every field that must be the same everywhere."""
+    """Return the fields that must be the same everywhere."""
     return {name: value for name, value in flatten(to_dict(config)).items() if not name.startswith(HOST_LOCAL)}
 
 
 def code_fingerprint() -> dict[str, Any]:
-    """A digest of each of the package's files, and the versions of what it stands on."""
+    """Return a digest of each of the package's files, and the versions of its requirements."""
     package = pathlib.Path(__file__).parents[1]
     files = {
         f"{package.name}/{path.relative_to(package).as_posix()}": _digest(path.read_bytes())
@@ -49,7 +49,7 @@ def code_fingerprint() -> dict[str, Any]:
 
 
 def checkpoint_fingerprint(workdir: pathlib.Path) -> dict[str, Any]:
-    """Which checkpoints this process sees in the workdir."""
+    """Return the steps of the checkpoints that this process sees in the workdir."""
     folder = workdir / FOLDER
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
     return {"steps in the workdir": ", ".join(map(str, steps)) or "none"}
@@ -58,12 +58,12 @@ def checkpoint_fingerprint(workdir: pathlib.Path) -> dict[str, Any]:
 def data_fingerprint(
     sources: Mapping[str, Source], tokenizer: Tokenizer, checkpoints: Mapping[str, SavedCheckpoint | None]
 ) -> dict[str, Any]:
-    """What can be told cheaply of the data that this process sees.
+    """Return facts, cheap to compute, about the data that this process sees.
 
     Args:
         sources: by the config's name of them.
         tokenizer: of the run.
-        checkpoints: whose weights are taken, by config field.
+        checkpoints: those that give weights, by config field.
     """
     facts: dict[str, Any] = {"tokenizer": _digest(json.dumps(pack_tokenizer(tokenizer), sort_keys=True).encode())}
     for name, source in sources.items():
@@ -76,7 +76,7 @@ def data_fingerprint(
 
 
 def describe_source(source: Source) -> dict[str, Any]:
-    """The number of samples, and digests of the places and contents of some that are spread evenly over the source."""
+    """Return the number of samples, and digests of places and contents of some, spread evenly over the source."""
     size = len(source)
     places = [source.location(index).encode() for index in _spread(size, _NAMES)]
     contents: list[bytes] = []
@@ -92,5 +92,5 @@ def describe_source(source: Source) -> dict[str, Any]:
 
 
 def _spread(size: int, most: int) -> list[int]:
-    """At most so many positions, from the first to the last."""
+    """Return at most so many positions, from the first to the last."""
     return list(range(size)) if size <= most else [round(i * (size - 1) / (most - 1)) for i in range(most)]

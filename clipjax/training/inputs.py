@@ -1,4 +1,4 @@
-"""What a run reads, opened and checked before a device is touched: data, tokenizer, evaluation tasks, first weights."""
+"""Inputs of a run, opened and checked before a device is touched: data, tokenizer, evaluation tasks, first weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, match_any
 
 MOST_SAMPLES = 2**31 - 2 * MEMORY_UNIT
-"""That int32 can count, with the spare room of the memory."""
+"""Samples that int32 can count, with the spare room of the memory."""
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,26 @@ class Inputs:
         source: the training pairs.
         tokenizer: text to ids.
         tasks: evaluation tasks by name.
-        initial: gives the first parameters where `init_from` names a checkpoint.
-        teacher: the model to learn from where `loss.distill_from` names a checkpoint.
+        init_checkpoint: gives the first parameters where `init_from` names it.
+        teacher_checkpoint: the model to learn from where `loss.distill_from` names it.
         sources: everything that is read, for training and evaluation, by the config's name of it.
     """
 
     source: Source
     tokenizer: Tokenizer
     tasks: dict[str, Task]
-    initial: SavedCheckpoint | None
-    teacher: SavedCheckpoint | None = None
+    init_checkpoint: SavedCheckpoint | None
+    teacher_checkpoint: SavedCheckpoint | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
 
 
 def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
-    """Open all of it.
+    """Open all inputs of a run.
 
     Args:
         config: the run.
-        saved: where it goes on from, if it does: it has its own weights and does not need those of `init_from`, and
-            goes on learning from the step of its teacher that it began with.
+        saved: the run's own checkpoint, if it resumes: it then does not need the weights of `init_from`, and keeps
+            the step of its teacher that it began with.
 
     Raises:
         ValueError: something is missing or does not fit the config.
@@ -66,10 +66,10 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
             f"data.tokenizer={config.data.tokenizer!r} does not give the end of a text the largest id, by which "
             "model.text.pool=end and bags of words find it; use pool=last or attention, or another tokenizer"
         )
-    initial = None
+    init_checkpoint = None
     if config.init_from is not None and saved is None:
-        initial = SavedCheckpoint(config.init_from)
-        check_same_shapes(config, initial)
+        init_checkpoint = SavedCheckpoint(config.init_from)
+        check_same_shapes(config, init_checkpoint)
     source = build_source(config.data.train, data=config.data)
     if len(source) < config.global_batch_size:
         raise ValueError(
@@ -87,7 +87,8 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
         teacher = SavedCheckpoint(config.loss.distill_from, step=step)
         check_same_inputs(config, tokenizer, teacher)
     sources = {config.data.train: source}
-    return Inputs(source, tokenizer, build_tasks(config, recording_sources(sources)), initial, teacher, sources)
+    tasks = build_tasks(config, recording_sources(sources))
+    return Inputs(source, tokenizer, tasks, init_checkpoint, teacher, sources)
 
 
 def check_same_inputs(config: Config, tokenizer: Tokenizer, teacher: SavedCheckpoint) -> None:
@@ -111,7 +112,7 @@ def check_same_inputs(config: Config, tokenizer: Tokenizer, teacher: SavedCheckp
 
 
 def comes_from_init(config: Config, name: str) -> bool:
-    """Whether `init_from` gives this parameter."""
+    """Return True if `init_from` gives this parameter."""
     return not config.init_match or match_any(config.init_match, name)
 
 

@@ -12,12 +12,12 @@ def train(run: Run) -> int | None:
     Raises:
         TooManyBadSamples: too much of the data is unusable; the state before is saved.
     """
-    config, journal, state, start = run.config, run.journal, run.state, run.start
+    config, logger, state, start = run.config, run.logger, run.state, run.start
     last = total_steps(config)
     log_every = steps_of(config.log.every_examples, config)
     save_every = steps_of(config.checkpoint.every_examples, config)
     eval_every = last if config.eval.every_examples is None else steps_of(config.eval.every_examples, config)
-    journal.message(f"step {start.step} of {last}, workdir {run.workdir}")
+    logger.message(f"step {start.step} of {last}, workdir {run.workdir}")
     results: Results | None = None
     if start.step and start.step % eval_every == 0 and not start.evaluated:  # a signal came in between
         results = run.evaluate(state, start.step)
@@ -29,9 +29,9 @@ def train(run: Run) -> int | None:
             raise
         state, metrics = run.train_step(state, batch)
         run.follow(step, metrics)
-        journal.flush()
+        logger.flush()
         if step % log_every == 0 or step == last:
-            journal.note(step, metrics, run.stream.wait_seconds)
+            logger.log_step(step, metrics, run.stream.wait_seconds)
         stop = run.signal.due(step) and step < last
         if step == last or (step % eval_every == 0 and not stop):
             results = run.evaluate(state, step)
@@ -40,7 +40,7 @@ def train(run: Run) -> int | None:
             run.save(state, step)
         if stop:
             number = run.signal.number
-            journal.message(f"stopped by signal {number} after step {step}; the same command goes on from here")
+            logger.message(f"stopped by signal {number} after step {step}; the same command goes on from here")
             return number
     run.finish(state, last, results)
     return None

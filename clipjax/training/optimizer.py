@@ -1,6 +1,6 @@
 """The optimizer: schedule, masks for weight decay and freezing, and the optax chain.
 
-Which parameter is decayed or frozen is decided by its path and rank, never by the model.
+The path of a parameter decides whether it is decayed or frozen, never the model.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ DECAYED = ("kernel", "token_embed", "pos_embed", "registers", "probe", "queries"
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Learning rate by step: linear from 0 over `warmup_examples`, then half a cosine down to the final rate."""
+    """Return the learning rate by step: linear over `warmup_examples`, then half a cosine down to the final rate."""
     warmup, steps = steps_of(config.warmup_examples, config), total_steps(config)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else config.optim.learning_rate,
@@ -29,12 +29,12 @@ def make_schedule(config: Config) -> optax.Schedule:
 
 
 def decay_mask(params: Params) -> Any:
-    """True where weight decay applies."""
+    """Return True for every parameter to which weight decay applies."""
     return map_with_path(lambda name, _: name.rpartition("/")[2] in DECAYED, params)
 
 
 def frozen_labels(optim: OptimConfig, params: Params) -> Any:
-    """ "frozen" or "trained" for every parameter.
+    """Return "frozen" or "trained" for every parameter.
 
     Raises:
         ValueError: a pattern of `optim.freeze` that no parameter matches, or patterns that leave nothing to train.
@@ -50,10 +50,10 @@ def frozen_labels(optim: OptimConfig, params: Params) -> Any:
 
 
 def make_tx(config: Config, params: Params) -> optax.GradientTransformation:
-    """AdamW with gradient clipping by global norm; frozen parameters get no update and no moments.
+    """Return AdamW with gradient clipping by global norm; frozen parameters get no update and no moments.
 
     Args:
-        config: the run; `params` (arrays or their shapes) are only looked at for paths.
+        config: the run; `params` (arrays or their shapes) only give their paths.
 
     Source:
         arXiv 1711.05101 (AdamW); arXiv 2103.00020, tables 18 and 19 (defaults).

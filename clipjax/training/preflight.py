@@ -1,4 +1,4 @@
-"""Opening a run: everything that can be refused before training, by all of its processes together."""
+"""Preflight of a run: everything that can be refused before training, by all of its processes together."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ class Checked:
     """A run that may begin.
 
     Attributes:
-        config: all of its knobs.
-        workdir: where its files go.
-        inputs: what it reads.
+        config: all of its settings.
+        workdir: the folder of its files.
+        inputs: data, tokenizer, tasks, first weights.
         tx: the optimizer.
     """
 
@@ -56,7 +56,7 @@ def check(parse: Callable[[], tuple[Config, Path]]) -> Checked:
 
 
 def _open_here(config: Config, workdir: Path) -> tuple[Checked, Fingerprint]:
-    """This process's part."""
+    """Check this process's part."""
     validate(config)
     files.require_writable(workdir)
     process_log.open_log(workdir, rank=jax.process_index(), header=run_record.describe_start())
@@ -73,22 +73,21 @@ def _open_here(config: Config, workdir: Path) -> tuple[Checked, Fingerprint]:
         num_devices=jax.device_count(),
         num_processes=jax.process_count(),
         num_slices=sharding.hardware_slices(jax.devices()),
-        teacher=None if inputs.teacher is None else inputs.teacher.config,
+        teacher=None if inputs.teacher_checkpoint is None else inputs.teacher_checkpoint.config,
         platform=jax.devices()[0].platform,
     )
+    checkpoints = {"init_from": inputs.init_checkpoint, "loss.distill_from": inputs.teacher_checkpoint}
     facts: Fingerprint = {
         "config": fingerprints.config_fingerprint(config),
         "code": fingerprints.code_fingerprint(),
         "checkpoint": fingerprints.checkpoint_fingerprint(workdir),
-        "data": fingerprints.data_fingerprint(
-            inputs.sources, inputs.tokenizer, {"init_from": inputs.initial, "loss.distill_from": inputs.teacher}
-        ),
+        "data": fingerprints.data_fingerprint(inputs.sources, inputs.tokenizer, checkpoints),
     }
     return Checked(config, workdir, inputs, tx), facts
 
 
 def record_start(workdir: Path, facts: Mapping[str, Mapping[str, object]]) -> None:
-    """Add this start to `run.json`; what cannot be written there does not keep the run from starting."""
+    """Add this start to `run.json`; if it cannot be written, the run starts all the same."""
     about = {
         **run_record.describe_start(),
         "compile_cache": jax.config.jax_compilation_cache_dir,  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Where a run starts: afresh, from another run's weights, or where its own newest checkpoint left off."""
+"""Start of a run: afresh, from another run's weights, or from its own newest checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ RESUMABLE = (
 
 
 def check_resumable(step: int, saved: Config, config: Config) -> None:
-    """Refuse to go on with a config that would make a different run.
+    """Refuse to resume with a config that would make a different run.
 
     Raises:
         ValueError: every field that differs, with both values.
@@ -53,11 +53,11 @@ def check_resumable(step: int, saved: Config, config: Config) -> None:
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
         step: completed updates.
-        evaluated: whether the tasks were run at this step.
+        evaluated: the tasks were run at this step.
         num_samples: size of the training source.
         teacher_step: of the checkpoint that is distilled from, if any.
     """
@@ -69,10 +69,10 @@ class Position:
 
 
 def check_same_run(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> None:
-    """Refuse to go on if the continuation would not be the run that was saved.
+    """Refuse to resume if the continuation would not be the run that was saved.
 
     Raises:
-        ValueError: another config, another tokenizer or other training data; with what differs.
+        ValueError: another config, another tokenizer or other training data; the message names the difference.
     """
     check_resumable(saved.step, saved.config, config)
     if saved.records["tokenizer"] != pack_tokenizer(inputs.tokenizer):
@@ -95,7 +95,7 @@ def start_state(
     init_state: Callable[[jax.Array], TrainState],
     mesh: Mesh,
 ) -> tuple[TrainState, Position]:
-    """The newest checkpoint's state and position, or a fresh state; either way every array is born on its shards.
+    """Return the newest checkpoint's state and position, or a fresh state; every array is created on its shards.
 
     Raises:
         ValueError: the checkpoint's arrays are damaged.
@@ -109,23 +109,25 @@ def start_state(
     placed = sharding.with_shardings(abstract, shardings)
     latest = checkpoints.latest_step()
     if latest is not None:
-        groups, records = checkpoints.restore(latest, to_items(placed))
-        return from_items(groups), Position(**records["data"])
+        items, records = checkpoints.restore(latest, to_items(placed))
+        return from_items(items), Position(**records["data"])
     state = jax.jit(init, out_shardings=shardings)()
-    if inputs.initial is not None:
-        state = _take(state, inputs.initial, config, mesh)
+    if inputs.init_checkpoint is not None:
+        state = _take_params(state, inputs.init_checkpoint, config, mesh)
     return state, Position()
 
 
-def _take(state: TrainState, initial: SavedCheckpoint, config: Config, mesh: Mesh) -> TrainState:
-    """The state with what `init_match` names of another run's parameters; BatchNorm's statistics follow their tower."""
-    given = dict(load_params(initial, mesh))
+def _take_params(state: TrainState, init_checkpoint: SavedCheckpoint, config: Config, mesh: Mesh) -> TrainState:
+    """Return the state with the parameters of another run that `init_match` names.
+
+    BatchNorm's statistics are taken if the whole image tower is.
+    """
+    given = dict(load_params(init_checkpoint, mesh))
     batch_stats = given.pop("batch_stats", None)
-    where = sharding.shardings_of(state.params)
-    fit = jax.jit(lambda given: fit_positions(given, initial.config.model, config.model))
+    fit = jax.jit(lambda given: fit_positions(given, init_checkpoint.config.model, config.model))
     theirs = dict(zip(leaf_paths(given), jax.tree.leaves(fit(given)), strict=True))
     params = map_with_path(lambda name, ours: theirs[name] if comes_from_init(config, name) else ours, state.params)
-    params = jax.device_put(params, where)
+    params = jax.device_put(params, sharding.shardings_of(state.params))
     if batch_stats is None or not all(
         comes_from_init(config, f"image/{name}") for name in leaf_paths(state.params["image"])
     ):

@@ -1,14 +1,15 @@
-"""One run: the parts that its loop uses, and what it does besides stepping: judge the data, evaluate, save, finish.
+"""One run: the parts that its loop uses, and their common work: step, judge the data, evaluate, save, finish.
 
-`build` makes the parts, a line per noun; `Run` is what the loop sees.
+`build` makes the parts, a line per noun; the loop sees a `Run`.
 """
 
 import collections
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from clipjax.config import Config, LossKind, steps_of
 from clipjax.data.sample import REASONS
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import BadSampleLimit, TrainStream, pair_groups
-from clipjax.evals.encoder import Encoder, make_encoder_factory
+from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import Results, run_tasks, write_results
 from clipjax.losses import describe_loss
 from clipjax.monitoring.run_logger import RunLogger, results_table
@@ -28,79 +29,109 @@ from clipjax.monitoring.stragglers import rank_times
 from clipjax.runtime import processes, sharding
 from clipjax.training.inputs import Inputs
 from clipjax.training.preflight import Checked
-from clipjax.training.program import build_program
+from clipjax.training.program import Program, build_program
 from clipjax.training.resume import Position, start_state
 from clipjax.training.step import TrainState, eval_params, to_items
 from clipjax.typing import Batch, Metrics, Params
 
 STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices
-BATCH = ("image", "tokens", "reason")
+BATCH = ("image", "tokens", "skip_reason")
+"""Arrays of a batch that every step takes."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Run:
-    """The parts of one run, and what they do together."""
+    """The parts of one run, and what they do together.
+
+    Attributes:
+        config: all of its settings.
+        workdir: the folder of its files.
+        inputs: data, tokenizer, tasks, first weights.
+        program: the functions that are compiled.
+        stream: training batches of this process.
+        limit: judges the share of unusable samples.
+        checkpoints: of the workdir.
+        logger: metrics, progress, log.
+        signal: the request to stop, once it comes.
+        teacher: parameters of the frozen model to learn from; None: without.
+        state: the state to start with; the first step takes its buffers over.
+        start: completed updates at the start, and what belongs to them.
+    """
 
     config: Config
     workdir: Path
     inputs: Inputs
-    put: Callable[[Mapping[str, np.ndarray]], Mapping[str, jax.Array]]
+    program: Program
     stream: TrainStream
     limit: BadSampleLimit
     checkpoints: Checkpoints
-    journal: RunLogger
+    logger: RunLogger
     signal: processes.ShutdownSignal
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    make_encoder: Callable[[Params], Encoder]
+    teacher: Params | None
     state: TrainState
     start: Position
     _in_flight: collections.deque[tuple[int, Metrics]] = field(default_factory=collections.deque)
 
+    @functools.cached_property
+    def _jitted_step(self) -> Any:
+        return self.program.jit(self.state)
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Start an update; the results are still being computed. The state's buffers are taken over.
+
+        This is `TrainStep.__call__`, compiled once.
+        """
+        return self._jitted_step(state, batch, self.teacher)
+
     def next_batch(self) -> Mapping[str, jax.Array]:
-        """The next global batch, on the devices, once they are not too far behind.
+        """Return the next global batch, on the devices, once they are not too far behind.
 
         Raises:
-            TooManyBadSamples: the data is unusable beyond the configured share; every process learns so at the same
+            TooManyBadSamples: the data is unusable beyond the configured share; every process raises this at the same
                 step, as all of them judge the same counts.
         """
         while len(self._in_flight) >= STEPS_IN_FLIGHT:
             step, metrics = self._in_flight.popleft()
-            with self.journal.blocked():
+            with self.logger.waiting_for_devices():
                 jax.block_until_ready(metrics["loss"])
             if step % steps_of(self.config.log.every_examples, self.config) == 0:
                 self.limit.check(step, jax.device_get(metrics["samples_skipped"]).tolist(), self.stream.latest_bad())
         batch = next(self.stream)
-        self.journal.feed(batch["index"])
+        self.logger.count_samples(batch["index"])
         group = pair_groups(batch, self.config.loss.same_pair)
         more = {} if group is None else {"group": group}
         if self.config.loss.kind is LossKind.GLOBAL:
             more["index"] = batch["index"].astype(np.int32)
-        return self.put({name: batch[name] for name in BATCH} | more)
+        return sharding.global_batch(self.program.mesh, {name: batch[name] for name in BATCH} | more)
 
     def follow(self, step: int, metrics: Metrics) -> None:
-        """Take note of a step that has been started."""
+        """Count a step that has been started among those in flight."""
         self._in_flight.append((step, metrics))
 
+    def _encoder(self, state: TrainState) -> Encoder:
+        program = self.program
+        return Encoder(self.config, program.clip, program.mesh, self.inputs.tokenizer, eval_params(state))
+
     def evaluate(self, state: TrainState, step: int) -> Results:
-        """Run the tasks; should one fail, the state is saved before the error goes on."""
-        self.journal.flush()
-        with self.journal.pause():
+        """Run the tasks; if one fails, save the state before the error is raised."""
+        self.logger.flush()
+        with self.logger.pause():
             try:
-                results = run_tasks(self.inputs.tasks, self.make_encoder(eval_params(state)))
+                results = run_tasks(self.inputs.tasks, self._encoder(state))
             except Exception:
                 self.save(state, step)
                 self.checkpoints.wait()
                 raise
             if results:
-                self.journal.results(step, results)
+                self.logger.results(step, results)
         return results
 
     def save(self, state: TrainState, step: int, results: Results | None = None) -> None:
-        """Save in the background; the log is complete up to this step before the checkpoint can be."""
-        self.journal.flush()
+        """Save in the background; the log is complete up to this step before the checkpoint is."""
+        self.logger.flush()
         if self.checkpoints.latest_step() == step:
             return
-        teacher = self.inputs.teacher
+        teacher = self.inputs.teacher_checkpoint
         position = Position(
             step,
             evaluated=results is not None,
@@ -112,35 +143,35 @@ class Run:
         if self.config.checkpoint.best_metric is not None and results:
             task, _, metric = self.config.checkpoint.best_metric.rpartition(":")
             best_value = results[task][metric]
-        with self.journal.blocked():  # saving would wait for the step; not for what others call host work
+        with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
             jax.block_until_ready(state.step)
         self.checkpoints.save(step, to_items(state), records, best_value)
 
     def finish(self, state: TrainState, last: int, results: Results | None) -> None:
         """Wait for the last checkpoint, then leave `results.json`, the sign of a finished run."""
         self.checkpoints.wait()
-        self.journal.flush()
+        self.logger.flush()
         if results is None:  # the run was complete before: its log is, but a kill may have come before results.json
-            results = run_tasks(self.inputs.tasks, self.make_encoder(eval_params(state)))
+            results = run_tasks(self.inputs.tasks, self._encoder(state))
         if processes.is_first():
             write_results(self.workdir / "results.json", self.checkpoints.path(last), results)
-        self.journal.finish()
+        self.logger.finish()
         if results:
-            self.journal.message(results_table(results))
+            self.logger.message(results_table(results))
         examples = last * self.config.global_batch_size
-        self.journal.message(f"done: {last} steps, {examples} examples; all of it is in {self.workdir}")
+        self.logger.message(f"done: {last} steps, {examples} examples; all of it is in {self.workdir}")
 
 
 @contextlib.contextmanager
 def build(checked: Checked) -> Iterator[Run]:
-    """The parts of a run, from its mesh to its first batch; closed at the end of the `with` block.
+    """Build the parts of a run, from its mesh to its first batch; the end of the `with` block closes them.
 
     Raises:
-        DamagedCheckpoint: the arrays that it starts with cannot be restored.
+        DamagedCheckpoint: the arrays of the first state cannot be restored.
     """
     config, workdir, inputs = checked.config, checked.workdir, checked.inputs
     mesh = sharding.make_mesh(config.mesh)
-    teacher_config = None if inputs.teacher is None else inputs.teacher.config
+    teacher_config = None if inputs.teacher_checkpoint is None else inputs.teacher_checkpoint.config
     program = build_program(config, mesh, num_samples=len(inputs.source), tx=checked.tx, teacher=teacher_config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -149,8 +180,8 @@ def build(checked: Checked) -> Iterator[Run]:
         checkpoints = Checkpoints(workdir, config.checkpoint)
         stack.callback(checkpoints.close)
         state, start = start_state(config, inputs, checkpoints, program.init_state, mesh)
-        teacher = None if inputs.teacher is None else load_params(inputs.teacher, mesh)
-        journal = RunLogger(
+        teacher = None if inputs.teacher_checkpoint is None else load_params(inputs.teacher_checkpoint, mesh)
+        logger = RunLogger(
             config,
             workdir,
             start_step=start.step,
@@ -158,8 +189,8 @@ def build(checked: Checked) -> Iterator[Run]:
             skip_reasons=REASONS,
             times=rank_times(),
         )
-        stack.callback(journal.close)
-        journal.message(describe_loss(config, mesh))
+        stack.callback(logger.close)
+        logger.message(describe_loss(config, mesh))
         stream = TrainStream(
             inputs.source,
             tokenize=TextToTokens(inputs.tokenizer, config.model.text.context_length),
@@ -169,12 +200,11 @@ def build(checked: Checked) -> Iterator[Run]:
             start_step=start.step,
         )
         stack.callback(stream.close)
-        update = program.jit(state)
         yield Run(
             config=config,
             workdir=workdir,
             inputs=inputs,
-            put=functools.partial(sharding.global_batch, mesh),
+            program=program,
             stream=stream,
             limit=BadSampleLimit(
                 config,
@@ -183,10 +213,9 @@ def build(checked: Checked) -> Iterator[Run]:
                 skipped=jax.device_get(state.samples_skipped).tolist(),
             ),
             checkpoints=checkpoints,
-            journal=journal,
+            logger=logger,
             signal=signal,
-            train_step=lambda state, batch: update(state, batch, teacher),
-            make_encoder=make_encoder_factory(config, program.clip, mesh, inputs.tokenizer),
+            teacher=teacher,
             state=state,
             start=start,
         )

@@ -1,7 +1,7 @@
 """The training state and the pure step from one state to the next.
 
-`TrainState` is all that training needs to go on; `init_state` makes one, `make_train_step` the function that updates
-it. All choices are made while building the step; nothing branches inside it.
+`TrainState` is all that training needs to go on; `make_init_state` gives the function that makes one, `TrainStep` is
+the function that updates it.
 """
 
 import functools
@@ -16,15 +16,13 @@ import optax
 
 from clipjax.config import Config, LossKind, steps_of
 from clipjax.data.sample import REASONS
-from clipjax.losses import MovingAverages, Teacher
+from clipjax.losses import LossInputs, MovingAverages, Teacher
 from clipjax.losses.moving_averages import MovingAveragesAccess, init_moving_averages
 from clipjax.models.towers import PARAMETER_RULES
-from clipjax.pytrees import global_norm
 from clipjax.runtime.sharding import Rules
+from clipjax.training.gradients import Gradients, TeacherForward
+from clipjax.training.optimizer import make_schedule
 from clipjax.typing import Batch, Key, Metrics, Params
-
-TrainStep = Callable[["TrainState", Batch, Params | None], tuple["TrainState", Metrics]]
-Forward = Callable[[Params, Batch, Key], tuple[Any, ...]]
 
 STATE_RULES: Rules = (*PARAMETER_RULES, (r"samples_skipped", (None,)), (r"memory", ("batch", None)))
 """Dimensions of every array of a training state."""
@@ -37,7 +35,7 @@ STATE_RULES: Rules = (*PARAMETER_RULES, (r"samples_skipped", (None,)), (r"memory
 )
 @dataclass(frozen=True)
 class TrainState:
-    """What one step hands to the next.
+    """State of training between two steps.
 
     Attributes:
         step: completed updates, int32 scalar.
@@ -45,8 +43,8 @@ class TrainState:
         opt_state: the optimizer's state.
         ema: moving average of `params`, or None where none is kept.
         key: the run's PRNG key; step s draws from `fold_in(key, s)`.
-        samples_skipped: unusable samples so far, of all processes, int32 by reason (`data.sources.REASONS`).
-        memory: what the `global` loss knows of every sample (`losses.memory`), or None with other losses.
+        samples_skipped: unusable samples so far, of all processes, int32 by reason (`data.sample.REASONS`).
+        memory: every sample's moving averages for the `global` loss (`losses.moving_averages`), or None.
         batch_stats: running statistics of BatchNorm, or None in models without.
     """
 
@@ -68,7 +66,7 @@ def make_init_state(
     num_samples: int,
     init_batch_stats: Callable[[], Params] = dict,
 ) -> Callable[[Key], TrainState]:
-    """`init_state(key)`: a fresh state. Jit it with shardings, so that no device ever holds more than its part.
+    """Return `init_state(key)`, which makes a fresh state. Jit it with shardings, so that no device holds all of it.
 
     Args:
         config: the run.
@@ -95,77 +93,86 @@ def make_init_state(
     return init_state
 
 
-def make_train_step(
-    config: Config,
-    grads_fn: Callable[[Params, Batch, Key], tuple[Params, Metrics]],
-    tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    *,
-    memory: MovingAveragesAccess | None = None,
-    teach: Forward | None = None,
-) -> TrainStep:
-    """One update: gradients, optimizer, clamp of the logit scale, moving average.
+@dataclass(frozen=True, eq=False)
+class TrainStep:
+    """One update: gradients, optimizer, clamp of the logit scale, moving average. All choices are made by its parts.
 
-    Args:
-        config: gives the clamp and the decay of the average.
-        grads_fn: `(params, batch, key) -> (grads, metrics)` over the global batch.
-        tx: the optimizer that `schedule` belongs to.
-        schedule: learning rate by step, for the metrics.
-        memory: access to the state's memory; the `global` loss needs it.
-        teach: the frozen teacher's embeddings of a batch, from the step's third argument, the teacher's parameters.
+    Attributes:
+        config: gives the clamp, the decay of the average, and the learning rate for the metrics.
+        gradients: of the loss over the global batch.
+        tx: the optimizer.
+        averages: access to the state's memory; the `global` loss needs it.
+        teacher_forward: the frozen teacher, whose parameters are the third argument of the step; None: without.
     """
-    max_log_scale = math.log(config.model.max_logit_scale)
-    update_ema, gamma = _make_ema(config.optim.ema_decay), make_gamma(config)
 
-    def train_step(state: TrainState, batch: Batch, teacher: Params | None = None) -> tuple[TrainState, Metrics]:
-        key, remembered = jax.random.fold_in(state.key, state.step), state.memory
-        if memory is not None and remembered is not None:
-            batch = {**batch, "memory": MovingAverages(memory.gather(remembered, batch["index"]), gamma(state.step))}
-        if teach is not None:
-            assert teacher is not None
-            batch = {**batch, "teacher": Teacher(*teach(teacher, batch, key)[:3])}
-        grads, metrics = grads_fn(state.params, {**batch, "batch_stats": state.batch_stats or {}}, key)
-        batch_stats = metrics.pop("batch_stats", None) or None
-        if memory is not None and remembered is not None:
-            remembered = memory.scatter(remembered, batch["index"], metrics.pop("memory"))
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params: dict[str, Any] = {**optax.apply_updates(state.params, updates)}  # type: ignore[arg-type]
-        params["log_logit_scale"] = jnp.minimum(params["log_logit_scale"], max_log_scale)
-        by_reason = jax.nn.one_hot(batch["reason"], len(REASONS), dtype=jnp.int32)
+    config: Config
+    gradients: Gradients
+    tx: optax.GradientTransformation
+    averages: MovingAveragesAccess | None = None
+    teacher_forward: TeacherForward | None = None
+
+    def __call__(
+        self, state: TrainState, batch: Batch, teacher_params: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """Return the next state, and metrics by name."""
+        key = jax.random.fold_in(state.key, state.step)
+        inputs = self._loss_inputs(state, batch, key, teacher_params)
+        grads, aux = self.gradients(state.params, state.batch_stats or {}, batch, inputs, key)
+        memory = state.memory
+        if self.averages is not None and memory is not None and aux.log_mean is not None:
+            memory = self.averages.scatter(memory, batch["index"], aux.log_mean)
+        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+        params = self._clamp(optax.apply_updates(state.params, updates))  # type: ignore[arg-type]
+        by_reason = jax.nn.one_hot(batch["skip_reason"], len(REASONS), dtype=jnp.int32)
         samples_skipped = state.samples_skipped + jnp.sum(by_reason, axis=0)
         metrics = {
-            **metrics,
+            "loss": aux.loss,
+            **aux.metrics,
             "logit_scale": jnp.exp(state.params["log_logit_scale"]),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(make_schedule(self.config)(state.step), jnp.float32),
             **_norms(grads, params),
             "samples_skipped": samples_skipped,
         }
-        state = TrainState(
+        next_state = TrainState(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
-            ema=update_ema(state.ema, params),
+            ema=_update_ema(self.config.optim.ema_decay, state.ema, params),
             key=state.key,
             samples_skipped=samples_skipped,
-            memory=remembered,
-            batch_stats=batch_stats,
+            memory=memory,
+            batch_stats=aux.batch_stats or None,
         )
-        return state, metrics
+        return next_state, metrics
 
-    return train_step
+    def _loss_inputs(self, state: TrainState, batch: Batch, key: Key, teacher_params: Params | None) -> LossInputs:
+        """Return groups of pairs, the teacher's embeddings and the moving averages, as far as this run has them."""
+        teacher, memory = None, None
+        if self.averages is not None and state.memory is not None:
+            log_mean = self.averages.gather(state.memory, batch["index"])
+            memory = MovingAverages(log_mean, make_gamma(self.config)(state.step))
+        if self.teacher_forward is not None:
+            assert teacher_params is not None
+            teacher = Teacher(*self.teacher_forward(teacher_params, batch, key)[:3])
+        return LossInputs(batch.get("group"), teacher, memory)
+
+    def _clamp(self, params: Params) -> Params:
+        """Return parameters whose logit scale does not exceed its maximum."""
+        most = math.log(self.config.model.max_logit_scale)
+        return {**params, "log_logit_scale": jnp.minimum(params["log_logit_scale"], most)}
 
 
 def _norms(grads: Params, params: Params) -> Metrics:
     return {
-        "grad_norm": global_norm(grads),
-        "grad_norm_image": global_norm(grads["image"]),
-        "grad_norm_text": global_norm(grads["text"]),
-        "param_norm": global_norm(params),
+        "grad_norm": optax.tree.norm(grads),
+        "grad_norm_image": optax.tree.norm(grads["image"]),
+        "grad_norm_text": optax.tree.norm(grads["text"]),
+        "param_norm": optax.tree.norm(params),
     }
 
 
 def make_gamma(config: Config) -> Callable[[jax.Array], jax.Array]:
-    """Weight of a sample's newest value in its moving average, by step (arXiv 2407.01445, section 4)."""
+    """Return `gamma(step)`: weight of a sample's newest value in its moving average (arXiv 2407.01445, section 4)."""
     last, steps = config.loss.gamma, steps_of(config.loss.gamma_decay_examples, config)
 
     def gamma(step: jax.Array) -> jax.Array:
@@ -175,27 +182,27 @@ def make_gamma(config: Config) -> Callable[[jax.Array], jax.Array]:
     return gamma
 
 
-def _make_ema(decay: float | None) -> Callable[[Params | None, Params], Params | None]:
+def _update_ema(decay: float | None, ema: Params | None, params: Params) -> Params | None:
     if decay is None:
-        return lambda ema, params: None
-    return lambda ema, params: jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+        return None
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
 def eval_params(state: TrainState) -> Params:
-    """The parameters to evaluate: the moving average where there is one; BatchNorm's statistics among them."""
+    """Return the parameters to evaluate: the moving average where there is one; BatchNorm's statistics among them."""
     params = state.params if state.ema is None else state.ema
     return params if state.batch_stats is None else {**params, "batch_stats": state.batch_stats}
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
-    """The state as the groups of arrays that a checkpoint keeps apart, so that `params` can be read alone."""
+    """Return the state as the items of a checkpoint, which keeps them apart, so that `params` can be read alone."""
     names = ("step", "opt_state", "key", "samples_skipped", "memory")
     train = {name: value for name in names if (value := getattr(state, name)) is not None}
-    groups = {"params": state.params, "train": train, "ema": state.ema, "batch_stats": state.batch_stats}
-    return {name: group for name, group in groups.items() if group is not None}
+    items = {"params": state.params, "train": train, "ema": state.ema, "batch_stats": state.batch_stats}
+    return {name: item for name, item in items.items() if item is not None}
 
 
-def from_items(groups: Mapping[str, Any]) -> TrainState:
-    """The state that `to_items` took apart."""
-    others = {name: groups.get(name) for name in ("params", "ema", "batch_stats")}
-    return TrainState(**others, **groups["train"])
+def from_items(items: Mapping[str, Any]) -> TrainState:
+    """Return the state that `to_items` took apart."""
+    others = {name: items.get(name) for name in ("params", "ema", "batch_stats")}
+    return TrainState(**others, **items["train"])

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.data.images import decode, random_resized_crop, resize_center_crop
+from clipjax.config import Resize
+from clipjax.data.images import EvalTransform, decode, random_resized_crop, resize_center_crop
 from clipjax.data.sample import BadSample
 
 pytestmark = pytest.mark.newest
@@ -132,6 +133,23 @@ def test_pixel_limit_is_inclusive(image_format):
     assert decode(data, max_pixels=1200).shape == (30, 40, 3)
     with pytest.raises(BadSample, match="image_too_large"):
         decode(data, max_pixels=1199)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3), (0, 0, 3), (0,), (5, 5)])
+def test_an_array_without_pixels_is_corrupt(shape):
+    with pytest.raises(BadSample, match="corrupt_image"):
+        decode(np.zeros(shape, np.uint8), max_pixels=100)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3)])
+def test_nothing_cannot_be_resized(shape):
+    image, message = np.zeros(shape, np.uint8), f"an image of {shape[0]} x {shape[1]} pixels cannot be resized"
+    with pytest.raises(ValueError, match=message):
+        resize_center_crop(image, 4)
+    with pytest.raises(ValueError, match=message):
+        EvalTransform(4, Resize.SQUASH)(image)
+    with pytest.raises(ValueError, match=message):
+        random_resized_crop(image, 4, min_area=0.5, rng=np.random.default_rng(0))
 
 
 def test_arrays_pass_through_but_obey_the_limit():

@@ -70,7 +70,7 @@ def test_batches_have_the_promised_shapes():
         "image": ("uint8", (8, SIZE, SIZE, 3)),
         "tokens": ("int32", (8, 6)),
         "index": ("int64", (8,)),
-        "reason": ("int32", (8,)),
+        "skip_reason": ("int32", (8,)),
     }
     assert all(type(array) is np.ndarray for array in batch.values())
 
@@ -191,7 +191,7 @@ class FlawedSource(CountingSource):
 
 
 def count_reasons(batches) -> dict[str, int]:
-    reasons = np.concatenate([batch["reason"] for batch in batches])
+    reasons = np.concatenate([batch["skip_reason"] for batch in batches])
     return dict(collections.Counter(REASONS[reason] for reason in reasons if reason >= 0))
 
 
@@ -207,7 +207,7 @@ def test_bad_samples_are_replaced_and_counted_once_per_epoch():
     for batch, reference in zip(batches, clean, strict=True):
         was_bad = np.isin(reference["index"], list(FLAWS))
         assert not np.isin(batch["index"], list(FLAWS)).any()
-        assert ((batch["reason"] >= 0) == was_bad).all()
+        assert ((batch["skip_reason"] >= 0) == was_bad).all()
         for name in batch:  # the others are untouched
             np.testing.assert_array_equal(batch[name][~was_bad], reference[name][~was_bad])
     asked, used = (np.concatenate([batch["index"] for batch in part]) for part in (clean, batches))
@@ -408,8 +408,8 @@ def test_eval_batches_are_whole_and_in_order():
     assert last["mask"].tolist() == [True] * 8 + [False] * 8
     assert last["label"].tolist() == [*range(32, 40), *[-1] * 8]
     assert last["captions"] == [(f"a{i}", f"b{i}") for i in range(32, 40)] + [()] * 8
-    assert {name: last[name].dtype.name for name in ("image", "label", "mask", "index", "reason")} == {
-        "image": "uint8", "label": "int32", "mask": "bool", "index": "int64", "reason": "int32",
+    assert {name: last[name].dtype.name for name in ("image", "label", "mask", "index", "skip_reason")} == {
+        "image": "uint8", "label": "int32", "mask": "bool", "index": "int64", "skip_reason": "int32",
     }  # fmt: skip
     assert last["image"].shape == (16, SIZE, SIZE, 3)
     assert not last["image"][8:].any()
@@ -424,22 +424,22 @@ def test_eval_batches_interleave_processes(processes):
         parts = evaluate(make_source(37), process_index=p, process_count=processes)
         assert len(parts) == len(whole)
         for part, batch in zip(parts, whole, strict=True):
-            for name in ("image", "label", "mask", "index", "reason"):
+            for name in ("image", "label", "mask", "index", "skip_reason"):
                 np.testing.assert_array_equal(part[name], batch[name][p::processes])
             assert part["captions"] == batch["captions"][p::processes]
 
 
 def test_eval_masks_bad_samples(flawed_tar):
     batches = evaluate(flawed_tar, max_image_pixels=25_000_000)
-    joined = {name: np.concatenate([batch[name] for batch in batches]) for name in ("mask", "index", "reason")}
+    joined = {name: np.concatenate([batch[name] for batch in batches]) for name in ("mask", "index", "skip_reason")}
     bad = joined["index"][~joined["mask"]]
     # The sample without a caption stays: evaluation by class needs none.
     assert bad.tolist() == [4, 12, 20, 28, 36, 44, 50, 63]
-    assert [REASONS[reason] for reason in joined["reason"][bad]] == [
+    assert [REASONS[reason] for reason in joined["skip_reason"][bad]] == [
         "corrupt_image", "corrupt_image", "image_too_large", "empty_caption", "caption_too_long", "caption_not_utf8",
         "missing_image", "truncated_tar",
     ]  # fmt: skip
-    assert (joined["reason"][joined["mask"]] == -1).all()
+    assert (joined["skip_reason"][joined["mask"]] == -1).all()
     assert batches[3]["captions"][58 - 48] == ()
 
 

@@ -1,14 +1,17 @@
 """Zero-shot and retrieval against brute force on embeddings that the test makes up."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from clipjax.config import Config, TaskConfig, TaskKind
+from clipjax.data.sources import ArraySource
 from clipjax.evals import prompts
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.retrieval import image_retrieval, recalls, retrieval
-from clipjax.evals.runner import write_results
+from clipjax.evals.runner import build_tasks, write_results
 from clipjax.evals.zero_shot import zero_shot, zero_shot_classifier
 
 pytestmark = pytest.mark.newest
@@ -18,13 +21,22 @@ def unit(x: np.ndarray) -> np.ndarray:
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def fake_encoder(image_embed: np.ndarray, text_table: dict[str, np.ndarray]) -> Encoder:
-    """Pixels hold the row of `image_embed` to return."""
-    return Encoder(
-        embed_images=lambda image: image_embed[image[:, 0, 0, 0].astype(int)],
-        embed_texts=lambda texts: np.stack([text_table[text] for text in texts]),
-        gather=lambda rows: rows,
-    )
+class FakeEncoder(Encoder):
+    """Embeddings out of tables: pixels hold the row of `image_embed` to return."""
+
+    has_embeddings = True
+
+    def __init__(self, image_embed: np.ndarray, text_table: dict[str, np.ndarray]) -> None:
+        object.__setattr__(self, "tables", (image_embed, text_table))
+
+    def embed_images(self, image: np.ndarray) -> np.ndarray:
+        return self.tables[0][image[:, 0, 0, 0].astype(int)]
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        return np.stack([self.tables[1][text] for text in texts])
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        return rows
 
 
 def batch(rows: list[int], labels: list[int], captions: list[tuple[str, ...]], mask: list[bool] | None = None) -> dict:
@@ -41,16 +53,60 @@ def batch(rows: list[int], labels: list[int], captions: list[tuple[str, ...]], m
 
 def test_classifier_is_the_mean_of_the_prompts_unit_norm():
     table = {"a cat": unit(np.array([1.0, 0.0])), "the cat": unit(np.array([0.0, 1.0]))}
-    encoder = fake_encoder(np.zeros((1, 2)), table)
+    encoder = FakeEncoder(np.zeros((1, 2)), table)
     classifier = zero_shot_classifier(encoder.embed_texts, ["cat"], ["a {}", "the {}"])
     np.testing.assert_allclose(classifier, [[2**-0.5, 2**-0.5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "message"),
+    [
+        ("red", ["a {}"], r"names='red' must be a sequence of strings; put a single one into a list: \['red'\]"),
+        (["red"], "a {}", "templates='a {}' must be a sequence of strings"),
+        ([], ["a {}"], "names is empty; give at least one"),
+        (["red"], (), "templates is empty; give at least one"),
+        (["red", 5], ["a {}"], r"names\[1\]=5 must be a string"),
+        (["red"], ["a photo"], "'a photo' must hold one {} for the class name"),
+        (["red"], ["{} and {}"], "must hold one {} for the class name"),
+    ],
+)
+def test_classes_and_templates_are_sequences_of_strings(names, templates, message):
+    encoder = FakeEncoder(np.eye(2, dtype=np.float32), {})
+    with pytest.raises(ValueError, match=message):
+        zero_shot_classifier(encoder.embed_texts, names, templates)
+    with pytest.raises(ValueError, match=message):
+        zero_shot(encoder, [], names, templates)
+
+
+def test_sources_without_a_usable_sample_are_refused():
+    encoder = FakeEncoder(np.eye(2, dtype=np.float32), {"a": unit(np.ones(2))})
+    bad = batch([0, 1], [0, 0], [("a",), ("a",)], mask=[False, False])
+    good = batch([0], [0], [("a",)])
+    for batches in ([], [bad]):
+        with pytest.raises(ValueError, match="no sample has a label"):
+            zero_shot(encoder, batches, ["a"], ["{}"])
+        with pytest.raises(ValueError, match="no sample has a caption"):
+            retrieval(encoder, batches)
+        with pytest.raises(ValueError, match="no usable sample of the source has a caption"):
+            image_retrieval(encoder, batches, [good])
+        with pytest.raises(ValueError, match="no usable sample of the gallery has a caption"):
+            image_retrieval(encoder, [good], batches)
+    with pytest.raises(ValueError, match="recalls of 0 images and 0 texts"):
+        recalls(np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0, int))
+
+
+def test_a_task_whose_source_is_empty_is_refused_before_work():
+    config = Config()
+    config.eval.tasks = {"names": TaskConfig(kind=TaskKind.RETRIEVAL, source="nothing.tar")}
+    with pytest.raises(ValueError, match="eval.tasks.names: source 'nothing.tar' holds no sample"):
+        build_tasks(config, lambda spec, **options: ArraySource([], []))
 
 
 def test_zero_shot_counts_labelled_good_samples_only():
     names = [f"class {i}" for i in range(7)]
     directions = np.eye(7, dtype=np.float32)
     image_embed = directions[[0, 1, 2, 3, 3]]
-    encoder = fake_encoder(image_embed, dict(zip(names, directions, strict=True)))
+    encoder = FakeEncoder(image_embed, dict(zip(names, directions, strict=True)))
     batches = [
         batch([0, 1], [0, 1], [(), ()]),  # right, right
         batch([2, 3], [5, -1], [(), ()]),  # wrong; no label
@@ -64,7 +120,7 @@ def test_zero_shot_counts_labelled_good_samples_only():
 
 
 def test_zero_shot_refuses_labels_without_a_name_and_no_labels_at_all():
-    encoder = fake_encoder(np.eye(2, dtype=np.float32), {"a": unit(np.ones(2)), "b": unit(np.array([1.0, -1.0]))})
+    encoder = FakeEncoder(np.eye(2, dtype=np.float32), {"a": unit(np.ones(2)), "b": unit(np.array([1.0, -1.0]))})
     with pytest.raises(ValueError, match="label 9 has no class name: there are 2"):
         zero_shot(encoder, [batch([0], [9], [()])], ["a", "b"], ["{}"])
     with pytest.raises(ValueError, match="no sample has a label"):
@@ -97,14 +153,14 @@ def test_retrieval_leaves_out_bad_samples_and_those_without_captions():
         batch([0, 1], [-1, -1], [("zero", "also zero"), ()]),
         batch([2, 3], [-1, -1], [("three",), ("three",)], mask=[False, True]),
     ]
-    metrics = retrieval(fake_encoder(directions, table), batches)
+    metrics = retrieval(FakeEncoder(directions, table), batches)
     assert (metrics["num_examples"], metrics["num_texts"]) == (2, 3)
     assert metrics["image_to_text_r1"] == metrics["text_to_image_r1"] == 1.0
 
 
 def test_image_retrieval_matches_pictures_of_one_caption():
     directions = np.eye(4, dtype=np.float32)
-    encoder = fake_encoder(directions, {})
+    encoder = FakeEncoder(directions, {})
     source = [batch([0, 1, 2], [-1] * 3, [("sun",), ("moon",), ("only here",)])]
     gallery = [batch([1, 0, 3], [-1] * 3, [("sun",), ("moon",), ("only there",)])]
     metrics = image_retrieval(encoder, source, gallery)
@@ -118,7 +174,7 @@ def test_image_retrieval_matches_pictures_of_one_caption():
 
 def test_retrieval_without_captions_is_refused():
     with pytest.raises(ValueError, match="no sample has a caption"):
-        retrieval(fake_encoder(np.eye(2, dtype=np.float32), {}), [batch([0, 1], [0, 0], [(), ()])])
+        retrieval(FakeEncoder(np.eye(2, dtype=np.float32), {}), [batch([0, 1], [0, 0], [(), ()])])
 
 
 def test_prompts_by_name_and_from_files(tmp_path):

@@ -21,7 +21,7 @@ from benchmarks.collectives import KINDS, Collective, collectives, compile_loss,
 from benchmarks.numerics.certificate import COMBINED, LOSSES, Case, errors, inputs, measure, meshes
 from benchmarks.numerics.reference import reference
 from clipjax.config import LossMethod, MeshConfig
-from clipjax.losses import MovingAverages, Teacher, choose_method, make_loss, sigmoid_loss, softmax_loss
+from clipjax.losses import LossInputs, MovingAverages, Teacher, choose_method, make_loss, sigmoid_loss, softmax_loss
 from clipjax.losses.topology import gather_stages
 from clipjax.runtime.sharding import AXES, batch_sharding, make_mesh, replicated
 
@@ -396,31 +396,41 @@ def test_a_student_that_is_its_teacher_has_no_gradient_from_it():
     np.testing.assert_allclose(gradient(5.0), plain, rtol=0, atol=1e-6 * float(jnp.abs(plain).max()))
 
 
+def with_memory(loss, memory: MovingAverages):
+    """The loss as `evaluate` takes it, with the new moving averages in the place of metrics."""
+
+    def run(*arguments, group):
+        results = loss.evaluate(*arguments, LossInputs(group, memory=memory))
+        return results.loss, results.log_mean
+
+    return run
+
+
 def test_the_global_loss_of_one_whole_dataset_in_a_batch_is_the_softmax():
     """With gamma 1 and epsilon 1 / (n - 1), log(epsilon + u) is the softmax's loss, less log(n - 1)."""
     image, text = map(jnp.asarray, inputs(24))
     memory = MovingAverages(jnp.full((24, 2), -3.0), jnp.float32(1))
     value, grads, _ = evaluate(make_loss(), image, text, 14.3)
     loss = make_loss(kind="global", epsilon=1 / 23)
-    found, found_grads, metrics = evaluate(lambda *arguments, group: loss(*arguments, memory=memory), image, text, 14.3)
+    found, found_grads, log_mean = evaluate(with_memory(loss, memory), image, text, 14.3)
     assert float(found) == pytest.approx(float(value) - np.log(23), rel=1e-6)
     for name in ("image", "text", "scale"):
         np.testing.assert_allclose(found_grads[name], grads[name], rtol=1e-4, atol=1e-7)
-    assert metrics["memory"].shape == (24, 2)
+    assert log_mean.shape == (24, 2)
 
 
 def test_a_pair_without_negatives_keeps_its_memory():
     image, text = map(jnp.asarray, inputs(8))
     memory = MovingAverages(jnp.full((8, 2), -2.0), jnp.float32(0.2))
     loss = make_loss(kind="global")
-    _, metrics = loss(image, text, jnp.float32(10), memory=memory, group=jnp.zeros(8, jnp.int32))
-    assert (metrics["memory"] == -2).all()
+    alone = LossInputs(jnp.zeros(8, jnp.int32), memory=memory)
+    assert (loss.evaluate(image, text, jnp.float32(10), None, alone).log_mean == -2).all()
 
 
 def test_a_scale_of_100_overflows_no_memory():
     image, text = np.eye(8, 64, dtype=np.float32), -np.eye(8, 64, dtype=np.float32)  # logits differ by 100
     memory = MovingAverages(jnp.full((8, 2), -jnp.inf), jnp.float32(0.2))
     loss = make_loss(kind="global")
-    value, grads, metrics = evaluate(lambda *arguments, group: loss(*arguments, memory=memory), image, text, 100.0)
+    value, grads, log_mean = evaluate(with_memory(loss, memory), image, text, 100.0)
     assert float(value) == pytest.approx(100, rel=1e-6)
-    assert np.isfinite(metrics["memory"]).all() and all(np.isfinite(grad).all() for grad in grads.values())
+    assert np.isfinite(log_mean).all() and all(np.isfinite(grad).all() for grad in grads.values())

@@ -7,7 +7,7 @@ import pytest
 
 from clipjax.config import MeshConfig
 from clipjax.config.validation import MEMORY_UNIT
-from clipjax.losses.moving_averages import init_moving_averages, make_moving_averages_access
+from clipjax.losses.moving_averages import MovingAveragesAccess, init_moving_averages
 from clipjax.runtime.sharding import batch_sharding, make_mesh, state_shardings
 
 SAMPLES = MEMORY_UNIT + 5
@@ -25,7 +25,7 @@ def test_there_is_room_for_every_sample_and_nothing_is_known():
 def test_what_is_remembered_is_recalled(sizes):
     slices, data, fsdp = sizes
     mesh = make_mesh(MeshConfig(slice=slices, data=data, fsdp=fsdp), jax.devices()[: slices * data * fsdp])
-    access, split = make_moving_averages_access(mesh), batch_sharding(mesh)
+    access, split = MovingAveragesAccess(mesh), batch_sharding(mesh)
     memory = jax.device_put(
         init_moving_averages(SAMPLES), state_shardings(mesh, {"memory": init_moving_averages(SAMPLES)})["memory"]
     )

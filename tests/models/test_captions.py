@@ -23,13 +23,14 @@ from clipjax.config import (
     ViTConfig,
 )
 from clipjax.config.validation import validate
-from clipjax.losses import build_loss
+from clipjax.losses import LossInputs, build_loss
 from clipjax.models.captions import bag_of, caption_likelihood, words_likelihood
-from clipjax.models.clip import abstract_params, build_clip, make_encode
+from clipjax.models.clip import abstract_params, build_clip
 from clipjax.models.towers import PARAMETER_RULES
 from clipjax.pytrees import to_flat
 from clipjax.runtime.sharding import batch_sharding, make_mesh, state_shardings
-from clipjax.training import gradients, optimizer
+from clipjax.training import optimizer
+from clipjax.training.gradients import CachedGradients, DirectGradients, Microbatches
 
 END, START = 63, 62
 VIT = {"image_size": 16, "patch_size": 8, "width": 32, "depth": 1, "num_heads": 4}
@@ -73,8 +74,7 @@ def tokens() -> jax.Array:
 def batch(config: Config) -> dict:
     size = config.model.image.image_size
     image = np.random.default_rng(0).integers(0, 256, (8, size, size, 3), np.uint8)
-    clip = build_clip(config.model)
-    return {"image": jnp.asarray(image), "tokens": tokens(), "batch_stats": clip.init_batch_stats()}
+    return {"image": jnp.asarray(image), "tokens": tokens()}
 
 
 def test_caption_likelihood_is_the_sum_over_its_tokens():
@@ -104,25 +104,25 @@ def test_a_bag_is_the_set_of_a_captions_tokens():
 def test_the_loss_on_a_mesh_and_in_microbatches_is_the_loss_of_one_device(name: str):
     config = config_of(name)
     validate(config)
-    clip, data = build_clip(config.model), batch(config)
-    params = jax.jit(clip.init)(jax.random.key(0))
-    encode, key = make_encode(clip, config.data), jax.random.key(1)
+    clip, data = build_clip(config.model, data=config.data), batch(config)
+    params, batch_stats = jax.jit(clip.init)(jax.random.key(0)), clip.init_batch_stats()
+    key = jax.random.key(1)
 
     def run(mesh, size):
         loss = build_loss(config.loss, mesh)
-        grads_fn = gradients.make_cached(size, 4) if size else gradients.direct
+        grads_fn = CachedGradients(clip, loss, Microbatches(size, 4)) if size else DirectGradients(clip, loss)
         with jax.set_mesh(mesh):
             rows = {name: jax.device_put(data[name], batch_sharding(mesh)) for name in ("image", "tokens")}
             placed = jax.device_put(params, state_shardings(mesh, abstract_params(config.model), PARAMETER_RULES))
-            return jax.jit(lambda p, b: grads_fn(encode, loss, p, b, key))(placed, {**data, **rows})
+            return jax.jit(lambda p, s, b: grads_fn(p, s, b, LossInputs(), key))(placed, batch_stats, rows)
 
-    expected, metrics = run(make_mesh(MeshConfig(), jax.devices()[:1]), None)
-    parts = [metrics.get("contrastive_loss", 0), config.loss.caption_weight * metrics["caption_loss"]]
-    assert float(metrics["loss"]) == pytest.approx(float(sum(parts)), rel=1e-6)
-    sizes = (None,) if metrics["batch_stats"] else (None, 4)
+    expected, aux = run(make_mesh(MeshConfig(), jax.devices()[:1]), None)
+    parts = [aux.metrics.get("contrastive_loss", 0), config.loss.caption_weight * aux.metrics["caption_loss"]]
+    assert float(aux.loss) == pytest.approx(float(sum(parts)), rel=1e-6)
+    sizes = (None,) if aux.batch_stats else (None, 4)
     for size in sizes:
         found, other = run(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), size)
-        assert float(other["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
+        assert float(other.loss) == pytest.approx(float(aux.loss), rel=1e-5)
         for path, grad in to_flat(expected).items():
             ours, norm = np.asarray(to_flat(found)[path]), np.linalg.norm(grad)
             assert np.linalg.norm(ours - np.asarray(grad)) <= 1e-4 * norm + 1e-6, path  # sums in another order
@@ -138,7 +138,11 @@ def test_a_decoder_sees_what_came_before_and_the_image():
     params = jax.jit(clip.init)(jax.random.key(0))
     pixels = jax.random.normal(jax.random.key(2), (1, 16, 16, 3))
     row = jnp.asarray([[START, 5, 6, 7, 8, 9, 10, END]], jnp.int32)
-    next_logits = jax.jit(lambda params, pixels, row: clip.next_logits(params, clip.look(params, pixels), row))
+
+    def predict(params, pixels, row):
+        return clip.next_logits(params, clip.encode_image_tokens(params, pixels), row)
+
+    next_logits = jax.jit(predict)
     before = next_logits(params, pixels, row)
     assert before.shape == (1, 8, 64)
     after = next_logits(params, pixels, row.at[0, 4].set(20))
@@ -158,9 +162,9 @@ def test_likelihood_of_every_text_for_every_image(name: str):
     for i in range(3):
         encoded = clip.train(params, {}, jnp.tile(pixels[i : i + 1], (4, 1, 1, 1)), tokens()[:4], jax.random.key(0))
         np.testing.assert_allclose(table[i], -encoded.nll, rtol=1e-4)
-    longest = int(np.argmax(tokens()[:4], axis=1).max()) + 1
-    assert longest < tokens().shape[1]
-    short = jax.jit(clip.likelihood, static_argnums=3)(params, pixels, tokens()[:4], longest)
+    max_length = int(np.argmax(tokens()[:4], axis=1).max()) + 1
+    assert max_length < tokens().shape[1]
+    short = jax.jit(clip.likelihood, static_argnums=3)(params, pixels, tokens()[:4], max_length)
     np.testing.assert_allclose(short, table, rtol=1e-5)  # the same sums without the padding
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from clipjax.config import Config, DataConfig, Dtype, ModelConfig, Remat, TextTransformerConfig, ViTConfig, presets
 from clipjax.losses import softmax_loss
-from clipjax.models.clip import abstract_params, build_clip, make_encode, normalise_pixels
+from clipjax.models.clip import abstract_params, build_clip, normalise_pixels
 from clipjax.models.vit import patchify
 
 END = 63
@@ -221,11 +221,10 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def test_logits_and_exponentials_are_float32_even_in_bfloat16(params):
-    clip = build_clip(dataclasses.replace(SMALL, compute_dtype=Dtype.BFLOAT16))
-    encode = make_encode(clip, DataConfig())
+    clip = build_clip(dataclasses.replace(SMALL, compute_dtype=Dtype.BFLOAT16), data=DataConfig())
 
     def loss(params, batch):
-        return softmax_loss(*encode(params, batch, jax.random.key(0))[:4])[0]
+        return softmax_loss(*clip.encode_batch(params, {}, batch, jax.random.key(0))[:4])[0]
 
     batch = {"image": jnp.zeros((2, 16, 16, 3), jnp.uint8), "tokens": tokens()}
     found = list(equations(jax.make_jaxpr(loss)(params, batch).jaxpr))
@@ -253,6 +252,16 @@ def test_pixels_are_normalised_per_channel():
     image = jnp.asarray([0, 0, 0, 255, 255, 255], jnp.uint8).reshape(1, 1, 2, 3)
     expected = np.asarray([0, -1, -0.5, 1, 1, 0], np.float32).reshape(1, 1, 2, 3)
     np.testing.assert_allclose(normalise_pixels(image, data), expected, atol=1e-7)
+
+
+def test_a_model_takes_pixels_before_and_after_normalisation(params):
+    data = DataConfig(mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 2.0))
+    image = jax.random.bits(jax.random.key(3), (2, 16, 16, 3), jnp.uint8)
+    clip, expected = build_clip(SMALL, data=data), build_clip(SMALL).encode_image(params, normalise_pixels(image, data))
+    np.testing.assert_array_equal(clip.encode_image(params, image), expected)
+    np.testing.assert_array_equal(clip.encode_image(params, normalise_pixels(image, data)), expected)
+    with pytest.raises(ValueError, match="uint8 pixels need a mean and a standard deviation"):
+        build_clip(SMALL).encode_image(params, image)
 
 
 @pytest.mark.parametrize(

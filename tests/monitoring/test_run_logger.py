@@ -1,4 +1,4 @@
-"""The journal: what is written when, by whom, and how results read."""
+"""The run logger: files and lines, the process that writes them, and the table of results."""
 
 import json
 
@@ -29,7 +29,7 @@ def make_config(peak_tflops: float | None = None) -> Config:
 
 
 def step_metrics(loss, **skipped: int) -> dict:
-    """What a step gives, as far as a journal cares."""
+    """What a step gives, as far as the logger reads it."""
     counts = np.array([skipped.get(reason, 0) for reason in REASONS], np.int32)
     return {"loss": loss, "logit_scale": jnp.float32(14), "samples_skipped": counts}
 
@@ -57,12 +57,12 @@ class Scalar:
 
 
 def test_a_step_is_fetched_and_written_on_flush_only(tmp_path, capsys):
-    journal = make_logger(tmp_path, make_config(), start_step=0, enabled=True)
+    logger = make_logger(tmp_path, make_config(), start_step=0, enabled=True)
     loss = Scalar(3.5)
-    journal.note(2, step_metrics(loss, corrupt_image=1), 0.0)
+    logger.log_step(2, step_metrics(loss, corrupt_image=1), 0.0)
     assert not loss.fetched
     assert lines(tmp_path) == []
-    journal.flush()
+    logger.flush()
     (line,) = lines(tmp_path)
     assert line["step"] == 2
     assert line["examples_seen"] == 64
@@ -71,33 +71,33 @@ def test_a_step_is_fetched_and_written_on_flush_only(tmp_path, capsys):
     assert line["samples_skipped"] == {reason: int(reason == "corrupt_image") for reason in REASONS}
     assert line["examples_per_second"] > 0
     assert "step  2/10" in capsys.readouterr().err
-    journal.flush()
-    journal.close()
+    logger.flush()
+    logger.close()
     assert len(lines(tmp_path)) == 1
 
 
 def test_going_on_counts_from_the_start_step(tmp_path):
     first = make_logger(tmp_path, make_config(), start_step=0, enabled=True)
     for step in (1, 2, 3):
-        first.note(step, step_metrics(float(step)), 0.0)
+        first.log_step(step, step_metrics(float(step)), 0.0)
         first.flush()
     first.close()
     again = make_logger(tmp_path, make_config(), start_step=2, enabled=True)
-    again.note(3, step_metrics(30.0), 0.0)
+    again.log_step(3, step_metrics(30.0), 0.0)
     again.close()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
 def test_other_processes_write_and_say_nothing_and_fetch_nothing(tmp_path, capsys):
-    journal = make_logger(tmp_path, make_config(), start_step=0, enabled=False)
+    logger = make_logger(tmp_path, make_config(), start_step=0, enabled=False)
     loss = Scalar(1.0)
-    journal.note(1, step_metrics(loss), 0.0)
-    journal.flush()
-    journal.results(1, RESULTS)
-    journal.message("hello")
-    with journal.pause():
+    logger.log_step(1, step_metrics(loss), 0.0)
+    logger.flush()
+    logger.results(1, RESULTS)
+    logger.message("hello")
+    with logger.pause():
         pass
-    journal.close()
+    logger.close()
     assert not loss.fetched
     assert list(tmp_path.iterdir()) == []
     captured = capsys.readouterr()
@@ -106,9 +106,9 @@ def test_other_processes_write_and_say_nothing_and_fetch_nothing(tmp_path, capsy
 
 def test_mfu_needs_a_peak(tmp_path):
     for peak in (None, 2.0):
-        journal = make_logger(tmp_path, make_config(peak), start_step=0, enabled=True)
-        journal.note(1, step_metrics(1.0), 0.0)
-        journal.close()
+        logger = make_logger(tmp_path, make_config(peak), start_step=0, enabled=True)
+        logger.log_step(1, step_metrics(1.0), 0.0)
+        logger.close()
         (line,) = lines(tmp_path)
         if peak is None:  # and no table knows a CPU's
             assert "mfu" not in line
@@ -119,10 +119,10 @@ def test_mfu_needs_a_peak(tmp_path):
 
 
 def test_results_are_one_line_in_the_log_and_one_for_a_person(tmp_path, capsys):
-    journal = make_logger(tmp_path, make_config(), start_step=0, enabled=True)
-    journal.results(4, RESULTS)
-    journal.message("hello")
-    journal.close()
+    logger = make_logger(tmp_path, make_config(), start_step=0, enabled=True)
+    logger.results(4, RESULTS)
+    logger.message("hello")
+    logger.close()
     assert lines(tmp_path) == [{"step": 4, "examples_seen": 128, "eval": RESULTS}]
     assert capsys.readouterr().err == "val top1 0.125  pairs image_to_text_r1 0.500\nhello\n"
 

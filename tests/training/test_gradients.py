@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from clipjax.config import Config, Dtype, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
-from clipjax.losses import make_loss
-from clipjax.models.clip import build_clip, make_encode
+from clipjax.losses import LossInputs, TrainingLoss, make_loss
+from clipjax.models.clip import Clip, build_clip
 from clipjax.models.towers import PARAMETER_RULES
 from clipjax.pytrees import leaf_paths
 from clipjax.runtime import sharding
-from clipjax.training import gradients
+from clipjax.training.gradients import CachedGradients, DirectGradients, Gradients, Microbatches
 from clipjax.typing import Encoded
 
 PAIRS = 16
@@ -44,25 +44,31 @@ def batch() -> dict[str, np.ndarray]:
 @functools.cache
 def setting(kind: str):
     config = small_config(kind)
-    clip = build_clip(config.model)
-    return jax.jit(clip.init)(jax.random.key(1)), make_encode(clip, config.data)
+    clip = build_clip(config.model, data=config.data)
+    return clip.init(jax.random.key(1)), clip
+
+
+def function_of(gradients: Gradients):
+    """`run(params, batch, key)` with the batch's groups as the loss's inputs."""
+    return lambda params, batch, key: gradients(params, {}, batch, LossInputs(batch.get("group")), key)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("kind", "method"), [("softmax", "gathered"), ("sigmoid", "ring")])
 def test_cached_gradients_are_the_direct_ones(kind, method, sizes):
-    params, encode = setting(kind)
+    params, clip = setting(kind)
     data, fsdp, tensor = sizes
     mesh = sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
     key = jax.random.key(0)
-    direct, metrics = jax.jit(functools.partial(gradients.direct, encode, make_loss(kind=kind)))(params, batch(), key)
-    loss = make_loss(kind=kind, method=method, mesh=mesh)
-    cached = functools.partial(gradients.make_cached(PAIRS // 2, data * fsdp), encode, loss)
+    whole = function_of(DirectGradients(clip, TrainingLoss(make_loss(kind=kind))))
+    direct, aux = jax.jit(whole)(params, batch(), key)
+    loss = TrainingLoss(make_loss(kind=kind, method=method, mesh=mesh))
+    cached = function_of(CachedGradients(clip, loss, Microbatches(PAIRS // 2, data * fsdp)))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, sharding.state_shardings(mesh, params, PARAMETER_RULES))
-        found, found_metrics = jax.jit(cached)(placed, sharding.global_batch(mesh, batch()), key)
-    assert metrics.keys() == found_metrics.keys()
-    assert float(found_metrics["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
+        found, found_aux = jax.jit(cached)(placed, sharding.global_batch(mesh, batch()), key)
+    assert aux.metrics.keys() == found_aux.metrics.keys()
+    assert float(found_aux.loss) == pytest.approx(float(aux.loss), rel=1e-5)
     for name, ours, theirs in zip(leaf_paths(direct), jax.tree.leaves(found), jax.tree.leaves(direct), strict=True):
         # Sums of sixteen float32 terms in another order, through three layers.
         size = np.linalg.norm(theirs)
@@ -76,28 +82,42 @@ def test_both_passes_draw_the_same_random_numbers():
     data = {name: rng.normal(size=(PAIRS, 4)).astype(np.float32) for name in ("image", "tokens")}
     key, size = jax.random.key(3), 4
 
-    def encode(params, part, key):
-        keep = jax.random.bernoulli(key, 0.5, part["image"].shape)
-        embeds = [jnp.where(keep, part[name], 0) @ params["weight"] for name in ("image", "tokens")]
-        unit = [x / jnp.linalg.norm(x + 1e-3, axis=1, keepdims=True) for x in embeds]
-        return Encoded(*unit, jnp.float32(5.0), None)
+    class Noisy(Clip):
+        """Two products, with noise by key."""
 
-    def whole(params, data, key):
-        parts = [
-            encode(params, {name: x[i * size : (i + 1) * size] for name, x in data.items()}, jax.random.fold_in(key, i))
-            for i in range(PAIRS // size)
-        ]
-        image, text = (jnp.concatenate([part[j] for part in parts]) for j in (0, 1))
-        return Encoded(image, text, jnp.float32(5.0), None)
+        def __init__(self):
+            pass
 
-    loss = make_loss()
-    expected, _ = gradients.direct(whole, loss, params, data, key)
-    found, _ = gradients.make_cached(size, 1)(encode, loss, params, data, key)
+        def encode_batch(self, params, batch_stats, batch, key):
+            keep = jax.random.bernoulli(key, 0.5, batch["image"].shape)
+            embeds = [jnp.where(keep, batch[name], 0) @ params["weight"] for name in ("image", "tokens")]
+            unit = [x / jnp.linalg.norm(x + 1e-3, axis=1, keepdims=True) for x in embeds]
+            return Encoded(*unit, jnp.float32(5.0), None)
+
+    class InParts(Noisy):
+        """The same for a whole batch, whose noise is that of its parts."""
+
+        def encode_batch(self, params, batch_stats, batch, key):
+            encoded = [
+                super(InParts, self).encode_batch(
+                    params,
+                    batch_stats,
+                    {name: x[i * size : (i + 1) * size] for name, x in batch.items()},
+                    jax.random.fold_in(key, i),
+                )
+                for i in range(PAIRS // size)
+            ]
+            image, text = (jnp.concatenate([part[j] for part in encoded]) for j in (0, 1))
+            return Encoded(image, text, jnp.float32(5.0), None)
+
+    loss = TrainingLoss(make_loss())
+    expected, _ = function_of(DirectGradients(InParts(), loss))(params, data, key)
+    found, _ = function_of(CachedGradients(Noisy(), loss, Microbatches(size, 1)))(params, data, key)
     np.testing.assert_allclose(found["weight"], expected["weight"], rtol=2e-5, atol=1e-6)
 
 
 def test_the_activations_of_one_microbatch_are_held_at_a_time():
-    params, encode = setting("softmax")
+    params, clip = setting("softmax")
     many = {name: np.concatenate([x] * 64) for name, x in batch().items()}
 
     def temporaries(grads_fn) -> int:
@@ -105,6 +125,6 @@ def test_the_activations_of_one_microbatch_are_held_at_a_time():
         assert memory is not None
         return memory.temp_size_in_bytes
 
-    loss = make_loss()
-    direct = temporaries(functools.partial(gradients.direct, encode, loss))
-    assert temporaries(functools.partial(gradients.make_cached(64, 1), encode, loss)) < direct / 4
+    loss = TrainingLoss(make_loss())
+    direct = temporaries(function_of(DirectGradients(clip, loss)))
+    assert temporaries(function_of(CachedGradients(clip, loss, Microbatches(64, 1)))) < direct / 4

@@ -12,13 +12,15 @@ import pytest
 
 from clipjax.config import Config, Dtype, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.data.sample import REASONS
-from clipjax.losses import make_loss, softmax_loss
-from clipjax.models.clip import abstract_params, build_clip, make_encode
+from clipjax.losses import LossInputs, LossResults, TrainingLoss, make_loss, softmax_loss
+from clipjax.models.clip import abstract_params, build_clip
 from clipjax.models.towers import PARAMETER_RULES
 from clipjax.pytrees import leaf_paths, map_with_path
 from clipjax.runtime import sharding
-from clipjax.training import gradients, optimizer
-from clipjax.training.step import eval_params, from_items, make_gamma, make_init_state, make_train_step, to_items
+from clipjax.training import optimizer
+from clipjax.training.gradients import DirectGradients
+from clipjax.training.step import TrainStep, eval_params, from_items, make_gamma, make_init_state, to_items
+from clipjax.typing import Encoded
 
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 2), (1, 4, 2)]
 MORE_MESHES = [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((4, 1, 1), (8, 1, 1))]  # as (2, 1, 1)
@@ -44,20 +46,29 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
     tokens = rng.integers(1, 62, (16, 8)).astype(np.int32)
     tokens[:, -1] = 63
     image = rng.integers(0, 256, (16, 16, 16, 3)).astype(np.uint8)
-    return {"image": image, "tokens": tokens, "reason": np.full(16, -1, np.int32)}
+    return {"image": image, "tokens": tokens, "skip_reason": np.full(16, -1, np.int32)}
 
 
-def build(config: Config, loss=softmax_loss):
-    clip = build_clip(config.model)
+class ReferenceLoss(TrainingLoss):
+    """The plain softmax loss of whole arrays."""
+
+    def __call__(self, encoded: Encoded, inputs: LossInputs) -> LossResults:
+        return LossResults(*softmax_loss(*encoded[:4]))
+
+
+def build(config: Config, loss: TrainingLoss = ReferenceLoss(None)):  # noqa: B008
+    """Functions of one config: `init(key)`, `grads_fn(params, batch, key)`, the step."""
+    clip = build_clip(config.model, data=config.data)
     tx = optimizer.make_tx(config, abstract_params(config.model))
-    grads_fn = functools.partial(gradients.direct, make_encode(clip, config.data), loss)
+    gradients = DirectGradients(clip, loss)
+    grads_fn = lambda params, batch, key: gradients(params, {}, batch, LossInputs(), key)  # noqa: E731
     init = make_init_state(config, clip.init, tx, num_samples=1)
-    return init, grads_fn, make_train_step(config, grads_fn, tx, optimizer.make_schedule(config))
+    return init, grads_fn, TrainStep(config, gradients, tx)
 
 
 @functools.cache
 def single_device():
-    """State, gradients and metrics on one device, from whole arrays and the reference loss."""
+    """State, gradients and what comes with them on one device, from whole arrays and the reference loss."""
     init, grads_fn, _ = build(small_config())
     state = jax.jit(init)(jax.random.key(0))
     return state, *jax.jit(grads_fn)(state.params, batch(), state.key)
@@ -68,12 +79,12 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(sizes):
     """Tolerance: sums of a few thousand float32 products in another order; 1e-5 of a leaf's norm."""
     data, fsdp, tensor = sizes
     mesh = sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: math.prod(sizes)])
-    state, expected, expected_metrics = single_device()
+    state, expected, expected_aux = single_device()
     with jax.set_mesh(mesh):
-        _, grads_fn, _ = build(small_config(), make_loss(mesh=mesh))
+        _, grads_fn, _ = build(small_config(), TrainingLoss(make_loss(mesh=mesh)))
         params = jax.device_put(state.params, sharding.state_shardings(mesh, state.params, PARAMETER_RULES))
-        grads_here, metrics = jax.jit(grads_fn)(params, sharding.global_batch(mesh, batch()), jax.random.key(0))
-    assert float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), rel=1e-6)
+        grads_here, aux = jax.jit(grads_fn)(params, sharding.global_batch(mesh, batch()), jax.random.key(0))
+    assert float(aux.loss) == pytest.approx(float(expected_aux.loss), rel=1e-6)
     # A bias of the keys has no gradient but rounding, so errors are measured against the largest norm in the tower.
     size = max(float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(expected))
     errors = jax.tree.map(
@@ -91,7 +102,7 @@ def test_gradients_agree_with_finite_differences_in_a_random_direction():
 
     def loss_at(t: float) -> float:
         params = jax.tree.map(lambda p, d: p + t * d, state.params, direction)
-        return float(grads_fn(params, jax.device_put(batch()), state.key)[1]["loss"])
+        return float(grads_fn(params, jax.device_put(batch()), state.key)[1].loss)
 
     slope = sum(float(jnp.vdot(g, d)) for g, d in zip(*map(jax.tree.leaves, (expected, direction)), strict=True))
     # Central difference: curvature and float32 rounding of a loss near 3 leave about 1 %.
@@ -174,7 +185,7 @@ def test_unusable_samples_are_counted_by_reason_over_the_global_batch():
     with jax.set_mesh(mesh):
         state = jax.jit(init)(jax.random.key(0))
         step = jax.jit(train_step, out_shardings=sharding.replicated(mesh), donate_argnums=0)
-        state, _ = step(state, sharding.global_batch(mesh, {**batch(), "reason": reasons}))
+        state, _ = step(state, sharding.global_batch(mesh, {**batch(), "skip_reason": reasons}))
         state, metrics = step(state, sharding.global_batch(mesh, batch()))
         step(state, sharding.global_batch(mesh, batch()))  # donates the state: the metrics have buffers of their own
     assert metrics["samples_skipped"].tolist() == [1, 0, 2] + [0] * (len(REASONS) - 3)
