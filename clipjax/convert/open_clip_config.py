@@ -109,22 +109,20 @@ def _check_blocks(cfg: PeerConfig) -> None:
 
 
 def _read_trunk(cfg: PeerConfig, name: str, size: int) -> ViTConfig:
-    """A tower of timm's, whose name overrides all sizes but the image's."""
-    linear = cfg.choose(
-        "timm_proj",
-        {"none": Projection.NONE, "linear": Projection.LINEAR, "": Projection.AFFINE, None: Projection.AFFINE},
-        "linear",
-    )
+    """A tower of timm's, whose name sets all sizes."""
+    if name not in SIGLIP_TRUNKS:
+        cfg.refuse("timm_model_name", name, f"must be one of {', '.join(SIGLIP_TRUNKS)}")
+        cfg.skip(*VISION_NAMES)
+        return ViTConfig()
+    projections = {"none": Projection.NONE, "linear": Projection.LINEAR, "": Projection.AFFINE, None: Projection.AFFINE}
+    linear = cfg.choose("timm_proj", projections, "linear")
     affine = cfg.take("timm_proj_bias", bool, False) and linear is Projection.LINEAR
     dropout = cfg.take("patch_dropout", float, 0.0)
     if (pool := cfg.take("timm_pool", (str, type(None)), "avg")) != "map":
-        cfg.refuse("timm_pool", pool, "must be 'map': of timm's towers only SigLIP's are read, which pool by attention")
-    cfg.skip(*VISION_NAMES)
-    if name not in SIGLIP_TRUNKS:
-        cfg.refuse("timm_model_name", name, f"must be one of {', '.join(SIGLIP_TRUNKS)}")
-        name, size = next(iter(SIGLIP_TRUNKS)), 224
-    elif SIGLIP_TRUNKS[name][0] != size:
+        cfg.refuse("timm_pool", pool, "must be 'map', which is how SigLIP pools")
+    if SIGLIP_TRUNKS[name][0] != size:
         cfg.refuse("image_size", size, f"must be that of timm_model_name={name}")
+    cfg.skip(*VISION_NAMES)
     size, patch_size, width, depth, heads, mlp_dim, activation = SIGLIP_TRUNKS[name]
     return ViTConfig(
         image_size=size,

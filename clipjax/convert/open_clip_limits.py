@@ -13,7 +13,8 @@ from clipjax.config import (
     ViTConfig,
 )
 
-_TRUNKS = (
+Sizes = tuple[int, int, int, int, int | None, Activation]
+_TRUNKS: tuple[tuple[str, tuple[int, ...], Sizes], ...] = (
     ("vit_base_patch16_siglip", (224, 256, 384, 512), (16, 768, 12, 12, None, Activation.GELU)),
     ("vit_base_patch32_siglip", (256,), (32, 768, 12, 12, None, Activation.GELU_TANH)),
     ("vit_large_patch16_siglip", (256, 384), (16, 1024, 24, 16, None, Activation.GELU)),
@@ -23,7 +24,9 @@ _TRUNKS = (
     ("vit_giantopt_patch16_siglip", (256, 384), (16, 1536, 40, 16, None, Activation.GELU_TANH)),
 )
 
-SIGLIP_TRUNKS = {f"{name}_{size}": (size, *tower) for name, sizes, tower in _TRUNKS for size in sizes}
+SIGLIP_TRUNKS: dict[str, tuple[int, int, int, int, int, int | None, Activation]] = {
+    f"{name}_{size}": (size, *tower) for name, sizes, tower in _TRUNKS for size in sizes
+}
 """timm's image towers that open_clip names: image and patch size, width, depth, heads, MLP, non-linearity
 (huggingface/pytorch-image-models 1.0.31, `timm/models/vision_transformer.py`). The name sets the image's size, since
 open_clip does not pass `image_size` on."""

@@ -81,6 +81,11 @@ def test_from_dict_refuses_what_it_does_not_know(values, message):
         ("mesh.data", 3, "global_batch_size=256 must be divisible by 3"),
         ("mesh.tensor", 3, "model.text.num_heads=8 must be divisible by 3 (mesh.tensor=3); nearest: 6, 9"),
         ("model.image.patch_size", 30, "model.image.image_size=224 must be a multiple of model.image.patch_size=30"),
+        (
+            "model.image.ln_post_after_pool",
+            True,
+            "would change nothing with model.image.pool=class; it is for pool=average",
+        ),
         ("model.text.num_heads", 7, "model.text.width=512 must be a multiple of model.text.num_heads=7"),
         ("model.text.context_length", 2, "at least 3"),
         ("model.init_logit_scale", 200.0, "must not exceed model.max_logit_scale=100.0"),
