@@ -71,7 +71,6 @@ def assert_same_run(workdir: pathlib.Path, finished: pathlib.Path) -> None:
     )
 
 
-@pytest.mark.newest
 @pytest.mark.process
 def test_a_run_leaves_log_checkpoints_and_results(finished):
     steps = [line for line in log_lines(finished) if "loss" in line]
@@ -240,7 +239,6 @@ def test_going_on_with_another_config_is_refused(refusal, finished):
     assert "Traceback" not in output
 
 
-@pytest.mark.newest
 @pytest.mark.process
 def test_eval_needs_only_the_checkpoint_and_gives_what_training_gave(finished, tmp_path, cache, capfd):
     output = run("eval", f"--checkpoint={finished}", f"--output={tmp_path}/results.json", **cache)
@@ -385,7 +383,6 @@ def test_an_unwritable_workdir_is_refused(tiny_config, tmp_path, capfd):
     assert "cannot be written to" in capfd.readouterr().err
 
 
-@pytest.mark.newest
 @pytest.mark.process
 def test_load_opens_the_model_as_a_library(finished):
     model = clipjax.load(finished)
