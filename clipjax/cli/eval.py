@@ -14,6 +14,7 @@ import jax
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.cli import arguments
 from clipjax.cli.errors import refusals
+from clipjax.cli.output import show
 from clipjax.cli.overrides import Override, changes, load_config, override
 from clipjax.config import CheckpointConfig, Config, MeshConfig, TaskKind
 from clipjax.config.paths import expand_paths
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if arguments.wants_help(argv):
-        arguments.show(_parser().format_help())
+        show(_parser().format_help())
         return 0
     with processes.abort_on_error():
         with refusals(PROGRAM):

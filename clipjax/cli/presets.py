@@ -8,6 +8,7 @@ import jax
 
 from clipjax.cli import arguments
 from clipjax.cli.errors import refusals
+from clipjax.cli.output import show
 from clipjax.config import presets
 from clipjax.models.clip import abstract_params
 from clipjax.models.flops import caption_flops, tower_flops
@@ -26,11 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = arguments.Parser(PROGRAM, "List the known models.")
     if arguments.wants_help(argv):
-        arguments.show(parser.format_help())
+        show(parser.format_help())
         return 0
     with refusals(PROGRAM):
         parser.read(argv)
-    arguments.show(_table())
+    show(_table())
     return 0
 
 

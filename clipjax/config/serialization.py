@@ -160,7 +160,7 @@ def without_none(annotation: Any) -> Any:
 
 def members(annotation: Any) -> dict[str, Any]:
     """Types of the fields of a dataclass, or of all dataclasses of a union; empty for anything else."""
-    kinds = typing.get_args(annotation) or (annotation,)
+    kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not types.NoneType]
     hints: dict[str, Any] = {}
     for kind in kinds if all(map(dataclasses.is_dataclass, kinds)) else ():
         annotations = typing.get_type_hints(kind)
@@ -188,6 +188,8 @@ def field_type(config_type: Any, path: str) -> Any:
                 raise ValueError(f"{path}: {walked} has no field {name!r}; {remedy}")
             annotation = known[name]
         current, walked = without_none(annotation), name
+    if types.NoneType in typing.get_args(annotation):
+        return annotation  # a group that may be None can be set to that
     if inside := members(current) or (["NAME"] if typing.get_origin(current) is dict else []):
         raise ValueError(f"{path} is a group of fields; name one in it: {', '.join(inside)}")
     return annotation

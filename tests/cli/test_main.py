@@ -1,11 +1,12 @@
 """The console script: what it runs, and the one thing that it changes about its process."""
 
 import os
+import signal
 import sys
 
 import pytest
 
-from clipjax.cli import main
+from clipjax.cli import data, main
 
 
 @pytest.fixture
@@ -41,3 +42,32 @@ def test_it_leaves_what_is_set_and_other_systems_alone(restarts, monkeypatch, ca
 def test_an_unknown_command_is_refused(capsys):
     assert main.main(["tarin"]) == 2
     assert "unknown command 'tarin'; known: train, eval, plan, sweep, data" in capsys.readouterr().err
+    assert main.main(["evl"]) == 2
+    assert "did you mean eval?" in capsys.readouterr().err
+
+
+@pytest.fixture
+def closed_pipe(capfd, monkeypatch):
+    """A standard output whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        yield stream
+
+
+@pytest.mark.parametrize("argv", [["--help"], [], *([command, "--help"] for command in main.COMMANDS)])
+def test_help_ends_quietly_where_nobody_reads_on(closed_pipe, capfd, argv):
+    assert main.main(argv) == 0
+    closed_pipe.write("more")  # goes nowhere
+    assert capfd.readouterr().err == ""
+
+
+def test_a_command_ends_quietly_where_nobody_reads_on(closed_pipe, capfd, monkeypatch):
+    def show_samples(options) -> int:
+        print("a sample", flush=True)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(data, "_show", show_samples)
+    assert main.main(["data", "show", "--source=a.tar"]) == 128 + signal.SIGPIPE
+    assert capfd.readouterr().err == ""

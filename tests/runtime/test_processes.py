@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+import types
 
 import jax
 import pytest
@@ -69,17 +70,17 @@ def test_whoever_waits_long_says_so(calls, monkeypatch, capsys):
     assert "process 1: still waiting for 2 processes at host:1; all of them must be started" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_an_error_ends_one_of_several_processes_at_once(monkeypatch, processes, capsys):
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_error_ends_one_of_several_processes_at_once(monkeypatch, count, capsys):
     ended = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
     monkeypatch.setattr(os, "_exit", ended.append)
     with contextlib.suppress(KeyError), processes.abort_on_error():
         raise KeyError("defect")
     assert processes.abort(3) == 3
-    assert ended == [1, 3] * (processes - 1)  # alone, the error goes on as any other
-    assert ("KeyError: 'defect'" in capsys.readouterr().err) == (processes > 1)
+    assert ended == [1, 3] * (count - 1)  # alone, the error goes on as any other
+    assert ("KeyError: 'defect'" in capsys.readouterr().err) == (count > 1)
 
 
 def test_a_lone_process_is_the_first():
@@ -144,3 +145,33 @@ def test_with_several_processes_the_step_to_stop_at_is_jaxs(handlers, monkeypatc
     assert [shutdown.due(step) for step in (3, 4, 5)] == [False, False, True]
     assert shutdown.number == signal.SIGTERM
     shutdown.restore()
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (RuntimeError("Unable to initialize backend 'tpu': no chip (set JAX_PLATFORMS='' to ...)"), "'tpu': no chip;"),
+        (AssertionError(), "there is no such device, or JAX has no plugin"),
+    ],
+)
+def test_a_platform_that_is_not_there_is_refused(monkeypatch, failure, reason):
+    def devices() -> list:
+        raise failure
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(ValueError) as refused:
+        processes.start({}, {"JAX_PLATFORMS": "tpu"})
+    assert str(refused.value).startswith("JAX_PLATFORMS=tpu: ") and reason in str(refused.value)
+
+
+def test_a_run_says_on_what_it_runs(monkeypatch):
+    monkeypatch.setattr(processes, "_accelerator_files", lambda: "/dev/nvidia0")
+    assert processes.describe_devices({"JAX_PLATFORMS": "cpu"}) == f"devices: {jax.device_count()} cpu"
+    told = processes.describe_devices({})
+    assert "this machine has an accelerator (/dev/nvidia0) that JAX does not use" in told
+    monkeypatch.setattr(processes, "_accelerator_files", lambda: "")
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    assert processes.describe_devices({}) == f"devices: {jax.device_count()} cpu of 4 processes"
+    chip = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    monkeypatch.setattr(jax, "devices", lambda: [chip] * 16)
+    assert processes.describe_devices({}) == "devices: 16 tpu (TPU v5 lite) of 4 processes"
