@@ -14,4 +14,6 @@ def show(text: str) -> None:
 
 def close_output() -> None:
     """Send the rest of the standard output nowhere: nobody reads it any more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

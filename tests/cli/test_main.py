@@ -46,28 +46,28 @@ def test_an_unknown_command_is_refused(capsys):
     assert "did you mean eval?" in capsys.readouterr().err
 
 
-@pytest.fixture
-def closed_pipe(capfd, monkeypatch):
-    """A standard output whose reader has gone."""
+def run_with_closed_pipe(monkeypatch, argv: list[str]) -> int:
+    """Run a command whose standard output nobody reads any more; return its exit code."""
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        yield stream
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        code = main.main(argv)
+        stream.write("more")  # goes nowhere
+    return code
 
 
 @pytest.mark.parametrize("argv", [["--help"], [], *([command, "--help"] for command in main.COMMANDS)])
-def test_help_ends_quietly_where_nobody_reads_on(closed_pipe, capfd, argv):
-    assert main.main(argv) == 0
-    closed_pipe.write("more")  # goes nowhere
+def test_help_ends_quietly_where_nobody_reads_on(capfd, monkeypatch, argv):
+    assert run_with_closed_pipe(monkeypatch, argv) == 0
     assert capfd.readouterr().err == ""
 
 
-def test_a_command_ends_quietly_where_nobody_reads_on(closed_pipe, capfd, monkeypatch):
+def test_a_command_ends_quietly_where_nobody_reads_on(capfd, monkeypatch):
     def show_samples(options) -> int:
         print("a sample", flush=True)
         raise AssertionError("not reached")
 
     monkeypatch.setattr(data, "_show", show_samples)
-    assert main.main(["data", "show", "--source=a.tar"]) == 128 + signal.SIGPIPE
+    assert run_with_closed_pipe(monkeypatch, ["data", "show", "--source=a.tar"]) == 128 + signal.SIGPIPE
     assert capfd.readouterr().err == ""
