@@ -18,7 +18,7 @@ from clipjax.config import Config
 from clipjax.config.paths import expand, expand_paths
 from clipjax.runtime import launchers
 
-HELP_FLAGS = ("-h", "--help", "--helpfull")
+HELP_FLAGS = ("-h", "--help", "--helpfull", "-help")
 
 
 @dataclass(frozen=True)

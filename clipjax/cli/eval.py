@@ -137,6 +137,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Evaluation, consistency.Fingerprint
     changed = [f"--config.{change}" for change in changes(base, config, parsed.overrides)]
     if options.output:
         files.require_writable(options.output.parent, "--output")
+        files.require_file_writable(options.output, "--output")
     validate(config, batch_fields=("eval.batch_size",))
     compilation.enable(config.compile_cache)
     _select_tasks(config, options.tasks, parsed.overrides)

@@ -1,4 +1,4 @@
-"""The console script: `clipjax COMMAND ...` dispatches to the front doors."""
+"""The console script: `clipjax COMMAND ...` runs the command that the first argument names."""
 
 import difflib
 import os

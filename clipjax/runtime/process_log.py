@@ -1,6 +1,6 @@
 """A log file for every process: `WORKDIR/logs/rank-00000.log`, with what it says, warnings, and its last traceback.
 
-A front door opens a `session`; `open_log` starts the file once the workdir is known. Only the first process talks to
+A command opens a `session`; `open_log` starts the file once the workdir is known. Only the first process talks to
 the terminal; `info` is for the file alone, and does nothing where none is open.
 """
 

@@ -251,6 +251,13 @@ def test_a_renamed_step_is_opened_with_the_step_that_it_has(saved, tmp_path, nam
         newest_checkpoint(tmp_path / name)
 
 
+def test_a_home_directory_is_expanded_and_an_address_refused(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved))
+    assert SavedCheckpoint("~/checkpoints").step == 12
+    with pytest.raises(ValueError, match="checkpoint=gs://bucket/run: nothing here opens an address of gs://"):
+        SavedCheckpoint("gs://bucket/run")
+
+
 def test_copies_of_a_workdir_open_without_its_folder_of_checkpoints(saved, tmp_path):
     shutil.copytree(saved / "checkpoints", tmp_path / "all-of-them")
     assert SavedCheckpoint(tmp_path / "all-of-them").step == 12
