@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from clipjax.checkpoints.manager import restore_items
 from clipjax.checkpoints.records import FOLDER, RECORDS, unpack_tokenizer
 from clipjax.config import Config
+from clipjax.config.paths import expand
 from clipjax.config.serialization import from_dict
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.models.clip import abstract_model
@@ -32,7 +33,7 @@ class SavedCheckpoint:
     """
 
     def __init__(self, path: str | pathlib.Path, *, step: int | None = None) -> None:
-        self.path = _find_directory(pathlib.Path(path).expanduser(), step)
+        self.path = _find_directory(pathlib.Path(expand(str(path), "checkpoint")), step)
         reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         self._restore = functools.partial(reader.restore, self.path.absolute())
         items: dict[str, Any] = {name: ocp.args.JsonRestore() for name in RECORDS}

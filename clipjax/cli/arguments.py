@@ -7,10 +7,8 @@ is refused. Options that name a place are of type `path`, `source` or `file_with
 
 import argparse
 import difflib
-import os
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -20,7 +18,7 @@ from clipjax.config import Config
 from clipjax.config.paths import expand, expand_paths
 from clipjax.runtime import launchers
 
-HELP_FLAGS = ("-h", "--help", "--helpfull")
+HELP_FLAGS = ("-h", "--help", "--helpfull", "-help")
 
 
 @dataclass(frozen=True)
@@ -160,19 +158,6 @@ def launch_options(argv: Sequence[str]) -> dict[str, str | None]:
 def wants_help(argv: Sequence[str]) -> bool:
     """Return whether help was asked for."""
     return any(argument in HELP_FLAGS for argument in argv)
-
-
-def show(text: str) -> None:
-    """Print a text that somebody may look at in parts, as `| head` does; a closed pipe ends it quietly."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        close_output()
-
-
-def close_output() -> None:
-    """Send the rest of the standard output nowhere: nobody reads it any more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # Types of options

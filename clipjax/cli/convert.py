@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from clipjax.checkpoints.saved import SavedCheckpoint
 from clipjax.cli import arguments
 from clipjax.cli.errors import refusals
+from clipjax.cli.output import show
 from clipjax.config.validation import check_embeddings
 from clipjax.convert import files, huggingface, open_clip_config
 from clipjax.convert.exporter import TARGETS, export
@@ -33,7 +34,7 @@ def main_export(argv: Sequence[str] | None = None) -> int:
 def _main(parser: arguments.Parser, command: Callable[[Namespace], int], argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if arguments.wants_help(argv):
-        arguments.show(parser.format_help())
+        show(parser.format_help())
         return 0
     with refusals(parser.prog):
         options = parser.read(argv).options

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from clipjax.cli import arguments
 from clipjax.cli.errors import refusals
+from clipjax.cli.output import show
 from clipjax.config import DataConfig
 from clipjax.data.sample import BadSample, Source
 from clipjax.data.sources import build_source
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     command, rest = next(iter(argv), ""), argv[1:]
     if arguments.wants_help(argv):
-        arguments.show(_parser(command).format_help() if command in COMMANDS else _help())
+        show(_parser(command).format_help() if command in COMMANDS else _help())
         return 0
     with refusals(PROGRAM):
         if command not in COMMANDS:

@@ -14,6 +14,7 @@ import jax
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.cli import arguments
 from clipjax.cli.errors import refusals
+from clipjax.cli.output import show
 from clipjax.cli.overrides import Override, changes, load_config, override
 from clipjax.config import CheckpointConfig, Config, MeshConfig, TaskKind
 from clipjax.config.paths import expand_paths
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if arguments.wants_help(argv):
-        arguments.show(_parser().format_help())
+        show(_parser().format_help())
         return 0
     with processes.abort_on_error():
         with refusals(PROGRAM):
@@ -136,6 +137,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Evaluation, consistency.Fingerprint
     changed = [f"--config.{change}" for change in changes(base, config, parsed.overrides)]
     if options.output:
         files.require_writable(options.output.parent, "--output")
+        files.require_file_writable(options.output, "--output")
     validate(config, batch_fields=("eval.batch_size",))
     compilation.enable(config.compile_cache)
     _select_tasks(config, options.tasks, parsed.overrides)

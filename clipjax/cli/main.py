@@ -1,4 +1,4 @@
-"""The console script: `clipjax COMMAND ...` dispatches to the front doors."""
+"""The console script: `clipjax COMMAND ...` runs the command that the first argument names."""
 
 import difflib
 import os
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from clipjax import __version__
+from clipjax.cli.output import close_output, show
 
 HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it leaves
+        close_output()
         return 128 + signal.SIGPIPE
 
 
@@ -79,7 +80,7 @@ def _run(command: str, rest: list[str]) -> int:
             print(__version__)
             return 0
         case "-h" | "--help" | "help":
-            print(HELP)
+            show(HELP)
             return 0
         case _:
             close = difflib.get_close_matches(command, COMMANDS, n=1)

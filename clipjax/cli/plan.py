@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from clipjax.cli import arguments
 from clipjax.cli.errors import DOES_NOT_FIT, refusals
+from clipjax.cli.output import show
 from clipjax.config import AttentionMethod, Config
 from clipjax.config.validation import validate
 from clipjax.planning import targets
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if arguments.wants_help(argv):
-        arguments.show(_parser().format_help())
+        show(_parser().format_help())
         return 0
     with refusals(PROGRAM):
         parsed = _parser().read(argv)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from clipjax.cli import arguments
 from clipjax.cli.errors import refusals
+from clipjax.cli.output import show
 from clipjax.config.presets import MODELS, Preset
 from clipjax.runtime.terminal import format_table
 
@@ -17,12 +18,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = arguments.Parser(PROGRAM, "List the known models.")
     if arguments.wants_help(argv):
-        arguments.show(parser.format_help())
+        show(parser.format_help())
         return 0
     with refusals(PROGRAM):
         parser.read(argv)
     rows = [_row(name, preset) for name, preset in MODELS.items()]
-    arguments.show(format_table(rows, HEADER))
+    show(format_table(rows, HEADER))
     return 0
 
 

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 from clipjax.cli import arguments
 from clipjax.cli.errors import SIGNAL, refusals
+from clipjax.cli.output import show
 from clipjax.config.paths import expand, is_path_field
 from clipjax.runtime.launchers import find_launch
 from clipjax.sweeps import Sweep
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] = TRAIN_CO
     """
     argv = sys.argv[1:] if argv is None else argv
     if arguments.wants_help(argv):
-        arguments.show(_parser().format_help())
+        show(_parser().format_help())
         return 0
     with refusals(PROGRAM):
         options, passed = _parse(argv)

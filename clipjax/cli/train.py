@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from clipjax.cli import arguments
 from clipjax.cli.errors import SIGNAL, refusals, stops
+from clipjax.cli.output import show
 from clipjax.cli.overrides import describe_fields
 from clipjax.config import Config
 from clipjax.runtime import process_log, processes
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if arguments.wants_help(argv):
-        arguments.show(_parser().format_help())
+        show(_parser().format_help())
         return 0
     with processes.abort_on_error(), process_log.session():
         with refusals(PROGRAM):

@@ -3,6 +3,7 @@
 Options of commands that name a place use `expand` too, so that one rule holds everywhere.
 """
 
+import contextlib
 import copy
 import os.path
 import re
@@ -93,9 +94,10 @@ def _expand_field(owner: object, name: str, path: str) -> list[str]:
 
 
 def expanded(config: Config) -> Config:
-    """Return a copy with all paths expanded."""
+    """Return a copy with all paths expanded, as far as they can be."""
     config = copy.deepcopy(config)
-    expand_paths(config)
+    with contextlib.suppress(ValueError):
+        expand_paths(config)
     return config
 
 

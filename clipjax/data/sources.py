@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.config import DataConfig
+from clipjax.config.paths import expand
 from clipjax.data.sample import Sample, Source, clean_caption
 from clipjax.data.tfds import TFDS_PREFIX, TfdsSource
 
@@ -102,7 +103,7 @@ def _expand(spec: str) -> list[str]:
     """Files of a path, glob or brace pattern, each once."""
     from braceexpand import braceexpand
 
-    literal = pathlib.Path(spec).expanduser()
+    literal = pathlib.Path(expand(spec, "source"))
     paths: list[str] = []
     missing: list[str] = []
     for pattern in [str(literal)] if literal.exists() else braceexpand(str(literal)):

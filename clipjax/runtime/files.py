@@ -75,4 +75,4 @@ def require_file_writable(path: pathlib.Path, option: str) -> None:
     except OSError as error:
         raise ValueError(f"{option}={path}: cannot be written to ({error.strerror}); choose another") from error
     if not existed:
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may look at the same time

@@ -20,7 +20,7 @@ OPTIONS = {
     "num_processes": "how many processes share the work",
     "process_id": "which of them this one is, from 0",
 }
-"""Flags of the front doors that say it outright."""
+"""Options of commands that say it outright."""
 
 JAX_NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Their names in the environment."""

@@ -89,7 +89,10 @@ def open_devices(environment: Mapping[str, str] = os.environ) -> None:
         wanted = environment.get("JAX_PLATFORMS") or jax.config.jax_platforms  # pyright: ignore
         if not wanted:
             raise
-        reason = str(error).partition(" (set JAX_PLATFORMS=")[0] or "there is no such device, or JAX has no plugin"
+        reason = (
+            str(error).partition(" (set JAX_PLATFORMS=")[0].rstrip(".")
+            or "there is no such device, or JAX has no plugin"
+        )
         raise ValueError(
             f"JAX_PLATFORMS={wanted}: {reason}; unset it to take the devices that are there, or name another platform"
         ) from error

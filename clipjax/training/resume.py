@@ -10,6 +10,7 @@ from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.records import pack_tokenizer
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.config import Config
+from clipjax.config.paths import expanded
 from clipjax.config.serialization import flatten, to_dict
 from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, map_with_path
@@ -38,7 +39,7 @@ def check_resumable(step: int, saved: Config, config: Config) -> None:
     Raises:
         ValueError: every field that differs, with both values.
     """
-    old, new = flatten(to_dict(saved)), flatten(to_dict(config))
+    old, new = flatten(to_dict(expanded(saved))), flatten(to_dict(expanded(config)))
     changed = [
         f"{path}={new.get(path)!r} (checkpoint: {old.get(path)!r})"
         for path in sorted(old.keys() | new.keys())

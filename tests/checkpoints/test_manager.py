@@ -239,6 +239,34 @@ def test_a_saved_checkpoint_is_opened_from_any_path(saved):
     assert newest.step == 12
 
 
+@pytest.mark.parametrize("name", ["best-model", "2024", "12.old", "a"])
+def test_a_renamed_step_is_opened_with_the_step_that_it_has(saved, tmp_path, name):
+    shutil.copytree(saved / "checkpoints" / "12", tmp_path / name)
+    opened = SavedCheckpoint(tmp_path / name)
+    assert (opened.step, opened.path, opened.config) == (12, tmp_path / name, config())
+    params = groups()["params"]
+    assert_same(opened.params(abstract(params)), SavedCheckpoint(saved).params(abstract(params)))
+    assert SavedCheckpoint(tmp_path / name, step=12).step == 12
+    with pytest.raises(ValueError, match="is that of step 12, but step 3 is needed"):
+        SavedCheckpoint(tmp_path / name, step=3)
+    with pytest.raises(ValueError, match="is the directory of one checkpoint; name the workdir above it"):
+        newest_checkpoint(tmp_path / name)
+
+
+def test_a_home_directory_is_expanded_and_an_address_refused(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved))
+    assert SavedCheckpoint("~/checkpoints").step == 12
+    with pytest.raises(ValueError, match="checkpoint=gs://bucket/run: nothing here opens an address of gs://"):
+        SavedCheckpoint("gs://bucket/run")
+
+
+def test_copies_of_a_workdir_open_without_its_folder_of_checkpoints(saved, tmp_path):
+    shutil.copytree(saved / "checkpoints", tmp_path / "all-of-them")
+    assert SavedCheckpoint(tmp_path / "all-of-them").step == 12
+    assert SavedCheckpoint(tmp_path / "all-of-them", step=3).path == tmp_path / "all-of-them" / "3"
+    assert SavedCheckpoint(saved / "checkpoints" / "3", step=12).step == 12
+
+
 @pytest.mark.parametrize("group", ["params", "ema"])
 def test_the_average_is_evaluated_where_there_is_one(tmp_path, group):
     params = groups()["params"]

@@ -6,10 +6,13 @@ import re
 import pytest
 
 from clipjax.checkpoints.manager import DamagedCheckpoint
-from clipjax.cli import arguments
+from clipjax.cli import arguments, convert, data, plan, presets, sweep, train
+from clipjax.cli import eval as evaluate
 from clipjax.cli.errors import refusals, stops
+from clipjax.cli.overrides import describe_fields
 from clipjax.config import LossKind
 from clipjax.data.training_stream import TooManyBadSamples
+from tests.commands import exit_code
 
 CONFIG = """
 from clipjax.config import Config, TaskConfig
@@ -31,12 +34,22 @@ def config_file(tmp_path: pathlib.Path) -> str:
     return str(path)
 
 
-def parse(*argv: str):
-    return arguments.parse("clipjax test", argv, options={"workdir": "a folder"})
+def make_parser(**options) -> arguments.Parser:
+    parser = arguments.Parser("clipjax test", "A test.", **{"config": "file", **options})
+    parser.add_argument("--workdir", type=arguments.path, help="a folder")
+    parser.add_argument("--jobs", type=arguments.whole_number(1), default=1)
+    parser.add_argument("--launcher", type=arguments.choice(("local", "slurm")), default="local")
+    parser.add_argument("--search", type=arguments.yes_or_no, nargs="?", const=True, default=False)
+    parser.add_argument("--dry-run", nargs=0, default=False)
+    return parser
+
+
+def parse(*argv: str) -> arguments.Arguments:
+    return make_parser().read(argv)
 
 
 def test_overrides_reach_their_fields(config_file):
-    arguments = parse(
+    parsed = parse(
         f"--config={config_file}:here",
         "--workdir=runs/x",
         "--config.optim.learning_rate=1e-3",
@@ -47,8 +60,8 @@ def test_overrides_reach_their_fields(config_file):
         "--config.eval.tasks['scenes/val'].source=b",
         "--config.model.scan_layers=false",
     )
-    config = arguments.config
-    assert arguments.options == {"workdir": "runs/x"}
+    config = parsed.config()
+    assert parsed.options.workdir == pathlib.Path("runs/x")
     assert config.data.train == "here"
     assert config.optim.learning_rate == 1e-3
     assert config.loss.kind is LossKind.SOFTMAX
@@ -70,25 +83,38 @@ def test_overrides_reach_their_fields(config_file):
         ("--config.optim.learning_rate=fast", "--config.optim.learning_rate=fast: could not convert string to float"),
         ("--config.global_batch_size=1.5", "--config.global_batch_size=1.5"),
         ("--config.loss.kind=hinge", "--config.loss.kind=hinge: value should be one of <softmax|sigmoid|global>"),
-        ("--config.optim=3", "--config.optim=3"),
+        ("--config.optim=3", "config.optim is a group of fields; name one in it: learning_rate"),
         ("--workdr=x", "unknown option --workdr; did you mean --workdir?"),
         ("stray", "argument 'stray' is not understood"),
+        ("-workdir=x", "unknown option -workdir; did you mean --workdir?"),
+        ("--config.seed", "--config.seed has no value; write --config.seed=VALUE"),
+        ("--config.eval.tasks['scenes/vol'].source=b", "there is no 'scenes/vol'; known: 'scenes/val'; did you mean"),
+        ("--config.seed:1", "config.seed:1: the config has no field 'seed:1'; did you mean 'seed'?"),
+        ("--config.eval.tasks['t]source=b", "is not understood; write --config.FIELD=VALUE"),
+        ("--config.init_from=gs://b/x", "init_from=gs://b/x: nothing here opens an address of gs://"),
+        ("--workdir=s3://b/x", "--workdir=s3://b/x: nothing here opens an address of s3://"),
+        ("--workdir=", "--workdir= must name a file or folder"),
+        ("--jobs=0", "--jobs=0 must be a whole number of at least 1"),
+        ("--jobs=2.5", "--jobs=2.5 must be a whole number of at least 1"),
+        ("--launcher=slurn", "--launcher=slurn must be one of local, slurm; did you mean slurm?"),
+        ("--search=maybe", "--search=maybe must be yes or no"),
+        ("--workdir", "--workdir expected one argument"),
     ],
 )
 def test_mistakes_are_named(config_file, argument, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        parse(f"--config={config_file}", argument)
+        parse(f"--config={config_file}", argument).config()
 
 
 def test_a_missing_or_broken_config_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="--config=FILE.* is missing"):
         parse("--workdir=x")
     with pytest.raises(ValueError, match="No such file or directory: .*nowhere.py"):
-        parse(f"--config={tmp_path}/nowhere.py")
+        parse(f"--config={tmp_path}/nowhere.py").config()
     wrong = tmp_path / "wrong.py"
     wrong.write_text("def get_config():\n    return {'seed': 1}\n")
     with pytest.raises(ValueError, match=r"must return a clipjax.config.Config, not dict"):
-        parse(f"--config={wrong}")
+        parse(f"--config={wrong}").config()
 
 
 def test_refusals_print_the_message_without_a_traceback(capsys):
@@ -110,8 +136,74 @@ def test_stops_let_a_defect_through_and_end_with_3_on_unusable_data(capsys):
 
 
 def test_help_lists_every_field():
-    lines = "\n".join(arguments.describe_fields())
+    lines = "\n".join(describe_fields())
     assert "--config.optim.learning_rate=0.0005  (float)" in lines
     assert "--config.mesh.fsdp=1  (int)" in lines
     assert "--config.loss.kind=softmax  (LossKind)" in lines
     assert "--config.microbatch_size=None  (int | None)" in lines
+
+
+def test_options_have_types_and_both_forms(config_file):
+    for argv in (["--workdir=x", "--jobs=3"], ["--workdir", "x", "--jobs", "3"]):
+        options = parse(f"--config={config_file}", *argv, "--dry-run").options
+        assert (options.workdir, options.jobs, options.dry_run) == (pathlib.Path("x"), 3, True)
+    for argv, on in ((["--search"], True), (["--search=yes"], True), (["--search", "no"], False), ([], False)):
+        assert parse("--config", config_file, *argv).options.search is on
+
+
+@pytest.mark.parametrize("first", ["--workdir=a", "--jobs=1", "--dry-run", "--search", "--config=x.py"])
+def test_an_option_given_twice_is_refused(first):
+    name = first.partition("=")[0]
+    with pytest.raises(ValueError, match=f"{name} is given twice; give it once"):
+        parse(first, first)
+
+
+COMMANDS = {
+    "train": (train.main, ["--workdir"]),
+    "eval": (evaluate.main, ["--checkpoint", "--tasks", "--tasks_from", "--output"]),
+    "plan": (plan.main, ["--topology", "--output", "--dump_hlo"]),
+    "sweep": (sweep.main, ["--workdir", "--sweep"]),
+    "data tokenizer": (lambda argv: data.main(["tokenizer", *argv]), ["--source", "--output", "--tfds_dir"]),
+    "data scenes": (lambda argv: data.main(["scenes", *argv]), ["--tfds_dir", "--config"]),
+    "data show": (lambda argv: data.main(["show", *argv]), ["--source", "--tfds_dir"]),
+    "presets": (presets.main, []),
+    "convert": (convert.main_convert, ["--input", "--output", "--model", "--tokenizer"]),
+    "export": (convert.main_export, ["--checkpoint", "--output"]),
+}
+NO_PATHS = ("--tasks", "--topology", "--model", "--config")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_alike_and_helps(command, capsys):
+    main, options = COMMANDS[command]
+    for name in options:
+        assert exit_code(main, [f"{name}=a", f"{name}=b"]) == 2
+        assert f"{name} is given twice" in capsys.readouterr().err
+        if name not in NO_PATHS:
+            for scheme in ("gs", "s3", "http", "file"):
+                assert exit_code(main, [f"{name}={scheme}://bucket/x"]) == 2
+                assert f"{name}={scheme}://bucket/x: nothing here opens" in capsys.readouterr().err
+    assert exit_code(main, ["--no-such-thing"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"clipjax {command.split()[0]}: error: unknown option --no-such-thing"), told
+    assert exit_code(main, ["--help"]) == 0
+    told = capsys.readouterr()
+    assert told.err == "" and all(name in told.out for name in options)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "plan", "sweep"])
+def test_commands_with_configs_refuse_a_field_given_twice(command, capsys):
+    argv = ["--config.data.train=a", "--config.data.train=b"]
+    assert exit_code(COMMANDS[command][0], argv) == 2
+    assert "--config.data.train is given twice, 'a' and 'b'; give it once" in capsys.readouterr().err
+
+
+def test_launch_options_are_found_in_a_command_line_that_is_wrong():
+    argv = ["--nonsense", "--coordinator", "a:1", "--num_processes=2", "--num_processes=3", "stray", "--process_id"]
+    assert arguments.launch_options(argv) == {"coordinator": "a:1", "num_processes": "3", "process_id": None}
+
+
+def test_data_needs_a_command(capsys):
+    for argv, message in (([], "a command is missing, one of scenes"), (["scene"], "'scene' is none of scenes")):
+        assert exit_code(data.main, argv) == 2
+        assert message in capsys.readouterr().err

@@ -1,11 +1,12 @@
 """The console script: what it runs, and the one thing that it changes about its process."""
 
 import os
+import signal
 import sys
 
 import pytest
 
-from clipjax.cli import main
+from clipjax.cli import data, main
 
 pytestmark = pytest.mark.newest
 
@@ -43,3 +44,32 @@ def test_it_leaves_what_is_set_and_other_systems_alone(restarts, monkeypatch, ca
 def test_an_unknown_command_is_refused(capsys):
     assert main.main(["tarin"]) == 2
     assert "unknown command 'tarin'; known: train, eval, plan, sweep, data" in capsys.readouterr().err
+    assert main.main(["evl"]) == 2
+    assert "did you mean eval?" in capsys.readouterr().err
+
+
+def run_with_closed_pipe(monkeypatch, argv: list[str]) -> int:
+    """Run a command whose standard output nobody reads any more; return its exit code."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        code = main.main(argv)
+        stream.write("more")  # goes nowhere
+    return code
+
+
+@pytest.mark.parametrize("argv", [["--help"], [], *([command, "--help"] for command in main.COMMANDS)])
+def test_help_ends_quietly_where_nobody_reads_on(capfd, monkeypatch, argv):
+    assert run_with_closed_pipe(monkeypatch, argv) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_command_ends_quietly_where_nobody_reads_on(capfd, monkeypatch):
+    def show_samples(options) -> int:
+        print("a sample", flush=True)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(data, "_show", show_samples)
+    assert run_with_closed_pipe(monkeypatch, ["data", "show", "--source=a.tar"]) == 128 + signal.SIGPIPE
+    assert capfd.readouterr().err == ""

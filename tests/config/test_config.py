@@ -71,6 +71,7 @@ def test_from_dict_refuses_what_it_does_not_know(values, message):
     [
         ("data.train", "", "data.train='' must name a source"),
         ("global_batch_size", 0, "global_batch_size=0 must be greater than 0"),
+        ("global_batch_size", 1, "global_batch_size=1: a contrastive loss compares the pairs of a batch"),
         ("optim.learning_rate", float("nan"), "optim.learning_rate=nan must be greater than 0"),
         ("optim.beta2", 1.5, "optim.beta2=1.5 must be at least 0 and below 1"),
         ("seed", -1, "seed=-1 must not be negative"),

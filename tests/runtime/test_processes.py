@@ -6,6 +6,7 @@ import pathlib
 import signal
 import socket
 import time
+import types
 
 import jax
 import pytest
@@ -196,3 +197,33 @@ def test_with_several_processes_the_step_to_stop_at_is_jaxs(handlers, monkeypatc
     assert [shutdown.due(step) for step in (3, 4, 5)] == [False, False, True]
     assert shutdown.number == signal.SIGTERM
     shutdown.restore()
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (RuntimeError("Unable to initialize backend 'tpu': no chip (set JAX_PLATFORMS='' to ...)"), "'tpu': no chip;"),
+        (AssertionError(), "there is no such device, or JAX has no plugin"),
+    ],
+)
+def test_a_platform_that_is_not_there_is_refused(monkeypatch, failure, reason):
+    def devices() -> list:
+        raise failure
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(ValueError) as refused:
+        processes.start({}, {"JAX_PLATFORMS": "tpu"})
+    assert str(refused.value).startswith("JAX_PLATFORMS=tpu: ") and reason in str(refused.value)
+
+
+def test_a_run_says_on_what_it_runs(monkeypatch):
+    monkeypatch.setattr(processes, "_accelerator_files", lambda: "/dev/nvidia0")
+    assert processes.describe_devices({"JAX_PLATFORMS": "cpu"}) == f"devices: {jax.device_count()} cpu"
+    told = processes.describe_devices({})
+    assert "this machine has an accelerator (/dev/nvidia0) that JAX does not use" in told
+    monkeypatch.setattr(processes, "_accelerator_files", lambda: "")
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    assert processes.describe_devices({}) == f"devices: {jax.device_count()} cpu of 4 processes"
+    chip = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    monkeypatch.setattr(jax, "devices", lambda: [chip] * 16)
+    assert processes.describe_devices({}) == "devices: 16 tpu (TPU v5 lite) of 4 processes"
