@@ -1,5 +1,7 @@
 """The encoder: embeddings of the model on the host, from programs that all encoders of one model share."""
 
+import copy
+
 import jax
 import numpy as np
 import pytest
@@ -46,6 +48,7 @@ def test_embeddings_are_the_models_and_programs_are_shared(parts):
 
 def test_no_texts_give_no_rows_and_rows_are_gathered(parts):
     config, clip, mesh = parts
+    config = copy.deepcopy(config)
     config.loss.contrastive_weight = 0.0
     one = Encoder(config, clip, mesh, TOKENIZER, {})
     assert not one.has_embeddings
