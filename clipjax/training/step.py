@@ -111,6 +111,8 @@ class TrainStep:
     averages: MovingAveragesAccess | None = None
     teacher_forward: TeacherForward | None = None
 
+    __name__ = "train_step"  # profiles and compiler dumps call the compiled program so
+
     def __call__(
         self, state: TrainState, batch: Batch, teacher_params: Params | None = None
     ) -> tuple[TrainState, Metrics]:

@@ -1,0 +1,56 @@
+"""The encoder: embeddings of the model on the host, from programs that all encoders of one model share."""
+
+import copy
+
+import jax
+import numpy as np
+import pytest
+
+from clipjax.config import Config, Dtype, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
+from clipjax.data.tokenizers.bytes import BytesTokenizer
+from clipjax.evals import encoder
+from clipjax.evals.encoder import Encoder
+from clipjax.models.clip import Clip, build_clip
+from clipjax.runtime import sharding
+
+TOKENIZER = BytesTokenizer()
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[Config, Clip, jax.sharding.Mesh]:
+    config = Config()
+    config.eval.batch_size = 4
+    config.model = ModelConfig(
+        embed_dim=16,
+        image=ViTConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2),
+        text=TextTransformerConfig(context_length=8, vocab_size=TOKENIZER.vocab_size, width=16, depth=1, num_heads=2),
+        compute_dtype=Dtype.FLOAT32,
+    )
+    clip = build_clip(config.model, data=config.data)
+    return config, clip, sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def test_embeddings_are_the_models_and_programs_are_shared(parts):
+    config, clip, mesh = parts
+    image = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    sizes = encoder._encode_image._cache_size(), encoder._encode_text._cache_size()
+    for seed in (0, 1):
+        params = clip.init(jax.random.key(seed))
+        one = Encoder(config, clip, mesh, TOKENIZER, params)
+        assert one.has_embeddings
+        np.testing.assert_allclose(one.embed_images(image), clip.encode_image(params, image), atol=1e-5)
+        texts = one.embed_texts(["a", "b", "c", "d", "e"])  # two batches, the second is padded
+        np.testing.assert_allclose(texts[4:], clip.encode_text(params, one.tokenize(["e"])), atol=1e-5)
+        assert texts.shape == (5, 16)
+    assert encoder._encode_image._cache_size() == sizes[0] + 1
+    assert encoder._encode_text._cache_size() == sizes[1] + 1
+
+
+def test_no_texts_give_no_rows_and_rows_are_gathered(parts):
+    config, clip, mesh = parts
+    config = copy.deepcopy(config)
+    config.loss.contrastive_weight = 0.0
+    one = Encoder(config, clip, mesh, TOKENIZER, {})
+    assert not one.has_embeddings
+    assert one.embed_texts([]).shape == (0, 16)
+    np.testing.assert_array_equal(one.gather(np.arange(4)), np.arange(4))
