@@ -189,9 +189,8 @@ RULED_TOGETHER = ("microbatch_size", "num_queries", "query_heads", "layers")
 
 def test_every_number_has_a_range_beside_it():
     fields = number_fields(Config)
-    assert {"model(ModelConfig).text(CbowConfig).width", "eval(EvalConfig).tasks(TaskConfig).max_examples"} <= set(
-        fields
-    )
+    assert "model(ModelConfig).text(CbowConfig).width" in fields
+    assert "eval(EvalConfig).tasks(TaskConfig).max_examples" in fields
     unbounded = [path for path, item in fields.items() if RANGES not in item.metadata]
     assert [path for path in unbounded if path.rpartition(".")[2] not in RULED_TOGETHER] == []
 
