@@ -73,7 +73,7 @@ def take_apart(annotation: Any) -> Annotation:
 
 
 def to_dict(config: Any) -> Any:
-    """Plain JSON values: dataclasses as dicts, enums by value, tuples as lists; towers with their `kind`."""
+    """Return plain JSON values: dataclasses as dicts, enums by value, tuples as lists; towers with their `kind`."""
     if dataclasses.is_dataclass(config):
         kind = getattr(config, "KIND", None)
         return ({} if kind is None else {"kind": kind}) | {
@@ -89,7 +89,7 @@ def to_dict(config: Any) -> Any:
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of nested dicts by their dotted path."""
+    """Return the values of nested dicts by their dotted path."""
     if not isinstance(values, dict) or not values:
         return {prefix: values}
     flat: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def from_dict(values: Any) -> Config:
-    """The config that `to_dict` wrote, from untrusted JSON.
+    """Return the config that `to_dict` wrote, from untrusted JSON.
 
     Raises:
         ValueError: an unknown field, or a value of the wrong type.
@@ -168,25 +168,25 @@ def _read_choice(choices: type[enum.Enum], value: Any, path: str, strict: bool) 
 
 
 def path_parts(path: str) -> list[tuple[str, bool]]:
-    """Names of a path, each with True if it is a key of a dict."""
+    """Return the names of a path, each with True if it is a key of a dict."""
     found = re.findall(r"([^.\[\]]+)|\[['\"]([^'\"]+)['\"]\]", path)
     return [(name or key, bool(key)) for name, key in found]
 
 
 def field_value(config: Any, path: str) -> Any:
-    """The value at a path; None where the config's tower has no such field."""
+    """Return the value at a path; None where the config's tower has no such field."""
     for name, _ in path_parts(path):
         config = config[name] if isinstance(config, dict) else getattr(config, name, None)
     return config
 
 
 def members(annotation: Any) -> dict[str, Any]:
-    """Types of the fields of a dataclass, or of all dataclasses of a union; empty for anything else."""
+    """Return the types of the fields of a dataclass, or of all dataclasses of a union; empty for anything else."""
     return take_apart(annotation).fields
 
 
 def field_type(config_type: Any, path: str) -> Any:
-    """The annotated type of the field at a path.
+    """Return the annotated type of the field at a path.
 
     Raises:
         ValueError: there is no such field (the message proposes a near one), or it is a group of fields.

@@ -9,6 +9,7 @@ from clipjax.config import MeshConfig
 from clipjax.config.validation import MEMORY_UNIT
 from clipjax.losses.moving_averages import init_moving_averages, make_moving_averages_access
 from clipjax.runtime.sharding import batch_sharding, make_mesh, state_shardings
+from clipjax.training.step import STATE_RULES
 
 SAMPLES = MEMORY_UNIT + 5
 
@@ -25,7 +26,8 @@ def test_what_is_remembered_is_recalled(sizes):
     mesh = make_mesh(MeshConfig(slice=slices, data=data, fsdp=fsdp), jax.devices()[: slices * data * fsdp])
     access, split = make_moving_averages_access(mesh), batch_sharding(mesh)
     memory = jax.device_put(
-        init_moving_averages(SAMPLES), state_shardings(mesh, {"memory": init_moving_averages(SAMPLES)})["memory"]
+        init_moving_averages(SAMPLES),
+        state_shardings(mesh, {"memory": init_moving_averages(SAMPLES)}, STATE_RULES)["memory"],
     )
     rng, expected = np.random.default_rng(0), {}
     recall, remember = jax.jit(access.recall), jax.jit(access.remember, donate_argnums=0)
