@@ -202,7 +202,8 @@ def field_type(config_type: Any, path: str) -> Any:
             remedy = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
             raise ValueError(f"{path}: {walked} has no field {name!r}; {remedy}")
         kind, walked = take_apart(annotation), name
-    if inside := kind.fields or (["NAME"] if kind.values is not None else []):
+    inside = kind.fields or (["NAME"] if kind.values is not None else [])
+    if inside and not kind.optional:  # None is a value of an optional group
         raise ValueError(f"{path} is a group of fields; name one in it: {', '.join(inside)}")
     return annotation
 

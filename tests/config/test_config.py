@@ -24,7 +24,7 @@ from clipjax.config import (
     total_steps,
 )
 from clipjax.config.ranges import RANGES
-from clipjax.config.serialization import field_value, from_dict, take_apart, to_dict
+from clipjax.config.serialization import check_override, field_type, field_value, from_dict, take_apart, to_dict
 from clipjax.config.validation import validate, validate_devices
 
 
@@ -168,6 +168,16 @@ def test_time_is_told_in_examples():
     assert steps_of(1, config) == 1
     assert steps_of(160, config) == 2
     assert steps_of(170, config) == 3
+
+
+def test_an_optional_group_can_be_left_out_and_its_fields_changed():
+    check_override(Config, "model.caption", None)
+    check_override(Config, "model.caption.depth", 3)
+    with pytest.raises(ValueError, match="model.caption=3 is int and must be"):
+        check_override(Config, "model.caption", 3)
+    with pytest.raises(ValueError, match="model.image is a group of fields"):
+        check_override(Config, "model.image", None)
+    assert take_apart(field_type(Config, "model.caption")).optional  # so that a command line may say none
 
 
 def number_fields(kind: type, path: str = "") -> dict[str, dataclasses.Field]:
