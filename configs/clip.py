@@ -5,7 +5,8 @@
 
 The argument is `vit_b32`, `vit_b16`, `vit_l14` or `vit_l14_336`, the paper's extra epoch at 336 pixels; `vit_h14` or
 `so400m`, two larger models of later papers (arXiv 2212.07143, 2303.15343) with nothing tuned for them here; or `tiny`,
-a model for trying the batch itself. `,batch=N` after it sets another global batch.
+a model for trying the batch itself. `,batch=N` after it sets another global batch. `so400m` reads SigLIP's tokenizer,
+`data/siglip.model` (32,000 pieces), the others CLIP's, `data/bpe_simple_vocab_16e6.txt.gz`.
 Made for 256 accelerators of 16 GB (128 pairs each), by `clipjax plan`; not run at that size by us. With a smaller batch
 more is kept for the backward pass, with a larger one less (`FITS`).
 """
@@ -61,6 +62,7 @@ def get_config(argument: str = "vit_b32") -> Config:
         case "so400m":
             config = _run(presets.model("SigLIP-So400m/14@224px"), learning_rate=1e-3, fsdp=16)
             config.loss.kind = LossKind.SIGMOID
+            config.data.tokenizer = "siglip:data/siglip.model"  # big_vision's c4_en, cc_en.32000
         case "tiny":
             config = _tiny()
         case _:
@@ -75,7 +77,7 @@ def get_config(argument: str = "vit_b32") -> Config:
 
 
 def _remat(architecture: str, batch: int) -> Remat:
-    """What recomputes least of that which fits."""
+    """Return the policy that recomputes least of those that fit."""
     if architecture not in FITS:
         return Remat.NONE
     return next((policy for policy, largest in FITS[architecture].items() if batch <= largest), Remat.FULL)

@@ -22,11 +22,11 @@ class DecoderConfig:
     layer_norm_epsilon: float = bounded(1e-5, INSIDE_ONE)
 
     def hidden_dim(self, width: int) -> int:
-        """Hidden size of the MLPs of a decoder of this width, that of the text tower."""
+        """Return the hidden size of the MLPs of a decoder of this width, that of the text tower."""
         return hidden_dim(self.mlp_dim, width)
 
     def flops(self, image: ImageTower, text: TextTower, embed_dim: int) -> int:
-        """FLOPs of predicting one caption; the text's last place, which nothing follows, is counted as well."""
+        """Return the FLOPs of predicting one caption; the text's last place, which nothing follows, counts too."""
         tokens, token_width = image.caption_tokens(embed_dim)
         length, width = text.context_length, text.width
         hidden = 2 * width * self.hidden_dim(width)
@@ -35,7 +35,7 @@ class DecoderConfig:
         return self.depth * (layer + 4 * length * tokens * width) + 2 * length * width * text.vocab_size
 
     def num_params(self, image: ImageTower, text: TextTower, embed_dim: int) -> int:
-        """Parameters of the decoder."""
+        """Return the number of parameters of the decoder."""
         token_width, width, hidden = image.caption_tokens(embed_dim)[1], text.width, self.hidden_dim(text.width)
         layer = block_params(width, hidden) + attention_params(width, token_width, width) + mlp_params(width, hidden)
         return self.depth * (layer + 2 * token_width + 4 * width) + 2 * width + width * text.vocab_size
@@ -56,12 +56,12 @@ class BagOfWordsConfig:
     KIND: ClassVar[str] = "words"
 
     def flops(self, image: ImageTower, text: TextTower, embed_dim: int) -> int:
-        """FLOPs of predicting one caption."""
+        """Return the FLOPs of predicting one caption."""
         del image
         return 2 * embed_dim * text.vocab_size
 
     def num_params(self, image: ImageTower, text: TextTower, embed_dim: int) -> int:
-        """Parameters of the layer."""
+        """Return the number of parameters of the layer."""
         del image
         return (embed_dim + 1) * text.vocab_size
 

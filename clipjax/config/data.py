@@ -43,14 +43,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Where pairs come from and how they become arrays.
+    """Sources of pairs, and the making of arrays from them.
 
     A source is one string: `tfds:NAME/SPLIT`, or a path, glob or brace pattern of WebDataset tars.
     A tokenizer is one string: `bytes`, `clip:PATH`, `sentencepiece:PATH` or `huggingface:PATH`.
     """
 
     train: str = ""
-    tfds_dir: str | None = None  # where prepared TFDS data lies; None is TFDS's own default
+    tfds_dir: str | None = None  # folder of prepared TFDS data; None: TFDS's own default
     tfds_image_key: str = "image"
     tfds_caption_key: str = "captions"
     tokenizer: str = "bytes"

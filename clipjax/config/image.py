@@ -76,7 +76,7 @@ class ViTConfig(Blocks):
         return self.grid()[1] ** 2, self.width
 
     def flops(self, embed_dim: int) -> int:
-        """FLOPs of one image; patch dropout is not credited."""
+        """Return the FLOPs of one image; patch dropout is not credited."""
         patches, width = self.grid()[1] ** 2, self.width
         tokens = patches + self.class_token + self.num_registers
         total = 2 * patches * 3 * self.patch_size**2 * width + self.block_flops(tokens)
@@ -89,7 +89,7 @@ class ViTConfig(Blocks):
         return total + self.projection.flops(width, embed_dim)
 
     def num_params(self, embed_dim: int) -> int:
-        """Parameters of the tower."""
+        """Return the number of parameters of the tower."""
         (prefix, side), width = self.grid(), self.width
         total = (3 * self.patch_size**2 + self.patch_bias + self.class_token + self.num_registers) * width
         total += (prefix + side**2) * width if self.positions is Positions.LEARNED else 0
@@ -148,7 +148,7 @@ class ResNetConfig:
         return self.grid()[1] ** 2, 32 * self.width
 
     def flops(self, embed_dim: int) -> int:
-        """FLOPs of one image."""
+        """Return the FLOPs of one image."""
         side, width = self.image_size // 2, self.width
         total = 2 * side**2 * 9 * (3 * width // 2 + (width // 2) ** 2 + width // 2 * width)
         side, channels = side // 2, width
@@ -163,7 +163,7 @@ class ResNetConfig:
         return total + places * (6 * channels**2 + 4 * places * channels + 2 * channels * embed_dim)
 
     def num_params(self, embed_dim: int) -> int:
-        """Parameters of the tower; running statistics are none."""
+        """Return the number of parameters of the tower; running statistics are none."""
         (prefix, side), width, half = self.grid(), self.width, self.width // 2
         total = 9 * (3 * half + half**2 + half * width) + 4 * half + 2 * width
         channels = width

@@ -23,11 +23,11 @@ class Projection(enum.Enum):
     AFFINE = "affine"
 
     def flops(self, width: int, embed_dim: int) -> int:
-        """FLOPs of one vector."""
+        """Return the FLOPs of one vector."""
         return 0 if self is Projection.NONE else 2 * width * embed_dim
 
     def num_params(self, width: int, embed_dim: int) -> int:
-        """Parameters of the matrix and of the bias."""
+        """Return the number of parameters of the matrix and of the bias."""
         return {Projection.NONE: 0, Projection.LINEAR: width * embed_dim}.get(self, (width + 1) * embed_dim)
 
 
@@ -53,12 +53,12 @@ class Blocks:
         return hidden_dim(self.mlp_dim, self.width)
 
     def block_flops(self, length: int) -> int:
-        """FLOPs of all blocks over `length` tokens."""
+        """Return the FLOPs of all blocks over `length` tokens."""
         weights = 4 * self.width**2 + 2 * self.width * self.hidden_dim
         return self.depth * (2 * length * weights + 4 * length**2 * self.width)
 
     def block_params(self) -> int:
-        """Parameters of all blocks."""
+        """Return the number of parameters of all blocks."""
         return self.depth * block_params(self.width, self.hidden_dim)
 
     def block_errors(self, path: str, embed_dim: int) -> list[str]:
@@ -72,30 +72,30 @@ class Blocks:
 
 
 def linear_params(inputs: int, outputs: int) -> int:
-    """Parameters of a matrix and a bias."""
+    """Return the number of parameters of a matrix and a bias."""
     return (inputs + 1) * outputs
 
 
 def block_params(width: int, mlp_dim: int) -> int:
-    """Parameters of one block: attention, MLP and their two norms."""
+    """Return the number of parameters of one block: attention, MLP and their two norms."""
     return attention_params(width, width, width) + mlp_params(width, mlp_dim) + 4 * width
 
 
 def mlp_params(width: int, mlp_dim: int) -> int:
-    """Parameters of two layers."""
+    """Return the number of parameters of two layers."""
     return linear_params(width, mlp_dim) + linear_params(mlp_dim, width)
 
 
 def attention_params(width: int, key_width: int, out_dim: int) -> int:
-    """Parameters of attention from tokens of `width` to tokens of `key_width`."""
+    """Return the number of parameters of attention from tokens of `width` to tokens of `key_width`."""
     return linear_params(width, width) + 2 * linear_params(key_width, width) + linear_params(width, out_dim)
 
 
 def attention_pool_flops(length: int, width: int, mlp_dim: int) -> int:
-    """FLOPs of one query: projections of it and of the result, keys and values of all, the mixture, an MLP."""
+    """Return the FLOPs of one query: its projections, keys and values of all tokens, the mixture, an MLP."""
     return 4 * width**2 + 4 * length * width**2 + 4 * length * width + 4 * width * mlp_dim
 
 
 def attention_pool_params(width: int, mlp_dim: int) -> int:
-    """Parameters of one query with its attention, norm and MLP."""
+    """Return the number of parameters of one query with its attention, norm and MLP."""
     return width + attention_params(width, width, width) + 2 * width + mlp_params(width, mlp_dim)

@@ -62,7 +62,7 @@ class ModelConfig:
     max_logit_scale: float = bounded(100.0, POSITIVE)  # clamped after every update
 
     def flops(self) -> int:
-        """FLOPs of one forward pass of one image-text pair.
+        """Return the FLOPs of one forward pass of one image-text pair.
 
         A multiply-add is 2 FLOPs; attention is counted dense, the causal half of the text tower too; patch embedding,
         pooling by attention and all projections are included, look-ups, norms, softmax and the loss are not. The
@@ -71,11 +71,11 @@ class ModelConfig:
         return self.image.flops(self.embed_dim) + self.text.flops(self.embed_dim) + self.caption_flops()
 
     def caption_flops(self) -> int:
-        """FLOPs of predicting one caption from the towers' outputs; see `flops`."""
+        """Return the FLOPs of predicting one caption from the towers' outputs; see `flops`."""
         return 0 if self.caption is None else self.caption.flops(self.image, self.text, self.embed_dim)
 
     def num_params(self) -> int:
-        """Number of parameters, the logit scale and bias among them; running statistics are none."""
+        """Return the number of parameters, the logit scale and bias among them; running statistics are none."""
         caption = 0 if self.caption is None else self.caption.num_params(self.image, self.text, self.embed_dim)
         towers = self.image.num_params(self.embed_dim) + self.text.num_params(self.embed_dim)
         return towers + caption + 1 + (self.init_logit_bias is not None)

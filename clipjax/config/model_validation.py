@@ -8,7 +8,7 @@ from clipjax.config.run import Config
 from clipjax.config.text import TextPool, TextTransformerConfig
 
 LANES = 128
-"""Of a TPU's vector register: one kernel computes attention of widths that are multiples of it."""
+"""Lanes of a TPU's vector register: one kernel computes attention of widths that are multiples of it."""
 
 
 def model_errors(config: Config) -> list[str]:

@@ -19,7 +19,7 @@ BIG_VISION = "google-research/big_vision, models/vit.py, decode_variant"
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and where its sizes come from."""
+    """A model, and the source of its sizes."""
 
     config: ModelConfig
     source: str
@@ -30,7 +30,7 @@ def _text(width: int, depth: int, num_heads: int, activation: Activation) -> Tex
 
 
 def _sizes(size: tuple[int, int, int, int]) -> dict[str, Any]:
-    """(width, depth, heads, MLP) as fields of a tower."""
+    """Return (width, depth, heads, MLP) as fields of a tower."""
     width, depth, num_heads, mlp_dim = size
     mlp = None if mlp_dim == 4 * width else mlp_dim
     return {"width": width, "depth": depth, "num_heads": num_heads, "mlp_dim": mlp}
@@ -39,7 +39,7 @@ def _sizes(size: tuple[int, int, int, int]) -> dict[str, Any]:
 def _vit(
     name: str, size: tuple[int, int, int, int], image: tuple[int, int], text: tuple[int, int, int], source: str
 ) -> tuple[str, Preset]:
-    """A CLIP with a ViT: (width, depth, heads, MLP), (image size, patch), the text's (width, depth, heads).
+    """Return a CLIP with a ViT: (width, depth, heads, MLP), (image size, patch), the text's (width, depth, heads).
 
     The embedding is as wide as the text tower; OpenAI's models have QuickGELU, the others GELU.
     """
@@ -51,14 +51,14 @@ def _vit(
 def _resnet(
     name: str, embed_dim: int, tower: tuple[int, tuple[int, ...], int], text: tuple[int, int, int]
 ) -> tuple[str, Preset]:
-    """A CLIP with a ResNet: (image size, blocks, width), the text's (width, depth, heads)."""
+    """Return a CLIP with a ResNet: (image size, blocks, width), the text's (width, depth, heads)."""
     size, layers, width = tower
     image = ResNetConfig(image_size=size, layers=layers, width=width, num_heads=width * 32 // 64)
     return name, Preset(ModelConfig(embed_dim=embed_dim, image=image, text=_text(*text, Activation.QUICK_GELU)), CLIP)
 
 
 def _with_gelu(named: tuple[str, Preset]) -> tuple[str, Preset]:
-    """One of OpenAI's sizes as open_clip trains it: with GELU instead of QuickGELU."""
+    """Return one of OpenAI's sizes as open_clip trains it: with GELU instead of QuickGELU."""
     name, preset = named
     model = deepcopy(preset.config)
     for tower in (model.image, model.text):
@@ -75,7 +75,7 @@ def _siglip(
     vocab_size: int,
     context_length: int = 64,
 ) -> tuple[str, Preset]:
-    """A SigLIP: both towers as (width, depth, heads, MLP), (image size, patch)."""
+    """Return a SigLIP: both towers as (width, depth, heads, MLP), (image size, patch)."""
     common: dict[str, Any] = {"activation": Activation.GELU_TANH, "layer_norm_epsilon": 1e-6}
     image_tower = ViTConfig(
         image_size=size[0],
@@ -107,7 +107,7 @@ def _siglip(
 def _coca(
     name: str, size: tuple[int, int, int, int], image: tuple[int, int], text: tuple[int, int, int]
 ) -> tuple[str, Preset]:
-    """A CoCa as open_clip builds it: what `_vit` takes; the decoder is as large as the text tower."""
+    """Return a CoCa as open_clip builds it, from the arguments of `_vit`; the decoder is as large as the text tower."""
     _, preset = _vit(name, size, image, text, OPEN_CLIP)
     model = preset.config
     assert isinstance(model.image, ViTConfig)
@@ -170,7 +170,7 @@ MODELS: dict[str, Preset] = dict(
 
 
 def model(name: str) -> ModelConfig:
-    """A copy of a preset, free to change.
+    """Return a copy of a preset, free to change.
 
     Raises:
         ValueError: unknown name; the known ones are listed.

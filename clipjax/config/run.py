@@ -83,17 +83,17 @@ class Config:
 
 
 def total_steps(config: Config) -> int:
-    """Updates in the run: whole global batches in `total_examples`."""
+    """Return the updates of the run: whole global batches in `total_examples`."""
     return config.total_examples // config.global_batch_size
 
 
 def steps_of(examples: int, config: Config) -> int:
-    """An interval or duration in steps: rounded to the nearest, at least 1 (0 stays 0)."""
+    """Return an interval or duration in steps: rounded to the nearest, at least 1 (0 stays 0)."""
     return max(1, round(examples / config.global_batch_size)) if examples else 0
 
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int, num_slices: int = 1) -> tuple[int, int, int, int]:
-    """Sizes of the axes slice, data, fsdp and tensor, with None and -1 filled in.
+    """Return the sizes of the axes slice, data, fsdp and tensor, with None and -1 filled in.
 
     Raises:
         ValueError: the sizes do not multiply to `num_devices`.

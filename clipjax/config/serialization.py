@@ -74,7 +74,7 @@ def take_apart(annotation: Any) -> Annotation:
 
 
 def to_dict(config: Any) -> Any:
-    """Plain JSON values: dataclasses as dicts, enums by value, tuples as lists; towers with their `kind`."""
+    """Return plain JSON values: dataclasses as dicts, enums by value, tuples as lists; towers with their `kind`."""
     if dataclasses.is_dataclass(config):
         kind = getattr(config, "KIND", None)
         return ({} if kind is None else {"kind": kind}) | {
@@ -90,7 +90,7 @@ def to_dict(config: Any) -> Any:
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of nested dicts by their dotted path."""
+    """Return the values of nested dicts by their dotted path."""
     if not isinstance(values, dict) or not values:
         return {prefix: values}
     flat: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def from_dict(values: Any) -> Config:
-    """The config that `to_dict` wrote, from untrusted JSON.
+    """Return the config that `to_dict` wrote, from untrusted JSON.
 
     Raises:
         ValueError: an unknown field, or a value of the wrong type.
@@ -190,7 +190,7 @@ def split_assignment(text: str) -> tuple[list[tuple[str, bool]], str]:
 
 
 def path_parts(path: str) -> list[tuple[str, bool]]:
-    """Names of a path, and whether each is a key of a dict.
+    """Return the names of a path, each with True if it is a key of a dict.
 
     Raises:
         ValueError: it is no path.
@@ -220,19 +220,19 @@ def canonical_path(config_type: Any, path: str) -> str:
 
 
 def field_value(config: Any, path: str) -> Any:
-    """The value at a path; None where the config's tower has no such field."""
+    """Return the value at a path; None where the config's tower has no such field."""
     for name, _ in path_parts(path):
         config = config[name] if isinstance(config, dict) else getattr(config, name, None)
     return config
 
 
 def members(annotation: Any) -> dict[str, Any]:
-    """Types of the fields of a dataclass, or of all dataclasses of a union; empty for anything else."""
+    """Return the types of the fields of a dataclass, or of all dataclasses of a union; empty for anything else."""
     return take_apart(annotation).fields
 
 
 def field_type(config_type: Any, path: str) -> Any:
-    """The annotated type of the field at a path.
+    """Return the annotated type of the field at a path.
 
     Raises:
         ValueError: there is no such field (the message proposes a near one), or it is a group of fields.
@@ -248,7 +248,8 @@ def field_type(config_type: Any, path: str) -> Any:
             remedy = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
             raise ValueError(f"{path}: {walked} has no field {name!r}; {remedy}")
         kind, walked = take_apart(annotation), name
-    if inside := kind.fields or (["NAME"] if kind.values is not None else []):
+    inside = kind.fields or (["NAME"] if kind.values is not None else [])
+    if inside and not kind.optional:  # None is a value of an optional group
         raise ValueError(f"{path} is a group of fields; name one in it: {', '.join(inside)}")
     return annotation
 

@@ -49,7 +49,7 @@ class TextTransformerConfig(Blocks):
         return self.pool is TextPool.END
 
     def flops(self, embed_dim: int) -> int:
-        """FLOPs of one text."""
+        """Return the FLOPs of one text."""
         length = self.context_length + (self.pool is TextPool.CLASS)
         total = self.block_flops(length)
         if self.pool is TextPool.ATTENTION:
@@ -57,7 +57,7 @@ class TextTransformerConfig(Blocks):
         return total + self.projection.flops(self.width, embed_dim)
 
     def num_params(self, embed_dim: int) -> int:
-        """Parameters of the tower."""
+        """Return the number of parameters of the tower."""
         with_class = self.pool is TextPool.CLASS  # a token, and its position
         total = (self.vocab_size + self.context_length + 2 * with_class + 2) * self.width + self.block_params()
         if self.pool is TextPool.ATTENTION:
@@ -93,11 +93,11 @@ class CbowConfig:
         return True
 
     def flops(self, embed_dim: int) -> int:
-        """FLOPs of one text."""
+        """Return the FLOPs of one text."""
         return 2 * self.width * embed_dim
 
     def num_params(self, embed_dim: int) -> int:
-        """Parameters of the tower."""
+        """Return the number of parameters of the tower."""
         return (self.vocab_size + embed_dim) * self.width
 
     def errors(self, path: str, embed_dim: int) -> list[str]:

@@ -19,11 +19,11 @@ from clipjax.config.run import Config, resolve_mesh
 from clipjax.config.serialization import field_value, from_dict, numbers, to_dict
 
 BATCH_FIELDS = ("global_batch_size", "microbatch_size", "eval.batch_size")
-"""Batches that the mesh and the processes share out."""
+"""Fields of the batches that the mesh and the processes divide."""
 
 
 MESH_AXES = ("data", "fsdp", "tensor")
-"""Those of which one may fill up."""
+"""Axes of which one may fill up."""
 
 
 MEMORY_UNIT = 2**12 * 3 * 5
@@ -37,7 +37,7 @@ def validate(config: Config, *, batch_fields: Sequence[str] = BATCH_FIELDS) -> N
     Raises:
         ValueError: everything that is wrong, a line each: field, value, rule, remedy.
     """
-    errors = _type_errors(config) or [*range_errors(config), *_mesh_errors(config)]
+    errors = [*_type_errors(config), *range_errors(config), *_mesh_errors(config)]
     if not errors:
         errors = _batch_errors(config) if "global_batch_size" in batch_fields else []
         errors += [*model_errors(config), *caption_errors(config), *_part_errors(config)]
@@ -108,7 +108,7 @@ def _attention_error(config: Config, platform: str, tensor: int) -> str | None:
 
 
 def _division_errors(config: Config, sizes: tuple[int, int, int, int], batch_fields: Sequence[str]) -> list[str]:
-    """Sizes that the mesh axes split but do not divide."""
+    """Return the sizes that the mesh axes split but do not divide."""
     (slices, data, fsdp, tensor), errors = sizes, []
     parts = f"mesh.slice={slices} * " if slices > 1 else ""
     for path in batch_fields:
@@ -123,7 +123,7 @@ def _division_errors(config: Config, sizes: tuple[int, int, int, int], batch_fie
 
 
 def _tower_division_errors(config: Config, fsdp: int, tensor: int) -> list[str]:
-    """Sizes of towers and heads that `mesh.fsdp` and `mesh.tensor` split but do not divide."""
+    """Return the sizes of towers and heads that `mesh.fsdp` and `mesh.tensor` split but do not divide."""
     model, errors = config.model, []
     by_fsdp, by_tensor = f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}"
     for path, tower in (("model.image", model.image), ("model.text", model.text)):

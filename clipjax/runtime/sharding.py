@@ -47,7 +47,7 @@ def hardware_slices(devices: Sequence[Any]) -> int:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh with the axes `slice`, `data`, `fsdp`, `tensor` over all devices (or those given).
+    """Return a mesh with the axes `slice`, `data`, `fsdp`, `tensor` over all devices (or those given).
 
     A slice of the mesh is one of the hardware where that has several, else the devices of processes that follow each
     other.
@@ -71,7 +71,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _torus_mesh(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """Devices such that neighbours on an axis are neighbours on the torus; its sides are split only where need be."""
+    """Return devices so that neighbours on an axis are neighbours on the torus; its sides are split only at need."""
     try:
         return mesh_utils.create_device_mesh(sizes, devices=devices)
     except NotImplementedError:  # 8 of a torus of 16 x 16
@@ -79,27 +79,27 @@ def _torus_mesh(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def partition_spec(dims: Sequence[str | None]) -> PartitionSpec:
-    """Mesh axes of an array whose dimensions have these names."""
+    """Return the mesh axes of an array whose dimensions have these names."""
     return PartitionSpec(*(MESH_AXES.get(dim) if dim else None for dim in dims))
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes of this mesh that split the batch; a mesh of a user's own may lack some of `BATCH_AXES`."""
+    """Return the axes of this mesh that split the batch; a mesh of a user's own may lack some of `BATCH_AXES`."""
     return tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
 
 
 def batch_devices(mesh: Mesh) -> int:
-    """How many parts the batch is split into."""
+    """Return the number of parts into which the batch is split."""
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """First dimension split over the batch axes."""
+    """Return the sharding of arrays whose first dimension is split over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Return the sharding of arrays of which every device holds the whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -134,14 +134,14 @@ def state_shardings(mesh: Mesh, abstract_state: Any, rules: Rules) -> Any:
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
-    """Shapes and dtypes together with where each leaf is to lie."""
+    """Return shapes and dtypes together with the sharding of each leaf."""
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
+        lambda leaf, one: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), abstract, shardings
     )
 
 
 def shardings_of(tree: Any) -> Any:
-    """Where each leaf of a tree of arrays lies."""
+    """Return the sharding of each leaf of a tree of arrays."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
@@ -153,18 +153,18 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 
 
 def platform() -> str:
-    """Of the devices of the mesh in force ("cpu", "gpu", "tpu"); "" without a mesh."""
+    """Return the platform of the devices of the mesh in force ("cpu", "gpu", "tpu"); "" without a mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return "" if device is None else device.platform
 
 
 def backend() -> str:
-    """`platform`, or without a mesh that of the default device."""
+    """Return `platform`, or without a mesh that of the default device."""
     return platform() or jax.default_backend()
 
 
 def num_shards(dim: str) -> int:
-    """Into how many parts the mesh in force cuts a dimension of this name."""
+    """Return the number of parts into which the mesh in force cuts a dimension of this name."""
     axes, mesh = MESH_AXES.get(dim), jax.sharding.get_abstract_mesh()
     if mesh.empty or axes is None:
         return 1
@@ -172,7 +172,7 @@ def num_shards(dim: str) -> int:
 
 
 def shard_map_by_dims(run: Callable[..., jax.Array], *dims: Sequence[str | None]) -> Callable[..., jax.Array]:
-    """`run` on every device with its part of the arrays, whose dimensions have these names, as those of the result.
+    """Return `run`, to be called on every device with its part of the arrays, whose dimensions have these names.
 
     The result's names are those of the first array. Without a mesh, `run` as it is.
     """
@@ -183,7 +183,7 @@ def shard_map_by_dims(run: Callable[..., jax.Array], *dims: Sequence[str | None]
 
 
 def global_batch(mesh: Mesh, local: Any) -> Any:
-    """Global arrays, split over the batch axes, from the rows that this process has read.
+    """Return global arrays, split over the batch axes, from the rows that this process has read.
 
     The rows of process 0 come first, then those of process 1, and so on.
     """

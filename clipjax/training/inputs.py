@@ -7,7 +7,7 @@ import jax
 
 from clipjax.checkpoints.records import pack_tokenizer
 from clipjax.checkpoints.saved import SavedCheckpoint
-from clipjax.config import Config, LossKind, TextPool
+from clipjax.config import Config, LossKind
 from clipjax.config.serialization import field_value
 from clipjax.config.validation import MEMORY_UNIT
 from clipjax.data.sample import Source
@@ -61,7 +61,7 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
             f"model.text.vocab_size={config.model.text.vocab_size} must be at least {tokenizer.vocab_size}, "
             f"the size of data.tokenizer={config.data.tokenizer!r}"
         )
-    if getattr(config.model.text, "pool", None) in (None, TextPool.END) and not tokenizer.ends_highest:
+    if config.model.text.finds_end and not tokenizer.ends_highest:
         raise ValueError(
             f"data.tokenizer={config.data.tokenizer!r} does not give the end of a text the largest id, by which "
             "model.text.pool=end and bags of words find it; use pool=last or attention, or another tokenizer"

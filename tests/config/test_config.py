@@ -24,7 +24,7 @@ from clipjax.config import (
     total_steps,
 )
 from clipjax.config.ranges import RANGES
-from clipjax.config.serialization import field_value, from_dict, take_apart, to_dict
+from clipjax.config.serialization import check_override, field_type, field_value, from_dict, take_apart, to_dict
 from clipjax.config.validation import validate, validate_devices
 
 pytestmark = pytest.mark.newest
@@ -178,6 +178,16 @@ def test_time_is_told_in_examples():
     assert steps_of(170, config) == 3
 
 
+def test_an_optional_group_can_be_left_out_and_its_fields_changed():
+    check_override(Config, "model.caption", None)
+    check_override(Config, "model.caption.depth", 3)
+    with pytest.raises(ValueError, match="model.caption=3 is int and must be"):
+        check_override(Config, "model.caption", 3)
+    with pytest.raises(ValueError, match="model.image is a group of fields"):
+        check_override(Config, "model.image", None)
+    assert take_apart(field_type(Config, "model.caption")).optional  # so that a command line may say none
+
+
 def number_fields(kind: type, path: str = "") -> dict[str, dataclasses.Field]:
     """All fields of a config that hold numbers, by path, those of every tower and task among them."""
     found = {}
@@ -197,9 +207,8 @@ RULED_TOGETHER = ("microbatch_size", "num_queries", "query_heads", "layers")
 
 def test_every_number_has_a_range_beside_it():
     fields = number_fields(Config)
-    assert {"model(ModelConfig).text(CbowConfig).width", "eval(EvalConfig).tasks(TaskConfig).max_examples"} <= set(
-        fields
-    )
+    assert "model(ModelConfig).text(CbowConfig).width" in fields
+    assert "eval(EvalConfig).tasks(TaskConfig).max_examples" in fields
     unbounded = [path for path, item in fields.items() if RANGES not in item.metadata]
     assert [path for path in unbounded if path.rpartition(".")[2] not in RULED_TOGETHER] == []
 
@@ -256,8 +265,8 @@ def test_json_of_a_strange_shape_is_refused(values):
 @pytest.mark.process
 def test_import_is_light():
     code = (
-        "import sys, time; start = time.perf_counter(); import clipjax.config, clipjax; "
-        "assert time.perf_counter() - start < 0.3; "
+        "import sys, time; start = time.process_time(); import clipjax.config, clipjax; "
+        "assert time.process_time() - start < 0.3; "
         "heavy = {'jax', 'numpy', 'flax', 'tensorflow', 'grain'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

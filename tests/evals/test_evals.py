@@ -10,9 +10,9 @@ from clipjax.config import Config, TaskConfig, TaskKind
 from clipjax.data.sources import ArraySource
 from clipjax.evals import prompts
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.retrieval import image_retrieval, recalls, retrieval
+from clipjax.evals.retrieval import ImageRetrieval, Retrieval, image_retrieval, recalls, retrieval
 from clipjax.evals.runner import build_tasks, write_results
-from clipjax.evals.zero_shot import zero_shot, zero_shot_classifier
+from clipjax.evals.zero_shot import ZeroShot, zero_shot, zero_shot_classifier
 
 pytestmark = pytest.mark.newest
 
@@ -117,6 +117,18 @@ def test_zero_shot_counts_labelled_good_samples_only():
     assert metrics["top1"] == 0.5
     # Ties among the wrong classes go to the lower label: 5 is not among the first five of image 2, 2 is for image 4.
     assert metrics["top5"] == 0.75
+
+
+@pytest.mark.parametrize("num_classes", [1, 5, 6])
+def test_tasks_tell_which_metrics_they_give(num_classes):
+    """Preflight refuses a `checkpoint.best_metric` by these names."""
+    names = [f"class {i}" for i in range(num_classes)]
+    encoder = FakeEncoder(np.eye(6, dtype=np.float32), dict(zip(names, np.eye(6, dtype=np.float32), strict=False)))
+    batches = [batch([0], [0], [("class 0",)])]
+    task = ZeroShot(names, ["{}"])
+    assert {*task.metrics, "num_examples"} == set(task(encoder, batches))
+    assert {*Retrieval.metrics, "num_examples", "num_texts"} == set(Retrieval()(encoder, batches))
+    assert {*ImageRetrieval.metrics, "num_examples"} == set(ImageRetrieval()(encoder, batches, batches))
 
 
 def test_zero_shot_refuses_labels_without_a_name_and_no_labels_at_all():

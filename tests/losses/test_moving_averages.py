@@ -9,6 +9,7 @@ from clipjax.config import MeshConfig
 from clipjax.config.validation import MEMORY_UNIT
 from clipjax.losses.moving_averages import MovingAveragesAccess, init_moving_averages
 from clipjax.runtime.sharding import batch_sharding, make_mesh, state_shardings
+from clipjax.training.step import STATE_RULES
 
 SAMPLES = MEMORY_UNIT + 5
 
@@ -27,7 +28,8 @@ def test_what_is_remembered_is_recalled(sizes):
     mesh = make_mesh(MeshConfig(slice=slices, data=data, fsdp=fsdp), jax.devices()[: slices * data * fsdp])
     access, split = MovingAveragesAccess(mesh), batch_sharding(mesh)
     memory = jax.device_put(
-        init_moving_averages(SAMPLES), state_shardings(mesh, {"memory": init_moving_averages(SAMPLES)})["memory"]
+        init_moving_averages(SAMPLES),
+        state_shardings(mesh, {"memory": init_moving_averages(SAMPLES)}, STATE_RULES)["memory"],
     )
     rng, expected = np.random.default_rng(0), {}
     gather, scatter = jax.jit(access.gather), jax.jit(access.scatter, donate_argnums=0)

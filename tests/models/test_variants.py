@@ -28,6 +28,7 @@ from clipjax.config import (
 from clipjax.config.validation import validate
 from clipjax.models.clip import abstract_model, abstract_params, build_clip
 from clipjax.models.positions import fit_positions, resize_grid, resize_text, sincos
+from clipjax.models.towers import PARAMETER_RULES
 from clipjax.models.vit import drop_patches, kept_patches
 from clipjax.pytrees import to_flat
 from clipjax.runtime.sharding import batch_sharding, make_mesh, replicated, state_shardings
@@ -118,7 +119,7 @@ def test_every_weight_has_a_rule(name: str):
     validate(Config(model=config, data=DataConfig(train="x")))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     abstract = abstract_model(config)
-    shardings = to_flat(state_shardings(mesh, abstract))
+    shardings = to_flat(state_shardings(mesh, abstract, PARAMETER_RULES))
     for path, leaf in to_flat(abstract).items():
         shardings[path].shard_shape(leaf.shape)  # raises where an axis does not divide
 
