@@ -1,6 +1,6 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard, the progress line, each process's log. It never makes a device wait.
+"""The logger of a run: `metrics.jsonl`, TensorBoard, the progress line, each process's log. No device waits for it.
 
-A step's metrics are kept as they come, still being computed, and fetched one step later.
+It keeps a step's metrics as they come, still being computed, and fetches them one step later.
 """
 
 import pathlib
@@ -24,16 +24,16 @@ from clipjax.typing import Metrics
 
 
 class RunLogger:
-    """Writes metrics and shows progress on the first process; the others only keep their own log.
+    """The metrics and the progress of a run, on the first process; the others only keep their own log.
 
     Args:
         config: the run.
-        workdir: where the files go.
+        workdir: folder of the files.
         start_step: completed updates; later lines of an earlier try are dropped.
-        flops_per_pair: of the model's forward pass, for MFU.
+        flops_per_pair: FLOPs of the model's forward pass, for MFU.
         skip_reasons: names of the counts in the metric `samples_skipped`.
-        enabled: whether this process writes and talks; None: the first one does.
-        times: brings together how long each of several processes takes; None for one alone.
+        enabled: True if this process writes and talks; None: the first one does.
+        times: times of several processes; None for one alone.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RunLogger:
         self._account(step, rates)
 
     def _account(self, step: int, rates: Mapping[str, float]) -> None:
-        """Log and pass on what this process did since the last note."""
+        """Log and send the times of this process since the last logged step."""
         steps = step - self._last_step
         seconds = self._batch / rates["examples_per_second"]
         spent = StepTimes(
@@ -154,17 +154,17 @@ class RunLogger:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time in here is not training: it does not enter the rates."""
+        """Keep the time of the block, which is not training, out of the rates."""
         with self._clock.pause():
             yield
 
     def finish(self) -> None:
-        """Show how long each of several processes took; all of them must call it."""
+        """Show the times of each of several processes; all of them must call it."""
         if self._times is not None and (table := self._times.table()):
             self.message(table)
 
     def close(self) -> None:
-        """Write what is pending, close the files."""
+        """Write the pending step and close the files."""
         self.flush()
         self._progress.close()
         if self._writer is not None:
@@ -172,7 +172,7 @@ class RunLogger:
 
 
 def sample_digest(index: np.ndarray) -> int:
-    """A digest of samples by their number in the source, the same in any order.
+    """Return a digest of samples by their number in the source, the same in any order.
 
     It is a sum modulo 2^64, so those of all processes add up to that of the global batch, and those of all steps of
     an epoch to that of the whole source: if one sample were read twice, or left out, they would not.
@@ -184,7 +184,7 @@ def sample_digest(index: np.ndarray) -> int:
 
 
 def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """Results for a person: a line per task and metric, shares as percentages."""
+    """Return results for a person: a line per task and metric, shares as percentages."""
     rows = [
         [task, name, f"{value:.0f}" if name.startswith("num_") else f"{100 * value:.1f} %"]
         for task, metrics in results.items()
