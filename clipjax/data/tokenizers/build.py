@@ -26,8 +26,8 @@ def build_tokenizer(spec: str) -> Tokenizer:
 
     Args:
         spec: `bytes`; `clip:PATH` with OpenAI's `bpe_simple_vocab_16e6.txt.gz` or a directory of `vocab.json` and
-            `merges.txt`; `sentencepiece:PATH` or `siglip:PATH` with a `.model` file; `huggingface:PATH` or `siglip2:PATH`
-            with a `tokenizer.json`.
+            `merges.txt`; `sentencepiece:PATH` or `siglip:PATH` with a `.model` file; `huggingface:PATH` or
+            `siglip2:PATH` with a `tokenizer.json`.
 
     Raises:
         ValueError: the kind is unknown, or its file is missing or corrupt.
