@@ -40,7 +40,7 @@ class Trial:
         temporary.replace(self.folder / "trial.json")
 
     def read_results(self, metric: str) -> None:
-        """Fill in `metric` and `loss` of a finished trial; without that metric, `problem` names those that are there."""
+        """Fill in `metric` and `loss` of a finished trial; without it, `problem` names those that are there."""
         try:
             tasks = read_json(self.folder / "results.json")["tasks"]
             found = {f"{task}:{name}": value for task, values in tasks.items() for name, value in values.items()}

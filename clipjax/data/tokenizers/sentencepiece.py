@@ -69,7 +69,7 @@ class SentencePieceTokenizer:
 
 
 class SiglipTokenizer:
-    """SigLIP's tokenizer: lower case, no punctuation, a SentencePiece model with its own end, which also pads; no start.
+    """SigLIP's tokenizer: lower case, no punctuation, a SentencePiece model with its own end, which pads too; no start.
 
     Args:
         model: content of the `.model` file; its end-of-text piece has id 1, as in the models of T5 and C4.
