@@ -1,1 +1,1 @@
-"""From stored pairs to batches: sources, images, tokenizers and the pipeline that joins them. Never imports JAX."""
+"""Pairs to batches: sources, images, tokenizers and the streams that join them. Never imports JAX."""

@@ -1,4 +1,4 @@
-"""Evaluation batches: once through a source, in its order. Axes: b batch of this process, s image_size."""
+"""Evaluation batches: one pass through a source, in its order. Axes: b batch of this process, s image_size."""
 
 import collections
 import itertools
@@ -24,20 +24,20 @@ def eval_batches(
     max_image_pixels: int,
     num_threads: int,
 ) -> Iterator[dict[str, Any]]:
-    """Goes once through a source, in its order; every process gets as many batches.
+    """Go once through a source, in its order; every process gets as many batches.
 
     Process p's part of global batch g is positions g * batch_size + p, + p + process_count, and so on. Bad samples
     and the padding of the last batch are rows of zeros with a false `mask`.
 
     Args:
         source: samples; they need no captions and no labels.
-        view: what becomes of the images.
-        batch_size: over all processes.
-        process_index: which of `process_count` processes this one is.
-        process_count: how many processes share each batch.
-        max_examples: reads only this many, from the start; None reads all.
-        max_image_pixels: larger images are bad.
-        num_threads: decoding threads.
+        view: transform of the images.
+        batch_size: size of a batch over all processes.
+        process_index: number of this process, from 0.
+        process_count: number of processes that share each batch.
+        max_examples: number of samples to read, from the start; None reads all.
+        max_image_pixels: limit of an image; larger ones are bad.
+        num_threads: number of decoding threads.
 
     Returns:
         Batches of `image` uint8 [b, s, s, 3], `label` int32 [b] (-1: none), `mask` bool [b], `index` int64 [b] in
@@ -45,7 +45,7 @@ def eval_batches(
         and `captions`, a list of b tuples of texts.
 
     Raises:
-        ValueError: if `batch_size` is not divisible by `process_count`.
+        ValueError: `batch_size` is not divisible by `process_count`.
     """
     local_size = per_process("batch_size", batch_size, process_count)
     total = len(source) if max_examples is None else min(len(source), max_examples)
@@ -78,7 +78,7 @@ def _eval_row(image_size: int, *, index: int, reason: int = GOOD) -> dict[str, A
 def _read_ahead(
     parts: Sequence[range], read: Callable[[int], dict[str, Any]], num_threads: int
 ) -> Iterator[dict[str, Any]]:
-    """Stacks each part's rows, while threads read the next part's."""
+    """Stack each part's rows, while threads read the next part's."""
     pool = futures.ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="eval-read")
     try:
         waiting: collections.deque[list[futures.Future[dict[str, Any]]]] = collections.deque()

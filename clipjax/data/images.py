@@ -1,4 +1,4 @@
-"""From encoded bytes to square uint8 pixels: decode with a size limit, random resized crop, resize and centre crop.
+"""Encoded bytes to square uint8 pixels: decode with a size limit, random resized crop, resize and centre crop.
 
 Axes: h height, w width. Pixels stay uint8 up to the device, which normalises them.
 """
@@ -20,7 +20,7 @@ _MAX_SIDE_RATIO = 16  # of an image's sides before a centre crop
 
 
 def decode(image: bytes | np.ndarray, *, max_pixels: int) -> np.ndarray:
-    """Decodes a JPEG, PNG or WebP to RGB; pixels pass through.
+    """Decode a JPEG, PNG or WebP to RGB; pixels pass through.
 
     As in CLIP's reference, other colour modes are converted without a background and an EXIF rotation is ignored.
     16-bit images keep their upper 8 bits.
@@ -94,7 +94,7 @@ def random_resized_crop(
     rng: np.random.Generator,
     interpolation: Interpolation = Interpolation.BICUBIC,
 ) -> np.ndarray:
-    """Crops a random part and resizes it, antialiased.
+    """Crop a random part and resize it, antialiased.
 
     Args:
         image: uint8 [h, w, 3].
@@ -118,7 +118,7 @@ def random_resized_crop(
 
 
 def _crop_box(height: int, width: int, min_area: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop."""
+    """Draw top, left, height and width of a random crop."""
     for _ in range(_CROP_TRIES):
         area = height * width * rng.uniform(min_area, 1.0)
         aspect = math.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
@@ -135,14 +135,14 @@ def _crop_box(height: int, width: int, min_area: float, rng: np.random.Generator
 
 @dataclass(frozen=True, slots=True)
 class EvalTransform:
-    """How evaluation looks at a picture: uint8 [h, w, 3] of any size to uint8 [size, size, 3]."""
+    """The transform of evaluation: a picture uint8 [h, w, 3] of any size to uint8 [size, size, 3]."""
 
     size: int
     resize: Resize = Resize.SHORTER_SIDE
     interpolation: Interpolation = Interpolation.BICUBIC
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """The square picture that the model gets."""
+        """Return the square picture that the model gets."""
         if self.resize is Resize.SHORTER_SIDE:
             return resize_center_crop(image, self.size, self.interpolation)
         from PIL import Image
@@ -153,7 +153,7 @@ class EvalTransform:
 
 
 def make_eval_transform(config: Config) -> EvalTransform:
-    """The view that a config asks for."""
+    """Return the transform that a config asks for."""
     return EvalTransform(config.model.image.image_size, config.data.resize, config.data.interpolation)
 
 
@@ -166,7 +166,7 @@ def _filter(interpolation: Interpolation) -> Any:
 def resize_center_crop(
     image: np.ndarray, size: int, interpolation: Interpolation = Interpolation.BICUBIC
 ) -> np.ndarray:
-    """CLIP's evaluation preprocessing: resizes the short side to `size` and crops the centre.
+    """Resize the short side to `size` and crop the centre: CLIP's evaluation preprocessing.
 
     Args:
         image: uint8 [h, w, 3].

@@ -1,7 +1,8 @@
 """The contract of every source: `Sample`, `Source`, and `BadSample` for what cannot be used.
 
 Everything that a source reads is untrusted: what cannot be used raises `BadSample` with one of `REASONS`, and nothing
-is ever unpickled, extracted to disk or fetched from a network."""
+is ever unpickled, extracted to disk or fetched from a network.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ REASONS = (
     "duplicate_key",
     "truncated_tar",
 )
-"""Why a sample was skipped. Append only: counters in checkpoints refer to these names."""
+"""Reasons for skipping a sample. Append only: counters in checkpoints refer to these names."""
 
 
 class BadSample(ValueError):
@@ -41,7 +42,7 @@ class Sample:
         image: an encoded JPEG, PNG or WebP, or pixels uint8 [h, w, 3].
         captions: stripped and not empty; no caption at all is `()`, which evaluation by label allows.
         label: class of the image, or -1.
-        key: what the data calls this sample.
+        key: name of the sample in the data.
     """
 
     image: bytes | np.ndarray
@@ -60,16 +61,16 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
-        """Reads one sample. Raises `BadSample` if it cannot be used."""
+        """Read one sample. Raise `BadSample` if it cannot be used."""
         ...
 
     def location(self, index: int) -> str:
-        """Where a sample lies, for error messages: "shard train-00001.tar, key 000000123"."""
+        """Return the place of a sample, for error messages: "shard train-00001.tar, key 000000123"."""
         ...
 
 
 def clean_caption(raw: bytes | str, *, max_bytes: int) -> str:
-    """Checks and strips one caption of at most `max_bytes` bytes of UTF-8.
+    """Check and strip one caption of at most `max_bytes` bytes of UTF-8.
 
     Raises:
         BadSample: `caption_too_long`, `caption_not_utf8` or `empty_caption`.
@@ -90,5 +91,5 @@ def clean_caption(raw: bytes | str, *, max_bytes: int) -> str:
 
 
 def is_label(value: Any) -> bool:
-    """Whether a value is a class number that fits int32."""
+    """Return True for a class number that fits int32."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= int(value) < 2**31

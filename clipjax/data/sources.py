@@ -1,4 +1,7 @@
-"""From a config string to a `Source`: prepared TFDS data, WebDataset tars, or arrays in memory."""
+"""Sources by a config string: prepared TFDS data or WebDataset tars; and arrays in memory.
+
+Reading order: `build_source`, `ArraySource`, `recording_sources`.
+"""
 
 import glob
 import pathlib
@@ -11,6 +14,7 @@ from clipjax.config import DataConfig
 from clipjax.config.paths import expand
 from clipjax.data.sample import Sample, Source, clean_caption
 from clipjax.data.tfds import TFDS_PREFIX, TfdsSource
+from clipjax.data.webdataset import TarSource
 
 
 class ArraySource:
@@ -20,10 +24,10 @@ class ArraySource:
         images: encoded images or pixels uint8 [h, w, 3], one per sample; or one array uint8 [n, h, w, 3].
         captions: a caption, or a sequence of captions, per sample.
         labels: a class per sample.
-        max_caption_bytes: longer captions make a sample bad.
+        max_caption_bytes: limit of a caption; longer ones make a sample bad.
 
     Raises:
-        ValueError: if the lengths differ, or an array is not uint8 [h, w, 3].
+        ValueError: the lengths differ, or an array is not uint8 [h, w, 3].
     """
 
     def __init__(
@@ -63,21 +67,21 @@ class ArraySource:
         )
 
     def location(self, index: int) -> str:
-        """Names the position in the arrays."""
+        """Return the position in the arrays."""
         return f"array, index {index}"
 
 
 def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> Source:
-    """Builds the source that a config string names.
+    """Build the source that a config string names.
 
     Args:
         spec: `tfds:NAME/SPLIT`, or a path, glob or brace pattern of tars: `a.tar`, `dir/*.tar`,
             `cc3m/{00000..00331}.tar`. Shards are in the order of the pattern, those of one glob sorted.
-        data: limits, and where TFDS data lies.
+        data: limits, and the folder of TFDS data.
         label_key: TFDS feature of the class number.
 
     Raises:
-        ValueError: naming what is missing and the remedy.
+        ValueError: the string or its data cannot be used; the text names the remedy.
     """
     if not spec:
         raise ValueError("data source '' is empty; give tfds:NAME/SPLIT or a pattern of .tar files (data.train)")
@@ -94,13 +98,11 @@ def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> So
             label_key=label_key,
             max_caption_bytes=data.max_caption_bytes,
         )
-    from clipjax.data.webdataset import TarSource
-
     return TarSource(_expand(spec), max_caption_bytes=data.max_caption_bytes, max_image_pixels=data.max_image_pixels)
 
 
 def _expand(spec: str) -> list[str]:
-    """Files of a path, glob or brace pattern, each once."""
+    """Return the files of a path, glob or brace pattern, each once."""
     from braceexpand import braceexpand
 
     literal = pathlib.Path(expand(spec, "source"))
@@ -122,7 +124,7 @@ def _expand(spec: str) -> list[str]:
 
 
 def recording_sources(sources: dict[str, Source]) -> Callable[..., Source]:
-    """`build_source` that leaves what it opens in a dict."""
+    """Return a `build_source` that records the sources that it opens in a dict."""
 
     def open_source(spec: str, **options: Any) -> Source:
         sources[spec] = build_source(spec, **options)

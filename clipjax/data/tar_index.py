@@ -1,6 +1,8 @@
-"""The index of a tar shard: which members form a sample, and where they lie.
+"""The index of a tar shard: the members of each sample, and their places.
 
-Reading order: `index_shard` (which members form a sample), `_walk` (the tar format)."""
+Reading order: `index_shard` (members to samples), `_walk` (the tar format), `ShardFile` (reads for the index and for
+samples).
+"""
 
 import logging
 import os
@@ -12,7 +14,9 @@ import numpy as np
 from clipjax.data.sample import REASONS, BadSample
 
 IMAGE, CAPTION, JSON, CLASS = range(4)
+"""Columns of an index: kinds of members."""
 
+NO_FAULT = -1
 
 _COLUMNS = {
     "jpg": IMAGE,
@@ -23,15 +27,8 @@ _COLUMNS = {
     "json": JSON,
     "cls": CLASS,
 }
-
-
 _BLOCK = 512
-
-
 _MAX_HEADER_BYTES = 2**20  # of an extended header
-
-
-NO_FAULT = -1
 
 
 class ShardFile:
@@ -45,7 +42,11 @@ class ShardFile:
             os.close(self.descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Reads without a file position, so that threads can share the descriptor."""
+        """Read without a file position, so that threads can share the descriptor.
+
+        Raises:
+            BadSample: `truncated_tar`.
+        """
         data = os.pread(self.descriptor, size, offset)
         if len(data) < size:
             raise BadSample("truncated_tar")
@@ -53,8 +54,15 @@ class ShardFile:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shard:
-    """Index of one tar. `offsets` and `sizes` are int64 and uint32 [n, 4] (image, caption, JSON, class); -1: absent."""
+class ShardIndex:
+    """Index of the n samples of one tar.
+
+    Attributes:
+        keys: names of the samples.
+        offsets: int64 [n, 4] by column (image, caption, JSON, class); -1: absent.
+        sizes: uint32 [n, 4].
+        faults: int8 [n], index into `REASONS`, or `NO_FAULT`.
+    """
 
     keys: list[str]
     offsets: np.ndarray
@@ -66,7 +74,7 @@ class _DamagedTar(Exception):
     """The rest of a tar cannot be read."""
 
 
-def index_shard(path: str) -> _Shard:
+def index_shard(path: str) -> ShardIndex:
     """Read the headers of a tar.
 
     Raises:
@@ -101,7 +109,7 @@ def index_shard(path: str) -> _Shard:
         if row >= 0 and (offsets[row][IMAGE] < 0 or max(offsets[row][1:]) < 0):
             faults[row] = REASONS.index("truncated_tar")
         logging.getLogger(__name__).warning("%s: %s; using the %d keys before", path, damage, len(rows))
-    return _Shard(
+    return ShardIndex(
         keys=list(rows),
         offsets=np.array(offsets, np.int64).reshape(-1, 4),
         sizes=np.array(sizes, np.uint32).reshape(-1, 4),
@@ -131,12 +139,12 @@ class _Header:
 
 
 def _walk(descriptor: int, length: int) -> Iterator[tuple[str, int, int]]:
-    """Yields name, offset and size of each regular file in a tar (ustar, pax, GNU), without reading its content.
+    """Yield name, offset and size of each regular file in a tar (ustar, pax, GNU), without reading its content.
 
     A member that ends beyond `length` is yielded too, as the last one.
 
     Raises:
-        _DamagedTar: if the archive stops without its end marker or a header is damaged.
+        _DamagedTar: the archive stops without its end marker or a header is damaged.
 
     Source: POSIX.1-2008, pax, "ustar Interchange Format"; the GNU tar manual, "Basic Tar Format".
     """
@@ -178,7 +186,7 @@ def _next_header(data: int, size: int) -> int:
 
 
 def _parse_header(block: bytes) -> _Header | None:
-    """Reads a header block; None is the end marker."""
+    """Parse a header block; None is the end marker."""
     if len(block) < _BLOCK:
         raise _DamagedTar("the archive ends without its end marker")
     if not block[0] and block.count(0) == _BLOCK:
@@ -205,7 +213,7 @@ def _number(field: bytes) -> int:
 
 
 def _parse_pax(content: bytes) -> dict[bytes, bytes]:
-    """Records "LENGTH KEY=VALUE\\n" of an extended header."""
+    """Parse the records "LENGTH KEY=VALUE\\n" of an extended header."""
     fields = {}
     while content.rstrip(b"\0"):
         length, space, _ = content[:20].partition(b" ")

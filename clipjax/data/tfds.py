@@ -17,13 +17,14 @@ class TfdsSource:
     Args:
         name: `NAME`, `NAME/CONFIG`, and `:VERSION` after either; the newest prepared version otherwise.
         split: a split, or a slice of one: `train`, `train[:50%]`.
-        data_dir: where prepared data lies; None is TFDS's own default.
+        data_dir: folder of prepared data; None is TFDS's own default.
         image_key: feature of the image: encoded, or a uint8 [h, w, 3] tensor. A nested feature is `outer/inner`.
         caption_key: feature with one or several texts; without it samples have no captions.
         label_key: feature with the class number; without it labels are -1.
+        max_caption_bytes: limit of a caption; longer ones make a sample bad.
 
     Raises:
-        ValueError: if the data is not prepared, or in another format, or lacks the split or the features.
+        ValueError: the data is not prepared, or in another format, or lacks the split or the features.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class TfdsSource:
             raise ValueError(f"source {self._spec!r}: the splits are {splits}; {error}") from error
 
     def _check_features(self, features: Any) -> bool:
-        """Checks that the features exist; returns whether the image is encoded."""
+        """Check that the features exist; return True if the image is encoded."""
         import tensorflow_datasets as tfds
 
         image_key, caption_key, label_key = self._keys
@@ -124,12 +125,12 @@ class TfdsSource:
         )
 
     def location(self, index: int) -> str:
-        """Names the split and the record in it."""
+        """Return the split and the record in it."""
         return f"{self._spec}, record {index}"
 
 
 def _nested(tree: Any, path: str) -> Any:
-    """Value at `outer/inner` in nested mappings, or None."""
+    """Return the value at `outer/inner` in nested mappings, or None."""
     for part in path.split("/"):
         if not hasattr(tree, "keys") or part not in list(tree.keys()):
             return None
@@ -138,7 +139,7 @@ def _nested(tree: Any, path: str) -> Any:
 
 
 def _prepared_directory(name: str, data_dir: str | None) -> str:
-    """Finds prepared data on disk. `tfds.builder` would also look for it in a bucket."""
+    """Return the folder of prepared data on disk. `tfds.builder` would also look for it in a bucket."""
     from tensorflow_datasets.core import DatasetNotFoundError, constants, read_only_builder
 
     try:

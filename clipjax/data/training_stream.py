@@ -1,7 +1,8 @@
 """Training batches: Grain decides order, shares and prefetch; the integer step is the only state.
 
 Reading order: `TrainStream`, `_SubstitutedSamples` (decoding and the substitution of bad samples), `_Augment` (crop and
-caption), `BadSampleLimit`. Axes: b batch of this process, s image_size, l tokens."""
+caption), `BadSampleLimit`. Axes: b batch of this process, s image_size, l tokens.
+"""
 
 import atexit
 import collections
@@ -26,20 +27,16 @@ from clipjax.data.images import EvalTransform, decode, make_eval_transform, rand
 from clipjax.data.sample import REASONS, BadSample, Source
 
 GOOD = -1
-
+"""The reason of a sample that is not bad."""
 
 _MAX_PROBES = 100  # bad samples in a row before giving up: nearly all of the data is unusable
-
-
 _JUDGED_READS = 1000  # the bad share of fewer samples says little
-
-
 _LATEST = 3
 
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A decoded sample. `requested` is the index that was asked for, `index` the one used instead if that was bad."""
+    """A decoded sample: `requested` is the index in the stream, `index` the one used instead if that was bad."""
 
     image: np.ndarray
     captions: tuple[str, ...]
@@ -49,7 +46,7 @@ class _Pair:
 
 
 class TooManyBadSamples(ValueError):
-    """More of the data is unusable than `data.max_bad_fraction` allows."""
+    """The error of data of which more is unusable than `data.max_bad_fraction` allows."""
 
 
 class _SubstitutedSamples:
@@ -90,7 +87,7 @@ class _SubstitutedSamples:
 
 @dataclass(frozen=True, slots=True)
 class _Augment:
-    """Draws a caption and a crop. Grain keys `rng` by the seed and the sample's global position."""
+    """The draw of a caption and a crop. Grain keys `rng` by the seed and the sample's global position."""
 
     tokenize: Callable[[str], np.ndarray]
     view: EvalTransform
@@ -164,20 +161,20 @@ class TrainStream:
     A bad sample is replaced by another one of the source, always the same, and marked with the reason.
 
     Iterating gives `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `index` int64 [b], the index in the source
-    of the pair that was used, and `skip_reason` int32 [b], why the pair that was due is unusable: an index into
+    of the pair that was used, and `skip_reason` int32 [b], the fault of the pair that was due: an index into
     `REASONS`, or -1 if it was used itself.
 
     Args:
-        source: pairs; it must have at least one global batch of them.
-        tokenize: text to int32 [l]; picklable if `config.data.num_workers` is not 0.
-        config: uses `seed`, `global_batch_size`, `data` and the image size.
-        process_index: which of `process_count` processes this one is.
-        process_count: how many processes share each global batch.
+        source: pairs, at least one global batch of them.
+        tokenize: function from a text to int32 [l]; picklable if `config.data.num_workers` is not 0.
+        config: the run: its `seed`, `global_batch_size`, `data` and image size.
+        process_index: number of this process, from 0.
+        process_count: number of processes that share each global batch.
         start_step: completed updates; the stream goes on from there without reading what came before.
 
     Raises:
-        ValueError: at construction, if the batch does not divide or the source is too small.
-        TooManyBadSamples: from iteration, if hardly anything is usable.
+        ValueError: at construction: the batch does not divide, or the source is too small.
+        TooManyBadSamples: from iteration: hardly anything is usable.
 
     Attributes:
         wait_seconds: total time that iteration has waited for data.
@@ -246,11 +243,11 @@ class TrainStream:
         return {name: _own_memory(array) for name, array in batch.items()}
 
     def latest_bad(self) -> list[str]:
-        """The last few unusable samples that this process met: reason and place, the latest first."""
+        """Return the last few unusable samples that this process met: reason and place, the latest first."""
         return [f"{reason} in {self._source.location(index)}" for reason, index in reversed(self._latest)]
 
     def close(self) -> None:
-        """Stop threads and worker processes; nothing can be read any more. At exit it runs if nobody did it before."""
+        """Stop threads and worker processes; nothing can be read any more. Runs at exit, too."""
         atexit.unregister(self._close)
         batches, self._batches = self._batches, None  # lets go of the batches that lay ready
         if batches is not None:
@@ -258,7 +255,7 @@ class TrainStream:
 
 
 def pair_groups(batch: Mapping[str, np.ndarray], same_pair: SamePair) -> np.ndarray | None:
-    """int32 [b], equal for pairs that are no negatives of each other; None if all pairs are.
+    """Return int32 [b], equal for pairs that are no negatives of each other; None if all pairs are.
 
     A caption stands for itself by the CRC-32 of its tokens: of 32,768 different ones, two share a value in one batch of
     eight, and then are merely left out of each other's negatives.
@@ -273,13 +270,13 @@ def pair_groups(batch: Mapping[str, np.ndarray], same_pair: SamePair) -> np.ndar
 
 
 class BadSampleLimit:
-    """Stops a run whose data is unusable beyond the configured share; counted from the start of this process.
+    """The limit of unusable samples in a run, counted from the start of this process.
 
     Args:
-        config: uses `global_batch_size` and `data.max_bad_fraction`.
+        config: the run: its `global_batch_size` and `data.max_bad_fraction`.
         num_samples: size of the source.
         start_step: completed updates.
-        skipped: unusable samples by reason up to `start_step`; what a run before met and was told does not count again.
+        skipped: unusable samples by reason up to `start_step`; those of an earlier start do not count again.
     """
 
     def __init__(self, config: Config, *, num_samples: int, start_step: int, skipped: Sequence[int]):
@@ -290,12 +287,12 @@ class BadSampleLimit:
         self._skipped = np.asarray(skipped)
 
     def check(self, step: int, skipped: Sequence[int], latest: Sequence[str]) -> None:
-        """Judge the counts after a step, of all processes together, in steps of 1000 samples or one epoch if less.
+        """Judge the counts of all processes after a step, in windows of 1000 samples or one epoch if that is less.
 
         Args:
             step: completed updates.
             skipped: unusable samples by reason up to there.
-            latest: the last few of them, for the message.
+            latest: last few of them, for the message.
 
         Raises:
             TooManyBadSamples: their share is above the limit.
@@ -314,7 +311,7 @@ class BadSampleLimit:
 
 
 def per_process(field: str, batch_size: int, process_count: int) -> int:
-    """Return how many samples of a batch each process gets.
+    """Return the number of a batch's samples that each process gets.
 
     Raises:
         ValueError: the batch does not divide.
@@ -326,7 +323,7 @@ def per_process(field: str, batch_size: int, process_count: int) -> int:
 
 
 def _mark_flags_as_parsed() -> None:
-    """Grain's workers read absl flags, which raises in a program (a test, a notebook) that never parsed any."""
+    """Mark absl's flags as parsed: Grain's workers read them, an error in a program that never parsed any."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

@@ -17,20 +17,10 @@ from clipjax.data.sample import REASONS, BadSample, Sample, clean_caption, is_la
 from clipjax.data.tar_index import CAPTION, CLASS, IMAGE, JSON, NO_FAULT, ShardFile, index_shard
 
 _MAX_JSON_BYTES = 2**20
-
-
 _MAX_CLASS_BYTES = 64
-
-
 _MAX_FILE_OVERHEAD_BYTES = 2**20  # of an image file beyond its pixels: profiles, thumbnails
-
-
 _MAX_GAP_BYTES = 64 * 2**10  # between the members of a sample that are read in one go
-
-
 _MAX_OPEN_SHARDS = 128
-
-
 _MAX_SHOWN_KEY = 200
 
 
@@ -42,11 +32,11 @@ class TarSource:
 
     Args:
         paths: uncompressed tar files.
-        max_caption_bytes: longer captions make a sample bad.
-        max_image_pixels: image files that are larger than this many raw pixels are not even read.
+        max_caption_bytes: limit of a caption; longer ones make a sample bad.
+        max_image_pixels: limit of an image; files that are larger than its raw pixels are not even read.
 
     Raises:
-        ValueError: if a file is no tar, or there is no sample at all.
+        ValueError: a file is no tar, or there is no sample at all.
 
     Cost: about 70 bytes and 25 microseconds per sample for the index, which also travels to each worker process.
     """
@@ -103,7 +93,7 @@ class TarSource:
         )
 
     def location(self, index: int) -> str:
-        """Names the shard and the key."""
+        """Return the shard and the key."""
         key = self._key(index)[:_MAX_SHOWN_KEY]
         return f"shard {self._path(index)}, key {key if key.isprintable() else ascii(key)}"
 
@@ -115,7 +105,7 @@ class TarSource:
         return self._keys[start : self._key_ends[index]].decode()
 
     def _read(self, path: str, offsets: list[int], sizes: list[int]) -> list[bytes | None]:
-        """Contents of a sample's members, None where there is none."""
+        """Return the contents of a sample's members, None where there is none."""
         file = self._open(path)
         spans = [(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True) if offset >= 0]
         first, last = min(spans)[0], max(end for _, end in spans)

@@ -1,1 +1,1 @@
-"""What a run tells: metric files, the progress line, the record of its starts, slow processes."""
+"""Monitoring: metric files, the progress line, the record of a run's starts, slow processes."""

@@ -16,13 +16,13 @@ from clipjax.runtime.terminal import format_duration
 
 
 class StepClock:
-    """Rates between two logged steps. Time spent inside `pause` (evaluation, checkpoints) does not count.
+    """The clock of rates between two logged steps. Time spent inside `pause` (evaluation, checkpoints) does not count.
 
     Args:
-        total_steps: Steps of the whole run, for the time left.
-        step: Completed updates when the clock starts, which is now.
-        examples_seen: Examples seen by then.
-        now: Monotonic seconds.
+        total_steps: steps of the whole run, for the time left.
+        step: completed updates when the clock starts, which is now.
+        examples_seen: examples seen by then.
+        now: clock in monotonic seconds.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class StepClock:
         self._start, self._paused_seconds = now(), 0.0
 
     def lap(self, *, step: int, examples_seen: int, wait_seconds: float) -> dict[str, float]:
-        """Rates since the last lap, or since the start.
+        """Return the rates since the last lap, or since the start.
 
         Args:
-            step: Completed updates; more than at the last lap.
-            examples_seen: Examples seen by the whole run, over all processes.
-            wait_seconds: Seconds that this process has waited for input since it started.
+            step: completed updates; more than at the last lap.
+            examples_seen: examples seen by the whole run, over all processes.
+            wait_seconds: seconds that this process has waited for input since it started.
 
         Returns:
             `examples_per_second`, `input_wait_fraction` (0 to 1) and `seconds_left` at this pace.
@@ -57,7 +57,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Stops the clock for the length of the `with` block. Not to be nested, no lap inside."""
+        """Stop the clock for the length of the `with` block. Not to be nested, no lap inside."""
         start = self._now()
         try:
             yield
@@ -66,7 +66,7 @@ class StepClock:
 
 
 def mfu(examples_per_second: float, flops_per_pair: int, num_devices: int, peak_tflops: float) -> float:
-    """Model FLOPs utilisation, 0 to 1: three forward passes per pair; recomputation is not credited."""
+    """Return the model FLOPs utilisation, 0 to 1: three forward passes per pair; recomputation does not count."""
     return 3 * flops_per_pair * examples_per_second / (num_devices * peak_tflops * 1e12)
 
 
@@ -88,8 +88,8 @@ class Progress:
     A stream that is closed or broken silences it; it never raises.
 
     Args:
-        total_steps: Steps of the whole run.
-        stream: Where to; None is stderr.
+        total_steps: steps of the whole run.
+        stream: output stream; None is stderr.
         enabled: False shows nothing (all processes but the first).
     """
 
@@ -104,7 +104,7 @@ class Progress:
             self._enabled = self._in_place = False
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """Shows a logged step; `values` are the metrics of `_COLUMNS`, others are passed over."""
+        """Show a logged step; `values` are the metrics of `_COLUMNS`, and others are ignored."""
         if not self._enabled:
             return
         share = min(step / max(self._total_steps, 1), 1.0)
@@ -118,11 +118,11 @@ class Progress:
             self._emit(f"{text}\n")
 
     def message(self, text: str) -> None:
-        """Prints a line of its own; on a terminal above the progress line."""
+        """Print a line of its own; on a terminal above the progress line."""
         self._emit(f"\r\x1b[K{text}\n{self._line}" if self._in_place else f"{text}\n")
 
     def close(self) -> None:
-        """Leaves the last progress line in place and the cursor below it."""
+        """Leave the last progress line in place and the cursor below it."""
         if self._line:
             self._emit("\n")
         self._line, self._enabled = "", False

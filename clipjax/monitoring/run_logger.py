@@ -24,13 +24,13 @@ from clipjax.typing import Metrics
 
 
 class RunLogger:
-    """Writes metrics and shows progress on the first process; the others only keep their own log.
+    """The metrics and the progress of a run, on the first process; the others only keep their own log.
 
     Args:
         config: the run.
         workdir: the folder of the files.
         start_step: completed updates; later lines of an earlier try are dropped.
-        flops_per_pair: of the model's forward pass, for MFU.
+        flops_per_pair: FLOPs of the model's forward pass, for MFU.
         skip_reasons: names of the counts in the metric `samples_skipped`.
         enabled: this process writes and prints; None: the first one does.
         times: collects the times of several processes; None for one alone.
@@ -164,7 +164,7 @@ class RunLogger:
             self.message(table)
 
     def close(self) -> None:
-        """Write what is pending, close the files."""
+        """Write the pending step and close the files."""
         self.flush()
         self._progress.close()
         if self._writer is not None:

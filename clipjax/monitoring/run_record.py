@@ -1,4 +1,4 @@
-"""`WORKDIR/run.json`: on what a run runs, one record for each start of it. Written by the first process."""
+"""`WORKDIR/run.json`: machine, devices and versions, one record for each start. The first process writes it."""
 
 import importlib.metadata
 import json
@@ -17,11 +17,11 @@ import jax
 from clipjax.runtime.files import write_atomic
 
 PACKAGES = ("clipjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-"""Those whose version can change numbers or files."""
+"""Packages whose version can change numbers or files."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of `PACKAGES`."""
+    """Return the versions of Python and of `PACKAGES`."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_start() -> dict[str, Any]:
-    """What is known about this process and its machine; opens the devices."""
+    """Describe this process and its machine; open the devices."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.argv),
@@ -51,7 +51,7 @@ def write(workdir: pathlib.Path, record: Mapping[str, Any]) -> None:
     """Add the record of this start; the file is whole at any time.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = workdir / "run.json"
     try:

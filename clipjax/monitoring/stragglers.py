@@ -1,9 +1,9 @@
-"""Which process keeps the others waiting: what each one's host spends per step, and who is named for it.
+"""Stragglers: the time that each process's host spends per step, and the names of those that the others wait for.
 
-Reading order: `StepTimes` (what is measured), `slow_ranks` (the rule), `RankTimes` (how the numbers come together).
+Reading order: `StepTimes` (the measurement), `slow_ranks` (the rule), `RankTimes` (the way to the first process).
 
-Every step ends when the slowest process has done its part, so all of them take the same time per step. What differs is
-what they do in it: one that is slow is busy (waits for its data, or works on the host), the others are blocked on
+Every step ends when the slowest process has done its part, so all of them take the same time per step. They differ in
+their use of it: one that is slow is busy (waits for its data, or works on the host), the others are blocked on
 their devices, which wait for it. A device that is slow itself is not seen this way.
 """
 
@@ -20,10 +20,10 @@ from clipjax.runtime import processes
 from clipjax.runtime.terminal import format_table
 
 SHARE = 0.1
-"""Of the time of a step: what a process must cost the others to be named, and may at most be blocked itself."""
+"""Share of a step that a process must cost the others to be named, and may at most be blocked itself."""
 
 IN_A_ROW = 2
-"""Intervals for which it must be so: one alone is an accident."""
+"""Intervals in a row before a process is named: one alone is an accident."""
 
 _MOST_ROWS = 16
 _LAST_SECONDS = 60.0
@@ -31,13 +31,13 @@ _LAST_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """Mean seconds per step of one process over an interval, and what it read in it.
+    """Mean seconds per step of one process over an interval, and the digest of its samples.
 
     Attributes:
         host: name of its machine.
-        step_seconds: from step to step, all in all.
-        input_wait_seconds: waiting for the next batch to be read and decoded.
-        blocked_seconds: waiting for the devices, and thereby for other processes.
+        step_seconds: the whole step.
+        input_wait_seconds: wait for the next batch to be read and decoded.
+        blocked_seconds: wait for the devices, and through them for other processes.
         samples: digest of the samples that it fed (`run_logger.sample_digest`).
     """
 
@@ -49,35 +49,35 @@ class StepTimes:
 
     @property
     def host_seconds(self) -> float:
-        """The rest: copying batches to the devices, starting steps, logging, saving; and at first compiling."""
+        """Work of the host: copying batches to the devices, starting steps, logging, saving; at first compiling."""
         return max(0.0, self.step_seconds - self.input_wait_seconds - self.blocked_seconds)
 
     @property
-    def own_seconds(self) -> float:
-        """For what this process alone is the reason."""
+    def busy_seconds(self) -> float:
+        """Time that this process alone is the reason for."""
         return self.input_wait_seconds + self.host_seconds
 
 
 def slow_ranks(spent: Sequence[StepTimes]) -> list[int]:
-    """Those that kept the others waiting in an interval.
+    """Return the processes that kept the others waiting in an interval.
 
-    Their own time is longer than the median process's by `SHARE` of a step, and they are blocked for less than that.
+    They are busy for longer than the median process by `SHARE` of a step, and they are blocked for less than that.
     """
-    typical = statistics.median_low(each.own_seconds for each in spent)
+    typical = statistics.median_low(each.busy_seconds for each in spent)
     return [
         rank
         for rank, each in enumerate(spent)
-        if each.own_seconds - typical > SHARE * each.step_seconds and each.blocked_seconds < SHARE * each.step_seconds
+        if each.busy_seconds - typical > SHARE * each.step_seconds and each.blocked_seconds < SHARE * each.step_seconds
     ]
 
 
 def rank_times() -> "RankTimes | None":
-    """For a run of several processes; None for one alone."""
+    """Return the times of a run of several processes; None for one alone."""
     return RankTimes() if jax.process_count() > 1 else None
 
 
 class RankTimes:
-    """Brings the times of all processes to the first one, by way of the coordinator: no device waits for it.
+    """The times of all processes on their way to the first one, through the coordinator: no device waits for them.
 
     An interval's times are taken up when the next one ends, and only once all processes have sent theirs.
     """
@@ -92,7 +92,7 @@ class RankTimes:
         self._intervals = 0
 
     def send(self, step: int, steps: int, spent: StepTimes) -> None:
-        """Every process: its times of the interval of so many steps that ends with `step`."""
+        """Send this process's times of the interval of so many steps that ends with `step`; every process calls it."""
         processes.kv_set(f"times/{step}/{jax.process_index()}", json.dumps(asdict(spent)))
         if self._sent == 1:  # the first interval compiled: it says nothing of the run
             self._totals = dict.fromkeys(self._totals, 0.0)
@@ -103,7 +103,7 @@ class RankTimes:
         self._waiting.append(step)
 
     def receive(self, before: int) -> tuple[dict[str, Any], list[str]]:
-        """The first process: the oldest interval before a step that all have sent.
+        """Return the oldest interval before a step that all have sent; the first process calls it.
 
         Returns:
             Fields for the log (none if nothing is complete), and a line for every process that is slow.
@@ -121,7 +121,7 @@ class RankTimes:
 
     def _judge(self, step: int, spent: Sequence[StepTimes]) -> list[str]:
         slow = slow_ranks(spent) if self._intervals else []  # the first interval compiles
-        typical = statistics.median_low(each.own_seconds for each in spent)
+        typical = statistics.median_low(each.busy_seconds for each in spent)
         self._intervals += 1
         lines = []
         for rank, each in enumerate(spent):
@@ -131,12 +131,12 @@ class RankTimes:
                 lines.append(
                     f"straggler: process {rank} ({each.host}) keeps the others waiting up to step {step}: of each "
                     f"step's {each.step_seconds:.3f} s it waits {each.input_wait_seconds:.3f} s for data and works "
-                    f"{each.host_seconds:.3f} s on the host, {each.own_seconds - typical:.3f} s more than the median"
+                    f"{each.host_seconds:.3f} s on the host, {each.busy_seconds - typical:.3f} s more than the median"
                 )
         return lines
 
     def table(self) -> str:
-        """All processes, at the end: on the first one the table of the whole run, else nothing.
+        """Return the table of the whole run on the first process, else nothing; every process calls it at the end.
 
         Means are over all intervals but the first.
         """
@@ -154,22 +154,22 @@ class RankTimes:
             return f"no table of the processes: {error}"
         while self.receive(before=2**62)[0]:  # the last intervals
             pass
-        order = sorted(range(self._count), key=lambda rank: -spent[rank].own_seconds)[:_MOST_ROWS]
+        order = sorted(range(self._count), key=lambda rank: -spent[rank].busy_seconds)[:_MOST_ROWS]
         rows = [
             [
                 str(rank),
                 spent[rank].host,
-                *(f"{value:.4f}" for value in _of(spent[rank]).values()),
+                *(f"{value:.4f}" for value in _numbers(spent[rank]).values()),
                 f"{self._slow[rank]} of {max(0, self._intervals - 1)}",
             ]
             for rank in (order if self._count > _MOST_ROWS else range(self._count))
         ]
         header = ("rank", "host", "s/step", "input wait", "host work", "blocked", "kept others waiting")
         left_out = self._count - len(rows)
-        return format_table(rows, header) + (f"\n({left_out} with less work of their own)" if left_out else "")
+        return format_table(rows, header) + (f"\n({left_out} that are less busy)" if left_out else "")
 
 
-def _of(spent: StepTimes) -> Mapping[str, float]:
+def _numbers(spent: StepTimes) -> Mapping[str, float]:
     return {
         "step_seconds": spent.step_seconds,
         "input_wait_seconds": spent.input_wait_seconds,
@@ -179,6 +179,6 @@ def _of(spent: StepTimes) -> Mapping[str, float]:
 
 
 def _columns(spent: Sequence[StepTimes]) -> dict[str, list[Any]]:
-    """A list over the processes of each number and digest."""
-    numbers = {name: [round(_of(each)[name], 6) for each in spent] for name in _of(spent[0])}
+    """Return a list over the processes of each number and digest."""
+    numbers = {name: [round(_numbers(each)[name], 6) for each in spent] for name in _numbers(spent[0])}
     return numbers | {"samples": [each.samples for each in spent]}

@@ -1,6 +1,7 @@
 """Metric files: `metrics.jsonl` and TensorBoard events.
 
-Nothing here knows JAX: values are numbers or anything scalar with `.item()`."""
+Nothing here knows JAX: values are numbers or anything scalar with `.item()`.
+"""
 
 import contextlib
 import json
@@ -38,8 +39,11 @@ class _AppendOnlyFile:
 
 
 class _TensorBoardFile:
-    """One TensorBoard event file. tensorboardX's own `SummaryWriter` writes from a thread that a full disk kills, after
-    which its bounded queue blocks the caller for ever; its event messages are all that is used here."""
+    """One TensorBoard event file.
+
+    tensorboardX's own `SummaryWriter` writes from a thread that a full disk kills, after which its bounded queue blocks
+    the caller for ever; this class uses its event messages alone.
+    """
 
     def __init__(self, folder: pathlib.Path, start_step: int) -> None:
         from tensorboardX.proto import event_pb2, summary_pb2
@@ -73,14 +77,14 @@ class _TensorBoardFile:
 
 
 class MetricsWriter:
-    """Appends metrics to `workdir/metrics.jsonl` and, if wanted, to `workdir/tensorboard`. For one process only.
+    """The metric files of a run: `workdir/metrics.jsonl` and, if wanted, `workdir/tensorboard`. For one process only.
 
     A run that resumes at `start_step` first drops the lines after that step and any half-written one, so that its file
     has the lines of an uninterrupted run. A write that fails later on (full disk) never stops training: it is counted
     in `failures` and reported once on stderr.
 
     Raises:
-        OSError: The files cannot be created or trimmed at the start.
+        OSError: the files cannot be created or trimmed at the start.
     """
 
     def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, start_step: int) -> None:
@@ -99,7 +103,7 @@ class MetricsWriter:
         self.close()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds one line: `step`, then `values` (numbers, strings, scalar arrays or dicts of them).
+        """Add one line: `step`, then `values` (numbers, strings, scalar arrays or dicts of them).
 
         JSON has no NaN or infinity: such a value becomes null, and its name is listed under `nonfinite`.
         TensorBoard gets the numbers only, with nested names joined by "/".
@@ -120,14 +124,14 @@ class MetricsWriter:
                     print(message, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Closes the files; every line is already written."""
+        """Close the files; every line is already written."""
         self._lines.close()
         if self._events is not None:
             self._events.close()
 
 
 def _trim(path: pathlib.Path, start_step: int) -> None:
-    """Drops all but the whole lines up to `start_step`; atomic, and no write where there is nothing to drop."""
+    """Keep only the whole lines up to `start_step`; atomic, and no write where there is nothing to drop."""
     content = path.read_bytes()
     kept = b"".join(line for line in content.splitlines(keepends=True) if _is_kept(line, start_step))
     if kept == content:

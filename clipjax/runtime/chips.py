@@ -1,4 +1,4 @@
-"""Accelerators by name: what their makers publish of them. Free of JAX.
+"""Accelerators by name, with the figures that their makers publish. Free of JAX.
 
 Rates are peaks, per chip. A chip of several cores counts as one device.
 
@@ -19,15 +19,15 @@ class Chip:
     """One accelerator.
 
     Attributes:
-        name: as `--topology` calls it.
-        kinds: what `jax.Device.device_kind` may say.
+        name: name in `--topology`.
+        kinds: values that `jax.Device.device_kind` may have.
         platform: "tpu" or "gpu".
-        peak_tflops: dense bfloat16 products, TFLOP/s.
-        memory_bytes: of the chip; compiler and runtime keep a little of it (a v5e's 0.25 GiB).
+        peak_tflops: peak of dense bfloat16 products, TFLOP/s.
+        memory_bytes: memory of the chip; compiler and runtime keep a little of it (a v5e's 0.25 GiB).
         memory_bandwidth: bytes/s.
-        link_bandwidth: to the other chips of a slice or node, bytes/s: of a TPU along one side of the torus in one
+        link_bandwidth: bytes/s to the other chips of a slice or node: of a TPU along one side of the torus in one
             direction, of a GPU in all.
-        network_bandwidth: to chips of other slices or nodes, bytes/s.
+        network_bandwidth: bytes/s to chips of other slices or nodes.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Tpu(Chip):
     """A TPU.
 
     Attributes:
-        clock_hertz: in which the compiler's cycles are counted.
-        cores: each with vector units of its own.
+        clock_hertz: clock of the compiler's cycles.
+        cores: number of cores, each with vector units of its own.
         torus: dimensions of the network inside a slice.
         pod: chips of the largest slice.
     """
@@ -64,15 +64,15 @@ class Tpu(Chip):
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu(Chip):
-    """A GPU, with what its compiler has to know.
+    """A GPU, with the facts that its compiler needs.
 
     Attributes:
-        capability: of its programming interface, major and minor.
-        multiprocessors: in use on this board.
-        clock_hertz: the highest.
-        shared_memory_bytes: of a multiprocessor; a block may have 1,024 less.
-        cache_bytes: of the second level.
-        feature: what the compiler calls the instructions of this capability alone.
+        capability: compute capability, major and minor.
+        multiprocessors: number in use on this board.
+        clock_hertz: highest clock.
+        shared_memory_bytes: shared memory of a multiprocessor; a block may have 1,024 less.
+        cache_bytes: size of the second-level cache.
+        feature: the compiler's name for the instructions of this capability alone.
     """
 
     capability: tuple[int, int]
@@ -140,18 +140,20 @@ CHIPS: dict[str, Chip] = {
 }  # fmt: skip
 
 OTHER_BOARDS = {"NVIDIA A100-PCIE-40GB": "a100-40", "NVIDIA A100 80GB PCIe": "a100"}
-"""With the peak and memory of a chip above, and slower links. Slower boards of the same name (H100 PCIe) are absent on
-purpose: no MFU is better than a wrong one; `log.peak_tflops` sets it by hand."""
+"""Boards with the peak and memory of a chip above, and slower links.
+
+Slower boards of the same name (H100 PCIe) are absent on purpose: no MFU is better than a wrong one; `log.peak_tflops`
+sets it by hand."""
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip that `jax.Device.device_kind` names, if it is known."""
+    """Return the chip that `jax.Device.device_kind` names, if it is known."""
     if device_kind in OTHER_BOARDS:
         return CHIPS[OTHER_BOARDS[device_kind]]
     return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
 
 
 def memory_bytes(device_kind: str) -> float:
-    """Of one device of this kind: what all processes agree on, devices elsewhere included; infinite if not known."""
+    """Return the memory of a device of this kind by the table, equal on all processes; infinite if not known."""
     chip = find_chip(device_kind)
     return math.inf if chip is None else chip.memory_bytes

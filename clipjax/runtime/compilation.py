@@ -1,4 +1,7 @@
-"""Compilation: options of the compiler by chip, and the cache of compiled steps."""
+"""Compilation: the cache of compiled steps, and the options of the compiler by chip.
+
+Reading order: `enable` (the cache), `compiler_options`.
+"""
 
 import os
 import pathlib
@@ -12,7 +15,7 @@ import jax
 from clipjax.runtime.chips import find_chip
 
 AUTO = "auto"
-
+Options = Mapping[str, bool | int | str]
 
 _JAX_NAME = "JAX_COMPILATION_CACHE_DIR"
 
@@ -86,9 +89,6 @@ def _make_private(folder: pathlib.Path) -> None:
         folder.chmod(0o700)
 
 
-Options = Mapping[str, bool | int | str]
-
-
 OVERLAP: Options = MappingProxyType(
     {
         "xla_tpu_enable_latency_hiding_scheduler": True,
@@ -99,11 +99,11 @@ OVERLAP: Options = MappingProxyType(
         "xla_tpu_overlap_compute_collective_tc": True,
     }
 )
-"""Gathers of parameters run while products do. Today's compiler does this by itself; said so that it stays so."""
+"""Gathers of parameters run while products do. Today's compiler does this by itself; named so that it stays so."""
 
 
 def _scoped_vmem(mebibytes: int) -> Options:
-    """How much of a chip's own memory one operation may take: more lets products have larger tiles.
+    """Return the limit of a chip's own memory for one operation: more lets products have larger tiles.
 
     ViT-L/14 on v5e:16x16 by cycles: 697 ms with 16 MiB, the default, 656 with 48, 675 with 64; ViT-B/16: 195, 184, 195.
     """
@@ -121,6 +121,6 @@ PRESETS: Mapping[str, Options] = MappingProxyType(
 
 
 def compiler_options(devices: Sequence[Any]) -> dict[str, bool | int | str]:
-    """The options for a program on these devices; none where nothing is known of their kind, as on CPUs."""
+    """Return the options for a program on these devices; none for a kind that is not known, as on CPUs."""
     chip = find_chip(devices[0].device_kind)
     return {} if chip is None else dict(PRESETS.get(chip.name, {}))

@@ -19,10 +19,7 @@ import jax
 from clipjax.runtime import processes
 
 Fingerprint = dict[str, dict[str, Any]]
-
-
 Result = TypeVar("Result")
-
 
 REMEDIES = {
     "config": "give every process the same config file and command line",
@@ -30,15 +27,12 @@ REMEDIES = {
     "checkpoint": "the workdir, and what init_from and distill_from name, must be one place that every machine sees",
     "data": "every machine must see the same data and tokenizer, whole and unchanged",
 }
-
+"""Advice for each section of a fingerprint."""
 
 WAIT_SECONDS = 3600.0
-"""For the slowest process to open its data; one that dies meanwhile ends the others long before."""
+"""Time for the slowest process to open its data; one that dies meanwhile ends the others long before."""
 
-
-_SHOWN = 8  # differences of a section that are told
-
-
+_SHOWN = 8  # differences of a section in a message
 _SHARED_SECONDS = 15.0  # file systems of several machines may show a new file late
 
 
@@ -46,12 +40,15 @@ def run_on_all(name: str, work: Callable[[], tuple[Result, Fingerprint]]) -> tup
     """Do this process's part of a preparation, and go on only if all processes can and agree.
 
     Args:
-        name: of this preparation, once per program.
-        work: what to do; returns its result, and the facts that must be the same everywhere. It may not wait for
-            other processes: one that fails would leave them waiting.
+        name: name of this preparation, used once per program.
+        work: the preparation; returns its result, and the fingerprint that must be the same everywhere. It may not wait
+            for other processes: one that fails would leave them waiting.
+
+    Returns:
+        Result and fingerprint of this process.
 
     Raises:
-        ValueError: on every process: one of them failed, or its facts differ from those of process 0.
+        ValueError: on every process: one of them failed, or its fingerprint differs from that of process 0.
     """
     if jax.process_count() == 1:
         return work()
@@ -76,7 +73,7 @@ def run_on_all(name: str, work: Callable[[], tuple[Result, Fingerprint]]) -> tup
 
 
 def _verdict(name: str) -> str:
-    """What process 0 finds in all reports; empty if all is well."""
+    """Return the verdict of process 0 on all reports; empty if all is well."""
     try:
         if processes.is_first():
             reports = [
@@ -90,10 +87,10 @@ def _verdict(name: str) -> str:
 
 
 def find_differences(reports: list[dict[str, Any]]) -> list[str]:
-    """A line for everything that keeps these processes from working together.
+    """Return a line for everything that keeps these processes from working together.
 
     Args:
-        reports: by process: its `host`, and either its `facts` or the `error` that it met.
+        reports: one for each process: its `host`, and either its `facts` (the fingerprint) or its `error`.
     """
     hosts = [report["host"] for report in reports]
     errors = [report.get("error") for report in reports]
@@ -118,7 +115,7 @@ def find_differences(reports: list[dict[str, Any]]) -> list[str]:
 
 
 def _groups(values: list[Any]) -> dict[Any, list[int]]:
-    """Ranks by their value, in order."""
+    """Group the ranks by their value, in order."""
     found: dict[Any, list[int]] = {}
     for rank, value in enumerate(values):
         found.setdefault(value, []).append(rank)
@@ -126,7 +123,7 @@ def _groups(values: list[Any]) -> dict[Any, list[int]]:
 
 
 def _who(ranks: list[int], hosts: list[str]) -> str:
-    """`process 1 (node-1)`, `processes 1, 2, 3 and 12 more (node-1, ...)`."""
+    """Name processes: `process 1 (node-1)`, `processes 1, 2, 3 and 12 more (node-1, ...)`."""
     numbers = ", ".join(map(str, ranks[:_SHOWN])) + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
     names = list(dict.fromkeys(hosts[rank] for rank in ranks))
     places = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
@@ -140,7 +137,7 @@ def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
 
 
 def check_shared(workdir: pathlib.Path) -> None:
-    """Make sure that all processes have the same workdir, and not each its own of this name.
+    """Check that all processes have the same workdir, and not each its own of this name.
 
     Raises:
         ValueError: on every process: a file that process 0 makes there does not appear for all.

@@ -1,7 +1,7 @@
-"""Who started this process, and which of how many it is: flags, Slurm, Open MPI, Kubernetes, TPU pods.
+"""Launchers: the place of this process among those that flags, Slurm, Open MPI, Kubernetes or a TPU pod started.
 
-Reading order: `find_launch` (explicit words first, then what launchers leave in the environment), `gpu_share` (which
-GPUs of the machine are this process's). Free of JAX; `clipjax.distributed` acts on it.
+Reading order: `find_launch` (explicit options first, then the environment of launchers), `gpu_share` (the GPUs of this
+process). Free of JAX; `clipjax.runtime.processes` acts on it.
 
 JAX can find out much of this by itself, but not where that goes wrong: in a batch script outside of `srun`, Slurm has
 set `SLURM_NTASKS` although there is one process; JAX gives the only process of a machine one GPU of eight; and Open
@@ -20,25 +20,26 @@ OPTIONS = {
     "num_processes": "how many processes share the work",
     "process_id": "which of them this one is, from 0",
 }
-"""Options of commands that say it outright."""
+"""Options of the commands that give the place outright."""
 
 JAX_NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Their names in the environment."""
 
 _FIRST_PORT, _PORTS = 61440, 4096  # up to 65535, where JAX puts its coordinators too
 _METADATA_SECONDS = 5.0
+_VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How this process finds the others.
+    """The place of this process, and the way to the others.
 
     Attributes:
-        launcher: what started it, for messages.
+        launcher: name of the launcher, for messages.
         coordinator: HOST:PORT of process 0.
-        num_processes: how many there are.
-        process_id: which one this is. What is None of these three, JAX finds out from TPU or Kubernetes.
-        gpus: which of the GPUs that the process sees it takes; None: all of them, or what JAX_LOCAL_DEVICE_IDS says.
+        num_processes: number of processes.
+        process_id: number of this one, from 0. JAX finds out from TPU or Kubernetes any of these three that is None.
+        gpus: GPUs that the process takes, of those that it sees; None: all of them, or those of JAX_LOCAL_DEVICE_IDS.
     """
 
     launcher: str
@@ -54,15 +55,15 @@ def find_launch(
     *,
     on_tpu: bool = False,
 ) -> Launch | None:
-    """How this process was launched, or None if it is alone.
+    """Return the launch of this process, or None if it is alone.
 
     Args:
         options: values of `OPTIONS`; they beat the environment.
-        environment: what the launcher left.
-        on_tpu: whether there are TPU chips here, so that the machine's metadata may name other workers.
+        environment: variables that the launcher set.
+        on_tpu: True if there are TPU chips here, so that the machine's metadata may name other workers.
 
     Raises:
-        ValueError: half of what is needed is given, or nonsense.
+        ValueError: a part of the values is missing or impossible.
     """
     given = {f"--{name}": value for name in OPTIONS if (value := (options or {}).get(name)) is not None}
     if given:
@@ -81,7 +82,7 @@ def find_launch(
 
 
 def _explicit(launcher: str, given: Mapping[str, str | None]) -> Launch:
-    """The three values, by the name under which they were given.
+    """Return the launch of three values, given by the name that the user knows.
 
     Raises:
         ValueError: one is missing or impossible.
@@ -110,7 +111,7 @@ def _explicit(launcher: str, given: Mapping[str, str | None]) -> Launch:
 
 
 def _from_jax_names(environment: Mapping[str, str], *, on_tpu: bool) -> Launch:
-    """`JAX_COORDINATOR_ADDRESS`, and the rest from its companions or else from what the launcher counts."""
+    """Return the launch of `JAX_COORDINATOR_ADDRESS`, its companions, and else the numbers of the launcher."""
     ranks = _ranks(environment)
     known = {name: environment.get(name) for name in JAX_NAMES}
     if ranks is not None:
@@ -134,7 +135,7 @@ def _refuse_lone_names(environment: Mapping[str, str]) -> None:
 
 
 def _ranks(environment: Mapping[str, str]) -> Launch | None:
-    """What Open MPI or Slurm count: how many processes, and which one this is."""
+    """Return the number of processes and of this one, as Open MPI or Slurm counts."""
     for launcher, count, index in (
         ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
         # Of the step: only `srun` sets it. SLURM_NTASKS is set in batch scripts too, where one process runs.
@@ -146,7 +147,7 @@ def _ranks(environment: Mapping[str, str]) -> Launch | None:
 
 
 def _slurm_address(environment: Mapping[str, str]) -> str:
-    """The first machine of the step; a port of the job's and step's own."""
+    """Return the first machine of the step, with a port of the job's and step's own."""
     nodes = environment.get("SLURM_STEP_NODELIST", "")
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)  # up to the first comma outside of brackets
     if first is None:
@@ -159,7 +160,7 @@ def _slurm_address(environment: Mapping[str, str]) -> str:
 
 
 def _open_mpi_address(environment: Mapping[str, str]) -> str:
-    """This machine if all processes are on it, else that of mpirun, as far as Open MPI tells it."""
+    """Return this machine if all processes are on it, else that of mpirun, as far as Open MPI names it."""
     port = _port(environment, "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_hnp_uri")
     if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == environment["OMPI_COMM_WORLD_SIZE"]:
         return f"localhost:{port}"
@@ -173,13 +174,13 @@ def _open_mpi_address(environment: Mapping[str, str]) -> str:
 
 
 def _port(environment: Mapping[str, str], *names: str) -> str:
-    """The same on all processes, and another for another job on the same machine."""
+    """Return a port: the same on all processes, and another for another job on the same machine."""
     identity = "/".join(environment.get(name, "") for name in names)
     return environment.get("JAX_COORDINATOR_PORT") or str(_FIRST_PORT + zlib.crc32(identity.encode()) % _PORTS)
 
 
 def _several_tpu_workers(environment: Mapping[str, str], *, on_tpu: bool) -> bool:
-    """Whether this is one machine of a TPU pod: GKE and multislice tell it in the environment, GCE in its metadata."""
+    """Return True on one machine of a TPU pod: GKE and multislice name it in the environment, GCE in its metadata."""
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     slices = environment.get("MEGASCALE_NUM_SLICES", "1")
     if workers is None and on_tpu and "TPU_SKIP_MDS_QUERY" not in environment:
@@ -188,7 +189,7 @@ def _several_tpu_workers(environment: Mapping[str, str], *, on_tpu: bool) -> boo
 
 
 def _metadata(environment: Mapping[str, str], key: str) -> str | None:
-    """An attribute of this machine from Google's metadata server; None outside of Google's cloud."""
+    """Return an attribute of this machine from Google's metadata server; None outside of Google's cloud."""
     server = environment.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
@@ -201,9 +202,9 @@ def _metadata(environment: Mapping[str, str], key: str) -> str | None:
 
 
 def gpu_share(environment: Mapping[str, str]) -> tuple[int, ...] | None:
-    """Which of the GPUs that it sees this process takes, where several processes share a machine.
+    """Return the GPUs that this process takes, of those that it sees, where several processes share a machine.
 
-    None, all that it sees: if it is the only process here, or the launcher shows each process its own already.
+    None means all of them: it is the only process here, or the launcher shows each process its own already.
 
     Raises:
         ValueError: the GPUs cannot be shared out evenly.
@@ -228,11 +229,8 @@ def gpu_share(environment: Mapping[str, str]) -> tuple[int, ...] | None:
     return tuple(range(index * each, (index + 1) * each))
 
 
-_VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-
-
 def _place_on_machine(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
-    """Which process of how many on this machine this is; None where unknown."""
+    """Return the number of this process on its machine, and how many there are; None where unknown."""
     if "OMPI_COMM_WORLD_LOCAL_RANK" in environment:
         size = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE")
         return int(environment["OMPI_COMM_WORLD_LOCAL_RANK"]), None if size is None else int(size)
@@ -246,6 +244,6 @@ def _place_on_machine(environment: Mapping[str, str]) -> tuple[int | None, int |
 
 
 def _gpus_are_bound(environment: Mapping[str, str]) -> bool:
-    """Whether Slurm shows each task its own GPUs."""
+    """Return True if Slurm shows each task its own GPUs."""
     bind = environment.get("SLURM_GPU_BIND", "none")
     return "SLURM_GPUS_PER_TASK" in environment or "gpu" in environment.get("SLURM_TRES_PER_TASK", "") or bind != "none"

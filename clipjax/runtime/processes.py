@@ -1,7 +1,7 @@
-"""Processes: starting them, telling the first one, talking between them, and the signal to stop.
+"""Processes: their start, the first one, texts between them, and the signal to stop.
 
 A run with several processes is started by a launcher (Slurm, Kubernetes, TPU pods, Open MPI, or by hand);
-`launchers` finds out which one this process is, and `start` joins the others.
+`clipjax.runtime.launchers` finds out which one this process is, and `start` joins the others.
 """
 
 import importlib.util
@@ -23,10 +23,10 @@ from clipjax.runtime.launchers import Launch, find_launch
 SHUTDOWN_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 HEARTBEAT_SECONDS = 10
-"""After so long without a sign of life a process counts as dead, and the others end. JAX's default is 100 seconds."""
+"""Silence after which a process counts as dead, and the others end. JAX's default is 100 seconds."""
 
 START_SECONDS = 300
-"""How long the processes wait for each other at the start; machines of one job can come up minutes apart."""
+"""Time that the processes wait for each other at the start; machines of one job can come up minutes apart."""
 
 _PATIENCE_SECONDS = 15.0  # then every process that still waits says so
 _KEY = "clipjax/"
@@ -39,10 +39,10 @@ def start(options: Mapping[str, str | None] | None = None, environment: Mapping[
 
     Args:
         options: values of `launchers.OPTIONS` from the command line; they beat the environment.
-        environment: what a launcher left.
+        environment: variables that a launcher set.
 
     Raises:
-        ValueError: what was given is incomplete or nonsense, or the meeting point cannot be used. If the others
+        ValueError: the values are incomplete or impossible, or the meeting point cannot be used. If the others
             never come, JAX ends the process after `START_SECONDS`; nothing can catch that, so it is announced before.
     """
     if jax.distributed.is_initialized():
@@ -115,19 +115,19 @@ def describe_devices(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def _accelerator_files() -> str:
-    """The first file by which Linux shows a GPU or TPU; empty if there is none."""
+    """Return the first file by which Linux shows a GPU or TPU; empty if there is none."""
     found = (path for pattern in ("nvidia[0-9]*", "kfd", "accel[0-9]*") for path in pathlib.Path("/dev").glob(pattern))
     return str(next(found, ""))
 
 
 def _on_tpu(environment: Mapping[str, str]) -> bool:
-    """Whether JAX has found TPU chips: where there are none, importing it sets this variable."""
+    """Return True if JAX has found TPU chips: where there are none, importing it sets this variable."""
     return importlib.util.find_spec("libtpu") is not None and "TPU_SKIP_MDS_QUERY" not in environment
 
 
 @contextmanager
 def _announced(launch: Launch) -> Iterator[None]:
-    """Say whom this process waits for: process 0 at once, the others if it takes long."""
+    """Print a line on the processes that this one waits for: process 0 at once, the others if it takes long."""
     number = "" if launch.process_id is None else f"process {launch.process_id}: "
     others = f"{launch.num_processes or 'the other'} processes at {launch.coordinator or 'the address JAX finds'}"
 
@@ -152,20 +152,20 @@ def _announced(launch: Launch) -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Whether this process writes what only one may write."""
+    """Return True on the process that writes the files of which there is one."""
     return jax.process_index() == 0
 
 
 def kv_set(key: str, value: str) -> None:
-    """Leave a text for the other processes, with the coordinator; a key is used once. Costs no device any time."""
+    """Leave a text for the other processes with the coordinator; a key is used once. No device takes part."""
     _store().key_value_set(_KEY + key, value)
 
 
 def kv_get(key: str, *, timeout_seconds: float) -> str:
-    """The text that some process publishes under a key; waits for it.
+    """Return the text that some process leaves under a key; wait for it.
 
     Raises:
-        TimeoutError: nothing came.
+        TimeoutError: no text came in time.
     """
     try:
         return _store().blocking_key_value_get(_KEY + key, int(1000 * timeout_seconds))
@@ -176,7 +176,7 @@ def kv_get(key: str, *, timeout_seconds: float) -> str:
 
 
 def kv_list(folder: str) -> dict[str, str]:
-    """What lies in a folder of keys by now, by the last part of the key; never waits."""
+    """Return the texts in a folder of keys by now, by the last part of the key; never wait."""
     return {key.rpartition("/")[2]: value for key, value in _store().key_value_dir_get(f"{_KEY}{folder}/")}
 
 
@@ -207,7 +207,7 @@ def _store() -> Any:
 
 
 def abort(exit_code: int = 1) -> int:
-    """Give up after an error: one of several processes ends here and now, and so the others soon; else its code.
+    """End one of several processes here and now after an error, and so the others soon; alone, return the exit code.
 
     At an ordinary exit JAX waits for the others, which wait for this one.
     """
@@ -220,7 +220,7 @@ def abort(exit_code: int = 1) -> int:
 
 @contextmanager
 def abort_on_error() -> Iterator[None]:
-    """An error that leaves this ends the process at once, if it is one of several."""
+    """End the process at once after an error that leaves the block, if it is one of several."""
     try:
         yield
     except Exception:
@@ -231,7 +231,7 @@ def abort_on_error() -> Iterator[None]:
 
 
 class ShutdownSignal:
-    """Remembers SIGTERM or SIGINT, so that the loop can save and leave; a second signal ends the process at once.
+    """A remembered SIGTERM or SIGINT, so that the loop can save and leave; a second signal ends the process at once.
 
     With several processes JAX's own notifier catches SIGTERM (it looks once a second) and lets all of them agree on the
     step at which to stop; so SIGTERM is left to it, and SIGINT is passed on to it.
@@ -251,7 +251,7 @@ class ShutdownSignal:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def due(self, step: int) -> bool:
-        """Whether to stop after this step; in a run of several processes, the same answer on all of them."""
+        """Return True if the run is to stop after this step: the same answer on all of several processes."""
         if not self._several:
             return self.number is not None
         from jax.experimental import multihost_utils
@@ -262,6 +262,6 @@ class ShutdownSignal:
         return False
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the handlers that were there before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

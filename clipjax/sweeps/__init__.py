@@ -1,6 +1,6 @@
-"""Many runs: what a sweep tries, its trials, where they run, and their ranking. Free of JAX.
+"""Sweeps of many runs: the search, its trials, their processes or jobs, and their ranking. Free of JAX.
 
-A sweep file imports what it needs from here.
+A sweep file imports its names from here.
 """
 
 from clipjax.sweeps.space import Choice, Distribution, Grid, IntUniform, LogUniform, RandomSearch, Sweep, Uniform

@@ -14,13 +14,13 @@ from clipjax.sweeps.trial import Trial, format_overrides, formatted
 
 
 def rank_trials(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """Best first; trials without the metric come last."""
+    """Return the trials, the best first; those without the metric come last."""
     sign = -1 if sweep.maximize else 1
     return sorted(trials, key=lambda trial: math.inf if trial.metric is None else sign * trial.metric)
 
 
 def write_leaderboard(sweep: Sweep, trials: Sequence[Trial], workdir: pathlib.Path) -> None:
-    """Prints the ranking and writes `leaderboard.csv` and `sweep.png`."""
+    """Print the ranking and write `leaderboard.csv` and `sweep.png`."""
     paths = list(trials[0].overrides)
     header = ["rank", "trial", sweep.metric, *paths, "loss", "seconds", "status"]
     table, exact = [], []
@@ -50,7 +50,7 @@ def _number(value: float | None, style: str) -> str:
 
 
 def plot_sweep(sweep: Sweep, trials: Sequence[Trial], path: pathlib.Path) -> None:
-    """Draws the metric against each swept field, one panel per field, on axes of the search's own scale."""
+    """Draw the metric against each swept field, one panel per field, on axes of the search's own scale."""
     import matplotlib
 
     with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a value is no formula

@@ -1,4 +1,4 @@
-"""Running the trials of a sweep: each in a process and folder of its own, some at a time."""
+"""Trials of a sweep on this machine: each in a process and folder of its own, some at a time."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,11 @@ from clipjax.sweeps.trial import Trial, format_overrides
 
 
 def open_log(trial: Trial) -> Any:
-    """Opens and locks `log.txt`. The trial's process inherits the lock, so it outlives a killed sweep."""
+    """Open and lock `log.txt`. The trial's process inherits the lock, so it outlives a killed sweep.
+
+    Raises:
+        ValueError: another process trains the trial.
+    """
     log = (trial.folder / "log.txt").open("ab")
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -27,12 +31,12 @@ def open_log(trial: Trial) -> Any:
 
 
 def run_trials(waiting: Sequence[Trial], *, metric: str, jobs: int, command: Sequence[str]) -> bool:
-    """Trains trials, `jobs` at a time, and prints a line at the start and end of each.
+    """Train trials, `jobs` at a time, and print a line at the start and end of each.
 
     SIGINT or SIGTERM asks all of them to stop (SIGTERM: training saves and returns) and waits; a second one kills.
 
     Returns:
-        Whether it was interrupted.
+        True if a signal interrupted it.
     """
     queue, running = list(waiting), dict[Trial, subprocess.Popen[bytes]]()
     received: list[int] = []
@@ -97,7 +101,7 @@ def _say(trial: Trial, event: str, text: str) -> None:
 
 
 def _stop(processes: Iterable["subprocess.Popen[bytes]"], number: int) -> None:
-    """Signals trials: SIGTERM the process alone, which looks after its workers; SIGKILL the whole session."""
+    """Signal trials: SIGTERM the process alone, which looks after its workers; SIGKILL the whole session."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             if number == signal.SIGKILL:
@@ -107,7 +111,7 @@ def _stop(processes: Iterable["subprocess.Popen[bytes]"], number: int) -> None:
 
 
 def _last_line(path: pathlib.Path) -> str:
-    """The last line of a log with something on it, fit for a terminal."""
+    """Return the last line of a log that is not empty, fit for a terminal."""
     with path.open("rb") as log:
         log.seek(max(0, path.stat().st_size - 8192))
         lines = log.read().decode(errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""From a sweep file to its trials, with what earlier runs left of them."""
+"""The plan of a sweep: its file to its trials, with the results of earlier runs of them."""
 
 import hashlib
 import json
@@ -25,10 +25,10 @@ def path_of(argument: str) -> str:
 
 
 def load_sweep(path: pathlib.Path) -> Sweep:
-    """Runs a sweep file, which is the user's own Python, and returns what its `get_sweep()` returns.
+    """Run a sweep file, which is the user's own Python, and return the sweep of its `get_sweep()`.
 
     Raises:
-        ValueError: There is no such file or function, it fails, or it returns something else.
+        ValueError: there is no such file or function, it fails, or it returns something else.
     """
     if not path.is_file():
         raise ValueError(f"--sweep={path} must be a Python file; there is none")
@@ -47,17 +47,17 @@ def load_sweep(path: pathlib.Path) -> Sweep:
 def plan_trials(
     sweep: Sweep, *, config: str, workdir: pathlib.Path, passed: Sequence[str], check: Sequence[int] | None = None
 ) -> list[Trial]:
-    """The trials of a sweep with what earlier runs of it left in `workdir`; starts and writes nothing.
+    """Return the trials of a sweep with the results of earlier runs in `workdir`; start and write nothing.
 
     Args:
-        sweep: The definition.
-        config: FILE or FILE:ARG.
-        workdir: Folder of the sweep.
-        passed: `--config.FIELD=VALUE` for all trials.
-        check: The trials that nobody else may be training now; all by default.
+        sweep: definition of the sweep.
+        config: config file, FILE or FILE:ARG.
+        workdir: folder of the sweep.
+        passed: options `--config.FIELD=VALUE` for all trials.
+        check: numbers of the trials that nobody else may be training now; all by default.
 
     Raises:
-        ValueError: A field or value does not fit the config, or `workdir` holds trials of another definition.
+        ValueError: a field or value does not fit the config, or `workdir` holds trials of another definition.
     """
     all_overrides = sweep.trials()
     _check_fields(all_overrides, passed)
@@ -115,7 +115,11 @@ def _check_folders(trials: Sequence[Trial], workdir: pathlib.Path) -> None:
 
 
 def restore(trial: Trial, *, check_lock: bool) -> None:
-    """Takes over what an earlier run left of a trial."""
+    """Take over status and time of a trial from an earlier run.
+
+    Raises:
+        ValueError: the folder holds another trial, or another process trains it.
+    """
     record = read_json(trial.folder / "trial.json")
     if not record:
         return
@@ -135,7 +139,7 @@ def restore(trial: Trial, *, check_lock: bool) -> None:
         trial.status = "done"
     elif check_lock:
         open_log(trial).close()
-    else:  # only to be told
+    else:  # only for the table
         left = record.get("status", "waiting")
         trial.status, trial.problem = "waiting" if left == "done" else left, record.get("problem", "")
 

@@ -1,4 +1,4 @@
-"""What a sweep tries: a grid or a random search over config fields, as data.
+"""The search of a sweep: a grid or a random search over config fields, as data.
 
 A sweep file defines `get_sweep() -> Sweep`; `clipjax sweep` runs it. Fields are dotted paths into the config, such as
 "optim.learning_rate". The same definition gives the same trials on every machine and Python version.
@@ -24,7 +24,7 @@ class Uniform:
         _check_range(self, self.low < self.high)
 
     def at_quantile(self, q: float) -> float:
-        """The value at `q` (0 to 1) of the way."""
+        """Return the value at `q` (0 to 1) of the way."""
         decimals = 4 - math.floor(math.log10(self.high - self.low))
         return _clamped(round(self.low + q * (self.high - self.low), decimals), self.low, self.high)
 
@@ -40,7 +40,7 @@ class LogUniform:
         _check_range(self, 0 < self.low < self.high)
 
     def at_quantile(self, q: float) -> float:
-        """The value at `q` (0 to 1) of the way."""
+        """Return the value at `q` (0 to 1) of the way."""
         return _clamped(float(f"{self.low * (self.high / self.low) ** q:.4g}"), self.low, self.high)
 
 
@@ -55,7 +55,7 @@ class IntUniform:
         _check_range(self, self.low < self.high)
 
     def at_quantile(self, q: float) -> int:
-        """The value at `q` (0 to 1, 1 excluded) of the way."""
+        """Return the value at `q` (0 to 1, 1 excluded) of the way."""
         return self.low + int(q * (self.high - self.low + 1))
 
 
@@ -70,7 +70,7 @@ class Choice:
             raise ValueError("Choice([]) has no values; give at least one")
 
     def at_quantile(self, q: float) -> Any:
-        """The value at `q` (0 to 1, 1 excluded) of the way."""
+        """Return the value at `q` (0 to 1, 1 excluded) of the way."""
         return self.values[int(q * len(self.values))]
 
 
@@ -92,7 +92,7 @@ class Grid:
                 raise ValueError(f"Grid: {path}={values!r} has a value twice; remove one of them")
 
     def trials(self) -> list[dict[str, Any]]:
-        """Overrides of each trial."""
+        """Return the overrides of each trial."""
         return [dict(zip(self.fields, values, strict=True)) for values in itertools.product(*self.fields.values())]
 
 
@@ -115,25 +115,25 @@ class RandomSearch:
             raise ValueError(f"RandomSearch: num_trials={self.num_trials} must be at least 1")
 
     def trials(self) -> list[dict[str, Any]]:
-        """Overrides of each trial."""
+        """Return the overrides of each trial."""
         return [
-            {path: distribution.at_quantile(self._share(trial, path)) for path, distribution in self.fields.items()}
+            {path: distribution.at_quantile(self._quantile(trial, path)) for path, distribution in self.fields.items()}
             for trial in range(self.num_trials)
         ]
 
-    def _share(self, trial: int, path: str) -> float:
+    def _quantile(self, trial: int, path: str) -> float:
         # Python promises that seeding by a string and `random()` stay the same in later versions, and only that.
         return random.Random(f"{self.seed}/{trial}/{path}").random()
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """A search and what it looks for.
+    """A search and its aim.
 
     Args:
-        search: The trials.
+        search: trials to run.
         metric: "TASK:METRIC" of a trial's `results.json`, or a key of its `metrics.jsonl` such as "loss".
-        maximize: Whether a larger metric is better.
+        maximize: True if a larger metric is better.
     """
 
     search: Grid | RandomSearch
@@ -147,11 +147,11 @@ class Sweep:
             raise ValueError(f'Sweep: metric={self.metric!r} must be "TASK:METRIC" or a name such as "loss"')
 
     def trials(self) -> list[dict[str, Any]]:
-        """Overrides of each trial, by field."""
+        """Return the overrides of each trial, by field."""
         return self.search.trials()
 
     def is_log(self, path: str) -> bool:
-        """Whether a field is searched in its logarithm: LogUniform, or a grid of more even ratios than differences."""
+        """Return True for a field on a log scale: LogUniform, or a grid of more even ratios than differences."""
         if isinstance(self.search, RandomSearch):
             return isinstance(self.search.fields[path], LogUniform)
         values = self.search.fields[path]
@@ -162,7 +162,7 @@ class Sweep:
 
 
 def _unevenness(ordered: Sequence[float]) -> float:
-    """Largest over smallest gap between sorted, distinct numbers."""
+    """Return the largest over the smallest gap between sorted, distinct numbers."""
     gaps = [after - before for before, after in itertools.pairwise(ordered)]
     return max(gaps) / min(gaps)
 
@@ -183,5 +183,5 @@ def _clamped(value: float, low: float, high: float) -> float:
 
 
 def format_value(value: Any) -> str:
-    """A value as `--config.FIELD=VALUE` takes it."""
+    """Return a value as `--config.FIELD=VALUE` takes it."""
     return value.name if isinstance(value, enum.Enum) else str(value)

@@ -29,17 +29,17 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Its number, as in its folder's name."""
+        """The number of the trial, as in its folder's name."""
         return f"trial-{self.index:04d}"
 
     def save(self) -> None:
-        """Writes `trial.json` so that a kill leaves either the old one or the new one."""
+        """Write `trial.json` so that a kill leaves either the old one or the new one."""
         record = {"status": self.status, "seconds": round(self.seconds, 3), "definition": self.definition}
         record |= {"overrides": formatted(self.overrides), "arguments": self.arguments, "problem": self.problem}
         write_atomic(self.folder / "trial.json", json.dumps(record, indent=2) + "\n")
 
     def read_results(self, metric: str) -> None:
-        """Fills in `metric` and `loss` of a finished trial; `problem` says what is there if `metric` is not."""
+        """Fill in `metric` and `loss` of a finished trial; without it, `problem` names those that are there."""
         try:
             tasks = read_json(self.folder / "results.json")["tasks"]
             found = {f"{task}:{name}": value for task, values in tasks.items() for name, value in values.items()}
@@ -61,10 +61,10 @@ class Trial:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no such file.
+    """Read a JSON object; empty if there is no such file.
 
     Raises:
-        ValueError: The file holds something else.
+        ValueError: the file holds something else.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -78,10 +78,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def formatted(overrides: dict[str, Any]) -> dict[str, str]:
-    """Overrides with values as the command line takes them."""
+    """Return overrides with values as the command line takes them."""
     return {path: format_value(value) for path, value in overrides.items()}
 
 
 def format_overrides(overrides: dict[str, Any]) -> str:
-    """Overrides in a line: `a.b=1 c=2`."""
+    """Return overrides in a line: `a.b=1 c=2`."""
     return " ".join(f"{path}={value}" for path, value in formatted(overrides).items())

@@ -48,7 +48,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     ]
 
     def __init__(self, *, file_format: str | None = "array_record", **kwargs: Any):
-        """As in TFDS, except that the default format is the one that can be read in any order."""
+        """Take TFDS's own arguments; the default format is the one that can be read in any order."""
         super().__init__(file_format=file_format, **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -91,9 +91,9 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
 
 def build_scenes(data_dir: str | pathlib.Path, config: str = "default") -> tfds.core.DatasetBuilder:
-    """Returns the builder of SCENES, after drawing the pictures into `data_dir` if they are not there yet.
+    """Return the builder of SCENES, after drawing the pictures into `data_dir` if they are not there yet.
 
-    Uses neither the network nor TensorFlow. An interrupted call leaves nothing that a later one would take for the
+    It uses neither the network nor TensorFlow. An interrupted call leaves nothing that a later one would take for the
     data; two processes must not prepare the same folder at once.
 
     Args:
@@ -101,7 +101,7 @@ def build_scenes(data_dir: str | pathlib.Path, config: str = "default") -> tfds.
         config: name of one of `Scenes.BUILDER_CONFIGS`.
 
     Raises:
-        ValueError: if there is no such config.
+        ValueError: there is no such config.
     """
     names = [known.name for known in Scenes.BUILDER_CONFIGS]
     if config not in names:

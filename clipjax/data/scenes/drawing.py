@@ -42,10 +42,10 @@ _JPEG_QUALITY = 88
 
 
 def draw(scene: Scene, size: int) -> np.ndarray:
-    """Draws a scene.
+    """Draw a scene.
 
     Args:
-        scene: what to draw.
+        scene: scene to draw.
         size: side of the picture in pixels.
 
     Returns:
@@ -58,7 +58,7 @@ def draw(scene: Scene, size: int) -> np.ndarray:
 
 
 def encode(picture: np.ndarray) -> bytes:
-    """Encodes uint8 [h, w, 3] as JPEG, with full colour resolution: the colour of a small shape is its meaning."""
+    """Encode uint8 [h, w, 3] as JPEG, with full colour resolution: the colour of a small shape is its meaning."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -67,7 +67,7 @@ def encode(picture: np.ndarray) -> bytes:
 
 
 def _draw_background(scene: Scene, size: int) -> np.ndarray:
-    """Returns float32 [3, size, size]: a shaded tint, grain, faint lines and spots. Channels first blends faster."""
+    """Return float32 [3, size, size]: a shaded tint, grain, faint lines and spots. Channels first blends faster."""
     rng = np.random.Generator(np.random.Philox(scene.noise_seed))
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
     light = ramp[None, :] * scene.shading[0] + ramp[:, None] * scene.shading[1]
@@ -86,7 +86,7 @@ def _draw_clutter(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _draw_item(picture: np.ndarray, item: Item, size: int) -> None:
-    """Paints an item over `picture` in place."""
+    """Paint an item over `picture` in place."""
     rgb = _planes(COLOR_RGB[item.color]) + _planes(item.tint)
     contours = [_place(points, item, size) for points in CONTOURS[item.shape]]
     image, pen = _new_mask(size)
@@ -101,7 +101,7 @@ def _draw_item(picture: np.ndarray, item: Item, size: int) -> None:
 
 
 def _draw_marks(item: Item, contours: list[list[tuple[float, float]]], size: int) -> np.ndarray:
-    """Returns the share of each pixel, 0..1, that the texture's marks cover; the rim keeps the item's colour."""
+    """Return the share of each pixel, 0..1, that the texture's marks cover; the rim keeps the item's colour."""
     image, pen = _new_mask(size)
     for polygon in MARKS[item.texture]:
         pen.polygon(_place(polygon, item, size), fill=255)
@@ -112,7 +112,7 @@ def _draw_marks(item: Item, contours: list[list[tuple[float, float]]], size: int
 
 
 def _place(points: Points, item: Item, size: int) -> list[tuple[float, float]]:
-    """Turns, scales and moves points from an item's own frame (its radius is 1) to the supersampled picture."""
+    """Turn, scale and move points from an item's own frame (its radius is 1) to the supersampled picture."""
     side = size * _SUPERSAMPLING
     scale = item.radius * side
     cos, sin = scale * math.cos(math.radians(item.angle)), scale * math.sin(math.radians(item.angle))
@@ -128,12 +128,12 @@ def _new_mask(size: int) -> tuple["Image.Image", "ImageDraw.ImageDraw"]:
 
 
 def _shrink(image: Any) -> np.ndarray:
-    """Averages a supersampled mask to float32 [size, size] in 0..1."""
+    """Average a supersampled mask to float32 [size, size] in 0..1."""
     return np.asarray(image.reduce(_SUPERSAMPLING), np.float32) / 255
 
 
 def _planes(rgb: tuple[float, float, float]) -> np.ndarray:
-    """Returns a colour as float32 [3, 1, 1]."""
+    """Return a colour as float32 [3, 1, 1]."""
     return np.array(rgb, np.float32)[:, None, None]
 
 
@@ -142,7 +142,7 @@ def _box(x: float, y: float, radius: float) -> tuple[float, float, float, float]
 
 
 def _arc(radius: float, first: float, last: float, count: int, x: float = 0.0) -> list[tuple[float, float]]:
-    """Returns `count` points of a circle round (x, 0), from angle `first` to `last` in degrees."""
+    """Return `count` points of a circle round (x, 0), from angle `first` to `last` in degrees."""
     angles = np.radians(np.linspace(first, last, count))
     return [(x + radius * math.cos(angle), radius * math.sin(angle)) for angle in angles]
 
@@ -171,7 +171,7 @@ def _rectangle(left: float, top: float, right: float, bottom: float) -> list[tup
 
 
 def _grid(step: float, count: int) -> list[tuple[int, int, float, float]]:
-    """Returns row, column, x and y of the nodes of a centred grid with `2 * count + 1` rows."""
+    """Return row, column, x and y of the nodes of a centred grid with `2 * count + 1` rows."""
     line = range(-count, count + 1)
     return [(row, column, column * step, row * step) for row in line for column in line]
 

@@ -84,7 +84,7 @@ _DETERMINERS = ("a", "a", "a", "one", "the")
 
 
 def write_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Returns `CAPTIONS_PER_SCENE` different captions of at most `MAX_CAPTION_BYTES` ASCII characters, all true."""
+    """Return `CAPTIONS_PER_SCENE` different captions of at most `MAX_CAPTION_BYTES` ASCII characters, all true."""
     captions: list[str] = []
     while len(captions) < CAPTIONS_PER_SCENE:
         detail = pick(rng, _DETAIL)
@@ -106,7 +106,7 @@ def _write_single(scene: Scene, rng: np.random.Generator, detail: float) -> str:
 
 
 def _write_pair(scene: Scene, rng: np.random.Generator, detail: float) -> str:
-    """Names the two items in either order, joined by their relation or, in a less detailed caption, by "and"."""
+    """Name the two items in either order, joined by their relation or, in a less detailed caption, by "and"."""
     assert scene.relation is not None
     items, relation = scene.items, scene.relation
     if rng.random() < 0.5:
@@ -118,7 +118,7 @@ def _write_pair(scene: Scene, rng: np.random.Generator, detail: float) -> str:
 
 
 def _write_item(item: Item, rng: np.random.Generator, detail: float) -> str:
-    """Returns a noun phrase such as "a small red circle with dots"."""
+    """Return a noun phrase such as "a small red circle with dots"."""
     words = [_usually_first(rng, _WORDS[item.color]), _usually_first(rng, _WORDS[item.shape])]
     if rng.random() < detail:
         if rng.random() < 0.75:
@@ -137,5 +137,5 @@ def _with_article(phrase: str) -> str:
 
 
 def _usually_first(rng: np.random.Generator, words: tuple[str, ...]) -> str:
-    """Returns the first word three times out of four, else one of the others."""
+    """Return the first word three times out of four, else one of the others."""
     return words[0] if rng.random() < 0.75 else pick(rng, words[1:])

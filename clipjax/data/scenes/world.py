@@ -1,4 +1,4 @@
-"""What a scene can contain, what is held out, and how sample `i` of a split is drawn.
+"""The contents of a scene, the combinations that are held out, and the draw of sample `i` of a split.
 
 Lengths and positions are shares of the picture's side, with x to the right and y down; angles are in degrees.
 """
@@ -101,10 +101,10 @@ class Scene:
 
 
 def sample_stream(seed: int, split: str, index: int) -> np.random.Generator:
-    """Returns the random stream that everything about sample `index` of `split` is drawn from.
+    """Return the random stream that everything about sample `index` of `split` is drawn from.
 
     Raises:
-        ValueError: if `split` is not one of `SPLITS`.
+        ValueError: `split` is not one of `SPLITS`.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")
@@ -112,7 +112,7 @@ def sample_stream(seed: int, split: str, index: int) -> np.random.Generator:
 
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
-    """Draws a scene. `train` and `val` hold no held-out combination, every scene of `unseen` at least one."""
+    """Draw a scene. `train` and `val` hold no held-out combination, every scene of `unseen` at least one."""
     is_pair = rng.random() < PAIR_SHARE[split]
     combinations = _draw_combinations(rng, split, 2 if is_pair else 1)
     items, place, relation = _arrange_pair(rng, combinations) if is_pair else _arrange_single(rng, combinations)
@@ -132,19 +132,19 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
 
 
 def class_id(scene: Scene) -> int:
-    """Returns the class of a scene with one item, and -1 for a scene with two, which has no single class."""
+    """Return the class of a scene with one item, and -1 for a scene with two, which has no single class."""
     if len(scene.items) != 1:
         return -1
     return COMBINATIONS.index((scene.items[0].color, scene.items[0].shape))
 
 
 def pick(rng: np.random.Generator, choices: tuple[T, ...]) -> T:
-    """Returns one of `choices`, each equally likely (many times faster than `rng.choice`)."""
+    """Return one of `choices`, each equally likely (many times faster than `rng.choice`)."""
     return choices[int(rng.random() * len(choices))]
 
 
 def _draw_combinations(rng: np.random.Generator, split: str, count: int) -> list[tuple[str, str]]:
-    """Draws `count` different combinations; in `unseen` the first is a held-out one."""
+    """Draw `count` different combinations; in `unseen` the first is a held-out one."""
     same_color = rng.random() < _SAME_COLOR_SHARE
     chosen: list[tuple[str, str]] = []
     while len(chosen) < count:

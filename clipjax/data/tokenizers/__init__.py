@@ -1,1 +1,1 @@
-"""Text to token ids: one interface, and the tokenizers that a config can name."""
+"""Text to token ids: one protocol, and the tokenizers that a config can name."""

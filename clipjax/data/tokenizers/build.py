@@ -1,4 +1,4 @@
-"""From a config string, or the files inside a checkpoint, to a tokenizer."""
+"""Tokenizers by a config string, or from the files inside a checkpoint."""
 
 import pathlib
 from collections.abc import Mapping
@@ -18,21 +18,19 @@ _FILES = {
     "siglip2": (HUGGINGFACE_FILE,),
     "none": (),
 }
-
-
 _SPECS = "bytes, clip:PATH, sentencepiece:PATH, huggingface:PATH, siglip:PATH or siglip2:PATH"
 
 
 def build_tokenizer(spec: str) -> Tokenizer:
-    """Builds the tokenizer that a config names.
+    """Build the tokenizer that a config names.
 
     Args:
-      spec: `bytes`; `clip:PATH` with OpenAI's `bpe_simple_vocab_16e6.txt.gz` or a directory of `vocab.json` and
-        `merges.txt`; `sentencepiece:PATH` or `siglip:PATH` with a `.model` file; `huggingface:PATH` or `siglip2:PATH`
-        with a `tokenizer.json`.
+        spec: `bytes`; `clip:PATH` with OpenAI's `bpe_simple_vocab_16e6.txt.gz` or a directory of `vocab.json` and
+            `merges.txt`; `sentencepiece:PATH` or `siglip:PATH` with a `.model` file; `huggingface:PATH` or
+            `siglip2:PATH` with a `tokenizer.json`.
 
     Raises:
-      ValueError: the kind is unknown, or its file is missing or corrupt.
+        ValueError: the kind is unknown, or its file is missing or corrupt.
     """
     name, separator, path = spec.partition(":")
     if name not in _FILES or name == "none" or (name == "bytes") == bool(separator) or (separator and not path):
@@ -50,10 +48,10 @@ def build_tokenizer(spec: str) -> Tokenizer:
 
 
 def tokenizer_from_files(name: str, files: Mapping[str, bytes]) -> Tokenizer:
-    """Rebuilds a tokenizer from its `name` and `files()`.
+    """Rebuild a tokenizer from its `name` and `files()`.
 
     Raises:
-      ValueError: the name is unknown, or a file is missing or corrupt.
+        ValueError: the name is unknown, or a file is missing or corrupt.
     """
     if name not in _FILES:
         raise ValueError(f"Tokenizer kind {name!r} must be one of {', '.join(_FILES)}.")

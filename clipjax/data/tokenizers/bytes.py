@@ -1,4 +1,4 @@
-"""Bytes of UTF-8 as tokens."""
+"""The tokenizer of UTF-8 bytes."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from clipjax.data.tokenizers.protocol import PAD_ID
 
 
 class BytesTokenizer:
-    """UTF-8 bytes, case and all; needs no file. Ids: 0 padding, byte + 1, 257 start, 258 end."""
+    """UTF-8 bytes in their own case; needs no file. Ids: 0 padding, byte + 1, 257 start, 258 end."""
 
     name = "bytes"
 
@@ -15,13 +15,13 @@ class BytesTokenizer:
         self.pad_id, self.ends_highest = PAD_ID, True
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a caption, without start and end."""
+        """Return the ids of a caption, without start and end."""
         return [byte + 1 for byte in text.encode("utf-8", "replace")]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; start and end are left out."""
+        """Return the text of ids, without start and end."""
         return bytes(i - 1 for i in ids if 0 < i <= 256).decode("utf-8", "replace")
 
     def files(self) -> dict[str, bytes]:
-        """Nothing: the kind says it all."""
+        """Return nothing: the kind says it all."""
         return {}

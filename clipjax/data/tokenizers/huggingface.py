@@ -1,4 +1,4 @@
-"""Hugging Face's `tokenizer.json`, SigLIP 2's among them."""
+"""Tokenizers of Hugging Face's `tokenizer.json`, SigLIP 2's among them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +7,6 @@ from clipjax.data.tokenizers.clip_bpe import END_TEXT, START_TEXT
 from clipjax.data.tokenizers.protocol import PAD_ID, without_surrogates
 
 HUGGINGFACE_FILE = "tokenizer.json"
-
-
 _SPECIAL_PAIRS = ((START_TEXT, END_TEXT), ("<start_of_text>", "<end_of_text>"))
 
 
@@ -37,10 +35,10 @@ class HuggingFaceTokenizer:
     produce them: special strings are read as ordinary text, and an id that comes out all the same is dropped.
 
     Args:
-      content: bytes of a `tokenizer.json`.
+        content: bytes of a `tokenizer.json`.
 
     Raises:
-      ValueError: the file is corrupt.
+        ValueError: the file is corrupt.
     """
 
     name = "huggingface"
@@ -58,27 +56,27 @@ class HuggingFaceTokenizer:
         return HuggingFaceTokenizer, (self._content,)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a caption, without start and end."""
+        """Return the ids of a caption, without start and end."""
         ids = self._tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids
         return [i for i in ids if i < self.start_id]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; start and end are left out."""
+        """Return the text of ids, without start and end."""
         return self._tokenizer.decode([i for i in ids if i < self.start_id])
 
     def files(self) -> dict[str, bytes]:
-        """Everything needed to rebuild the tokenizer: `tokenizer.json`."""
+        """Return everything needed to rebuild the tokenizer: `tokenizer.json`."""
         return {HUGGINGFACE_FILE: self._content}
 
 
 class Siglip2Tokenizer:
-    """SigLIP 2's: lower case, Gemma's pieces with its own padding and end; no start.
+    """SigLIP 2's tokenizer: lower case, Gemma's pieces with its own padding and end; no start.
 
     Args:
-      content: bytes of a `tokenizer.json` that knows `<pad>` and `<eos>`.
+        content: bytes of a `tokenizer.json` that knows `<pad>` and `<eos>`.
 
     Raises:
-      ValueError: the file is corrupt or lacks one of them.
+        ValueError: the file is corrupt or lacks one of them.
 
     Source: arXiv 2502.14786, section 2.1; huggingface/transformers `Siglip2Tokenizer`.
     """
@@ -99,14 +97,14 @@ class Siglip2Tokenizer:
         return Siglip2Tokenizer, (self._content,)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a caption, without the end."""
+        """Return the ids of a caption, without the end."""
         ids = self._tokenizer.encode(without_surrogates(text).lower(), add_special_tokens=False).ids
         return [i for i in ids if i not in (self.pad_id, self.end_id)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; start and end are left out."""
+        """Return the text of ids, without start and end."""
         return self._tokenizer.decode([i for i in ids if i not in (self.pad_id, self.end_id)])
 
     def files(self) -> dict[str, bytes]:
-        """Everything needed to rebuild the tokenizer: `tokenizer.json`."""
+        """Return everything needed to rebuild the tokenizer: `tokenizer.json`."""
         return {HUGGINGFACE_FILE: self._content}

@@ -1,7 +1,7 @@
-"""Captions to token ids: the one interface, and the tokenizers that a config can name.
+"""The protocol of a tokenizer, and captions to token ids by any of them.
 
-Reading order: `Tokenizer` (the promise that the text tower relies on), `tokenize` (captions to an array),
-`build_tokenizer` (a config's string to a tokenizer), then the kinds. Axes: n captions, l tokens.
+Reading order: `Tokenizer` (the promise that the text tower relies on), `tokenize` (captions to an array). Axes:
+n captions, l tokens.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class Tokenizer(Protocol):
     Instances are cheap to use from several threads, and pickle (for worker processes) as the bytes of `files`.
 
     Attributes:
-        ends_highest: whether `end_id` is the largest id, and `start_id` the one below it. A text tower that pools at
+        ends_highest: True if `end_id` is the largest id, and `start_id` the one below it. A text tower that pools at
             the end of a text (`TextPool.END`) finds it as the largest id of a row, as OpenAI's CLIP does.
     """
 
@@ -35,27 +35,27 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a caption, without start and end."""
+        """Return the ids of a caption, without start and end."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; start and end are left out."""
+        """Return the text of ids, without start and end."""
         ...
 
     def files(self) -> dict[str, bytes]:
-        """Everything that `tokenizer_from_files` needs to rebuild the tokenizer, by file name."""
+        """Return everything that `tokenizer_from_files` needs to rebuild the tokenizer, by file name."""
         ...
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> np.ndarray:
-    """Start, ids and end of every text, padded; a text that is too long loses its tail but not its end.
+    """Return start, ids and end of every text, padded; a text that is too long loses its tail but not its end.
 
     Returns:
-      int32 [n, l] with l = `context_length`.
+        int32 [n, l] with l = `context_length`.
 
     Raises:
-      ValueError: `context_length` is below 2.
-      TypeError: `texts` is a single string.
+        ValueError: `context_length` is below 2.
+        TypeError: `texts` is a single string.
     """
     if isinstance(texts, str):
         raise TypeError(f"texts={texts[:40]!r} must be a sequence of strings: put a single caption into a list.")
@@ -71,23 +71,23 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) ->
 
 @dataclasses.dataclass(frozen=True)
 class TextToTokens:
-    """`text -> int32 [context_length]`, as the pipeline wants it; pickles to data workers."""
+    """The function `text -> int32 [context_length]` of a training stream; pickles to data workers."""
 
     tokenizer: Tokenizer
     context_length: int
 
     def __call__(self, text: str) -> np.ndarray:
-        """One row of `tokenize`."""
+        """Return one row of `tokenize`."""
         return tokenize(self.tokenizer, [text], self.context_length)[0]
 
 
 def without_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which JSON can smuggle into a caption and UTF-8 cannot carry, by "?"."""
+    """Replace lone surrogates, which JSON can smuggle into a caption and UTF-8 cannot carry, by "?"."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 class NoTokenizer:
-    """Stands in for the tokenizer of a model that came without one: token ids can be embedded, texts cannot."""
+    """The stand-in of a model that came without its tokenizer: token ids can be embedded, texts cannot."""
 
     name = "none"
     vocab_size = 0
@@ -99,7 +99,7 @@ class NoTokenizer:
         """Refuse.
 
         Raises:
-          ValueError: always.
+            ValueError: always.
         """
         raise ValueError(
             f"The model came without its tokenizer, so {text[:40]!r} cannot be read; convert it again with "
@@ -107,9 +107,9 @@ class NoTokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; start and end are left out."""
+        """Return the text of ids, without start and end."""
         raise ValueError("The model came without its tokenizer, so no text can be made of token ids.")
 
     def files(self) -> dict[str, bytes]:
-        """Nothing."""
+        """Return nothing."""
         return {}

@@ -7,8 +7,6 @@ from typing import Any
 from clipjax.data.tokenizers.protocol import PAD_ID, without_surrogates
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
-
-
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -36,10 +34,10 @@ class SentencePieceTokenizer:
     which is harmless as padding, since the causal text tower pools before it.
 
     Args:
-      model: content of a `.model` file, which also holds its text normalisation.
+        model: content of a `.model` file, which also holds its text normalisation.
 
     Raises:
-      ValueError: the model is corrupt.
+        ValueError: the model is corrupt.
 
     Source: arXiv 1808.06226.
     """
@@ -58,26 +56,26 @@ class SentencePieceTokenizer:
         return SentencePieceTokenizer, (self._model,)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a caption, without start and end."""
+        """Return the ids of a caption, without start and end."""
         return self._processor.encode(without_surrogates(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; start and end are left out."""
+        """Return the text of ids, without start and end."""
         return self._processor.decode([i for i in ids if i < self.start_id])
 
     def files(self) -> dict[str, bytes]:
-        """Everything needed to rebuild the tokenizer: the model."""
+        """Return everything needed to rebuild the tokenizer: the model."""
         return {SENTENCEPIECE_FILE: self._model}
 
 
 class SiglipTokenizer:
-    """SigLIP's: lower case without punctuation, a SentencePiece model with its own end, which also pads; no start.
+    """SigLIP's tokenizer: lower case, no punctuation, a SentencePiece model with its own end, which pads too; no start.
 
     Args:
-      model: content of the `.model` file; its end-of-text piece has id 1, as in the models of T5 and C4.
+        model: content of the `.model` file; its end-of-text piece has id 1, as in the models of T5 and C4.
 
     Raises:
-      ValueError: the model is corrupt, or has no end-of-text piece.
+        ValueError: the model is corrupt, or has no end-of-text piece.
 
     Source: arXiv 2303.15343; huggingface/transformers `SiglipTokenizer`.
     """
@@ -97,14 +95,14 @@ class SiglipTokenizer:
         return SiglipTokenizer, (self._model,)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a caption, without the end."""
+        """Return the ids of a caption, without the end."""
         bare = without_surrogates(text).translate(_NO_PUNCTUATION)
         return self._processor.encode(" ".join(bare.split()).lower())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; start and end are left out."""
+        """Return the text of ids, without start and end."""
         return self._processor.decode([i for i in ids if i != self.end_id])
 
     def files(self) -> dict[str, bytes]:
-        """Everything needed to rebuild the tokenizer: the model."""
+        """Return everything needed to rebuild the tokenizer: the model."""
         return {SENTENCEPIECE_FILE: self._model}

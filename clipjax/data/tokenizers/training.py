@@ -1,4 +1,4 @@
-"""Learning a tokenizer from captions."""
+"""Training of a SentencePiece tokenizer on captions."""
 
 import io
 import re
@@ -8,19 +8,19 @@ from clipjax.data.tokenizers.protocol import PAD_ID, without_surrogates
 
 
 def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
-    """Learns a byte-pair SentencePiece model from captions, all held in memory; the same captions give the same bytes.
+    """Learn a byte-pair SentencePiece model from captions, all held in memory; the same captions give the same bytes.
 
-    Text is NFKC-normalised and case-folded (`nmt_nfkc_cf`), a rule that the model file carries with it.
+    Text is NFKC-normalised and case-folded (`nmt_nfkc_cf`); the model file carries this rule.
 
     Args:
-      captions: captions; whitespace is collapsed, empty ones are skipped.
-      vocab_size: size of the finished tokenizer, with padding, unknown, start and end: what the text tower needs.
+        captions: captions; whitespace is collapsed, empty ones are skipped.
+        vocab_size: size of the finished tokenizer, with padding, unknown, start and end: what the text tower needs.
 
     Returns:
-      Content of a `.model` file, for `SentencePieceTokenizer`.
+        Content of a `.model` file, for `SentencePieceTokenizer`.
 
     Raises:
-      ValueError: the captions are empty, or too few or too many-lettered for `vocab_size`.
+        ValueError: the captions are empty, or too few or too many-lettered for `vocab_size`.
 
     Source: arXiv 1808.06226 (SentencePiece), arXiv 1508.07909 (byte pairs).
     """
