@@ -1,4 +1,4 @@
-"""What the loss moves between devices and keeps on each, read from the compiled program; nothing is run.
+"""Traffic of the loss between devices and memory on each, read from the compiled program; nothing is run.
 
     python -m benchmarks.collectives --devices 8 64 256 --output=benchmarks/results/collectives.json
     python -m benchmarks.collectives --tpu v5e:8x8 v5p:4x8x8 v5e:16x16*2     # needs libtpu, but no TPU; *2: two slices

@@ -1,4 +1,4 @@
-"""Draw what a model sees: pictures of `scenes` that it never saw, each with the prompts it ranks highest.
+"""Draw pictures of `scenes` that a model never saw, each with the prompts that it ranks highest.
 
     python benchmarks/gallery.py --checkpoint=runs/quickstart --output=docs/images/quickstart.png
 

@@ -1,4 +1,4 @@
-"""What every benchmark says of the machine, and how it reads the memory of a process. Imports neither JAX nor torch."""
+"""Description of the machine, and the memory of a process, for all benchmarks. Imports neither JAX nor torch."""
 
 import contextlib
 import os

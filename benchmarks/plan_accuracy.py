@@ -1,4 +1,4 @@
-"""How near `clipjax plan` comes: each step compiled for a described GPU, then run on the real one.
+"""Accuracy of `clipjax plan`: each step compiled for a described GPU, then run on the real one.
 
     python -m benchmarks.plan_accuracy --chip=h200 --output=benchmarks/results/plan_accuracy_h200.json
 

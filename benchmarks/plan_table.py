@@ -1,4 +1,4 @@
-"""The table of docs/planning.md: the presets of configs/clip.py on TPUs that nobody here has.
+"""The table of docs/planning.md: the presets of configs/clip.py on TPUs that this machine lacks.
 
     python -m benchmarks.plan_table --chips v4:4x8x8 v5e:16x16 v5p:4x8x8 v6e:16x16 --batches 32768 \
         --output=benchmarks/results/plan_table.json

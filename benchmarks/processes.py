@@ -1,4 +1,4 @@
-"""Losses of one small run on 1, 2 and 4 processes with 1 to 4 CPU devices each: equal at first, then how far apart.
+"""Losses of one small run on 1, 2 and 4 processes with 1 to 4 CPU devices each, and their differences.
 
     python -m benchmarks.processes --output=benchmarks/results/processes.json
 

@@ -1,4 +1,4 @@
-"""The numerics certificate: every way to compute a loss against float64 NumPy, the largest relative errors in a table.
+"""The numerics certificate: every computation of a loss against float64 NumPy, the largest relative errors in a table.
 
     python -m benchmarks.numerics.certificate --jobs=2 --output=benchmarks/results/numerics.json
 

@@ -1,4 +1,4 @@
-"""The losses and their gradients by hand, in float64 NumPy, on whole matrices: what all else is measured against.
+"""The losses and their gradients by hand, in float64 NumPy, on whole matrices: the reference of all measurements.
 
 Axes: n pairs, e embed.
 """
@@ -50,18 +50,18 @@ def softmax(
         return loss, sum(_shares(logits, axis) - target for axis in (0, 1)) / (2 * n)
     logits = np.where(same, -np.inf, logits)
     others = np.where(own, -np.inf, logits)
-    loss, slope = 0.0, np.zeros((n, n))
+    loss, logit_grads = 0.0, np.zeros((n, n))
     for axis in (0, 1):
         peak = np.maximum(others.max(axis), -1e300)
         with np.errstate(divide="ignore"):
             excess = peak + np.log(np.exp(others - np.expand_dims(peak, axis)).sum(axis)) - np.diag(logits)
         loss += softplus(excess).mean() / 2
         share = np.exp(logits - np.expand_dims(np.diag(logits) + softplus(excess), axis))
-        slope += np.where(own, -np.expand_dims(1 / (1 + np.exp(-excess)), axis), share) / (2 * n)
+        logit_grads += np.where(own, -np.expand_dims(1 / (1 + np.exp(-excess)), axis), share) / (2 * n)
     if label_smoothing:
         loss += label_smoothing * (np.diag(logits).mean() - logits.mean())
-        slope += label_smoothing * (own / n - 1 / n**2)
-    return loss, slope
+        logit_grads += label_smoothing * (own / n - 1 / n**2)
+    return loss, logit_grads
 
 
 def sigmoid(logits: np.ndarray, same: np.ndarray, *, positives: bool = False) -> tuple[float, np.ndarray]:
@@ -78,15 +78,15 @@ def global_(
 ) -> tuple[float, np.ndarray]:
     """Loss, and the derivative by each logit that FastCLIP takes (arXiv 2407.01445)."""
     n, own = len(logits), np.eye(len(logits), dtype=bool)
-    loss, slope = 0.0, np.zeros((n, n))
+    loss, logit_grads = 0.0, np.zeros((n, n))
     for side, axis in enumerate((1, 0)):
         ratio = np.where(own | same, 0, np.exp(logits - np.expand_dims(np.diag(logits), axis))) / (n - 1)
         new, old = ratio.sum(axis), np.exp(log_mean[:, side])
         average = np.where(old == 0, new, (1 - gamma) * old + gamma * new)
         loss += np.mean(np.log(epsilon + average)) / 2
         share = ratio / np.expand_dims(epsilon + average, axis)
-        slope += np.where(own, -np.expand_dims(share.sum(axis), axis), share) / (2 * n)
-    return loss, slope
+        logit_grads += np.where(own, -np.expand_dims(share.sum(axis), axis), share) / (2 * n)
+    return loss, logit_grads
 
 
 def distilled(logits: np.ndarray, teacher: np.ndarray, out: np.ndarray) -> tuple[float, np.ndarray]:
@@ -94,13 +94,13 @@ def distilled(logits: np.ndarray, teacher: np.ndarray, out: np.ndarray) -> tuple
 
     `out`: pairs that do not count, bool [n, n].
     """
-    loss, slope = 0.0, np.zeros(logits.shape)
+    loss, logit_grads = 0.0, np.zeros(logits.shape)
     teacher, masked = np.where(out, -np.inf, teacher), np.where(out, -np.inf, logits)
     for axis in (0, 1):
         target = _shares(teacher, axis)
         loss += np.mean(_log_sum(masked, axis) - (target * logits).sum(axis)) / 2
-        slope += (_shares(masked, axis) - target) / (2 * len(logits))
-    return loss, slope
+        logit_grads += (_shares(masked, axis) - target) / (2 * len(logits))
+    return loss, logit_grads
 
 
 LOSSES: dict[str, Callable[..., tuple[float, np.ndarray]]] = {
@@ -129,22 +129,22 @@ def reference(
     logits = scale * similarity + bias
     group = np.arange(n) if group is None else group
     same = (group[:, None] == group[None, :]) & ~np.eye(n, dtype=bool)
-    loss, slope = LOSSES[kind](logits, same, **options)
+    loss, logit_grads = LOSSES[kind](logits, same, **options)
     if teacher is not None:
         of_images, of_texts, teacher_scale = teacher
         learned = teacher_scale * (of_images.astype(np.float64) @ of_texts.astype(np.float64).T)
-        more, more_slope = distilled(logits, learned, same & (not options.get("positives", False)))
-        loss, slope = loss + distill_weight * more, slope + distill_weight * more_slope
-    by_scale, scale_size = (slope * similarity).sum(), float(np.abs(slope * similarity).sum())
+        more, more_grads = distilled(logits, learned, same & (not options.get("positives", False)))
+        loss, logit_grads = loss + distill_weight * more, logit_grads + distill_weight * more_grads
+    by_scale, scale_size = (logit_grads * similarity).sum(), float(np.abs(logit_grads * similarity).sum())
     if rho is not None:
-        loss, slope = (loss + rho) / scale, slope / scale
+        loss, logit_grads = (loss + rho) / scale, logit_grads / scale
         by_scale, scale_size = (by_scale - loss) / scale, (scale_size + loss) / scale
     grads = {
-        "image": scale * slope @ text,
-        "text": scale * slope.T @ image,
+        "image": scale * logit_grads @ text,
+        "text": scale * logit_grads.T @ image,
         "scale": by_scale,
-        "bias": slope.sum() if kind == "sigmoid" else 0.0,
+        "bias": logit_grads.sum() if kind == "sigmoid" else 0.0,
     }
     sizes = {name: float(np.linalg.norm(grads[name])) for name in ("image", "text")}
-    sizes |= {"scale": scale_size, "bias": float(np.abs(slope).sum())}
+    sizes |= {"scale": scale_size, "bias": float(np.abs(logit_grads).sum())}
     return Truth(float(loss), grads, {"loss": abs(float(loss)), **sizes})

@@ -233,12 +233,12 @@ class HloModule:
         (_, result), *_ = convolution.arrays
         left, right = (arrays_of(self.shape(name))[0][1] for name in convolution.operands[:2])
         labels = convolution.attribute(r"dim_labels=([\w>?-]+)")
-        of_left, rest = labels.split("_", 1)
-        of_right, of_result = rest.split("->")
+        left_dims, rest = labels.split("_", 1)
+        right_dims, result_dims = rest.split("->")
         window = dict(re.findall(r"(\w+)=([\dx_-]+)", convolution.attribute(r"window=\{([^}]*)\}")))
-        taps = 2 * math.prod(result) * right[of_right.index("i")]
-        for label in filter(str.isdigit, of_right):
-            sides = (left[of_left.index(label)], right[of_right.index(label)], result[of_result.index(label)])
+        taps = 2 * math.prod(result) * right[right_dims.index("i")]
+        for label in filter(str.isdigit, right_dims):
+            sides = (left[left_dims.index(label)], right[right_dims.index(label)], result[result_dims.index(label)])
             taps = taps * _num_valid_taps(int(label), window, *sides) // sides[2]
         return taps
 
