@@ -25,7 +25,7 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def leaf_paths(tree: Any) -> list[str]:
-    """Names of all leaves, in tree order."""
+    """Return the paths of all leaves, in tree order."""
     return [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
@@ -38,7 +38,7 @@ def first_match(rules: Sequence[tuple[str, T]], name: str) -> T | None:
 
 
 def match_any(patterns: Sequence[str], name: str) -> bool:
-    """Whether one of the regular expressions matches the whole name."""
+    """Return True if one of the regular expressions matches the whole path."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
@@ -49,7 +49,7 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def to_flat(tree: Any) -> dict[str, Any]:
-    """Leaves by name."""
+    """Return the leaves by path."""
     return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

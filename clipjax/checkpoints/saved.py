@@ -94,7 +94,7 @@ def _find_directory(path: pathlib.Path, step: int | None) -> pathlib.Path:
 
 
 def _is_step(path: pathlib.Path) -> bool:
-    """Whether a directory is that of a step, whatever its name."""
+    """Return True if a directory is that of a step, by any name."""
     return (path / "config").is_dir() and (path.name.isdigit() or (path / "tokenizer").is_dir())
 
 

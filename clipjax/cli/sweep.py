@@ -183,7 +183,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.launcher == "local" and (options.sbatch_options or options.wait or options.dry_run):
         raise ValueError("--sbatch_options, --wait and --dry-run need --launcher=slurm")
     if options.launcher == "slurm" and (options.trial is not None or options.jobs != 1):
-        raise ValueError("--trial and --jobs need --launcher=local; SLURM decides how many trials run at a time")
+        raise ValueError("--trial and --jobs need --launcher=local; Slurm decides how many trials run at a time")
     for one in parsed.overrides:
         if is_path_field(one.path):
             expand(one.text, f"--config.{one.path}")

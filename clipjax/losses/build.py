@@ -1,8 +1,7 @@
-"""From options or a config to a loss function.
+"""Construction of a loss function, from options (`make_loss`) or from a config (`build_loss`).
 
-`contrastive` holds the plain references; `logit_loss` and its kinds say what a loss does with a logit, `tiles` walks
-through a block of the similarity matrix, `partitioning` and `topology` share the matrix out among devices, `sharded`
-makes a differentiable function of it, `moving_averages` keeps what `global` remembers of each sample."""
+Reading order: `make_loss`, `ContrastiveLoss`; then `build_loss`, `TrainingLoss`.
+"""
 
 import functools
 from dataclasses import KW_ONLY, dataclass
@@ -42,7 +41,7 @@ def make_loss(
     epsilon: float = DEFAULT_EPSILON,
     rho: float | None = None,
 ) -> "ContrastiveLoss":
-    """The loss of this kind, in tiles, on this mesh; without a mesh, on whole arrays.
+    """Make the loss of this kind, in tiles, on this mesh; without a mesh, on whole arrays.
 
     Args:
         kind: `softmax`, `sigmoid` or `global`.
@@ -70,15 +69,15 @@ def make_loss(
         2004.11362, equation 2 (several positives); arXiv 2309.12314 (distillation).
 
     Cost:
-        Memory per device: linear in its rows and columns, and one tile; see `losses.ways` for what moves.
+        Memory per device: linear in its rows and columns, and one tile; see `losses.partitioning` for what moves.
     """
     kind, method, dtype, group_role = LossKind(kind), LossMethod(method), Dtype(dtype), GroupRole(group_role)
     positives = group_role is GroupRole.POSITIVE
     _check_options(kind, positives, label_smoothing, tile, distill_weight, epsilon, rho)
-    rules = _rules(kind, positives, epsilon, distill_weight)
-    product = TiledLogits(rules, DEFAULT_TILE if tile is None else tile, jnp.dtype(dtype.value), positives)
+    logit_loss = _choose_logit_loss(kind, positives, epsilon, distill_weight)
+    tiled = TiledLogits(logit_loss, DEFAULT_TILE if tile is None else tile, jnp.dtype(dtype.value), positives)
     distilled = distill_weight is not None
-    return ContrastiveLoss(product, kind, method, mesh, label_smoothing=label_smoothing, distilled=distilled, rho=rho)
+    return ContrastiveLoss(tiled, kind, method, mesh, label_smoothing=label_smoothing, distilled=distilled, rho=rho)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +85,7 @@ class ContrastiveLoss:
     """The loss that `make_loss` describes, a `LossFunction`.
 
     Attributes:
-        product: what is done with each logit, in tiles.
+        tiled: the logit loss, in tiles.
         kind: the kind of loss.
         method: the way in which devices share the similarity matrix.
         mesh: has the axes over which the rows of both embeddings are split; None: whole arrays.
@@ -95,7 +94,7 @@ class ContrastiveLoss:
         rho: margin by which the `global` loss learns its scale.
     """
 
-    product: TiledLogits
+    tiled: TiledLogits
     kind: LossKind
     method: LossMethod
     mesh: Mesh | None
@@ -105,8 +104,8 @@ class ContrastiveLoss:
     rho: float | None
 
     @functools.cached_property
-    def _tiled(self) -> Any:
-        return make_sharded_loss(self.product, method=self.method, mesh=self.mesh)
+    def _sharded(self) -> Any:
+        return make_sharded_loss(self.tiled, method=self.method, mesh=self.mesh)
 
     def __call__(
         self,
@@ -137,7 +136,7 @@ class ContrastiveLoss:
         Raises:
             ValueError: a teacher, memory or groups that are missing, or that this loss would ignore.
         """
-        positives, (group, teacher, memory) = self.product.positives, inputs
+        positives, (group, teacher, memory) = self.tiled.positives, inputs
         _check_given("teacher", teacher, needed=self.distilled)
         _check_given("memory", memory, needed=self.kind is LossKind.GLOBAL)
         if positives or self.label_smoothing:
@@ -151,7 +150,7 @@ class ContrastiveLoss:
             scaling = scaling._replace(teacher=teacher.logit_scale)
         if memory is not None:
             pairs, scaling = pairs._replace(memory=memory.log_mean), scaling._replace(gamma=memory.gamma)
-        value, metrics, new_memory = self._tiled(pairs, scaling)
+        value, metrics, new_memory = self._sharded(pairs, scaling)
         if self.label_smoothing:
             own = jnp.mean(jnp.sum(image_embed * text_embed, axis=1))
             every = jnp.sum(jnp.mean(image_embed, axis=0) * jnp.mean(text_embed, axis=0))
@@ -189,8 +188,8 @@ def _check_options(
         raise ValueError(f"rho={rho} and epsilon={epsilon} need kind=global; kind={kind.value} would ignore them")
 
 
-def _rules(kind: LossKind, positives: bool, epsilon: float, distill_weight: float | None) -> LogitLoss:
-    """What is done with each logit."""
+def _choose_logit_loss(kind: LossKind, positives: bool, epsilon: float, distill_weight: float | None) -> LogitLoss:
+    """Return the logit loss of this kind and these options."""
     rules: LogitLoss
     match kind:
         case LossKind.SOFTMAX:
@@ -267,7 +266,7 @@ def _build_contrastive(config: LossConfig, mesh: Mesh) -> ContrastiveLoss:
 
 
 def describe_loss(config: Config, mesh: Mesh) -> str:
-    """What was chosen, for the log."""
+    """Describe the chosen loss, method and tile, for the log."""
     devices, loss = batch_devices(mesh), config.loss
     pair_bytes = 2 * config.model.embed_dim * jnp.dtype(loss.dtype.value).itemsize
     method = choose_method(loss.method, mesh, config.global_batch_size, pair_bytes)

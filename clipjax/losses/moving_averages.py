@@ -1,4 +1,4 @@
-"""What the `global` loss remembers of every sample: two numbers each, split over the devices that split the batch.
+"""Moving averages of the `global` loss: two numbers a sample, split over the devices that split the batch.
 
 Axes: c samples that one device keeps, r pairs of one device, n pairs of the global batch.
 """
@@ -81,7 +81,10 @@ def _scatter(
 
 
 def _is_first(index: Int[Array, "n"]) -> Array:
-    """Whether a number has not occurred before, bool [n]. A scatter that meets a place twice may keep either row."""
+    """Return True where a number occurs for the first time, bool [n].
+
+    A scatter that meets a place twice may keep either row.
+    """
     order = jnp.argsort(index, stable=True)
     ordered = index[order]
     new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
