@@ -1,4 +1,4 @@
-"""How a command ends when something is wrong: messages and exit codes. Nothing below `cli` knows an exit code.
+"""Messages and exit codes of a command that fails. Nothing below `cli` knows an exit code.
 
 `refusals` surrounds all that can be refused before the work starts, `stops` the work itself.
 """

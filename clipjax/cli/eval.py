@@ -126,7 +126,7 @@ def _parser() -> arguments.Parser:
 
 
 def _open_here(argv: Sequence[str]) -> tuple[Evaluation, consistency.Fingerprint]:
-    """This process's part, and what must be the same on all processes."""
+    """Open this process's part, and return it with all that must be the same on all processes."""
     parsed = _parser().read(argv)
     options = parsed.options
     _refuse_unread(parsed.overrides)

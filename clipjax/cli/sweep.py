@@ -93,7 +93,7 @@ def _all_measured(sweep: Sweep, trials: Sequence[Trial]) -> bool:
 
 
 def _on_slurm(sweep: Sweep, trials: Sequence[Trial], options: argparse.Namespace, passed: Sequence[str]) -> int:
-    """Gathers what is finished, and submits the rest unless it is in the queue already."""
+    """Gather what is finished, and submit the rest unless it is in the queue already."""
     waiting = [trial.index for trial in trials if trial.status != "done"]
     extra = shlex.split(options.sbatch_options)
     if options.dry_run:

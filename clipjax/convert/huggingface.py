@@ -115,7 +115,7 @@ def _read_text(cfg: PeerConfig, *, siglip: bool) -> TextTransformerConfig:
 
 
 def _read_blocks(cfg: PeerConfig, *, siglip: bool, width: int, mlp_dim: int, num_heads: int) -> dict[str, Any]:
-    """What both towers have; sizes are their defaults."""
+    """Read the fields that both towers have; sizes are their defaults."""
     width, mlp_dim = cfg.size("hidden_size", width), cfg.size("intermediate_size", mlp_dim)
     return {
         "width": width,

@@ -57,7 +57,7 @@ def table(config: ModelConfig, *, custom_text: bool, weights: Mapping[str, np.nd
 
 
 def _scalar(theirs: str, ours: str, weights: Mapping[str, np.ndarray]) -> Rule:
-    """A number, which their option `nonscalar_logit_scale` keeps as an array of one."""
+    """Return the rule of a number, which their option `nonscalar_logit_scale` keeps as an array of one."""
     return rule(theirs, ours, "1 ->" if theirs in weights and weights[theirs].ndim else "->")
 
 
@@ -177,7 +177,7 @@ def _trunk_rules(tower: ViTConfig, weights: Mapping[str, np.ndarray]) -> list[Ru
 
 
 def _trunk_projection(tower: ViTConfig, weights: Mapping[str, np.ndarray]) -> list[Rule]:
-    """The projection behind timm's tower: open_clip's own, or without `timm_proj` timm's classifier."""
+    """Return the projection behind timm's tower: open_clip's own, or without `timm_proj` timm's classifier."""
     kernel, *bias = linear(
         "visual.trunk.head" if "visual.trunk.head.weight" in weights else "visual.head.proj", "image/proj"
     )

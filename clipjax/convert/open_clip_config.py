@@ -92,7 +92,7 @@ def _read_image(cfg: PeerConfig, activation: Activation, decodes: bool) -> ViTCo
 
 
 def _num_heads(cfg: PeerConfig, width: int) -> int:
-    """How often the heads' width fits into another, which is how they count heads."""
+    """Count heads as they do: by how often the heads' width fits into the tower's."""
     head_width = cfg.size("head_width", 64)
     heads = width // head_width
     if heads < 1 or width % heads:
@@ -109,7 +109,7 @@ def _check_blocks(cfg: PeerConfig) -> None:
 
 
 def _read_trunk(cfg: PeerConfig, name: str, size: int) -> ViTConfig:
-    """A tower of timm's, whose name sets all sizes."""
+    """Read a tower of timm's, whose name sets all sizes."""
     if name not in SIGLIP_TRUNKS:
         cfg.refuse("timm_model_name", name, f"must be one of {', '.join(SIGLIP_TRUNKS)}")
         cfg.skip(*VISION_NAMES)
@@ -172,7 +172,7 @@ def _read_text(cfg: PeerConfig, activation: Activation) -> TextTransformerConfig
 
 
 def _text_pool(cfg: PeerConfig, vocab_size: int) -> TextPool:
-    """Where the text's vector is read. Some fields count only together with others."""
+    """Read the place of the text's vector. Some fields count only together with others."""
     end, padding = (cfg.take(name, (int, type(None)), usual) for name, usual in (("eos_id", 2), ("pad_id", 0)))
     if cfg.take("embed_cls", bool, False):
         cfg.skip("pool_type")
@@ -206,7 +206,7 @@ def _mlp_dim(width: int, cfg: PeerConfig) -> int | None:
 
 
 def _activation(cfg: PeerConfig, activation: Activation) -> Activation:
-    """The non-linearity, of which their QuickGELU takes no options."""
+    """Read the non-linearity, of which their QuickGELU takes no options."""
     found = cfg.take("act_kwargs", (dict, type(None)), None)
     if not found:
         return activation

@@ -32,11 +32,11 @@ SIGLIP_TRUNKS: dict[str, tuple[int, int, int, int, int, int | None, Activation]]
 open_clip does not pass `image_size` on."""
 
 POOLER_EPSILON = 1e-5
-"""Of the norms in their pooling by queries and in their decoder, whatever `norm_kwargs` says."""
+"""Epsilon of the norms in their pooling by queries and in their decoder, whatever `norm_kwargs` says."""
 
 
 def trunk_name(image: ViTConfig) -> str | None:
-    """timm's name of an image tower."""
+    """Return timm's name of an image tower."""
     found = (
         image.image_size,
         image.patch_size,

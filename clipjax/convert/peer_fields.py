@@ -195,7 +195,7 @@ _BASE = Fields(
         ),
     },
 )
-"""Of `PreTrainedConfig`, now and in older versions."""
+"""Fields of `PreTrainedConfig`, now and in older versions."""
 
 _TOWER = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

@@ -25,7 +25,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def write(config: Config, params: Mapping[str, np.ndarray], folder: pathlib.Path) -> None:
-    """The three files.
+    """Write the three files.
 
     Args:
         config: the model, and how it normalises pixels.

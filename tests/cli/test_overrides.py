@@ -15,7 +15,7 @@ from clipjax.cli import plan, sweep, train
 from clipjax.cli.overrides import override, split_overrides
 from clipjax.config import BagOfWordsConfig, CbowConfig, Config, DecoderConfig, ResNetConfig, TaskConfig
 from clipjax.config.paths import is_path_field
-from clipjax.config.serialization import field_value, members, without_none
+from clipjax.config.serialization import field_value, members, take_apart
 from clipjax.data.tokenizers.bytes import BytesTokenizer
 from clipjax.sweeps import Grid, Sweep
 from clipjax.sweeps.plan import plan_trials
@@ -34,7 +34,7 @@ def make_config() -> Config:
 def fields(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Paths of all fields, those of every tower among them, and their types."""
     for name, annotation in members(kind).items():
-        inner, path = without_none(annotation), f"{prefix}{name}"
+        inner, path = take_apart(annotation).of, f"{prefix}{name}"
         if typing.get_origin(inner) is dict:
             yield from fields(typing.get_args(inner)[1], f"{TASK}.")
         elif members(inner) or any(members(each) for each in typing.get_args(inner)):
@@ -52,7 +52,7 @@ def other_value(path: str, annotation: Any, config: Config) -> str:
     """A text for the field that is not its value."""
     if path in SPECIAL:
         return SPECIAL[path]
-    kind, now = without_none(annotation), field_value(config, path)
+    kind, now = take_apart(annotation).of, field_value(config, path)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return next(member.value for member in kind if member is not now)
     if kind is bool:
@@ -227,7 +227,7 @@ def test_a_field_given_twice_is_refused_in_any_spelling():
 
 def test_every_field_that_holds_a_path_is_known():
     """A new field of type str is a path or one of these."""
-    texts = {path for path, annotation in FIELDS.items() if without_none(annotation) is str}
+    texts = {path for path, annotation in FIELDS.items() if take_apart(annotation).of is str}
     no_paths = {"data.tfds_image_key", "data.tfds_caption_key", "checkpoint.best_metric", f"{TASK}.tfds_label_key"}
     assert {path for path in texts if not is_path_field(path)} == no_paths
 

@@ -27,6 +27,8 @@ if __name__ == "__main__":  # workers import this file
     ENDING
 """
 
+pytestmark = pytest.mark.process
+
 
 def start(folder, ending: str) -> "subprocess.Popen[str]":
     script = folder / "read.py"
