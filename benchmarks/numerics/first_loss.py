@@ -8,7 +8,6 @@ NumPy in float64, a block of rows at a time.
 """
 
 import json
-import pathlib
 import sys
 
 import jax
@@ -39,8 +38,10 @@ def softmax_loss(image: np.ndarray, text: np.ndarray, scale: float) -> float:
 
 
 def main() -> None:
-    parsed = arguments.parse("first_loss", sys.argv[1:], options={"workdir": "of the run"})
-    config = parsed.config
+    parser = arguments.Parser("first_loss", "The first loss of a run against float64 NumPy.", config="file")
+    parser.add_argument("--workdir", type=arguments.path, help="of the run", missing="=DIR is missing")
+    parsed = parser.read(sys.argv[1:])
+    config = parsed.config()
     inputs = open_inputs(config)
     clip, tokenize = (
         build_clip(config.model, data=config.data),
@@ -58,7 +59,7 @@ def main() -> None:
     ]
     image, text = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in (0, 1))
     expected = softmax_loss(image, text, float(parts[0][2]))
-    log = pathlib.Path(parsed.options["workdir"]) / "metrics.jsonl"
+    log = parsed.options.workdir / "metrics.jsonl"
     first = json.loads(log.read_text().splitlines()[0])
     error = abs(first["loss"] - expected) / expected
     print(f"step {first['step']}: logged {first['loss']:.9f}, float64 {expected:.9f}, relative difference {error:.1e}")

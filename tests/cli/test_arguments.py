@@ -207,3 +207,22 @@ def test_data_needs_a_command(capsys):
     for argv, message in (([], "a command is missing, one of scenes"), (["scene"], "'scene' is none of scenes")):
         assert exit_code(data.main, argv) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("main", "module"), [(train.main, "clipjax.cli.train"), (evaluate.main, "clipjax.cli.eval")])
+def test_processes_meet_before_the_rest_is_parsed_and_tell_each_other_what_is_wrong(monkeypatch, capsys, main, module):
+    met, told = [], []
+
+    def run_on_all(name, work):
+        try:
+            return work()
+        except ValueError as error:
+            told.append(str(error))
+            raise
+
+    monkeypatch.setattr(f"{module}.processes.start", met.append)
+    monkeypatch.setattr("clipjax.runtime.consistency.run_on_all", run_on_all)
+    options = {"coordinator": "a:1", "num_processes": "2", "process_id": "0"}
+    assert exit_code(main, ["--nonsense", *(f"--{name}={value}" for name, value in options.items())]) == 2
+    assert met == [options]
+    assert len(told) == 1 and told[0].startswith("unknown option --nonsense")

@@ -54,7 +54,7 @@ def processes(
     Args:
         count: how many.
         arguments: of all of them.
-        of_last: arguments and environment that only the last one gets besides.
+        of_last: arguments and environment that only the last one gets besides, or instead of those of the same name.
         environment: of all of them.
     """
     address = f"localhost:{free_port()}"
@@ -62,7 +62,9 @@ def processes(
     for index in range(count):
         more, changes = of_last if index == count - 1 else ((), {})
         words = (f"--coordinator={address}", f"--num_processes={count}", f"--process_id={index}")
-        started.append(start(*arguments, *words, *more, **{**environment, **changes}))
+        names = {argument.partition("=")[0] for argument in more}
+        kept = [argument for argument in arguments if argument.partition("=")[0] not in names]
+        started.append(start(*kept, *words, *more, **{**environment, **changes}))
     try:
         yield started
     finally:
@@ -410,6 +412,9 @@ def test_what_one_process_cannot_open_is_refused_on_both(tiny_config, tmp_path):
     with processes(2, *arguments, of_last=(("--config.data.tfds_dir=nowhere",), {})) as both:
         (line,) = refused(outputs(both, expect=2))
     assert line.startswith("process 1 (") and "no prepared data in nowhere (data.tfds_dir)" in line
+    with processes(2, *arguments, of_last=(("--workdri=elsewhere",), {})) as both:
+        (line,) = refused(outputs(both, expect=2))
+    assert line.startswith("process 1 (") and "unknown option --workdri; did you mean --workdir?" in line
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
