@@ -108,9 +108,9 @@ def test_gradients_agree_with_finite_differences_in_a_random_direction():
 def test_logit_scale_is_clamped():
     config = small_config(learning_rate=10.0)
     init, _, train_step = build(config)
-    state = init(jax.random.key(0))
+    state = jax.jit(init)(jax.random.key(0))
     state = dataclasses.replace(state, params={**state.params, "log_logit_scale": jnp.float32(50.0)})
-    state, metrics = train_step(state, jax.device_put(batch()))
+    state, metrics = jax.jit(train_step)(state, jax.device_put(batch()))
     assert float(jnp.exp(state.params["log_logit_scale"])) == pytest.approx(100.0, rel=1e-6)
     assert int(state.step) == 1
     assert np.isfinite(float(metrics["param_norm"]))
