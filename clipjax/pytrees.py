@@ -1,4 +1,4 @@
-"""Nested dicts of arrays by path: names, ordered path rules, norms by group.
+"""Nested dicts of arrays by path: names, ordered path rules.
 
 A path is the keys joined by "/", e.g. `image/blocks/attn/qkv/kernel`; attributes and indices of other containers
 (an optimizer state) take part in the same way.
@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 T = TypeVar("T")
 
@@ -40,12 +39,6 @@ def first_match(rules: Sequence[tuple[str, T]], name: str) -> T | None:
 def match_any(patterns: Sequence[str], name: str) -> bool:
     """Return True if one of the regular expressions matches the whole path."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """Euclidean norm over all leaves, float32."""
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
 
 
 def to_flat(tree: Any) -> dict[str, Any]:

@@ -33,14 +33,16 @@ def parts() -> tuple[Config, Clip, jax.sharding.Mesh]:
 def test_embeddings_are_the_models_and_programs_are_shared(parts):
     config, clip, mesh = parts
     image = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    encode_image, encode_text = jax.jit(clip.encode_image), jax.jit(clip.encode_text)
+    init = jax.jit(clip.init)
     sizes = encoder._encode_image._cache_size(), encoder._encode_text._cache_size()
     for seed in (0, 1):
-        params = clip.init(jax.random.key(seed))
+        params = init(jax.random.key(seed))
         one = Encoder(config, clip, mesh, TOKENIZER, params)
         assert one.has_embeddings
-        np.testing.assert_allclose(one.embed_images(image), clip.encode_image(params, image), atol=1e-5)
+        np.testing.assert_allclose(one.embed_images(image), encode_image(params, image), atol=1e-5)
         texts = one.embed_texts(["a", "b", "c", "d", "e"])  # two batches, the second is padded
-        np.testing.assert_allclose(texts[4:], clip.encode_text(params, one.tokenize(["e"])), atol=1e-5)
+        np.testing.assert_allclose(texts[4:], encode_text(params, one.tokenize(["e"])), atol=1e-5)
         assert texts.shape == (5, 16)
     assert encoder._encode_image._cache_size() == sizes[0] + 1
     assert encoder._encode_text._cache_size() == sizes[1] + 1

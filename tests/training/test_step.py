@@ -114,7 +114,7 @@ def test_logit_scale_is_clamped():
     init, _, train_step = build(config)
     state = jax.jit(init)(jax.random.key(0))
     state = dataclasses.replace(state, params={**state.params, "log_logit_scale": jnp.float32(50.0)})
-    state, metrics = jax.jit(train_step)(state, batch())
+    state, metrics = jax.jit(train_step)(state, jax.device_put(batch()))
     assert float(jnp.exp(state.params["log_logit_scale"])) == pytest.approx(100.0, rel=1e-6)
     assert int(state.step) == 1
     assert np.isfinite(float(metrics["param_norm"]))
