@@ -123,7 +123,7 @@ def _read_trunk(cfg: PeerConfig, name: str, size: int) -> ViTConfig:
     if SIGLIP_TRUNKS[name][0] != size:
         cfg.refuse("image_size", size, f"must be that of timm_model_name={name}")
     cfg.skip(*VISION_NAMES)
-    size, patch_size, width, depth, heads, mlp_dim, activation = SIGLIP_TRUNKS[name]
+    size, (patch_size, width, depth, heads, mlp_dim, activation) = SIGLIP_TRUNKS[name]
     return ViTConfig(
         image_size=size,
         patch_size=patch_size,

@@ -24,10 +24,10 @@ _TRUNKS: tuple[tuple[str, tuple[int, ...], Sizes], ...] = (
     ("vit_giantopt_patch16_siglip", (256, 384), (16, 1536, 40, 16, None, Activation.GELU_TANH)),
 )
 
-SIGLIP_TRUNKS: dict[str, tuple[int, int, int, int, int, int | None, Activation]] = {
-    f"{name}_{size}": (size, *tower) for name, sizes, tower in _TRUNKS for size in sizes
+SIGLIP_TRUNKS: dict[str, tuple[int, Sizes]] = {
+    f"{name}_{size}": (size, tower) for name, sizes, tower in _TRUNKS for size in sizes
 }
-"""timm's image towers that open_clip names: image and patch size, width, depth, heads, MLP, non-linearity
+"""timm's image towers that open_clip names: image size and patch size, width, depth, heads, MLP, non-linearity
 (huggingface/pytorch-image-models 1.0.31, `timm/models/vision_transformer.py`). The name sets the image's size, since
 open_clip does not pass `image_size` on."""
 
@@ -37,15 +37,8 @@ POOLER_EPSILON = 1e-5
 
 def trunk_name(image: ViTConfig) -> str | None:
     """Return timm's name of an image tower."""
-    found = (
-        image.image_size,
-        image.patch_size,
-        image.width,
-        image.depth,
-        image.num_heads,
-        image.mlp_dim,
-        image.activation,
-    )
+    tower = (image.patch_size, image.width, image.depth, image.num_heads, image.mlp_dim, image.activation)
+    found = (image.image_size, tower)
     return next((name for name, sizes in SIGLIP_TRUNKS.items() if sizes == found), None)
 
 

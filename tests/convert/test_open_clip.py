@@ -38,7 +38,7 @@ def tiny_siglip() -> ViTConfig:
 @pytest.fixture(autouse=True)
 def tiny_trunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tower of timm's that is small; all of theirs have 86 million parameters and more."""
-    monkeypatch.setitem(open_clip_limits.SIGLIP_TRUNKS, "vit_tiny_16", (16, 8, 128, 2, 2, None, Activation.GELU))
+    monkeypatch.setitem(open_clip_limits.SIGLIP_TRUNKS, "vit_tiny_16", (16, (8, 128, 2, 2, None, Activation.GELU)))
 
 
 def model_config(name: str) -> ModelConfig:
