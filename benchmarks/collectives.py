@@ -56,6 +56,8 @@ def collectives(text: str, slice_devices: int | None = None) -> list[Collective]
     """
     bodies = _computations(text)
     runs = _runs(bodies)
+    partitions = re.search(r"^HloModule .*\bnum_partitions=(\d+)", text)
+    num_devices = int(partitions.group(1)) if partitions else 1
     found = []
     for name, body in bodies.items():
         for line in body.splitlines():
@@ -72,7 +74,7 @@ def collectives(text: str, slice_devices: int | None = None) -> list[Collective]
                 if kind == "send":
                     found.append(Collective(kind, _size(shapes[0]), runs[name], True))
                     continue
-                groups = _groups(line)
+                groups = _groups(line, num_devices)
                 if kind == "all-gather":
                     numbers -= numbers // len(groups[0])  # what was there already
                 found.append(Collective(kind, numbers, runs[name], _cross(groups, slice_devices)))
@@ -109,22 +111,18 @@ def _cross(groups: list[list[int]], slice_devices: int | None) -> bool:
     return slice_devices is not None and any(len({device // slice_devices for device in group}) > 1 for group in groups)
 
 
-def _groups(line: str) -> list[list[int]]:
-    """Groups of devices, or pairs of source and target: all of them listed, or as rows of the numbers in order.
+def _groups(line: str, num_devices: int) -> list[list[int]]:
+    """Groups of devices, or pairs of source and target."""
+    from clipjax.planning.hlo import Instruction
+    from clipjax.planning.traffic import replica_groups
 
-    `[2,4]<=[4,2]T(1,0)`: numbers in the last shape, transposed, in rows of the first.
-    """
-    import numpy as np
-
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line)
-    if listed:
-        return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed.group(1))]
-    match = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    if match is None:
-        raise ValueError(f"groups are not understood: {line[:300]}")
-    rows, shape, order = ([int(i) for i in part.split(",")] if part else None for part in match.groups())
-    numbers = np.arange(math.prod(shape or [])).reshape(shape)
-    return numbers.transpose(order).reshape(rows).tolist()
+    groups = replica_groups(Instruction("", "", "", (), line, ""), num_devices)
+    if groups is not None:
+        return groups.tolist()
+    pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", line)
+    if pairs is None:
+        raise ValueError(f"pairs are not understood: {line[:300]}")
+    return [[int(i) for i in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs.group(1))]
 
 
 def total(found: Sequence[Collective], kind: str, *, between: bool | None = None) -> int:
