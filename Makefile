@@ -10,6 +10,9 @@ RUN := runs/quickstart
 CONSTRAINTS ?= $(wildcard constraints/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt)
 # The newest end takes the newest; `make NEWEST_CONSTRAINTS=constraints/newest.txt ...` takes what it passed with last.
 NEWEST_CONSTRAINTS ?=
+# Processes that share the tests, a file each at a time; compiling keeps one core busy. `make WORKERS=0 test`: one process.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 print_versions = import sys; from importlib.metadata import version; \
   print("Python", sys.version.split()[0], *(f"{name} {version(name)}" for name in "jax jaxlib flax optax orbax-checkpoint grain numpy".split()), sep=", ")
 # Large pages for the heap, as the console script asks for (clipjax/cli/main.py): training on CPUs is twice as fast.
@@ -50,18 +53,18 @@ quickstart: install  # data, training and evaluation of a small model, in minute
 	$(BIN)/clipjax eval --checkpoint=$(RUN) --output=$(RUN)/results.json
 
 test: install-test  # the tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-fast: install-test  # those that start no process and compile for no other machine
-	$(BIN)/python -m pytest -m "not slow and not process and not compile_ahead"
+	$(BIN)/python $(PYTEST) -m "not slow and not process and not compile_ahead"
 
 test-all: install-test  # the slow ones too
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 # `make NEWEST_PYTHON=python3.12 test-newest` takes that Python, once .venv-newest is gone.
 test-newest: $(NEWEST)/.installed  # a part of the tests with the newest Python and JAX
 	@$(NEWEST)/bin/python -c '$(print_versions)'
-	$(NEWEST)/bin/python -m pytest -m newest
+	$(NEWEST)/bin/python $(PYTEST) -m newest
 
 lint: install-test  # style, types, imports
 	$(BIN)/ruff check .

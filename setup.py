@@ -12,6 +12,7 @@ TEST = [
     "kubeflow-trainer-api>=2.1,<3",  # types of the JobSet API
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.11",
     "setuptools>=77",  # builds the wheel that a test installs
 ]

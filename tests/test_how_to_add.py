@@ -245,7 +245,7 @@ def test_a_tower_a_loss_option_and_a_task_touch_few_files_and_work(tmp_path):
 
 
 def test_the_readme_names_the_files_that_an_addition_touches():
-    bullets = README.read_text().split("## Map", 1)[1].split("\n* **")
+    bullets = README.read_text().split("## Layout", 1)[1].split("\n* **")
     for word, change in (("A tower", TOWER), ("A loss option", LOSS_OPTION), ("An evaluation task", TASK)):
         bullet = next(text for text in bullets if text.startswith(word))
         assert [name for name, edits in change.items() if not isinstance(edits, str) and name not in bullet] == []

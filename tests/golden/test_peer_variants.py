@@ -62,7 +62,7 @@ def test_it_computes_what_the_peer_computes(name: str):
     def compute(params, pixels, tokens):
         found = {"image_embed": clip.encode_image(params, pixels), "text_embed": clip.encode_text(params, tokens)}
         if isinstance(config.caption, DecoderConfig):
-            logits = clip.next_logits(params, clip.look(params, pixels), tokens)
+            logits = clip.next_logits(params, clip.encode_image_tokens(params, pixels), tokens)
             found["caption_logits"] = logits[:, :-1, :4]
         return found
 

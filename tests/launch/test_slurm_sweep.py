@@ -24,7 +24,7 @@ def test_without_slurm_it_is_refused(tmp_path, capsys, monkeypatch):
     (tmp_path / "config.py").write_text("")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert exit_code(sweep.main, arguments(tmp_path, tmp_path / "config.py")) == 2
-    assert "--launcher=slurm needs SLURM's sbatch, squeue, scontrol, not found in PATH" in capsys.readouterr().err
+    assert "--launcher=slurm needs Slurm's sbatch, squeue, scontrol, not found in PATH" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_command_and_options_are_checked(tmp_path, capsys):
