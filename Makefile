@@ -12,7 +12,7 @@ CONSTRAINTS ?= $(wildcard constraints/python$(shell $(PYTHON) -c 'import sys; pr
 NEWEST_CONSTRAINTS ?=
 # Processes that share the tests, a file each at a time; compiling keeps one core busy. `make WORKERS=0 test`: one process.
 WORKERS ?= 2
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 print_versions = import sys; from importlib.metadata import version; \
   print("Python", sys.version.split()[0], *(f"{name} {version(name)}" for name in "jax jaxlib flax optax orbax-checkpoint grain numpy".split()), sep=", ")
 # Large pages for the heap, as the console script asks for (clipjax/cli/main.py): training on CPUs is twice as fast.
