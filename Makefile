@@ -55,8 +55,8 @@ quickstart: install  # data, training and evaluation of a small model, in minute
 test: install-test  # the tests
 	$(BIN)/python $(PYTEST) -m "not slow"
 
-test-fast: install-test  # those that start no process and compile for no other machine
-	$(BIN)/python $(PYTEST) -m "not slow and not process and not compile_ahead"
+test-fast: install-test  # those that start no process, compile for no other machine and not for seconds
+	$(BIN)/python $(PYTEST) -m "not slow and not process and not compile_ahead and not heavy"
 
 test-all: install-test  # the slow ones too
 	$(BIN)/python $(PYTEST)

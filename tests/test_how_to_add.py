@@ -15,6 +15,7 @@ import sys
 import tarfile
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import clipjax
@@ -225,6 +226,7 @@ def write_pairs(path: pathlib.Path, count: int = 8) -> None:
                 tar.addfile(member, io.BytesIO(content))
 
 
+@pytest.mark.process
 def test_a_tower_a_loss_option_and_a_task_touch_few_files_and_work(tmp_path):
     assert (len(TOWER), len(LOSS_OPTION), len(TASK)) == (5, 3, 3)
     package = tmp_path / "clipjax"

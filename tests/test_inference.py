@@ -25,6 +25,7 @@ def model() -> Model:
     return Model(config, jax.jit(build_clip(config.model).init)(jax.random.key(0)), TOKENIZER)
 
 
+@pytest.mark.heavy
 def test_captions_are_texts_and_programs_are_kept(model: Model):
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 24, 3), np.uint8)
     for method in ("greedy", "top_k", "beam"):

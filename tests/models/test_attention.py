@@ -105,6 +105,7 @@ def lower(method: AttentionMethod, mesh_config: MeshConfig):
         pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), id="all axes"),
     ],
 )
+@pytest.mark.heavy
 def test_a_model_does_not_depend_on_what_computes_attention(mesh):
     (plain, arguments), (fused, _) = (lower(method, mesh) for method in (AttentionMethod.XLA, AttentionMethod.FUSED))
     assert plain.as_text() != fused.as_text()

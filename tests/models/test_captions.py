@@ -101,6 +101,7 @@ def test_a_bag_is_the_set_of_a_captions_tokens():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.heavy
 def test_the_loss_on_a_mesh_and_in_microbatches_is_the_loss_of_one_device(name: str):
     config = config_of(name)
     validate(config)
@@ -152,6 +153,7 @@ def test_a_decoder_sees_what_came_before_and_the_image():
 
 
 @pytest.mark.parametrize("name", ["caption", "bag of words"])
+@pytest.mark.heavy
 def test_likelihood_of_every_text_for_every_image(name: str):
     config = config_of(name)
     clip = build_clip(config.model)

@@ -84,6 +84,7 @@ QUICK = ("image registers", "image attention", "image resnet", "text bag of word
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 )
+@pytest.mark.heavy
 def test_every_parameter_matters_and_speed_options_change_nothing(name: str):
     config = model_config(name, compute_dtype=Dtype.FLOAT32)
     clip = build_clip(config)

@@ -53,6 +53,7 @@ def test_a_parameter_without_a_rule_is_refused_by_name():
         sharding.state_shardings(mesh, tree, PARAMETER_RULES)
 
 
+@pytest.mark.heavy
 def test_state_is_born_sharded_and_the_same_on_every_mesh():
     config = Config(model=SMALL)
     init, abstract = abstract_state(config)

@@ -55,6 +55,7 @@ def function_of(gradients: Gradients):
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("kind", "method"), [("softmax", "gathered"), ("sigmoid", "ring")])
+@pytest.mark.heavy
 def test_cached_gradients_are_the_direct_ones(kind, method, sizes):
     params, clip = setting(kind)
     data, fsdp, tensor = sizes
@@ -116,6 +117,7 @@ def test_both_passes_draw_the_same_random_numbers():
     np.testing.assert_allclose(found["weight"], expected["weight"], rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.heavy
 def test_the_activations_of_one_microbatch_are_held_at_a_time():
     params, clip = setting("softmax")
     many = {name: np.concatenate([x] * 64) for name, x in batch().items()}
