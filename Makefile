@@ -64,7 +64,7 @@ test-all: install-test  # the slow ones too
 # `make NEWEST_PYTHON=python3.12 test-newest` takes that Python, once .venv-newest is gone.
 test-newest: $(NEWEST)/.installed  # a part of the tests with the newest Python and JAX
 	@$(NEWEST)/bin/python -c '$(print_versions)'
-	$(NEWEST)/bin/python $(PYTEST) -m "newest and not heavy"
+	$(NEWEST)/bin/python $(PYTEST) -m "newest and not heavy and not slow"
 
 lint: install-test  # style, types, imports
 	$(BIN)/ruff check .
