@@ -6,6 +6,7 @@ classifier = model.zero_shot_classifier(names, templates)         # unit-norm fl
 logits = model.logit_scale * image_embed @ classifier.T
 """
 
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -201,10 +202,14 @@ def _pictures(images: Any) -> list[np.ndarray]:
     """Return single pictures, sequences and batches as a list of uint8 `[h, w, 3]`."""
     from PIL import Image
 
+    if isinstance(images, str | bytes | os.PathLike):
+        raise ValueError(f"images={images!r} is no picture; open a file with PIL.Image.open")
     if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
         images = [images]
     pictures = []
     for picture in images:
+        if isinstance(picture, str | bytes | os.PathLike):
+            raise ValueError(f"{picture!r} is no picture; open a file with PIL.Image.open")
         array = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
             raise ValueError(

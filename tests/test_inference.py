@@ -1,5 +1,7 @@
 """`Model.caption`: every way of writing, whole texts, and one compiled program for each."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -70,3 +72,9 @@ def test_no_pictures_and_no_texts_give_no_rows(model: Model):
     assert model.encode_image([]).shape == model.encode_text([]).shape == (0, 16)
     assert model.encode_image(np.zeros((0, 4, 4, 3), np.uint8)).shape == (0, 16)
     assert model.caption([]) == []
+
+
+@pytest.mark.parametrize("images", ["p.png", b"abc", pathlib.Path("p.png"), ["p.png"]])
+def test_a_path_is_no_picture(model: Model, images):
+    with pytest.raises(ValueError, match="no picture; open a file with PIL.Image.open"):
+        model.encode_image(images)

@@ -81,7 +81,7 @@ def _independent_reader() -> ocp.Checkpointer:
 def _find_directory(path: pathlib.Path, step: int | None) -> pathlib.Path:
     """The directory of a step; of a copy under another name, its own."""
     if _is_step(path):
-        renamed = not path.name.isdigit()
+        renamed = not is_step_name(path.name)
         found = path if renamed or step is None else path.with_name(str(step))
         if renamed or found.is_dir():
             return found
@@ -93,16 +93,21 @@ def _find_directory(path: pathlib.Path, step: int | None) -> pathlib.Path:
     return found
 
 
+def is_step_name(name: str) -> bool:
+    """Return True if training gives a step's directory this name: 7, and not 007."""
+    return name.isascii() and name.isdecimal() and name == str(int(name))
+
+
 def _is_step(path: pathlib.Path) -> bool:
     """Return True if a directory is that of a step, by any name."""
-    return (path / "config").is_dir() and (path.name.isdigit() or (path / "tokenizer").is_dir())
+    return (path / "config").is_dir() and (is_step_name(path.name) or (path / "tokenizer").is_dir())
 
 
 def _step_of(path: pathlib.Path, data: Any) -> int:
     """The step of a checkpoint as it was saved; a converted one has no record of it."""
     step = data.get("step") if isinstance(data, dict) else None
     if step is None:
-        return int(path.name) if path.name.isdigit() else 0
+        return int(path.name) if is_step_name(path.name) else 0
     if type(step) is not int or step < 0:
         raise ValueError(f"data.step={step!r} must be a whole number of at least 0")
     return step
@@ -114,10 +119,10 @@ def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int]:
     Raises:
         ValueError: there is none.
     """
-    if path.name.isdigit() and _is_step(path):
+    if is_step_name(path.name) and _is_step(path):
         return path.parent, int(path.name)
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
+    steps = [int(child.name) for child in folder.iterdir() if is_step_name(child.name)] if folder.is_dir() else []
     if not steps:
         raise ValueError(
             f"no checkpoint at {str(path)!r}: give a workdir that training has saved to, or one of its "

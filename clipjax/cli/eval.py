@@ -13,7 +13,7 @@ import jax
 
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.cli import arguments
-from clipjax.cli.errors import refusals
+from clipjax.cli.errors import refusals, stops
 from clipjax.cli.output import show
 from clipjax.cli.overrides import Override, changes, load_config, override
 from clipjax.config import CheckpointConfig, Config, MeshConfig, TaskKind
@@ -22,6 +22,7 @@ from clipjax.config.serialization import path_parts
 from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sample import Source
 from clipjax.data.sources import recording_sources
+from clipjax.data.tfds import TFDS_PREFIX
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import Task, build_tasks, run_tasks, write_results
@@ -100,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluation, _ = consistency.run_on_all("eval", lambda: _open_here(argv))
         if processes.is_first():
             print("\n".join([processes.describe_devices(), *evaluation.changed]), flush=True)
-        _evaluate(evaluation)
+        with stops(PROGRAM):
+            _evaluate(evaluation)
     return 0
 
 
@@ -141,6 +143,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Evaluation, consistency.Fingerprint
     validate(config, batch_fields=("eval.batch_size",))
     compilation.enable(config.compile_cache)
     _select_tasks(config, options.tasks, parsed.overrides)
+    _refuse_unused_tfds(config, parsed.overrides)
     tokenizer = saved.tokenizer()
     if any(task.kind is not TaskKind.IMAGE_RETRIEVAL for task in config.eval.tasks.values()):
         tokenizer.encode("a")  # of a checkpoint that was converted without one, this says so
@@ -192,6 +195,20 @@ def _refuse_unread(overrides: Sequence[Override]) -> None:
         errors.append(f"config.{one.path}={one.text}: {why}; {PROGRAM} takes {', '.join(READ)}")
     if errors:
         raise ValueError("\n".join(errors))
+
+
+def _refuse_unused_tfds(config: Config, overrides: Sequence[Override]) -> None:
+    """Refuse to say where TFDS data lies for tasks that read none.
+
+    Raises:
+        ValueError: all such overrides, a line each.
+    """
+    places = [place or "" for task in config.eval.tasks.values() for place in (task.source, task.gallery)]
+    fields = tuple(f"data.{name}" for name in TASK_DATA)
+    unused = [one for one in overrides if one.path in fields]
+    if unused and not any(place.startswith(TFDS_PREFIX) for place in places):
+        lines = (f"config.{one.path}={one.text}: no task reads TFDS data; leave it out" for one in unused)
+        raise ValueError("\n".join(lines))
 
 
 def _is_within(path: str, groups: Sequence[str]) -> bool:

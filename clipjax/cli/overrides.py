@@ -5,6 +5,7 @@ becomes one: keys of dicts may be written with any quotes or, since shells take 
 """
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -132,7 +133,9 @@ def _read(values: flags.FlagValues, argv: list[str]) -> None:
     try:
         values(argv)
     except flags.Error as error:
-        raise ValueError(str(error).removeprefix("flag ")) from error
+        text = re.sub(r"invalid literal for int\(\) with base 10: .*", "must be a whole number", str(error))
+        text = re.sub(r"could not convert string to float: .*", "must be a number", text)
+        raise ValueError(text.removeprefix("flag ")) from error
     except (KeyError, AttributeError, ValueError, SyntaxError) as error:
         raise ValueError(f"config: {error}") from error
     except OSError as error:

@@ -21,7 +21,9 @@ def loss_errors(config: Config) -> list[str]:
         errors.append(f"loss.label_smoothing={loss.label_smoothing} needs loss.same_pair=none")
     errors += _loss_option_errors(config)
     size, batch = config.microbatch_size, config.global_batch_size
-    if size is not None and (size < 1 or batch % size):
+    if size is not None and size < 1:
+        errors.append(f"microbatch_size={size} must be at least 1, or None for the whole batch")
+    elif size is not None and batch % size:
         divisors = [n for n in range(1, batch + 1) if batch % n == 0]
         nearest = min(divisors, key=lambda n: abs(n - size))
         errors.append(f"microbatch_size={size} must divide global_batch_size={batch}; nearest: {nearest}")

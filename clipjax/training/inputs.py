@@ -68,7 +68,7 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
         )
     init_checkpoint = None
     if config.init_from is not None and saved is None:
-        init_checkpoint = SavedCheckpoint(config.init_from)
+        init_checkpoint = _open_checkpoint("init_from", config.init_from)
         check_same_shapes(config, init_checkpoint)
     source = build_source(config.data.train, data=config.data)
     if len(source) < config.global_batch_size:
@@ -84,11 +84,23 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
     teacher = None
     if config.loss.distill_from is not None:
         step = None if saved is None else saved.records["data"].get("teacher_step")
-        teacher = SavedCheckpoint(config.loss.distill_from, step=step)
+        teacher = _open_checkpoint("loss.distill_from", config.loss.distill_from, step=step)
         check_same_inputs(config, tokenizer, teacher)
     sources = {config.data.train: source}
     tasks = build_tasks(config, recording_sources(sources))
     return Inputs(source, tokenizer, tasks, init_checkpoint, teacher, sources)
+
+
+def _open_checkpoint(field: str, path: str, *, step: int | None = None) -> SavedCheckpoint:
+    """Open the checkpoint that a field names.
+
+    Raises:
+        ValueError: there is none, or it is damaged; with the field.
+    """
+    try:
+        return SavedCheckpoint(path, step=step)
+    except ValueError as error:
+        raise ValueError(f"{field}={path}: {error}") from error
 
 
 def check_same_inputs(config: Config, tokenizer: Tokenizer, teacher: SavedCheckpoint) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.records import make_records, pack_tokenizer, unpack_tokenizer
-from clipjax.checkpoints.saved import SavedCheckpoint, find_checkpoint, newest_checkpoint
+from clipjax.checkpoints.saved import SavedCheckpoint, find_checkpoint, is_step_name, newest_checkpoint
 from clipjax.config import CheckpointConfig, Config, MeshConfig, TaskConfig
 from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.runtime import sharding
@@ -254,6 +254,12 @@ def test_a_renamed_step_is_opened_with_the_step_that_it_has(saved, tmp_path, nam
         SavedCheckpoint(tmp_path / name, step=3)
     with pytest.raises(ValueError, match="is the directory of one checkpoint; name the workdir above it"):
         newest_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "is_one"), [("0", True), ("7", True), ("007", False), ("٧", False), ("7a", False)])
+def test_names_of_steps(name, is_one):
+    """A folder 007 beside the steps is no step 7, which would not be found."""
+    assert is_step_name(name) is is_one
 
 
 def test_a_home_directory_is_expanded_and_an_address_refused(saved, tmp_path, monkeypatch):

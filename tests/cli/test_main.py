@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from clipjax.cli import data, main
+from tests.commands import exit_code
 
 pytestmark = pytest.mark.newest
 
@@ -73,3 +74,12 @@ def test_a_command_ends_quietly_where_nobody_reads_on(capfd, monkeypatch):
     monkeypatch.setattr(data, "_show", show_samples)
     assert run_with_closed_pipe(monkeypatch, ["data", "show", "--source=a.tar"]) == 128 + signal.SIGPIPE
     assert capfd.readouterr().err == ""
+
+
+def test_a_folder_as_output_is_refused_before_a_tokenizer_is_trained(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "_captions", lambda source: pytest.fail("the source is read"))
+    monkeypatch.setattr(data, "_open", lambda options: None)
+    argv = ["tokenizer", "--source=x.tar", "--vocab_size=300", f"--output={tmp_path}"]
+    assert exit_code(data.main, argv) == 2
+    assert f"--output={tmp_path} is a folder; name a file in it" in capsys.readouterr().err
+    assert list(tmp_path.parent.glob("*.tmp")) == []

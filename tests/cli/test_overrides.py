@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from clipjax.checkpoints.manager import DamagedCheckpoint
 from clipjax.cli import eval as evaluate
 from clipjax.cli import plan, sweep, train
 from clipjax.cli.overrides import override, split_overrides
@@ -19,6 +20,7 @@ from clipjax.config.serialization import field_value, members, take_apart
 from clipjax.data.tokenizers.bytes import BytesTokenizer
 from clipjax.sweeps import Grid, Sweep
 from clipjax.sweeps.plan import plan_trials
+from tests.commands import exit_code
 
 TASK = "eval.tasks['t:1/\"x\"']"
 SPECIAL = {"mesh.data": "8", "eval.batch_size": "512", "optim.max_grad_norm": "1.0"}
@@ -141,6 +143,9 @@ def opened(monkeypatch):
 @pytest.mark.parametrize("path", FIELDS)
 def test_eval_takes_or_refuses_every_field(opened, path):
     config = config_with(path)
+    if path.startswith("data.tfds"):
+        for task in config.eval.tasks.values():
+            task.source = "tfds:pairs/val"
     text = other_value(path, FIELDS[path], config)
     try:
         evaluation, noted = opened(config, f"--config.{path}={text}")
@@ -164,6 +169,7 @@ def test_eval_takes_or_refuses_every_field(opened, path):
         (["--config.model.image.image_size=32"], "config.model.image.image_size=32: the weights of the checkpoint"),
         (["--config.model.remat=full"], "only training reads it"),
         (["--config.data.tfds_dir=gs://b"], "data.tfds_dir=gs://b: nothing here opens an address of gs://"),
+        (["--config.data.tfds_dir=/d"], "config.data.tfds_dir=/d: no task reads TFDS data; leave it out"),
         (["--config.mesh.tensor=3"], "must be divisible by 3"),
         (["--tasks=other"], "other is not among the tasks"),
         (["--config=config.py"], "unknown option --config"),
@@ -184,6 +190,7 @@ def test_overrides_win_over_tasks_from_and_old_training_fields_do_not_matter(ope
     config.global_batch_size, config.checkpoint.best_metric = 1, "gone:top1"  # of a run long ago
     config.init_from, config.data.train = "~nobody-here/x", "~nobody-here/y"
     other.eval.tasks = {"new": TaskConfig(source="a", classes="names", templates="plain", max_examples=3)}
+    other.eval.tasks["tfds"] = TaskConfig(source="tfds:pairs/val", classes="names", templates="plain")
     other.data.tfds_dir = "there"
     monkeypatch.setattr(evaluate, "load_config", lambda file: copy.deepcopy(other))
     config.eval.every_examples = 64
@@ -239,3 +246,13 @@ def test_a_group_that_may_be_none_can_be_left_out():
     assert override(config, overrides).model.caption is None
     with pytest.raises(ValueError, match="model is a group of fields"):
         split_overrides(["--config.model=none"])
+
+
+def test_a_damaged_checkpoint_ends_an_evaluation_with_one_line(monkeypatch, capsys):
+    def damaged(evaluation):
+        raise DamagedCheckpoint("checkpoint x cannot be restored")
+
+    monkeypatch.setattr(evaluate, "_open_here", lambda argv: (evaluate.Evaluation(None, None, None, {}, None), {}))
+    monkeypatch.setattr(evaluate, "_evaluate", damaged)
+    assert exit_code(evaluate.main, ["--checkpoint=x"]) == 3
+    assert capsys.readouterr().err == "clipjax eval: error: checkpoint x cannot be restored\n"
