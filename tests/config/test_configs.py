@@ -84,7 +84,7 @@ def open_inputs(monkeypatch):
         monkeypatch.setattr(inputs, "build_tokenizer", published_tokenizer)
         monkeypatch.setattr(inputs, "build_source", open_source)
         monkeypatch.setattr(sources, "build_source", open_source)
-        monkeypatch.setattr(inputs, "SavedCheckpoint", lambda path: SimpleNamespace(config=config))
+        monkeypatch.setattr(inputs, "SavedCheckpoint", lambda path, *, step: SimpleNamespace(config=config))
         return inputs.open_inputs(config)
 
     return run

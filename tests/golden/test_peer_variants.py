@@ -50,6 +50,7 @@ def open_variant(name: str) -> tuple[ModelConfig, Table, dict, dict]:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.heavy
 def test_it_computes_what_the_peer_computes(name: str):
     config, table, theirs, ours = open_variant(name)
     errors = Config(model=config, loss=LossConfig(caption_weight=2.0 if config.caption else 0.0))

@@ -116,6 +116,7 @@ def test_a_model_does_not_depend_on_what_computes_attention(mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), fused_grads, grads)
 
 
+@pytest.mark.heavy
 def test_auto_is_plain_code_without_a_tpu():
     auto, plain = (lower(method, MeshConfig())[0] for method in (AttentionMethod.AUTO, AttentionMethod.XLA))
     assert auto.as_text() == plain.as_text()

@@ -133,6 +133,7 @@ def test_the_loss_on_a_mesh_and_in_microbatches_is_the_loss_of_one_device(name: 
     assert to_flat(labels)["caption/proj/kernel"]
 
 
+@pytest.mark.heavy
 def test_a_decoder_sees_what_came_before_and_the_image():
     config = config_of("coca")
     clip = build_clip(config.model)

@@ -128,6 +128,7 @@ def test_every_weight_has_a_rule(name: str):
 @pytest.mark.parametrize(
     "name", ["image attention", pytest.param("image resnet", marks=pytest.mark.slow), "text bag of words"]
 )
+@pytest.mark.heavy
 def test_bfloat16_stays_near(name: str):
     config = model_config(name, compute_dtype=Dtype.FLOAT32)
     clip, narrow = build_clip(config), build_clip(dataclasses.replace(config, compute_dtype=Dtype.BFLOAT16))
@@ -164,6 +165,7 @@ def test_padding_never_reaches_a_text():
         np.testing.assert_allclose(same[0], same[1], atol=1e-6)
 
 
+@pytest.mark.heavy
 def test_patch_dropout_keeps_a_fixed_number_and_only_in_training():
     config = model_config("image class", compute_dtype=Dtype.FLOAT32)
     half = dataclasses.replace(config, image=dataclasses.replace(config.image, patch_dropout=0.5))
@@ -232,6 +234,7 @@ def test_a_model_sees_larger_pictures_and_longer_texts(name: str):
 
 
 @pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 8])
+@pytest.mark.heavy
 def test_batch_norm_is_over_the_global_batch_on_any_mesh(devices: int):
     config = model_config("image resnet", compute_dtype=Dtype.FLOAT32)
     config.image = dataclasses.replace(RESNET, layers=(1, 1, 1, 1))
@@ -255,6 +258,7 @@ def test_batch_norm_is_over_the_global_batch_on_any_mesh(devices: int):
     assert not np.allclose(found[1]["bn_1"]["mean"], stats["bn_1"]["mean"])
 
 
+@pytest.mark.heavy
 def test_a_locked_resnet_stays_what_it_is():
     config = model_config("image resnet", compute_dtype=Dtype.FLOAT32)
     locked = build_clip(config, frozen=("image/.*",))

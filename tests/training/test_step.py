@@ -94,6 +94,7 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(sizes):
     assert max(jax.tree.leaves(errors)) < 1e-5
 
 
+@pytest.mark.heavy
 def test_gradients_agree_with_finite_differences_in_a_random_direction():
     state, expected, _ = single_device()
     grads_fn = jax.jit(build(small_config())[1])
@@ -178,6 +179,7 @@ def test_groups_hold_the_whole_state():
     assert all(a is b for a, b in zip(*map(jax.tree.leaves, (state, again)), strict=True))
 
 
+@pytest.mark.heavy
 def test_unusable_samples_are_counted_by_reason_over_the_global_batch():
     init, _, train_step = build(small_config())
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
