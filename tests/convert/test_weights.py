@@ -41,6 +41,7 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.heavy
 def test_there_and_back(shared: pathlib.Path, tmp_path: pathlib.Path, folder: str):
     root, source = shared / "reference" / folder, FOLDERS[folder]
     assert convert(source, root, tmp_path / "ours") == 0

@@ -66,6 +66,7 @@ def relative_error(ours, theirs) -> float:
 
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.heavy
 def test_models_agree_with_the_peer(shared: pathlib.Path, folder: str, scan: bool):
     reference = open_reference(shared, folder)
     reference.config.scan_layers = scan
