@@ -11,18 +11,18 @@ from clipjax.config.serialization import field_value
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/homes/me")
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("~", "/home/me"),
-        ("~/a.tar", "/home/me/a.tar"),
-        ("clip:~/bpe.txt.gz", "clip:/home/me/bpe.txt.gz"),
-        ("siglip2:~/t.json", "siglip2:/home/me/t.json"),
-        ("{~/a.tar,~/b.tar}", "{/home/me/a.tar,/home/me/b.tar}"),
-        ("~/{a,b}.tar", "/home/me/{a,b}.tar"),
+        ("~", "/homes/me"),
+        ("~/a.tar", "/homes/me/a.tar"),
+        ("clip:~/bpe.txt.gz", "clip:/homes/me/bpe.txt.gz"),
+        ("siglip2:~/t.json", "siglip2:/homes/me/t.json"),
+        ("{~/a.tar,~/b.tar}", "{/homes/me/a.tar,/homes/me/b.tar}"),
+        ("~/{a,b}.tar", "/homes/me/{a,b}.tar"),
         ("tfds:scenes/train", "tfds:scenes/train"),
         ("bytes", "bytes"),
         ("auto", "auto"),
@@ -69,7 +69,7 @@ def test_all_fields_of_a_config():
     expand_paths(config)
     task = config.eval.tasks["t"]
     values = [field_value(config, path) for path in PATH_FIELDS]
-    assert {*values, task.source, task.gallery, task.classes, task.templates} == {"/home/me/x", "clip:/home/me/x"}
+    assert {*values, task.source, task.gallery, task.classes, task.templates} == {"/homes/me/x", "clip:/homes/me/x"}
 
 
 def test_everything_wrong_is_one_error_and_skipped_fields_stay():
