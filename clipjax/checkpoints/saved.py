@@ -98,6 +98,12 @@ def is_step_name(name: str) -> bool:
     return name.isascii() and name.isdecimal() and name == str(int(name))
 
 
+def steps_in(folder: pathlib.Path) -> list[int]:
+    """Return the steps whose directories lie in a folder, in order; none where there is no folder."""
+    children = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(child.name) for child in children if is_step_name(child.name))
+
+
 def _is_step(path: pathlib.Path) -> bool:
     """Return True if a directory is that of a step, by any name."""
     return (path / "config").is_dir() and (is_step_name(path.name) or (path / "tokenizer").is_dir())
@@ -122,7 +128,7 @@ def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int]:
     if is_step_name(path.name) and _is_step(path):
         return path.parent, int(path.name)
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    steps = [int(child.name) for child in folder.iterdir() if is_step_name(child.name)] if folder.is_dir() else []
+    steps = steps_in(folder)
     if not steps:
         raise ValueError(
             f"no checkpoint at {str(path)!r}: give a workdir that training has saved to, or one of its "

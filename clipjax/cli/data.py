@@ -15,7 +15,7 @@ from clipjax.cli.output import show
 from clipjax.config import DataConfig
 from clipjax.data.sample import BadSample, Source
 from clipjax.data.sources import build_source
-from clipjax.runtime.files import require_file_writable, write_atomic
+from clipjax.runtime.files import require_file_writable, require_writable, write_atomic
 
 PROGRAM = "clipjax data"
 COMMANDS = {
@@ -118,7 +118,7 @@ def _tokenizer(options: Namespace) -> int:
     from clipjax.data.tokenizers.training import train_sentencepiece
 
     output: pathlib.Path = options.output
-    output.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(output.parent, "--output")
     require_file_writable(output, "--output")
     model = train_sentencepiece(_captions(_open(options)), options.vocab_size)
     write_atomic(output, model)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clipjax.checkpoints.records import FOLDER, pack_tokenizer
-from clipjax.checkpoints.saved import SavedCheckpoint, is_step_name
+from clipjax.checkpoints.saved import SavedCheckpoint, steps_in
 from clipjax.config import Config
 from clipjax.config.serialization import flatten, to_dict
 from clipjax.data.sample import BadSample, Source
@@ -51,7 +51,7 @@ def code_fingerprint() -> dict[str, Any]:
 def checkpoint_fingerprint(workdir: pathlib.Path) -> dict[str, Any]:
     """Return the steps of the checkpoints that this process sees in the workdir."""
     folder = workdir / FOLDER
-    steps = sorted(int(path.name) for path in folder.iterdir() if is_step_name(path.name)) if folder.is_dir() else []
+    steps = steps_in(folder)
     return {"steps in the workdir": ", ".join(map(str, steps)) or "none"}
 
 
