@@ -57,6 +57,7 @@ setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
+        "prometheus-client>=0.21",
         "regex>=2024.11",
         "rich>=13,<16",
         "safetensors>=0.5",
@@ -65,6 +66,7 @@ setup(
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10,<4.10",
         "tokenizers>=0.21",
+        "xxhash>=3.5",
     ],
     extras_require={
         "gpu": ["jax[cuda12]>=0.10.2"],

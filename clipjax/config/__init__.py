@@ -22,6 +22,7 @@ from clipjax.config.image import ImagePool, Positions, ResNetConfig, ViTConfig
 from clipjax.config.layers import Activation, Projection
 from clipjax.config.loss import GroupRole, LossConfig, LossKind, LossMethod, SamePair
 from clipjax.config.model import AttentionMethod, Dtype, ModelConfig, Remat
+from clipjax.config.recovery import RecoveryConfig
 from clipjax.config.run import (
     CheckpointConfig,
     Config,
@@ -60,6 +61,7 @@ __all__ = [
     "OptimConfig",
     "Positions",
     "Projection",
+    "RecoveryConfig",
     "Remat",
     "ResNetConfig",
     "Resize",

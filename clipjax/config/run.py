@@ -11,6 +11,7 @@ from clipjax.config.data import DataConfig, EvalConfig
 from clipjax.config.loss import LossConfig
 from clipjax.config.model import ModelConfig
 from clipjax.config.ranges import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Range, bounded
+from clipjax.config.recovery import RecoveryConfig
 
 SEED = Range("must be less than 2**63", lambda value: value < 2**63)
 SLICES = Range("must be at least 1, or None for those of the hardware", lambda value: value >= 1)
@@ -80,6 +81,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
 
 
 def total_steps(config: Config) -> int:

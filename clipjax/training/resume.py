@@ -23,6 +23,7 @@ RESUMABLE = (
     "log.",
     "eval.",
     "checkpoint.",
+    "recovery.",
     "init_from",
     "compile_cache",
     "data.tfds_dir",
