@@ -45,7 +45,7 @@ are equal. The last learning rates are near 0, where their own rounding needs an
 EMBED_TOLERANCE = 1e-6
 """Absolute, of unit vectors: a few roundings of float32."""
 NEAR_TIE = 1 / 32
-"""Absolute, of recalls: of 32 queries one has two neighbours whose similarities are a rounding apart, and CPUs with AVX2
+"""Absolute, of recalls: one of 32 queries has two neighbours whose similarities are a rounding apart; CPUs with AVX2
 and with AVX-512 rank those differently."""
 
 CONFIG = '''
