@@ -47,20 +47,20 @@ def refusals(program: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stops(program: str) -> Iterator[None]:
-    """End with a message and exit code 3 where a run meets unusable data or a damaged checkpoint.
+    """End with a message and exit code 3 where a run meets unusable data, a damaged checkpoint or storage that fails.
 
     Raises:
         SystemExit: it did. One of several processes whose checkpoint is damaged ends at once instead, since the others
             may wait for it.
     """
     # In here, so that commands that need no JAX do not wait for its import.
-    from clipjax.checkpoints.manager import DamagedCheckpoint
+    from clipjax.checkpoints.manager import DamagedCheckpoint, SavesFail
     from clipjax.data.training_stream import TooManyBadSamples
     from clipjax.runtime import processes
 
     try:
         yield
-    except TooManyBadSamples as error:  # all processes meet it at the same step
+    except (TooManyBadSamples, SavesFail) as error:  # all processes meet it at the same step
         print_error(program, error)
         raise SystemExit(UNUSABLE_DATA) from error
     except DamagedCheckpoint as error:

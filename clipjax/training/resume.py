@@ -97,10 +97,10 @@ def start_state(
     init_state: Callable[[jax.Array], TrainState],
     mesh: Mesh,
 ) -> tuple[TrainState, Position]:
-    """Return the newest checkpoint's state and position, or a fresh state; every array is created on its shards.
+    """Return the newest good checkpoint's state and position, or a fresh state; every array is created on its shards.
 
     Raises:
-        ValueError: the checkpoint's arrays are damaged.
+        DamagedCheckpoint: there are checkpoints, but none is good, or its arrays do not fit.
     """
 
     def init() -> TrainState:
@@ -109,10 +109,11 @@ def start_state(
     abstract = jax.eval_shape(init)
     shardings = sharding.state_shardings(mesh, abstract, STATE_RULES)
     placed = sharding.with_shardings(abstract, shardings)
-    latest = checkpoints.latest_step()
-    if latest is not None:
-        items, records = checkpoints.restore(latest, to_items(placed))
-        return from_items(items), Position(**records["data"])
+    newest = checkpoints.newest_verified()
+    if newest is not None:
+        items, records = checkpoints.restore(newest, to_items(placed))
+        position = {name: value for name, value in records["data"].items() if name != "format"}
+        return from_items(items), Position(**position)
     state = jax.jit(init, out_shardings=shardings)()
     if inputs.init_checkpoint is not None:
         state = _take_params(state, inputs.init_checkpoint, config, mesh)

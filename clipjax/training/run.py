@@ -17,7 +17,7 @@ import numpy as np
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.records import make_records
 from clipjax.checkpoints.saved import load_params
-from clipjax.config import Config, LossKind, steps_of
+from clipjax.config import Config, LossKind, steps_of, total_steps
 from clipjax.data.sample import REASONS
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import BadSampleLimit, TrainStream, pair_groups
@@ -145,11 +145,15 @@ class Run:
             best_value = results[task][metric]
         with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
             jax.block_until_ready(state.step)
-        self.checkpoints.save(step, to_items(state), records, best_value)
+        latest = self.checkpoints.latest_step()
+        self.checkpoints.save(step, to_items(state), records, best_value, last=step == total_steps(self.config))
+        if latest is not None:
+            self.checkpoints.mark_good(latest)
 
     def finish(self, state: TrainState, last: int, results: Results | None) -> None:
         """Wait for the last checkpoint, then leave `results.json`, the sign of a finished run."""
         self.checkpoints.wait()
+        self.checkpoints.mark_good(last)
         self.logger.flush()
         if results is None:  # the run was complete before: its log is, but a kill may have come before results.json
             results = run_tasks(self.inputs.tasks, self._encoder(state))
@@ -177,7 +181,7 @@ def build(checked: Checked) -> Iterator[Run]:
         stack.enter_context(jax.set_mesh(mesh))
         signal = processes.ShutdownSignal()
         stack.callback(signal.restore)
-        checkpoints = Checkpoints(workdir, config.checkpoint)
+        checkpoints = Checkpoints(workdir, config.checkpoint, max_failed_saves=config.recovery.max_failed_saves)
         stack.callback(checkpoints.close)
         state, start = start_state(config, inputs, checkpoints, program.init_state, mesh)
         teacher = None if inputs.teacher_checkpoint is None else load_params(inputs.teacher_checkpoint, mesh)
