@@ -112,7 +112,7 @@ def _encode(manifest: Manifest) -> bytes:
         "files": {path: list(manifest.files[path]) for path in sorted(manifest.files)},
     }
     text = json.dumps(record, separators=(",", ":"))
-    return json.dumps(record | {"digest": xxhash.xxh3_128_hexdigest(text)}, separators=(",", ":")).encode() + b"\n"
+    return json.dumps(record | {"digest": xxhash.xxh3_128_hexdigest(text.encode())}, separators=(",", ":")).encode() + b"\n"
 
 
 def read(directory: pathlib.Path) -> Manifest:
