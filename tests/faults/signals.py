@@ -1,4 +1,4 @@
-"""Signals at random moments: to the process or to its whole group, once or twice; and loader workers that are killed."""
+"""Signals at random moments: to the process or its group, once or twice; and loader workers that are killed."""
 
 import os
 import pathlib
