@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from absl import logging
 
 from clipjax.runtime import process_log
+from clipjax.runtime.terminal import printable
 
 USAGE_ERROR = 2
 
@@ -71,5 +72,5 @@ def stops(program: str) -> Iterator[None]:
 def print_error(program: str, error: Exception) -> None:
     """Print an error's message for a person, a line per finding."""
     for line in str(error).splitlines() or [repr(error)]:
-        print(f"{program}: error: {line}", file=sys.stderr)
+        print(f"{program}: error: {printable(line)}", file=sys.stderr)
         process_log.info(f"error: {line}")
