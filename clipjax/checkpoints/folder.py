@@ -4,13 +4,12 @@
 `STEP.damaged`, `STEP.incomplete` and `STEP.rejected` are set aside, for a person to look at.
 """
 
-import errno
-import os
 import pathlib
 import shutil
 from typing import Literal
 
 from clipjax.checkpoints.manifest import FILE, State, examine
+from clipjax.runtime.files import sync_folder
 
 GOOD = "good"
 """Empty file in the directory of a step whose state training has found to be good."""
@@ -53,7 +52,7 @@ def set_aside(folder: pathlib.Path, step: int, reason: Aside) -> pathlib.Path:
     number = next(i for i in range(1, len(taken) + 2) if _aside_name(step, reason, i) not in taken)
     path = folder / _aside_name(step, reason, number)
     (folder / str(step)).rename(path)
-    sync_directory(folder)
+    sync_folder(folder)
     return path
 
 
@@ -76,19 +75,7 @@ def remove_leftovers(folder: pathlib.Path) -> None:
             shutil.rmtree(child, ignore_errors=True)
 
 
-def sync_directory(path: pathlib.Path) -> None:
-    """Wait until the names in a directory are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do this by themselves
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def sync_tree(directory: pathlib.Path) -> None:
     """Wait until the names in a directory and in all below it are on the disk."""
     for path in [*(path for path in directory.rglob("*") if path.is_dir()), directory]:
-        sync_directory(path)
+        sync_folder(path)

@@ -111,8 +111,12 @@ def _encode(manifest: Manifest) -> bytes:
         "best": None if manifest.best is None else list(manifest.best),
         "files": {path: list(manifest.files[path]) for path in sorted(manifest.files)},
     }
-    text = json.dumps(record, separators=(",", ":"))
-    return json.dumps(record | {"digest": xxhash.xxh3_128_hexdigest(text.encode())}, separators=(",", ":")).encode() + b"\n"
+    digest = xxhash.xxh3_128_hexdigest(_compact(record))
+    return _compact(record | {"digest": digest}) + b"\n"
+
+
+def _compact(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode()
 
 
 def read(directory: pathlib.Path) -> Manifest:

@@ -5,6 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from clipjax.checkpoints import manifest
 from clipjax.checkpoints.folder import is_step_name, steps_in
 from clipjax.checkpoints.manager import all_damaged, going_on, refuse_damaged, restore_arrays, warn
 from clipjax.checkpoints.manifest import DamagedCheckpoint, Verdict, examine
@@ -78,7 +79,7 @@ class SavedCheckpoint:
 
 def _find_directory(path: pathlib.Path, step: int | None) -> tuple[pathlib.Path, Verdict | None]:
     """The directory of a step (of a copy under another name, its own), and the verdict if all of it was verified."""
-    if _is_step(path):
+    if is_step(path):
         renamed = not is_step_name(path.name)
         found = path if renamed or step is None else path.with_name(str(step))
         if renamed or found.is_dir():
@@ -107,9 +108,10 @@ def _newest_good(folder: pathlib.Path) -> tuple[pathlib.Path, Verdict]:
     raise DamagedCheckpoint(all_damaged(folder, bad))
 
 
-def _is_step(path: pathlib.Path) -> bool:
+def is_step(path: pathlib.Path) -> bool:
     """Return True if a directory is that of a step, by any name."""
-    return (path / "config").is_dir() and (is_step_name(path.name) or (path / "tokenizer").is_dir())
+    named = is_step_name(path.name) or (path / "tokenizer").is_dir()
+    return (path / manifest.FILE).is_file() or (named and (path / "config").is_dir())
 
 
 def _step_of(path: pathlib.Path, data: Any) -> int:
@@ -128,7 +130,7 @@ def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int]:
     Raises:
         ValueError: there is none.
     """
-    if is_step_name(path.name) and _is_step(path):
+    if is_step_name(path.name) and is_step(path):
         return path.parent, int(path.name)
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     steps = steps_in(folder)
@@ -149,7 +151,7 @@ def newest_checkpoint(workdir: pathlib.Path) -> SavedCheckpoint | None:
         DamagedCheckpoint: all of them are damaged.
         ValueError: the workdir is itself the directory of one step.
     """
-    if _is_step(workdir):
+    if is_step(workdir):
         raise ValueError(
             f"workdir {workdir} is the directory of one checkpoint; name the workdir above it, or a new one"
         )

@@ -18,9 +18,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from clipjax.checkpoints import exchange, manifest
-from clipjax.checkpoints.folder import TEMPORARY, delete, sync_directory, sync_tree
+from clipjax.checkpoints.folder import TEMPORARY, delete, sync_tree
 from clipjax.checkpoints.records import write_record
 from clipjax.runtime import process_log, processes
+from clipjax.runtime.files import sync_folder
 
 _REASON_CHARACTERS = 400
 OnFailure = Callable[[int, str], None]
@@ -169,9 +170,8 @@ class Save:
         files |= manifest.hash_files(self._temporary, rest, sync=True)
         sync_tree(self._temporary)
         manifest.write(self._temporary, manifest.Manifest(self.step, self.best, files))
-        sync_directory(self._temporary)
         self._temporary.rename(self._folder / str(self.step))
-        sync_directory(self._folder)
+        sync_folder(self._folder)
 
 
 def describe(error: Exception) -> str:

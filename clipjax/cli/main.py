@@ -11,14 +11,15 @@ from clipjax.cli.output import close_output, show
 
 HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
 
-  clipjax train   train a model, or go on with a run
-  clipjax eval    evaluate a checkpoint: zero-shot classification, retrieval
-  clipjax plan    tell memory, time and cost of a run on accelerators that are not here
-  clipjax sweep   train over a grid or random draws of config fields
-  clipjax data    make the embedded dataset, train a tokenizer, look into a source
-  clipjax presets list the known models: parameters, FLOPs, source
-  clipjax convert open a peer's weights as a clipjax checkpoint
-  clipjax export  write a checkpoint as a peer's own loader opens it
+  clipjax train      train a model, or go on with a run
+  clipjax eval       evaluate a checkpoint: zero-shot classification, retrieval
+  clipjax plan       tell memory, time and cost of a run on accelerators that are not here
+  clipjax sweep      train over a grid or random draws of config fields
+  clipjax data       make the embedded dataset, train a tokenizer, look into a source
+  clipjax checkpoint verify the files of checkpoints
+  clipjax presets    list the known models: parameters, FLOPs, source
+  clipjax convert    open a peer's weights as a clipjax checkpoint
+  clipjax export     write a checkpoint as a peer's own loader opens it
 
 `clipjax COMMAND --help` tells more. Start with:
 
@@ -27,7 +28,7 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
 """
 
 
-COMMANDS = ("train", "eval", "plan", "sweep", "data", "presets", "convert", "export")
+COMMANDS = ("train", "eval", "plan", "sweep", "data", "checkpoint", "presets", "convert", "export")
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -70,6 +71,8 @@ def _run(command: str, rest: list[str]) -> int:
             from clipjax.cli.sweep import main as run
         case "data":
             from clipjax.cli.data import main as run
+        case "checkpoint":
+            from clipjax.cli.checkpoint import main as run
         case "presets":
             from clipjax.cli.presets import main as run
         case "convert":
