@@ -24,7 +24,7 @@ from clipjax.checkpoints import exchange, folder
 from clipjax.checkpoints.folder import GOOD, Aside
 from clipjax.checkpoints.manifest import DamagedCheckpoint, Manifest, State, Verdict, best_of, examine
 from clipjax.checkpoints.records import FOLDER, RECORDS, read_record
-from clipjax.checkpoints.saving import OnFailure, Save, array_handler, describe, temporary_path
+from clipjax.checkpoints.saving import OnFailure, Save, array_handler, describe, silence_orbax, temporary_path
 from clipjax.config import CheckpointConfig
 from clipjax.runtime import process_log, processes
 
@@ -62,6 +62,7 @@ class Checkpoints:
         self._folder = (workdir / FOLDER).absolute()
         self._workdir, self._config, self._max_failed_saves = workdir, config, max_failed_saves
         self._on_failure = on_failure or _tell_failure
+        silence_orbax()
         if processes.is_first():
             folder.remove_leftovers(self._folder)
         complete = [step for step in folder.steps_in(self._folder) if folder.is_complete(self._folder / str(step))]

@@ -83,9 +83,10 @@ def hash_files(directory: pathlib.Path, paths: Iterable[str], *, sync: bool = Fa
 
 
 def _hash_file(path: pathlib.Path, *, sync: bool) -> tuple[int, str]:
-    total, size, buffer = xxhash.xxh3_128(), 0, bytearray(_CHUNK_BYTES)
-    view = memoryview(buffer)
+    total, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
+        buffer = bytearray(min(os.fstat(file.fileno()).st_size + 1, _CHUNK_BYTES))
+        view = memoryview(buffer)
         while count := file.readinto(buffer):
             total.update(view[:count])
             size += count

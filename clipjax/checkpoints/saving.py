@@ -7,6 +7,7 @@ directory to `STEP`. A kill before the rename leaves no `STEP` at all.
 
 import asyncio
 import fnmatch
+import logging
 import pathlib
 import shutil
 import threading
@@ -31,6 +32,15 @@ def array_handler() -> ocp.StandardCheckpointHandler:
     """Return Orbax's writer and reader of arrays; it waits for no other process."""
     options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={jax.process_index()})
     return ocp.StandardCheckpointHandler(multiprocessing_options=options)
+
+
+def silence_orbax() -> None:
+    """Keep Orbax's tracebacks of failed writes off the terminal; `on_failure` tells in one line what they mean."""
+    logging.getLogger("absl").addFilter(_is_not_of_a_write)
+
+
+def _is_not_of_a_write(record: logging.LogRecord) -> bool:
+    return "orbax/checkpoint/_src/futures" not in record.pathname
 
 
 def temporary_path(folder: pathlib.Path, step: int) -> pathlib.Path:
@@ -125,28 +135,32 @@ class Save:
 
     def _write(self, futures: Sequence[Any], error: OSError | None) -> dict[str, tuple[int, str]]:
         """Wait for the files of this process, and return their sizes and checksums."""
-        if error is not None:
-            raise error
-        rank = jax.process_index()
-        if processes.is_first():
-            for step in self._doomed:
-                try:
-                    delete(self._folder, step)
-                except OSError as cannot:  # a later save may try again
-                    process_log.info(f"checkpoint {step} cannot be deleted: {describe(cannot)}")
-            for name, record in self._records.items():
-                write_record(self._temporary, name, record)
-        failures = []
+        failures: list[Exception] = [] if error is None else [error]
+        try:
+            if processes.is_first():
+                self._delete_doomed()
+                for name, record in self._records.items():
+                    write_record(self._temporary, name, record)
+        except Exception as failure:
+            failures.append(failure)
         for future in futures:  # all of them: nothing may be written any more when the directory is removed
             try:
                 future.result()
-            except Exception as failure:
+            except Exception as failure:  # Orbax and TensorStore have many kinds
                 failures.append(failure)
         if failures:
             raise failures[0]
+        rank = jax.process_index()
         patterns = (f"*/ocdbt.process_{rank}/*", f"*/array_metadatas/process_{rank}")
         own = [path for path in manifest.list_files(self._temporary) if any(fnmatch.fnmatch(path, p) for p in patterns)]
         return manifest.hash_files(self._temporary, own, sync=True)
+
+    def _delete_doomed(self) -> None:
+        for step in self._doomed:
+            try:
+                delete(self._folder, step)
+            except OSError as error:  # the next start sees it again
+                process_log.info(f"checkpoint {step} cannot be deleted: {describe(error)}")
 
     def _commit(self, parts: Sequence[Any]) -> str:
         """Make the step complete if all processes have written theirs; process 0 alone does this."""

@@ -1,7 +1,7 @@
 """Damage to a checkpoint, from a seed: one bit, a cut, a missing file, two files swapped, a manifest that lies.
 
-Each fault breaks a step directory in place and says what it broke; `damage_run` breaks copies of a checkpoint one after
-the other, and collects every one that was not noticed before an array was handed out.
+Each fault breaks a step directory in place and says what it broke; `damage_run` breaks a copy of a checkpoint in many
+ways, one at a time, and collects those that were not noticed.
 """
 
 import json
@@ -118,19 +118,19 @@ def files(step: pathlib.Path) -> list[pathlib.Path]:
 
 
 def damage_run(step: pathlib.Path, folder: pathlib.Path, *, first: int, count: int) -> Damage:
-    """Damage copies of a step directory, and let each be examined.
+    """Damage a copy of a step directory again and again, and let it be examined.
 
     Args:
         step: a directory that is complete; it stays as it is.
-        folder: for the copies.
+        folder: for the copy.
         first: number that the first damage is drawn from.
         count: how many.
     """
-    found = Damage()
+    found, copy = Damage(), folder / step.name
+    shutil.copytree(step, copy)
+    whole = {path: path.read_bytes() for path in files(copy)}
     for seed in range(first, first + count):
         rng = random.Random(seed)
-        copy = folder / step.name
-        shutil.copytree(step, copy)
         name = rng.choice((*FAULTS, "a bit flipped"))
         what = FAULTS[name](copy, rng)
         verdict = examine(copy)
@@ -138,5 +138,7 @@ def damage_run(step: pathlib.Path, folder: pathlib.Path, *, first: int, count: i
             found.wrong.append(f"seed {seed}: {what}: {verdict.state}")
         found.tries += 1
         found.faults[name] += 1
-        shutil.rmtree(copy)
+        for path, content in whole.items():
+            if not path.exists() or path.read_bytes() != content:
+                path.write_bytes(content)
     return found
