@@ -9,6 +9,7 @@ import shutil
 from typing import Literal
 
 from clipjax.checkpoints.manifest import FILE, State, examine
+from clipjax.checkpoints.records import FOLDER
 from clipjax.runtime.files import sync_folder
 
 GOOD = "good"
@@ -29,6 +30,30 @@ def steps_in(folder: pathlib.Path) -> list[int]:
     """Return the steps whose directories lie in a folder, in order; none where there is no folder."""
     children = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(child.name) for child in children if is_step_name(child.name))
+
+
+def is_step(path: pathlib.Path) -> bool:
+    """Return True if a directory is that of a step, by any name."""
+    named = is_step_name(path.name) or (path / "tokenizer").is_dir()
+    return (path / FILE).is_file() or (named and (path / "config").is_dir())
+
+
+def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int]:
+    """Return the folder of steps and the step that a path means.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if is_step_name(path.name) and is_step(path):
+        return path.parent, int(path.name)
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    steps = steps_in(folder)
+    if not steps:
+        raise ValueError(
+            f"no checkpoint at {str(path)!r}: give a workdir that training has saved to, or one of its "
+            f"{FOLDER}/STEP directories"
+        )
+    return folder, max(steps)
 
 
 def set_aside_in(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -5,11 +5,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from clipjax.checkpoints import manifest
-from clipjax.checkpoints.folder import is_step_name, steps_in
+from clipjax.checkpoints.folder import find_checkpoint, is_step, is_step_name, steps_in
 from clipjax.checkpoints.manager import all_damaged, going_on, refuse_damaged, restore_arrays, warn
 from clipjax.checkpoints.manifest import DamagedCheckpoint, Verdict, examine
-from clipjax.checkpoints.records import FOLDER, RECORDS, read_record, unpack_tokenizer
+from clipjax.checkpoints.records import RECORDS, read_record, unpack_tokenizer
 from clipjax.config import Config
 from clipjax.config.paths import expand
 from clipjax.config.serialization import from_dict
@@ -108,12 +107,6 @@ def _newest_good(folder: pathlib.Path) -> tuple[pathlib.Path, Verdict]:
     raise DamagedCheckpoint(all_damaged(folder, bad))
 
 
-def is_step(path: pathlib.Path) -> bool:
-    """Return True if a directory is that of a step, by any name."""
-    named = is_step_name(path.name) or (path / "tokenizer").is_dir()
-    return (path / manifest.FILE).is_file() or (named and (path / "config").is_dir())
-
-
 def _step_of(path: pathlib.Path, data: Any) -> int:
     """The step of a checkpoint as it was saved; a converted one has no record of it."""
     step = data.get("step") if isinstance(data, dict) else None
@@ -122,24 +115,6 @@ def _step_of(path: pathlib.Path, data: Any) -> int:
     if type(step) is not int or step < 0:
         raise ValueError(f"data.step={step!r} must be a whole number of at least 0")
     return step
-
-
-def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int]:
-    """Return the folder of steps and the step that a path means.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if is_step_name(path.name) and is_step(path):
-        return path.parent, int(path.name)
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    steps = steps_in(folder)
-    if not steps:
-        raise ValueError(
-            f"no checkpoint at {str(path)!r}: give a workdir that training has saved to, or one of its "
-            f"{FOLDER}/STEP directories"
-        )
-    return folder, max(steps)
 
 
 def newest_checkpoint(workdir: pathlib.Path) -> SavedCheckpoint | None:

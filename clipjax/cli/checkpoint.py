@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from clipjax.checkpoints.folder import GOOD, set_aside_in, steps_in
+from clipjax.checkpoints.folder import GOOD, find_checkpoint, is_step, set_aside_in, steps_in
 from clipjax.checkpoints.manifest import State, best_of, examine, list_files
-from clipjax.checkpoints.saved import find_checkpoint, is_step
 from clipjax.cli import arguments
 from clipjax.cli.errors import UNUSABLE_DATA, refusals
 from clipjax.cli.output import show

@@ -11,11 +11,13 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from clipjax.checkpoints import manager, saving
 from clipjax.checkpoints.manager import Checkpoints, SavesFail
 from clipjax.checkpoints.manifest import State, examine
+from clipjax.checkpoints.records import RECORDS as RECORDS_OF_ALL
 from clipjax.config import CheckpointConfig
 
 # When one array cannot be written Orbax leaves the writes of others behind, which complain when they are collected.
@@ -143,6 +145,25 @@ def test_failures_in_a_row_end_the_run_and_a_success_between_forgives_them(tmp_p
         run.save(60)
     assert [step for step, _ in run.told] == [20, 40, 50]
     assert run.names() == ["10", "30"]
+
+
+def test_training_goes_on_in_the_buffers_that_are_being_saved(tmp_path, monkeypatch):
+    """The step takes its state's buffers over at once, while the disk has not begun to write."""
+    slow = Slow(monkeypatch)
+    state = {"params": {"x": jnp.arange(2**20, dtype=jnp.float32)}}
+    update = jax.jit(lambda state: jax.tree.map(lambda x: -x - 1, state), donate_argnums=0)
+    update(jax.tree.map(jnp.copy, state))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(1, state, {name: {"format": 2} for name in RECORDS_OF_ALL})
+    for _ in range(5):
+        state = update(state)
+    jax.block_until_ready(state)
+    slow.go.set()
+    checkpoints.wait()
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state)
+    restored, _ = checkpoints.restore(1, abstract)
+    np.testing.assert_array_equal(restored["params"]["x"], np.arange(2**20, dtype=np.float32))
 
 
 class Slow:
