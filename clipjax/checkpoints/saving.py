@@ -6,6 +6,7 @@ directory to `STEP`. A kill before the rename leaves no `STEP` at all.
 """
 
 import asyncio
+import contextlib
 import fnmatch
 import logging
 import pathlib
@@ -91,11 +92,9 @@ class Save:
     def written_bytes(self) -> int:
         """Return the size of what all processes have written so far."""
         total = 0
-        for path in self._temporary.rglob("*"):
-            try:
+        with contextlib.suppress(OSError):  # files and the directory itself get other names meanwhile
+            for path in self._temporary.rglob("*"):
                 total += path.stat().st_size
-            except OSError:  # renamed meanwhile
-                continue
         return total
 
     def _start(self, arrays: Mapping[str, Any]) -> tuple[list[Any], OSError | None]:

@@ -1,6 +1,6 @@
 """Look at checkpoints: `clipjax checkpoint verify WORKDIR_OR_STEP [--json]`.
 
-Reads every byte and changes nothing, so it may run beside a training run.
+Reads every byte and changes nothing; needs no accelerator and no JAX.
 """
 
 import json

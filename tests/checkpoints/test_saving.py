@@ -104,9 +104,18 @@ def test_a_full_disk_fills_no_checkpoint(tmp_path):
         subprocess.run(("umount", tmp_path), check=True)
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EACCES])
-@pytest.mark.parametrize("broken", ["Path.mkdir", "write_record", "hash_files", "manifest.write", "Path.rename"])
-def test_whatever_fails_old_checkpoints_stay(run, monkeypatch, number, broken):
+@pytest.mark.parametrize(
+    ("broken", "number"),
+    [
+        ("Path.mkdir", errno.EROFS),
+        ("Path.mkdir", errno.EACCES),
+        ("write_record", errno.ENOSPC),
+        ("hash_files", errno.EIO),
+        ("manifest.write", errno.ENOSPC),
+        ("Path.rename", errno.EIO),
+    ],
+)
+def test_whatever_fails_old_checkpoints_stay(run, monkeypatch, broken, number):
     def fail(*args, **options):
         raise OSError(number, os.strerror(number), "somewhere")
 
