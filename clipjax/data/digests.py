@@ -1,0 +1,138 @@
+"""Digests of shards: they tell whether data is that of an earlier start, wherever it lies and however new it is.
+
+A digest covers the keys, the sizes and some contents of a shard, so it is cheap; edits of the same size elsewhere in
+the shard are found by `clipjax data verify` alone, which reads everything.
+
+Reading order: `ShardDigest`, `Hasher`, `digest_samples` (make one), `find_order`, `describe_difference` (compare).
+"""
+
+import collections
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import xxhash
+
+from clipjax.data.sample import BadSample, Source
+
+CONTENTS = 16
+"""Samples of a shard whose content enters its digest, spread evenly over it."""
+
+DIGEST_THREADS = 16
+"""Threads that read these samples: storage is slow to answer, and quick to send."""
+
+_SHOWN = 5  # shards in a message
+
+
+class ShardDigest(NamedTuple):
+    """One shard of a source.
+
+    Attributes:
+        name: the place of the shard, for messages; it does not count.
+        digest: of its contents.
+        num_samples: number of its samples.
+    """
+
+    name: str
+    digest: str
+    num_samples: int
+
+
+class Hasher:
+    """The 128 bits of XXH3 over parts, each with its length."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def add(self, *parts: bytes) -> None:
+        """Add parts."""
+        for part in parts:
+            self._state.update(len(part).to_bytes(8, "little"))
+            self._state.update(part)
+
+    def hexdigest(self) -> str:
+        """Return the digest of all parts so far."""
+        return self._state.hexdigest()
+
+
+def digest_samples(source: Source, name: str, start: int, count: int) -> ShardDigest:
+    """Return the digest of `count` samples of a source that has no raw bytes to look at."""
+    hasher = Hasher()
+    hasher.add(str(count).encode())
+    for index in spread(count, CONTENTS):
+        try:
+            sample = source[start + index]
+        except BadSample as bad:
+            hasher.add(bad.reason.encode())
+            continue
+        image = sample.image
+        hasher.add(image if isinstance(image, bytes) else repr(image.shape).encode() + image.tobytes())
+        hasher.add(json.dumps([*sample.captions, sample.label]).encode())
+    return ShardDigest(name, hasher.hexdigest(), count)
+
+
+def spread(size: int, most: int) -> list[int]:
+    """Return at most so many positions, from the first to the last."""
+    return list(range(size)) if size <= most else [round(i * (size - 1) / (most - 1)) for i in range(most)]
+
+
+def from_record(record: Any) -> list[ShardDigest] | None:
+    """Return the digests of a checkpoint's record; None if it has none.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    if record is None:
+        return None
+    try:
+        found = [ShardDigest(*shard) for shard in record]
+    except TypeError as error:
+        raise ValueError(f"the checkpoint's data.shards is damaged: {error}") from error
+    if any(type(shard.digest) is not str or type(shard.num_samples) is not int for shard in found):
+        raise ValueError("the checkpoint's data.shards is damaged: it must hold [name, digest, number] each")
+    return found
+
+
+def find_order(recorded: Sequence[ShardDigest], found: Sequence[ShardDigest]) -> list[int] | None:
+    """Return the positions in `found` that give the shards in the recorded order; None if they are not the same."""
+    places: dict[str, collections.deque[int]] = {}
+    for position, shard in enumerate(found):
+        places.setdefault(shard.digest, collections.deque()).append(position)
+    if len(recorded) != len(found) or any(not places.get(shard.digest) for shard in recorded):
+        return None
+    order = [places[shard.digest].popleft() if places[shard.digest] else -1 for shard in recorded]
+    return None if -1 in order else order
+
+
+def describe_difference(recorded: Sequence[ShardDigest], found: Sequence[ShardDigest]) -> str:
+    """Return in words which shards are not those that were recorded; shards of one file name are compared."""
+    lacking, extra = _without(recorded, found), _without(found, recorded)
+    names = {_base(shard): shard for shard in extra}
+    changed = [shard for shard in lacking if _base(shard) in names]
+    gone = [shard for shard in lacking if _base(shard) not in names]
+    new = [shard for shard in extra if _base(shard) not in {_base(shard) for shard in changed}]
+    parts = [("changed", [names[_base(shard)] for shard in changed]), ("missing", gone), ("additional", new)]
+    if not (changed or gone or new):
+        return "the same shards in another order"
+    return "; ".join(f"{word}: {_list(shards)}" for word, shards in parts if shards)
+
+
+def _without(ours: Iterable[ShardDigest], theirs: Iterable[ShardDigest]) -> list[ShardDigest]:
+    """Return the shards of ours that are not among theirs, as often as they are there."""
+    left = collections.Counter(shard.digest for shard in theirs)
+    found = []
+    for shard in ours:
+        if left[shard.digest] > 0:
+            left[shard.digest] -= 1
+        else:
+            found.append(shard)
+    return found
+
+
+def _base(shard: ShardDigest) -> str:
+    return shard.name.rpartition("/")[2]
+
+
+def _list(shards: Sequence[ShardDigest]) -> str:
+    shown = ", ".join(f"{shard.name} ({shard.num_samples} samples)" for shard in shards[:_SHOWN])
+    return shown + (f" and {len(shards) - _SHOWN} more" if len(shards) > _SHOWN else "")
