@@ -37,7 +37,7 @@ ABOUT = """Evaluate a checkpoint on the tasks of its config.
 Needs nothing but the checkpoint and the data. Fields of the saved config that evaluation reads can be overridden, for
 example where the data lies now (--config.data.tfds_dir=DIR, --config.eval.tasks['NAME'].source=PATH) or the mesh
 (--config.mesh.fsdp=2); all others are refused. The mesh of the training run is not taken over.
-A task that fails, also by embeddings that are not finite, is named, and the exit code is 3; the others' results stay."""
+A task that fails, also by embeddings that are not finite, is named, and the exit code is 3; the others go on."""
 TASK_DATA = ("tfds_dir", "tfds_image_key", "tfds_caption_key")
 
 READ = (

@@ -3,12 +3,14 @@
 A digest covers the keys, the sizes and some contents of a shard, so it is cheap; edits of the same size elsewhere in
 the shard are found by `clipjax data verify` alone, which reads everything.
 
-Reading order: `ShardDigest`, `Hasher`, `digest_samples` (make one), `find_order`, `describe_difference` (compare).
+Reading order: `ShardDigest`, `Hasher`, `digest_samples` (make one), `find_order`, `find_differences` (compare).
 """
 
 import collections
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import xxhash
@@ -30,12 +32,12 @@ class ShardDigest(NamedTuple):
     Attributes:
         name: the place of the shard, for messages; it does not count.
         digest: of its contents.
-        num_samples: number of its samples.
+        size: number of its samples; of a whole file, its bytes.
     """
 
     name: str
     digest: str
-    num_samples: int
+    size: int
 
 
 class Hasher:
@@ -77,7 +79,7 @@ def spread(size: int, most: int) -> list[int]:
 
 
 def from_record(record: Any) -> list[ShardDigest] | None:
-    """Return the digests of a checkpoint's record; None if it has none.
+    """Return the digests of a JSON record; None if there is none.
 
     Raises:
         ValueError: the record is damaged.
@@ -87,9 +89,11 @@ def from_record(record: Any) -> list[ShardDigest] | None:
     try:
         found = [ShardDigest(*shard) for shard in record]
     except TypeError as error:
-        raise ValueError(f"the checkpoint's data.shards is damaged: {error}") from error
-    if any(type(shard.digest) is not str or type(shard.num_samples) is not int for shard in found):
-        raise ValueError("the checkpoint's data.shards is damaged: it must hold [name, digest, number] each")
+        raise ValueError(f"digests are damaged: {error}") from error
+    if any(
+        type(shard.name) is not str or type(shard.digest) is not str or type(shard.size) is not int for shard in found
+    ):
+        raise ValueError("digests are damaged: each must be [name, digest, size]")
     return found
 
 
@@ -104,17 +108,36 @@ def find_order(recorded: Sequence[ShardDigest], found: Sequence[ShardDigest]) ->
     return None if -1 in order else order
 
 
-def describe_difference(recorded: Sequence[ShardDigest], found: Sequence[ShardDigest]) -> str:
-    """Return in words which shards are not those that were recorded; shards of one file name are compared."""
+def find_differences(recorded: Sequence[ShardDigest], found: Sequence[ShardDigest]) -> dict[str, list[ShardDigest]]:
+    """Return the shards that are `changed`, `missing` and `additional`; order and folders do not count.
+
+    A shard is changed if one of its file name is there with another digest.
+    """
     lacking, extra = _without(recorded, found), _without(found, recorded)
-    names = {_base(shard): shard for shard in extra}
-    changed = [shard for shard in lacking if _base(shard) in names]
-    gone = [shard for shard in lacking if _base(shard) not in names]
-    new = [shard for shard in extra if _base(shard) not in {_base(shard) for shard in changed}]
-    parts = [("changed", [names[_base(shard)] for shard in changed]), ("missing", gone), ("additional", new)]
-    if not (changed or gone or new):
-        return "the same shards in another order"
-    return "; ".join(f"{word}: {_list(shards)}" for word, shards in parts if shards)
+    by_name = {_base(shard): shard for shard in extra}
+    old_names = {_base(shard) for shard in lacking}
+    return {
+        "changed": [by_name[_base(shard)] for shard in lacking if _base(shard) in by_name],
+        "missing": [shard for shard in lacking if _base(shard) not in by_name],
+        "additional": [shard for shard in extra if _base(shard) not in old_names],
+    }
+
+
+def describe_differences(recorded: Sequence[ShardDigest], found: Sequence[ShardDigest]) -> str:
+    """Return in words which shards are not those that were recorded."""
+    parts = [f"{word}: {_list(shards)}" for word, shards in find_differences(recorded, found).items() if shards]
+    return "; ".join(parts) or "the same shards in another order"
+
+
+def digest_files(paths: Sequence[str]) -> list[ShardDigest]:
+    """Return the digests of whole files, in order."""
+
+    def digest(path: str) -> ShardDigest:
+        with open(path, "rb") as file:  # noqa: PTH123
+            return ShardDigest(path, hashlib.file_digest(file, xxhash.xxh3_128).hexdigest(), file.tell())
+
+    with futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:
+        return list(pool.map(digest, paths))
 
 
 def _without(ours: Iterable[ShardDigest], theirs: Iterable[ShardDigest]) -> list[ShardDigest]:
@@ -134,5 +157,5 @@ def _base(shard: ShardDigest) -> str:
 
 
 def _list(shards: Sequence[ShardDigest]) -> str:
-    shown = ", ".join(f"{shard.name} ({shard.num_samples} samples)" for shard in shards[:_SHOWN])
+    shown = ", ".join(f"{shard.name} ({shard.size} samples)" for shard in shards[:_SHOWN])
     return shown + (f" and {len(shards) - _SHOWN} more" if len(shards) > _SHOWN else "")

@@ -14,7 +14,7 @@ from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.config import Config
 from clipjax.config.paths import expanded
 from clipjax.config.serialization import flatten, to_dict
-from clipjax.data.digests import describe_difference, from_record
+from clipjax.data.digests import describe_differences, from_record
 from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, map_with_path
 from clipjax.runtime import process_log, sharding
@@ -121,7 +121,7 @@ def _check_same_data(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> 
     if [shard.digest for shard in recorded] != [shard.digest for shard in found]:
         raise ValueError(
             f"{here} has {len(inputs.source)} samples of other contents than the {data['num_samples']} that the run in "
-            f"the workdir was trained on ({describe_difference(recorded, found)}); {remedy} (paths may change)"
+            f"the workdir was trained on ({describe_differences(recorded, found)}); {remedy} (paths may change)"
         )
 
 
