@@ -39,6 +39,11 @@ class ShardDigest(NamedTuple):
     digest: str
     size: int
 
+    @property
+    def shown(self) -> str:
+        """The name as a terminal may get it."""
+        return self.name if self.name.isprintable() else ascii(self.name)
+
 
 class Hasher:
     """The 128 bits of XXH3 over parts, each with its length."""
@@ -90,9 +95,7 @@ def from_record(record: Any) -> list[ShardDigest] | None:
         found = [ShardDigest(*shard) for shard in record]
     except TypeError as error:
         raise ValueError(f"digests are damaged: {error}") from error
-    if any(
-        type(shard.name) is not str or type(shard.digest) is not str or type(shard.size) is not int for shard in found
-    ):
+    if any([type(value) for value in shard] != [str, str, int] for shard in found):
         raise ValueError("digests are damaged: each must be [name, digest, size]")
     return found
 
@@ -157,5 +160,5 @@ def _base(shard: ShardDigest) -> str:
 
 
 def _list(shards: Sequence[ShardDigest]) -> str:
-    shown = ", ".join(f"{shard.name} ({shard.size} samples)" for shard in shards[:_SHOWN])
+    shown = ", ".join(f"{shard.shown} ({shard.size} samples)" for shard in shards[:_SHOWN])
     return shown + (f" and {len(shards) - _SHOWN} more" if len(shards) > _SHOWN else "")

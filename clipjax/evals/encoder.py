@@ -34,8 +34,8 @@ def require_finite(name: str, rows: np.ndarray) -> np.ndarray:
     Raises:
         NotFiniteEmbeddings: some are not; with their number and the likely cause.
     """
-    bad = int((~np.isfinite(rows)).reshape(len(rows), -1).any(axis=1).sum())
-    if bad:
+    if not np.isfinite(rows).all():
+        bad = int((~np.isfinite(rows)).reshape(len(rows), -1).any(axis=1).sum())
         raise NotFiniteEmbeddings(
             f"{bad} of {len(rows)} {name} are not finite, so nothing can be ranked: either the checkpoint's parameters "
             "are not finite (take an earlier one), or the model overflows in its model.compute_dtype (use float32)"

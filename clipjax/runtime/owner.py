@@ -20,6 +20,7 @@ FILE = ".owner"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _MAX_BYTES = 65_536
 _MAX_SHOWN = 300  # letters of the holder's command
+_ASKING_SECONDS = 0.2  # a start that only asks (`refuse_held`) has the lock for a moment
 _WRITING_SECONDS = 0.5  # between a holder's lock and its content in the file
 _held: dict[pathlib.Path, int] = {}
 
@@ -69,6 +70,22 @@ def take(workdir: pathlib.Path, option: str = "--workdir") -> str:
     return warning
 
 
+def refuse_held(workdir: pathlib.Path, option: str = "--workdir") -> None:
+    """Refuse a workdir that another process holds, without taking it; write nothing.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    path = workdir.resolve() / FILE
+    if path in _held:
+        return
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{option}={workdir}: {_holder(path)}") from None
+
+
 def release(workdir: pathlib.Path, *, delete: bool = False) -> None:
     """Give a workdir up, if this process holds it; also delete the file, if it was not there before."""
     path = workdir.resolve() / FILE
@@ -90,16 +107,22 @@ def _lock(descriptor: int, workdir: pathlib.Path) -> str:
     Raises:
         BlockingIOError: another process holds the lock.
     """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return (
-            f"the file system of {workdir} has no locks ({error.strerror}): a second run on this workdir would not be "
-            "noticed, so start only one"
-        )
-    return ""
+    deadline = time.monotonic() + _ASKING_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return ""
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return (
+                f"the file system of {workdir} has no locks ({error.strerror}): a second run on this workdir would not "
+                "be noticed, so start only one"
+            )
 
 
 def _is_file_at(descriptor: int, path: pathlib.Path) -> bool:
