@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, rest: list[str]) -> int:
     match command:
         case "train":
+            _refuse_held_workdir(rest)
             from clipjax.cli.train import main as run
         case "eval":
             from clipjax.cli.eval import main as run
@@ -92,3 +93,26 @@ def _run(command: str, rest: list[str]) -> int:
             print(f"clipjax: error: unknown command {command!r}; known: {known}{hint}", file=sys.stderr)
             return 2
     return run(rest)
+
+
+def _refuse_held_workdir(rest: list[str]) -> None:
+    """Refuse a workdir that another run holds, before the seconds that importing JAX takes; preflight asks again.
+
+    Only a process that is alone may leave so early: the others of a run would wait for it, and process 0 of its own run
+    may hold the workdir already.
+    """
+    from importlib.util import find_spec
+
+    from clipjax.cli.arguments import launch_options, option_value, path, wants_help
+    from clipjax.cli.errors import refusals
+    from clipjax.runtime import launchers, owner
+
+    workdir = option_value(rest, "workdir")
+    try:
+        is_alone = find_spec("libtpu") is None and launchers.find_launch(launch_options(rest)) is None
+        held = path(workdir) if workdir and is_alone and not wants_help(rest) else None
+    except Exception:  # the command's own parser tells what is wrong
+        return
+    if held is not None:
+        with refusals("clipjax train"):
+            owner.refuse_held(held)

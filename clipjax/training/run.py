@@ -22,7 +22,7 @@ from clipjax.data.sample import REASONS
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import BadSampleLimit, TrainStream, pair_groups
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.runner import Results, run_tasks, write_results
+from clipjax.evals.runner import Evaluation, run_tasks, write_results
 from clipjax.losses import describe_loss
 from clipjax.monitoring.run_logger import RunLogger, results_table
 from clipjax.monitoring.stragglers import rank_times
@@ -112,21 +112,20 @@ class Run:
         program = self.program
         return Encoder(self.config, program.clip, program.mesh, self.inputs.tokenizer, eval_params(state))
 
-    def evaluate(self, state: TrainState, step: int) -> Results:
-        """Run the tasks; if one fails, save the state before the error is raised."""
+    def evaluate(self, state: TrainState, step: int) -> Evaluation:
+        """Run the tasks; one that fails is told and left out. The state is saved before any other error is raised."""
         self.logger.flush()
         with self.logger.pause():
             try:
-                results = run_tasks(self.inputs.tasks, self._encoder(state))
+                evaluation = run_tasks(self.inputs.tasks, self._encoder(state))
             except Exception:
                 self.save(state, step)
                 self.checkpoints.wait()
                 raise
-            if results:
-                self.logger.results(step, results)
-        return results
+            self.logger.results(step, evaluation.results, evaluation.failures)
+        return evaluation
 
-    def save(self, state: TrainState, step: int, results: Results | None = None) -> None:
+    def save(self, state: TrainState, step: int, evaluation: Evaluation | None = None) -> None:
         """Save in the background; the log is complete up to this step before the checkpoint is."""
         self.logger.flush()
         if self.checkpoints.latest_step() == step:
@@ -134,15 +133,16 @@ class Run:
         teacher = self.inputs.teacher_checkpoint
         position = Position(
             step,
-            evaluated=results is not None,
+            evaluated=evaluation is not None,
             num_samples=len(self.inputs.source),
             teacher_step=None if teacher is None else teacher.step,
+            shards=[list(shard) for shard in self.inputs.source.digests()],
         )
         records = make_records(self.config, self.inputs.tokenizer, asdict(position))
         best_value = None
-        if self.config.checkpoint.best_metric is not None and results:
+        if self.config.checkpoint.best_metric is not None and evaluation is not None:
             task, _, metric = self.config.checkpoint.best_metric.rpartition(":")
-            best_value = results[task][metric]
+            best_value = evaluation.results.get(task, {}).get(metric)  # the task may have failed
         with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
             jax.block_until_ready(state.step)
         latest = self.checkpoints.latest_step()
@@ -150,18 +150,18 @@ class Run:
         if latest is not None:
             self.checkpoints.mark_good(latest)
 
-    def finish(self, state: TrainState, last: int, results: Results | None) -> None:
+    def finish(self, state: TrainState, last: int, evaluation: Evaluation | None) -> None:
         """Wait for the last checkpoint, then leave `results.json`, the sign of a finished run."""
         self.checkpoints.wait()
         self.checkpoints.mark_good(last)
         self.logger.flush()
-        if results is None:  # the run was complete before: its log is, but a kill may have come before results.json
-            results = run_tasks(self.inputs.tasks, self._encoder(state))
+        if evaluation is None:  # the run was complete before: its log is, but a kill may have come before results.json
+            evaluation = run_tasks(self.inputs.tasks, self._encoder(state))
         if processes.is_first():
-            write_results(self.workdir / "results.json", self.checkpoints.path(last), results)
+            write_results(self.workdir / "results.json", self.checkpoints.path(last), evaluation)
         self.logger.finish()
-        if results:
-            self.logger.message(results_table(results))
+        if evaluation.results:
+            self.logger.message(results_table(evaluation.results))
         examples = last * self.config.global_batch_size
         self.logger.message(f"done: {last} steps, {examples} examples; all of it is in {self.workdir}")
 
