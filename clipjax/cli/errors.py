@@ -56,11 +56,12 @@ def stops(program: str) -> Iterator[None]:
     # In here, so that commands that need no JAX do not wait for its import.
     from clipjax.checkpoints.manager import DamagedCheckpoint
     from clipjax.data.training_stream import TooManyBadSamples
+    from clipjax.data.workers import WorkersDie
     from clipjax.runtime import processes
 
     try:
         yield
-    except TooManyBadSamples as error:  # all processes meet it at the same step
+    except (TooManyBadSamples, WorkersDie) as error:  # all processes meet it at the same step
         print_error(program, error)
         raise SystemExit(UNUSABLE_DATA) from error
     except DamagedCheckpoint as error:

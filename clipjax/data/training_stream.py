@@ -139,8 +139,8 @@ class _Share:
     def __len__(self) -> int:
         return len(self._batches) // self._process_count - sum(last - first + 1 for first, last in self._left_out)
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return self._batches[batch_number(position, self._left_out) * self._process_count + self._process_index]
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._batches[batch_number(index, self._left_out) * self._process_count + self._process_index]
 
 
 def _close_if_alive(stream: "weakref.ReferenceType[TrainStream]") -> None:

@@ -2,6 +2,7 @@
 
 from clipjax.config import steps_of, total_steps
 from clipjax.data.training_stream import TooManyBadSamples
+from clipjax.data.workers import WorkersDie
 from clipjax.evals.runner import Results
 from clipjax.training.run import Run
 
@@ -11,6 +12,7 @@ def train(run: Run) -> int | None:
 
     Raises:
         TooManyBadSamples: too much of the data is unusable; the state before is saved.
+        WorkersDie: the loader workers of a process die too often; the state is saved.
     """
     config, logger, state, start = run.config, run.logger, run.state, run.start
     last = total_steps(config)
@@ -24,21 +26,24 @@ def train(run: Run) -> int | None:
     for step in range(start.step + 1, last + 1):
         try:
             batch = run.next_batch()
-        except TooManyBadSamples:
+        except (TooManyBadSamples, WorkersDie):
             run.save(state, step - 1)
             raise
         state, metrics = run.train_step(state, batch)
         run.follow(step, metrics)
+        run.watchdog.beat(step)
         logger.flush()
         if step % log_every == 0 or step == last:
             logger.log_step(step, metrics, run.stream.wait_seconds)
-        stop = run.signal.due(step) and step < last
+        stop = step < last and run.signal.due()
         if step == last or (step % eval_every == 0 and not stop):
             results = run.evaluate(state, step)
             run.save(state, step, results)
         elif stop or step % save_every == 0:
             run.save(state, step)
         if stop:
+            if run.signal.error is not None:
+                raise WorkersDie(run.signal.error)
             number = run.signal.number
             logger.message(f"stopped by signal {number} after step {step}; the same command goes on from here")
             return number

@@ -21,12 +21,15 @@ from clipjax.config import Config, LossKind, steps_of
 from clipjax.data.sample import REASONS
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import BadSampleLimit, TrainStream, pair_groups
+from clipjax.data.workers import WorkersDie
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import Results, run_tasks, write_results
 from clipjax.losses import describe_loss
 from clipjax.monitoring.run_logger import RunLogger, results_table
 from clipjax.monitoring.stragglers import rank_times
-from clipjax.runtime import processes, sharding
+from clipjax.runtime import process_log, processes, sharding
+from clipjax.runtime.shutdown import Shutdown
+from clipjax.runtime.watchdog import Watchdog
 from clipjax.training.inputs import Inputs
 from clipjax.training.preflight import Checked
 from clipjax.training.program import Program, build_program
@@ -53,6 +56,7 @@ class Run:
         checkpoints: of the workdir.
         logger: metrics, progress, log.
         signal: the request to stop, once it comes.
+        watchdog: ends a run that is stuck.
         teacher: parameters of the frozen model to learn from; None: without.
         state: the state to start with; the first step takes its buffers over.
         start: completed updates at the start, and what belongs to them.
@@ -66,7 +70,8 @@ class Run:
     limit: BadSampleLimit
     checkpoints: Checkpoints
     logger: RunLogger
-    signal: processes.ShutdownSignal
+    signal: Shutdown
+    watchdog: Watchdog
     teacher: Params | None
     state: TrainState
     start: Position
@@ -87,6 +92,7 @@ class Run:
         """Return the next global batch, on the devices, once they are not too far behind.
 
         Raises:
+            WorkersDie: the loader workers of the only process die too often; several processes agree to stop instead.
             TooManyBadSamples: the data is unusable beyond the configured share; every process raises this at the same
                 step, as all of them judge the same counts.
         """
@@ -96,13 +102,25 @@ class Run:
                 jax.block_until_ready(metrics["loss"])
             if step % steps_of(self.config.log.every_examples, self.config) == 0:
                 self.limit.check(step, jax.device_get(metrics["samples_skipped"]).tolist(), self.stream.latest_bad())
-        batch = next(self.stream)
+        batch = self._read()
         self.logger.count_samples(batch["index"])
         group = pair_groups(batch, self.config.loss.same_pair)
         more = {} if group is None else {"group": group}
         if self.config.loss.kind is LossKind.GLOBAL:
             more["index"] = batch["index"].astype(np.int32)
         return sharding.global_batch(self.program.mesh, {name: batch[name] for name in BATCH} | more)
+
+    def _read(self) -> Mapping[str, np.ndarray]:
+        """Return the next batch of this process; without workers, if they die and the other processes must be told."""
+        try:
+            return next(self.stream)
+        except WorkersDie as error:
+            if jax.process_count() == 1:
+                raise
+            self.logger.message(str(error))
+            self.signal.request(str(error))
+            self.stream.read_here()
+            return next(self.stream)
 
     def follow(self, step: int, metrics: Metrics) -> None:
         """Count a step that has been started among those in flight."""
@@ -115,7 +133,7 @@ class Run:
     def evaluate(self, state: TrainState, step: int) -> Results:
         """Run the tasks; if one fails, save the state before the error is raised."""
         self.logger.flush()
-        with self.logger.pause():
+        with self.logger.pause(), self.watchdog.paused("evaluation"):
             try:
                 results = run_tasks(self.inputs.tasks, self._encoder(state))
             except Exception:
@@ -143,12 +161,20 @@ class Run:
         if self.config.checkpoint.best_metric is not None and results:
             task, _, metric = self.config.checkpoint.best_metric.rpartition(":")
             best_value = results[task][metric]
+        with self.watchdog.paused("saving"):
+            self._save(state, step, records, best_value)
+
+    def _save(self, state: TrainState, step: int, records: Any, best_value: float | None) -> None:
         with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
             jax.block_until_ready(state.step)
         self.checkpoints.save(step, to_items(state), records, best_value)
 
     def finish(self, state: TrainState, last: int, results: Results | None) -> None:
         """Wait for the last checkpoint, then leave `results.json`, the sign of a finished run."""
+        with self.watchdog.paused("the last save"):
+            self._finish(state, last, results)
+
+    def _finish(self, state: TrainState, last: int, results: Results | None) -> None:
         self.checkpoints.wait()
         self.logger.flush()
         if results is None:  # the run was complete before: its log is, but a kill may have come before results.json
@@ -175,8 +201,10 @@ def build(checked: Checked) -> Iterator[Run]:
     program = build_program(config, mesh, num_samples=len(inputs.source), tx=checked.tx, teacher=teacher_config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        signal = processes.ShutdownSignal()
-        stack.callback(signal.restore)
+        log = process_log.open_file()
+        watchdog = stack.enter_context(Watchdog(config.recovery.stuck_seconds, log=log))
+        signal = Shutdown(log)
+        stack.callback(signal.close)
         checkpoints = Checkpoints(workdir, config.checkpoint)
         stack.callback(checkpoints.close)
         state, start = start_state(config, inputs, checkpoints, program.init_state, mesh)
@@ -198,8 +226,10 @@ def build(checked: Checked) -> Iterator[Run]:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             start_step=start.step,
+            on_restart=logger.message,
         )
         stack.callback(stream.close)
+        stack.enter_context(watchdog.training())
         yield Run(
             config=config,
             workdir=workdir,
@@ -215,6 +245,7 @@ def build(checked: Checked) -> Iterator[Run]:
             checkpoints=checkpoints,
             logger=logger,
             signal=signal,
+            watchdog=watchdog,
             teacher=teacher,
             state=state,
             start=start,
