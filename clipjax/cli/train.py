@@ -20,7 +20,9 @@ PROGRAM = "clipjax train"
 ABOUT = """Train a model, or go on with the run that the workdir holds.
 
 SIGTERM and Ctrl-C save a checkpoint and leave (exit code 128 + signal); the same command then goes on from there.
-Exit code 2: arguments, config or files are refused; 3: a checkpoint or too much of the data is unusable; 1: a defect.
+A second signal changes nothing, a third within 5 seconds leaves at once. SIGUSR1 writes stacks to the log.
+Exit code 2: arguments, config or files are refused; 3: a checkpoint or too much of the data is unusable;
+1: a defect, a stuck run, or the death of another process.
 The workdir gets metrics.jsonl, tensorboard/, checkpoints/, run.json, logs/ and, at the end, results.json.
 Several processes find each other by themselves under Slurm, Open MPI and on TPU pods, else by three options below."""
 FIELDS = "--config.FIELD=VALUE sets a field of the config. Fields with their defaults (the config file sets its own):\n"
