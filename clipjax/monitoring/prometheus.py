@@ -60,8 +60,8 @@ class Exporter(Collector):
         self._goodput, self._events = goodput, events
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """Serve the numbers of a logged step; texts and nested values are left out."""
-        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        """Serve the numbers of a logged step; texts, nested values and names that Prometheus refuses are left out."""
+        numbers = {name: one for name, one in values.items() if isinstance(one, int | float) and name.isidentifier()}
         self._values = {**numbers, "step": step, "last_log_timestamp_seconds": time.time()}
 
     def collect(self) -> Iterable[Metric]:
