@@ -47,7 +47,7 @@ def refusals(program: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stops(program: str) -> Iterator[None]:
-    """End with a message and exit code 3 where a run meets unusable data or a damaged checkpoint.
+    """End with a message and exit code 3 where a run meets unusable data, a damaged checkpoint or a broken device.
 
     Raises:
         SystemExit: it did. One of several processes whose checkpoint is damaged ends at once instead, since the others
@@ -57,10 +57,11 @@ def stops(program: str) -> Iterator[None]:
     from clipjax.checkpoints.manager import DamagedCheckpoint
     from clipjax.data.training_stream import TooManyBadSamples
     from clipjax.runtime import processes
+    from clipjax.runtime.device_check import BrokenDevice
 
     try:
         yield
-    except TooManyBadSamples as error:  # all processes meet it at the same step
+    except (TooManyBadSamples, BrokenDevice) as error:  # all processes meet it at the same place
         print_error(program, error)
         raise SystemExit(UNUSABLE_DATA) from error
     except DamagedCheckpoint as error:

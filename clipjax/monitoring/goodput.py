@@ -3,9 +3,9 @@
 Reading order: `CAUSES`, `History` (earlier starts, read back from `events.jsonl`), `Goodput` (this start),
 `goodput_table`.
 
-Every moment from the first start on belongs to exactly one cause, so the causes add up to wall-clock time. A step number
-is productive once: the time of a step that is done again, after a restart or a rollback, is `lost`. Devices compute
-while the loop saves or waits for data, so `saving` and `waiting_for_data` are the time for which the loop is blocked.
+Every moment from the first start on belongs to exactly one cause, so the causes add up to wall-clock time. A number of
+a step is productive once: the time of a step that is done again, after a restart or a rollback, is `lost`. `saving` and
+`waiting_for_data` are the time for which the loop is blocked, although devices may still compute by then.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from clipjax.monitoring.events import Events
 from clipjax.runtime.terminal import format_table
 
 CAUSES = ("initialisation", "compile", "steps", "waiting_for_data", "saving", "evaluation", "lost", "stopped")
-"""Causes of time; `stopped` lies between two starts, and `lost` also holds the end of a start that was killed, up to its
-last event."""
+"""Causes of time; `stopped` lies between two starts, and `lost` also holds the end of a start that was killed, from its
+last ledger to its last event."""
 
 _OFFSET = time.time() - time.monotonic()
 

@@ -1,7 +1,7 @@
 """Metrics for Prometheus: a run seen from outside, at `http://HOST:PORT/metrics`, from `log.prometheus_port` on.
 
-The server is bound in the preflight, so that a port that is taken is refused; its threads are daemons, and read what the
-loop leaves here: nothing that they meet reaches the run.
+The server is bound in the preflight, so that a port that is taken is refused; its threads are daemons, and only read
+what the loop leaves here: nothing that they meet reaches the run.
 """
 
 import math
@@ -25,6 +25,10 @@ _CLIENT_SECONDS = 10.0  # then a client that sends nothing loses its connection,
 
 class Exporter(Collector):
     """The metrics of one process's run, served from now until `close`.
+
+    Attributes:
+        port: where it listens.
+        url: address of the metrics.
 
     Args:
         config: with a port.
@@ -52,8 +56,8 @@ class Exporter(Collector):
             "Handler", (self._server.RequestHandlerClass,), {"timeout": _CLIENT_SECONDS}
         )
         self._server.handle_error = lambda request, client_address: None  # a client that leaves is no news
-        self.port = self._server.server_port
-        """The port; where the config says 0, the one that was free."""
+        self.port = self._server.server_port  # where the config says 0, the one that was free
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"
 
     def watch(self, goodput: Goodput, events: Events) -> None:
         """Serve these from now on."""

@@ -22,6 +22,7 @@ def train(run: Run) -> int | None:
     if start.step and start.step % eval_every == 0 and not start.evaluated:  # a signal came in between
         results = run.evaluate(state, start.step)
     for step in range(start.step + 1, last + 1):
+        run.goodput.step(step)
         try:
             batch = run.next_batch()
         except TooManyBadSamples:

@@ -24,9 +24,12 @@ from clipjax.data.training_stream import BadSampleLimit, TrainStream, pair_group
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import Results, run_tasks, write_results
 from clipjax.losses import describe_loss
+from clipjax.monitoring import events as run_events
+from clipjax.monitoring.events import Events
+from clipjax.monitoring.goodput import Goodput, wall_clock
 from clipjax.monitoring.run_logger import RunLogger, results_table
 from clipjax.monitoring.stragglers import rank_times
-from clipjax.runtime import processes, sharding
+from clipjax.runtime import device_check, process_log, processes, sharding
 from clipjax.training.inputs import Inputs
 from clipjax.training.preflight import Checked
 from clipjax.training.program import Program, build_program
@@ -52,6 +55,7 @@ class Run:
         limit: judges the share of unusable samples.
         checkpoints: of the workdir.
         logger: metrics, progress, log.
+        goodput: the ledger of the run's time.
         signal: the request to stop, once it comes.
         teacher: parameters of the frozen model to learn from; None: without.
         state: the state to start with; the first step takes its buffers over.
@@ -66,6 +70,7 @@ class Run:
     limit: BadSampleLimit
     checkpoints: Checkpoints
     logger: RunLogger
+    goodput: Goodput
     signal: processes.ShutdownSignal
     teacher: Params | None
     state: TrainState
@@ -81,7 +86,8 @@ class Run:
 
         This is `TrainStep.__call__`, compiled once.
         """
-        return self._jitted_step(state, batch, self.teacher)
+        with contextlib.nullcontext() if self._in_flight else self.goodput.phase("compile"):  # the first one
+            return self._jitted_step(state, batch, self.teacher)
 
     def next_batch(self) -> Mapping[str, jax.Array]:
         """Return the next global batch, on the devices, once they are not too far behind.
@@ -96,7 +102,8 @@ class Run:
                 jax.block_until_ready(metrics["loss"])
             if step % steps_of(self.config.log.every_examples, self.config) == 0:
                 self.limit.check(step, jax.device_get(metrics["samples_skipped"]).tolist(), self.stream.latest_bad())
-        batch = next(self.stream)
+        with self.goodput.phase("waiting_for_data"):
+            batch = next(self.stream)
         self.logger.count_samples(batch["index"])
         group = pair_groups(batch, self.config.loss.same_pair)
         more = {} if group is None else {"group": group}
@@ -115,7 +122,8 @@ class Run:
     def evaluate(self, state: TrainState, step: int) -> Results:
         """Run the tasks; if one fails, save the state before the error is raised."""
         self.logger.flush()
-        with self.logger.pause():
+        jax.block_until_ready(state.step)  # what is left of the step belongs to the step
+        with self.logger.pause(), self.goodput.phase("evaluation"):
             try:
                 results = run_tasks(self.inputs.tasks, self._encoder(state))
             except Exception:
@@ -145,17 +153,21 @@ class Run:
             best_value = results[task][metric]
         with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
             jax.block_until_ready(state.step)
-        self.checkpoints.save(step, to_items(state), records, best_value)
+        with self.goodput.phase("saving"):
+            self.checkpoints.save(step, to_items(state), records, best_value)
+        self.goodput.record()
 
     def finish(self, state: TrainState, last: int, results: Results | None) -> None:
         """Wait for the last checkpoint, then leave `results.json`, the sign of a finished run."""
-        self.checkpoints.wait()
+        with self.goodput.phase("saving"):
+            self.checkpoints.wait()
         self.logger.flush()
         if results is None:  # the run was complete before: its log is, but a kill may have come before results.json
-            results = run_tasks(self.inputs.tasks, self._encoder(state))
+            with self.goodput.phase("evaluation"):
+                results = run_tasks(self.inputs.tasks, self._encoder(state))
         if processes.is_first():
             write_results(self.workdir / "results.json", self.checkpoints.path(last), results)
-        self.logger.finish()
+        self.logger.finish(last)
         if results:
             self.logger.message(results_table(results))
         examples = last * self.config.global_batch_size
@@ -174,11 +186,15 @@ def build(checked: Checked) -> Iterator[Run]:
     teacher_config = None if inputs.teacher_checkpoint is None else inputs.teacher_checkpoint.config
     program = build_program(config, mesh, num_samples=len(inputs.source), tx=checked.tx, teacher=teacher_config)
     with contextlib.ExitStack() as stack:
+        if checked.exporter is not None:
+            stack.callback(checked.exporter.close)
+        goodput = stack.enter_context(_goodput(checked))
+        process_log.info(f"device check: {device_check.check_devices(mesh)}")
         stack.enter_context(jax.set_mesh(mesh))
         signal = processes.ShutdownSignal()
         stack.callback(signal.restore)
         checkpoints = Checkpoints(workdir, config.checkpoint)
-        stack.callback(checkpoints.close)
+        stack.callback(_close, checkpoints, goodput)
         state, start = start_state(config, inputs, checkpoints, program.init_state, mesh)
         teacher = None if inputs.teacher_checkpoint is None else load_params(inputs.teacher_checkpoint, mesh)
         logger = RunLogger(
@@ -188,9 +204,13 @@ def build(checked: Checked) -> Iterator[Run]:
             flops_per_pair=config.model.flops(),
             skip_reasons=REASONS,
             times=rank_times(),
+            goodput=goodput,
+            exporter=checked.exporter,
         )
         stack.callback(logger.close)
         logger.message(describe_loss(config, mesh))
+        if checked.exporter is not None:
+            logger.message(f"metrics for Prometheus: {checked.exporter.url}")
         stream = TrainStream(
             inputs.source,
             tokenize=TextToTokens(inputs.tokenizer, config.model.text.context_length),
@@ -214,8 +234,31 @@ def build(checked: Checked) -> Iterator[Run]:
             ),
             checkpoints=checkpoints,
             logger=logger,
+            goodput=goodput,
             signal=signal,
             teacher=teacher,
             state=state,
             start=start,
         )
+
+
+@contextlib.contextmanager
+def _goodput(checked: Checked) -> Iterator[Goodput]:
+    """Open the ledger of this start, the first process's in `events.jsonl`; record the end of the `with` block."""
+    events = Events(checked.workdir, enabled=processes.is_first(), clock=wall_clock)
+    past = run_events.read(checked.workdir) if processes.is_first() else ()
+    goodput = Goodput(events, past, devices=jax.device_count())
+    if checked.exporter is not None:
+        checked.exporter.watch(goodput, events)
+    try:
+        yield goodput
+    except BaseException as error:
+        goodput.record("stop", reason=type(error).__name__)
+        raise
+    goodput.record("stop")
+
+
+def _close(checkpoints: Checkpoints, goodput: Goodput) -> None:
+    """Wait until everything saved is on disk; after a signal this takes a while."""
+    with goodput.phase("saving"):
+        checkpoints.close()

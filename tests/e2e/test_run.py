@@ -19,7 +19,7 @@ from clipjax.cli.eval import main as main_eval
 from tests.commands import exit_code
 from tests.e2e.conftest import run, start
 
-TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left")
+TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "goodput")
 
 
 def train_arguments(config: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> tuple[str, ...]:

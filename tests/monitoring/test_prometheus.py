@@ -42,6 +42,7 @@ def scrape(port: int) -> dict[tuple[str, ...], float]:
 
 def test_a_scrape_shows_the_last_step_the_times_and_the_events(exporter, tmp_path):
     assert scrape(exporter.port) == {}  # nothing is known yet
+    assert exporter.url == f"http://127.0.0.1:{exporter.port}/metrics"
     now = 1000.0
     events = Events(tmp_path, enabled=True)
     ledger = Goodput(events, began=now, clock=lambda: now)
