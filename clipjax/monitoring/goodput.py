@@ -123,7 +123,7 @@ class Goodput:
         self._events, self._clock, self._devices = events, clock, devices
         self._history = History.from_events(past)
         self._last_step = self._history.last_step
-        self._own = dict.fromkeys(CAUSES, 0.0)
+        self._own: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
         self._base = self._cause = "initialisation"
         self._began = self._since = self._history.begin(process_start() if began is None else began)
         events.add("start", began=round(self._began, 3), devices=devices)

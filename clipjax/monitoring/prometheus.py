@@ -46,15 +46,15 @@ class Exporter(Collector):
         registry.register(self)
         port, host = config.prometheus_port, config.prometheus_host
         try:
-            self._server, self._thread = start_http_server(port, host, registry)
+            server, self._thread = start_http_server(port, host, registry)
         except (OSError, UnicodeError) as error:  # UnicodeError: no host can have such a name
             raise ValueError(
                 f"log.prometheus_port={port} cannot be used on log.prometheus_host={host!r}: {error}; choose a free "
                 "port (0 takes any) and an address of this machine, or None to serve nothing"
             ) from error
-        self._server.RequestHandlerClass = type(
-            "Handler", (self._server.RequestHandlerClass,), {"timeout": _CLIENT_SECONDS}
-        )
+        self._server: Any = server
+        server_handler: Any = server.RequestHandlerClass
+        self._server.RequestHandlerClass = type("Handler", (server_handler,), {"timeout": _CLIENT_SECONDS})
         self._server.handle_error = lambda request, client_address: None  # a client that leaves is no news
         self.port = self._server.server_port  # where the config says 0, the one that was free
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"

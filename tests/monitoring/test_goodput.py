@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from benchmarks.goodput_day import simulate_day
 from clipjax.monitoring import events
 from clipjax.monitoring.events import Events
 from clipjax.monitoring.goodput import CAUSES, Goodput, History, goodput_table, process_start
@@ -132,6 +133,7 @@ def test_many_starts_add_up_to_wall_clock(tmp_path):
 def test_damaged_events_never_stop_a_start(damaged):
     past = [{"time": 1000, "event": "start", "began": 1000, "devices": 2}, damaged]
     history = History.from_events(past)
+    assert history.end is not None
     assert sum(history.seconds.values()) == history.end - 1000 == history.device_seconds / 2
 
 
@@ -169,3 +171,12 @@ def test_the_table_shows_hours_shares_and_the_price(tmp_path):
 
 def test_the_start_of_this_process_is_in_the_past():
     assert time.time() - 24 * 3600 < process_start() <= time.time()
+
+
+def test_a_day_of_failures_is_reckoned_from_starts_saves_and_losses():
+    free = {"start_seconds": 0.0, "save_block_seconds": 0.0, "save_seconds": 0.0, "notice_seconds": 0.0}
+    # Saved every 216 s, a failure costs 108 s of steps on average: 1 % of 3 hours.
+    assert simulate_day(**free, save_every_seconds=216) == pytest.approx(0.99)
+    assert simulate_day(**{**free, "start_seconds": 432.0}, save_every_seconds=216) == pytest.approx(0.95)
+    assert simulate_day(**{**free, "save_block_seconds": 24.0}, save_every_seconds=216) == pytest.approx(0.89)
+    assert simulate_day(**{**free, "start_seconds": 1e5}, save_every_seconds=216) == 0

@@ -4,6 +4,7 @@ import json
 import socket
 import types
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,10 +92,9 @@ def test_a_device_that_never_answers_is_named(monkeypatch):
     monkeypatch.setattr(device_check, "_PEERS_SECONDS", 0.02)
     device = jax.devices()[2]
     silent = types.SimpleNamespace(device=device, data=types.SimpleNamespace(is_ready=lambda: False))
+    result: Any = types.SimpleNamespace(addressable_shards=[silent])
     findings = _Findings()
-    device_check._measure(
-        findings, "data", lambda: types.SimpleNamespace(addressable_shards=[silent]), lambda *_: "unused"
-    )
+    device_check._measure(findings, "data", lambda: result, lambda *_: "unused")
     assert findings.broken == ["cpu:2 (process 0) gives no result in the part 'data'"]
 
 
