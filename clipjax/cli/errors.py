@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from absl import logging
 
 from clipjax.runtime import process_log
+from clipjax.runtime.terminal import printable
 
 USAGE_ERROR = 2
 
@@ -42,26 +43,34 @@ def refusals(program: str) -> Iterator[None]:
         raise
     except (ValueError, OSError) as error:
         print_error(program, error)
-        raise SystemExit(USAGE_ERROR) from error
+        raise SystemExit(_code_of_refusal(error)) from error
+
+
+def _code_of_refusal(error: Exception) -> int:
+    """Return 3 for checkpoints of which none can be used, else 2."""
+    from clipjax.checkpoints.manifest import DamagedCheckpoint
+
+    return UNUSABLE_DATA if isinstance(error, DamagedCheckpoint) else USAGE_ERROR
 
 
 @contextlib.contextmanager
 def stops(program: str) -> Iterator[None]:
-    """End with a message and exit code 3 where a run meets unusable data or a damaged checkpoint.
+    """End with a message and exit code 3 where a person has to look at the run, its data or its machine.
 
     Raises:
         SystemExit: it did. One of several processes whose checkpoint is damaged ends at once instead, since the others
             may wait for it.
     """
     # In here, so that commands that need no JAX do not wait for its import.
-    from clipjax.checkpoints.manager import DamagedCheckpoint
+    from clipjax.checkpoints.manager import DamagedCheckpoint, SavesFail
     from clipjax.data.training_stream import TooManyBadSamples
-    from clipjax.data.workers import WorkersDie
     from clipjax.runtime import processes
+    from clipjax.runtime.device_check import BrokenDevice
+    from clipjax.training.recovery import RunStopped
 
     try:
         yield
-    except (TooManyBadSamples, WorkersDie) as error:  # all processes meet it at the same step
+    except (TooManyBadSamples, RunStopped, SavesFail, BrokenDevice) as error:  # all processes meet it at one place
         print_error(program, error)
         raise SystemExit(UNUSABLE_DATA) from error
     except DamagedCheckpoint as error:
@@ -72,5 +81,5 @@ def stops(program: str) -> Iterator[None]:
 def print_error(program: str, error: Exception) -> None:
     """Print an error's message for a person, a line per finding."""
     for line in str(error).splitlines() or [repr(error)]:
-        print(f"{program}: error: {line}", file=sys.stderr)
+        print(f"{program}: error: {printable(line)}", file=sys.stderr)
         process_log.info(f"error: {line}")

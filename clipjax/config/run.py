@@ -15,6 +15,7 @@ from clipjax.config.recovery import RecoveryConfig
 
 SEED = Range("must be less than 2**63", lambda value: value < 2**63)
 SLICES = Range("must be at least 1, or None for those of the hardware", lambda value: value >= 1)
+PORT = Range("must lie between 0 and 65535; 0 takes a free one", lambda value: 0 <= value <= 65535)
 AXIS_SIZE = Range("must be at least 1, or -1 to fill up", lambda value: value >= 1 or value == -1)
 
 
@@ -59,6 +60,9 @@ class LogConfig:
     every_examples: int = bounded(100_000, POSITIVE)
     tensorboard: bool = True
     peak_tflops: float | None = bounded(None, POSITIVE)  # per device, for MFU; None: the chip's, if it is known
+    price_per_hour: float | None = bounded(None, POSITIVE)  # per device, for the cost of a million pairs
+    prometheus_port: int | None = bounded(None, PORT)  # serves metrics from the first process; None: no server
+    prometheus_host: str = "127.0.0.1"  # address that it listens at; "0.0.0.0" is open to every machine around
 
 
 @dataclass(kw_only=True, slots=True)

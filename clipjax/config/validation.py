@@ -221,6 +221,11 @@ def _part_errors(config: Config) -> list[str]:
     best = config.checkpoint.best_metric
     if best is not None and config.eval.every_examples is None:
         errors.append(f"checkpoint.best_metric={best!r} would only see the last step; set eval.every_examples")
+    if config.log.prometheus_port is None and config.log.prometheus_host != type(config.log)().prometheus_host:
+        errors.append(
+            f"log.prometheus_host={config.log.prometheus_host!r} would be ignored: nothing is served; set "
+            "log.prometheus_port"
+        )
     return errors
 
 

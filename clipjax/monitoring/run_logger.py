@@ -14,7 +14,9 @@ import jax
 import numpy as np
 
 from clipjax.config import Config, total_steps
+from clipjax.monitoring.goodput import Goodput
 from clipjax.monitoring.progress import Progress, StepClock, mfu
+from clipjax.monitoring.prometheus import Exporter
 from clipjax.monitoring.stragglers import RankTimes, StepTimes
 from clipjax.monitoring.writers import MetricsWriter
 from clipjax.runtime import process_log, processes
@@ -34,6 +36,8 @@ class RunLogger:
         skip_reasons: names of the counts in the metric `samples_skipped`.
         enabled: this process writes and prints; None: the first one does.
         times: collects the times of several processes; None for one alone.
+        goodput: the ledger of the run's time; None keeps none.
+        exporter: serves the numbers to others; None: nobody asks.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class RunLogger:
         skip_reasons: Sequence[str],
         enabled: bool | None = None,
         times: RankTimes | None = None,
+        goodput: Goodput | None = None,
+        exporter: Exporter | None = None,
     ) -> None:
         enabled = processes.is_first() if enabled is None else enabled
         self._batch = config.global_batch_size
@@ -60,6 +66,7 @@ class RunLogger:
         self._clock = StepClock(steps, step=start_step, examples_seen=start_step * self._batch)
         self._pending: tuple[int, Metrics, dict[str, Any]] | None = None
         self._times, self._last_step = times, start_step
+        self._goodput, self._exporter, self._price = goodput, exporter, config.log.price_per_hour
         self._blocked_seconds = 0.0  # since the last logged step
         self._samples = 0
 
@@ -85,6 +92,9 @@ class RunLogger:
             wait_seconds: total time that training has waited for data.
         """
         rates = self._clock.lap(step=step, examples_seen=step * self._batch, wait_seconds=wait_seconds)
+        if self._goodput is not None:
+            self._goodput.record()
+            rates["goodput"] = self._goodput.fraction()
         self._pending = (step, metrics, rates)
         self._account(step, rates)
 
@@ -133,6 +143,8 @@ class RunLogger:
             values |= ranks
         self._writer.write(step, values)
         self._progress.update(step, values)
+        if self._exporter is not None:
+            self._exporter.update(step, values)
         process_log.info(f"step {step}: loss {values['loss']:.6g}")
         for line in slow:
             self.message(line)
@@ -163,10 +175,12 @@ class RunLogger:
         with self._clock.pause():
             yield
 
-    def finish(self) -> None:
-        """Show the times of several processes; all of them must call it."""
+    def finish(self, step: int) -> None:
+        """Show the times of the run, which ends at this step, and of several processes; all of them must call it."""
         if self._times is not None and (table := self._times.table()):
             self.message(table)
+        if self._goodput is not None:
+            self.message(self._goodput.table(pairs=step * self._batch, price_per_hour=self._price))
 
     def close(self) -> None:
         """Write the pending step and close the files."""

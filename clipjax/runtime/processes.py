@@ -19,7 +19,9 @@ from typing import Any
 
 import jax
 
+from clipjax.runtime import process_log
 from clipjax.runtime.launchers import Launch, find_launch
+from clipjax.runtime.terminal import printable
 
 HEARTBEAT_SECONDS = 45
 """Silence after which a process counts as dead, and the others end. JAX's default is 100 seconds.
@@ -216,6 +218,14 @@ def _announced(launch: Launch) -> Iterator[None]:
 def is_first() -> bool:
     """Return True on the process that writes the files of which there is one."""
     return jax.process_index() == 0
+
+
+def announce(text: str) -> None:
+    """Write a line to the log of this process; the first one also shows it on standard error."""
+    process_log.info(text)
+    if is_first():
+        with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed stream
+            print(f"clipjax: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def kv_set(key: str, value: str, *, overwrite: bool = False) -> None:

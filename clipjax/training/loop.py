@@ -3,6 +3,7 @@
 from clipjax.config import steps_of, total_steps
 from clipjax.data.training_stream import TooManyBadSamples
 from clipjax.evals.runner import Evaluation
+from clipjax.runtime import processes
 from clipjax.training.preflight import Checked
 from clipjax.training.recovery import RollBack, RunStopped
 from clipjax.training.run import Run, build
@@ -25,7 +26,7 @@ def train(checked: Checked) -> int | None:
                 with build(session) as run:
                     return _train(run)
             except RollBack as back:
-                session.message(f"rollback: {back}")
+                processes.announce(f"rollback: {back}")
 
 
 def _train(run: Run) -> int | None:
@@ -50,7 +51,7 @@ def _train(run: Run) -> int | None:
         logger.flush()
         if step % log_every == 0 or step == last:
             logger.log_step(step, metrics, run.stream.wait_seconds)
-        stop = run.signal.due() and step < last
+        stop = step < last and run.signal.due()
         if step == last:
             run.settle()
         if step == last or (step % eval_every == 0 and not stop):

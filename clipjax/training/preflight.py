@@ -17,6 +17,7 @@ from clipjax.config.validation import validate, validate_devices
 from clipjax.evals.runner import check_metric, check_samples
 from clipjax.models.clip import abstract_params
 from clipjax.monitoring import run_record
+from clipjax.monitoring.prometheus import Exporter
 from clipjax.runtime import compilation, consistency, files, owner, process_log, sharding
 from clipjax.runtime.compilation import compiler_options
 from clipjax.runtime.consistency import Fingerprint
@@ -37,12 +38,14 @@ class Checked:
         workdir: the folder of its files.
         inputs: data, tokenizer, tasks, first weights.
         tx: the optimizer.
+        exporter: the server of metrics on this process, if there is one.
     """
 
     config: Config
     workdir: Path
     inputs: Inputs
     tx: optax.GradientTransformation
+    exporter: Exporter | None
 
 
 def check(parse: Callable[[], tuple[Config, Path]]) -> Checked:
@@ -140,7 +143,8 @@ def _open_here(config: Config, workdir: Path, warning: str, made: list[Path]) ->
         "checkpoint": fingerprints.checkpoint_fingerprint(workdir),
         "data": fingerprints.data_fingerprint(inputs.sources, inputs.tokenizer, checkpoints),
     }
-    return Checked(config, workdir, inputs, tx), facts
+    exporter = Exporter(config.log) if is_first() and config.log.prometheus_port is not None else None
+    return Checked(config, workdir, inputs, tx, exporter), facts
 
 
 def _open_newest(workdir: Path) -> SavedCheckpoint | None:

@@ -15,9 +15,10 @@ import numpy as np
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import TrainStream
-from clipjax.monitoring.writers import FILE as METRICS
+METRICS = "metrics.jsonl"
 from clipjax.pytrees import leaf_paths
 from clipjax.runtime import processes, sharding
+from clipjax.training.decisions import Rollback
 from clipjax.training.preflight import Checked
 from clipjax.training.resume import start_state
 from clipjax.training.run import device_batch
@@ -41,16 +42,19 @@ def replay(checked: Checked, step: int, rollback: int | None = None) -> Iterator
     """
     config, inputs = checked.config, checked.inputs
     with open_session(checked, record=False) as session:
-        taken = session.decisions.taken
-        if rollback is not None:
-            if not 1 <= rollback <= len(taken):
-                raise ValueError(f"--rollback={rollback} must be one of the run's {len(taken)} rollbacks, from 1")
-            session.decisions.before(rollback - 1)
-        start_before = min([step, *(each.to_step + 1 for each in taken[(rollback or len(taken) + 1) - 1 :])])
         checkpoints = Checkpoints(checked.workdir, config.checkpoint)
+        decisions = session.decisions
         state, start = start_state(
-            config, inputs, checkpoints, session.program.init_state, session.mesh, before=start_before
+            config,
+            inputs,
+            checkpoints,
+            decisions,
+            session.program.init_state,
+            session.mesh,
+            before=_first_changed(decisions.taken, step, rollback),
         )
+        if rollback is not None:
+            decisions.forget_from(rollback - 1)
         if start.step:
             yield f"from the checkpoint of step {start.step}: {step - start.step} steps"
         else:
@@ -79,6 +83,25 @@ def replay(checked: Checked, step: int, rollback: int | None = None) -> Iterator
             yield from found
         finally:
             stream.close()
+
+
+def _first_changed(taken: Sequence[Rollback], step: int, rollback: int | None) -> int:
+    """Return the step before which a checkpoint must be.
+
+    Raises:
+        ValueError: there is no such rollback, or the step was not behind it.
+    """
+    if rollback is None:
+        return step
+    if not 1 <= rollback <= len(taken):
+        raise ValueError(f"--rollback={rollback} must be one of the run's {len(taken)} rollbacks, counted from 1")
+    decision = taken[rollback - 1]
+    if not decision.to_step < step <= decision.last_step + 1:
+        raise ValueError(
+            f"--replay={step} with --rollback={rollback} must lie behind step {decision.to_step}, to which that "
+            f"rollback went, and not behind {decision.last_step}, the last step of its trouble"
+        )
+    return min(step, *(each.to_step + 1 for each in taken[rollback - 1 :]))
 
 
 def _logged(checked: Checked, step: int) -> Mapping[str, Any] | None:
@@ -153,7 +176,8 @@ def _make_search(session: Session) -> Any:
     def search(state: TrainState, batch: Batch, teacher: Any) -> tuple[Any, Any, Any]:
         key = jax.random.fold_in(state.key, state.step)
         encoded = session.program.clip.encode_batch(state.params, state.batch_stats or {}, batch, key)
-        grads = step.gradients_of(state, batch, teacher)
+        inputs = step.loss_inputs(state, batch, key, teacher)
+        grads, _ = step.gradients(state.params, state.batch_stats or {}, batch, inputs, key)
         rows = {"image": _finite_rows(encoded.image_embed), "text": _finite_rows(encoded.text_embed)}
         return rows, _finite_leaves(state.params), _finite_leaves(grads)
 

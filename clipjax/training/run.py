@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.records import make_records
@@ -27,9 +28,9 @@ from clipjax.monitoring.run_logger import RunLogger, results_table
 from clipjax.monitoring.stragglers import rank_times
 from clipjax.runtime import process_log, processes, sharding
 from clipjax.runtime.shutdown import Shutdown
-from clipjax.training import left_out
 from clipjax.training.inputs import Inputs
-from clipjax.training.recovery import Recovery, RollBack, RunStopped
+from clipjax.training.left_out import RecentBatches
+from clipjax.training.recovery import Recovery, RollBack
 from clipjax.training.resume import Position, start_state
 from clipjax.training.session import Session
 from clipjax.training.step import TrainState, eval_params, to_items
@@ -52,6 +53,7 @@ class Run:
         limit: judges the share of unusable samples.
         checkpoints: of the workdir.
         recovery: judges the updates.
+        recent: samples of the last batches.
         logger: metrics, progress, log.
         state: the state to start with; the first step takes its buffers over.
         start: completed updates at the start, and what belongs to them.
@@ -62,11 +64,11 @@ class Run:
     limit: BadSampleLimit
     checkpoints: Checkpoints
     recovery: Recovery
+    recent: RecentBatches
     logger: RunLogger
     state: TrainState
     start: Position
     _in_flight: collections.deque[tuple[int, Metrics, jax.Array | None]] = field(default_factory=collections.deque)
-    _recent: left_out.RecentBatches = field(default_factory=left_out.RecentBatches)
 
     @property
     def config(self) -> Config:
@@ -93,8 +95,8 @@ class Run:
 
         This is `TrainStep.__call__`, compiled once.
         """
-        first = self.session.first_step.take()
-        with self.session.goodput.phase("compile") if first else contextlib.nullcontext():
+        compiles = "step" not in vars(self.session)  # the first time
+        with self.session.goodput.phase("compile") if compiles else contextlib.nullcontext():
             return self.session.step(state, batch, self.session.teacher)
 
     def next_batch(self, step: int) -> Mapping[str, jax.Array]:
@@ -109,17 +111,15 @@ class Run:
         self.session.goodput.step(step)
         self.session.watchdog.beat(step)
         while len(self._in_flight) >= STEPS_IN_FLIGHT:
-            self._judge_oldest()
+            judged, values = self._judge_oldest()
+            if judged % steps_of(self.config.log.every_examples, self.config) == 0:
+                self.limit.check(judged, values["samples_skipped"].tolist(), self.stream.latest_bad())
         with self.session.goodput.phase("waiting_for_data"):
             batch = self._read()
         self.logger.count_samples(batch["index"])
-        self._recent.add(batch_number(step - 1, self.session.decisions.left_out), batch["index"])
-        group = pair_groups(batch, self.config.loss.same_pair)
-        more = {} if group is None else {"group": group}
-        if self.config.loss.kind is LossKind.GLOBAL:
-            more["index"] = batch["index"].astype(np.int32)
+        self.recent.add(batch_number(step - 1, self.session.decisions.left_out), batch["index"])
         self.session.profile.maybe_start(step)
-        return sharding.global_batch(self.session.mesh, {name: batch[name] for name in BATCH} | more)
+        return device_batch(self.config, self.session.mesh, batch)
 
     def _read(self) -> dict[str, np.ndarray]:
         """Return this process's part of the next batch; after too many deaths of workers without them, to the stop."""
@@ -139,13 +139,12 @@ class Run:
             self.session.profile.request()
         self.session.profile.maybe_stop(step, metrics)
 
-    def _judge_oldest(self) -> None:
+    def _judge_oldest(self) -> tuple[int, dict[str, np.ndarray]]:
+        """Judge the oldest update in flight; return its step and what it was judged by."""
         step, metrics, digests = self._in_flight.popleft()
         with self.logger.waiting_for_devices(), self.session.watchdog.dead_named():
             jax.block_until_ready(metrics["loss"])
         values = jax.device_get({name: metrics[name] for name in JUDGED})
-        if step % steps_of(self.config.log.every_examples, self.config) == 0:
-            self.limit.check(step, values["samples_skipped"].tolist(), self.stream.latest_bad())
         if digests is not None and self.session.replicas is not None:
             self.recovery.judge_replicas(step, self.session.replicas.find_differing(digests))
         try:
@@ -153,8 +152,9 @@ class Run:
             if step == total_steps(self.config):
                 self.recovery.end(step, values)
         except RollBack as back:
-            self._recent.write(self.workdir, back.decision, self.inputs.source)
+            self.recent.write(self.workdir, back.decision, self.inputs.source)
             raise
+        return step, values
 
     def settle(self) -> None:
         """Judge all updates that are in flight.
@@ -236,6 +236,15 @@ class Run:
         self.logger.message(f"done: {last} steps, {examples} examples; all of it is in {self.workdir}")
 
 
+def device_batch(config: Config, mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
+    """Return this process's part of a batch as global arrays, with what the config's loss needs besides."""
+    group = pair_groups(batch, config.loss.same_pair)
+    more = {} if group is None else {"group": group}
+    if config.loss.kind is LossKind.GLOBAL:
+        more["index"] = batch["index"].astype(np.int32)
+    return sharding.global_batch(mesh, {name: batch[name] for name in BATCH} | more)
+
+
 @contextlib.contextmanager
 def build(session: Session) -> Iterator[Run]:
     """Build the parts of a run, from its checkpoint to its first batch; the end of the `with` block closes them.
@@ -246,9 +255,14 @@ def build(session: Session) -> Iterator[Run]:
     checked, events = session.checked, session.events
     config, workdir, inputs = checked.config, checked.workdir, checked.inputs
 
-    def tell(event: str, text: str) -> None:
-        events.add(event, text=text)
-        session.message(text)
+    say = processes.announce
+
+    def tell(event: str, text: str, **facts: int) -> None:
+        events.add(event, text=text, **facts)
+        say(text)
+
+    def tell_failure(step: int, reason: str) -> None:
+        tell("failed_save", f"the checkpoint of step {step} is not saved: {reason}", step=step)
 
     with contextlib.ExitStack() as stack:
         with session.goodput.phase("initialisation"), session.watchdog.paused("the start"):
@@ -256,11 +270,13 @@ def build(session: Session) -> Iterator[Run]:
                 workdir,
                 config.checkpoint,
                 max_failed_saves=config.recovery.max_failed_saves,
-                on_failure=lambda step, reason: tell("failed_save", f"the checkpoint of step {step} is not saved: {reason}"),
+                on_failure=tell_failure,
                 on_commit=lambda step: run_record.record_commit(workdir, step),
             )
             stack.callback(_close, checkpoints, session)
-            state, start = start_state(session, checkpoints)
+            state, start = start_state(
+                config, inputs, checkpoints, session.decisions, session.program.init_state, session.mesh
+            )
         logger = RunLogger(
             config,
             workdir,
@@ -272,6 +288,7 @@ def build(session: Session) -> Iterator[Run]:
             exporter=checked.exporter,
         )
         stack.callback(logger.close)
+        say = logger.message  # above the progress line
         logger.message(describe_loss(config, session.mesh))
         if checked.exporter is not None:
             logger.message(f"metrics for Prometheus: {checked.exporter.url}")
@@ -303,6 +320,7 @@ def build(session: Session) -> Iterator[Run]:
                 events=events,
                 start_step=start.step,
             ),
+            recent=RecentBatches(config.recovery.max_skipped_in_a_row + STEPS_IN_FLIGHT + 2),
             logger=logger,
             state=state,
             start=start,

@@ -76,8 +76,12 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(checked: Checked) -> Iterator[Session]:
+def open_session(checked: Checked, *, record: bool = True) -> Iterator[Session]:
     """Check the devices and prepare the program; the end of the `with` block closes everything.
+
+    Args:
+        checked: the run.
+        record: keep this start in `run.json` and `events.jsonl`.
 
     Raises:
         BrokenDevice: a device or link is missing or gives wrong results.
@@ -87,15 +91,15 @@ def open_session(checked: Checked) -> Iterator[Session]:
     with contextlib.ExitStack() as stack:
         if checked.exporter is not None:
             stack.callback(checked.exporter.close)
-        events = Events(workdir, enabled=processes.is_first(), clock=wall_clock)
+        events = Events(workdir, enabled=record and processes.is_first(), clock=wall_clock)
         goodput = stack.enter_context(_ledger(checked, events))
-        log = process_log.file_of_stacks()
+        log = process_log.open_file()
         signal = Shutdown(log)
         stack.callback(signal.close)
         watchdog = stack.enter_context(Watchdog(config.recovery.stuck_seconds, log=log))
         mesh = sharding.make_mesh(config.mesh)
         times = device_check.check_devices(mesh)
-        if processes.is_first():
+        if record and processes.is_first():
             run_record.add_to_start(workdir, device_check=times)
         stack.enter_context(jax.set_mesh(mesh))
         teacher = inputs.teacher_checkpoint

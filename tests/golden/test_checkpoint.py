@@ -33,7 +33,7 @@ WORKDIR = pathlib.Path(__file__).with_name("checkpoint_before_layout")
 GOLDEN = WORKDIR.with_suffix(".json")
 TRAIN = ("train", "--config=config.py", "--workdir=run")
 EVAL = ("eval", "--checkpoint=run", "--output=evaluated.json")
-TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left")
+TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "goodput")
 STOP_AFTER = 7
 """Steps in the log when SIGTERM is sent."""
 XLA_FLAGS = "--xla_backend_optimization_level=0"

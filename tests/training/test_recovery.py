@@ -8,7 +8,7 @@ from clipjax.config import Config
 from clipjax.monitoring import events
 from clipjax.monitoring.events import Events
 from clipjax.training.decisions import Decisions, Rollback, to_record
-from clipjax.training.recovery import GOOD_AFTER, NoWayBack, Recovery, RollBack
+from clipjax.training.recovery import GOOD_AFTER, RunStopped, Recovery, RollBack
 
 pytestmark = pytest.mark.newest
 
@@ -148,7 +148,7 @@ def test_no_good_checkpoint_is_no_way_back_and_the_spoilt_ones_are_set_aside(tmp
     recovery = make(tmp_path, marks, max_skipped_in_a_row=3)
     for step in (2, 3):
         recovery.judge(step, metrics(skipped=step - 1))
-    with pytest.raises(NoWayBack, match="no good checkpoint.*--replay=2"):
+    with pytest.raises(RunStopped, match="no good checkpoint.*--replay=2"):
         recovery.judge(4, metrics(skipped=3))
     assert marks.aside == {1: "rejected", 2: "rejected", 3: "rejected"}
     assert not Decisions(tmp_path).taken
@@ -160,7 +160,7 @@ def test_going_back_twice_without_progress_is_no_way_back_and_keeps_the_good_one
         recovery = make(tmp_path, marks, start=10)
         with pytest.raises(RollBack):
             recovery.judge(25, metrics(skipped=10))
-    with pytest.raises(NoWayBack, match=r"recovery.max_rollbacks=2: going back to the checkpoint of step 10"):
+    with pytest.raises(RunStopped, match=r"recovery.max_rollbacks=2: going back to the checkpoint of step 10"):
         make(tmp_path, marks, start=10).judge(31, metrics(skipped=10))
     assert marks.steps() == [10, 20] and not marks.aside
     marks.mark_good(20)  # progress: another place to go back to
