@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.faults.kill_points import POINTS
-from tests.faults.tiny_run import LAST_STEP, SAVE_EVERY, TinyRun, complete_steps, differences, ended, wait_until
+from tests.faults.tiny_run import (
+    LAST_STEP,
+    SAVE_EVERY,
+    TinyRun,
+    complete_steps,
+    differences,
+    ended,
+    read_lines,
+    wait_until,
+)
 
 UNDISTURBED = "undisturbed"
 
@@ -64,6 +73,14 @@ def crash_run(run: TinyRun, name: str, *, seed: int, count: int, options: tuple[
         outcome.wrong.append(f"a start went on from an earlier step than the one before: {starts}")
     outcome.wrong += differences(run, name, UNDISTURBED)
     return outcome
+
+
+def _left_out(run: TinyRun, name: str) -> int:
+    """Return the number of saves that the last start has left out or failed."""
+    found = 0
+    for event in read_lines(run.workdir(name) / "events.jsonl"):
+        found = 0 if event["event"] == "start" else found + (event["event"] == "failed_save")
+    return found
 
 
 def _start_and_kill(

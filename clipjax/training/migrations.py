@@ -1,2 +1,0 @@
-def abstract_items(version, items): return items
-def migrate(version, items, placed): return items
