@@ -3,13 +3,15 @@
 The path of a parameter decides whether it is decayed or frozen, never the model.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from clipjax.config import Config, OptimConfig, steps_of, total_steps
 from clipjax.pytrees import leaf_paths, map_with_path, match_any
+from clipjax.training.health import select
 from clipjax.typing import Params
 
 DECAYED = ("kernel", "token_embed", "pos_embed", "registers", "probe", "queries")
@@ -26,6 +28,60 @@ def make_schedule(config: Config) -> optax.Schedule:
         decay_steps=max(steps, warmup + 1),
         end_value=config.optim.final_learning_rate,
     )
+
+
+class ScaleByStepState(NamedTuple):
+    """The empty state of `scale_by_step`; its own type, so that `training.migrations` finds the place."""
+
+
+def scale_by_step(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Return the multiplication of updates by minus the learning rate of the step that `update(..., step=)` gives.
+
+    `optax.scale_by_learning_rate` counts its own calls: a skipped update, whose state is not kept, would shift the
+    schedule.
+    """
+
+    def init(params: optax.Params) -> ScaleByStepState:
+        del params
+        return ScaleByStepState()
+
+    def update(
+        updates: optax.Updates,
+        state: ScaleByStepState,
+        params: optax.Params | None = None,
+        *,
+        step: jax.Array,
+        **_: Any,
+    ) -> tuple[optax.Updates, ScaleByStepState]:
+        del params
+        factor = -1 * schedule(step)
+        return jax.tree.map(lambda update: jnp.array(factor, dtype=update.dtype) * update, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """Return `optax.scale_by_adam`, whose moments and count stay as they are if `update(..., finite=)` is false.
+
+    The moments are selected before the updates are made of them, so that the new and the old moments are never both in
+    memory; the updates of a skipped step mean nothing.
+    """
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.ScaleByAdamState,
+        params: optax.Params | None = None,
+        *,
+        finite: jax.Array,
+        **_: Any,
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        state = select(finite, adam.update(updates, state, params)[1], state)  # type: ignore[arg-type]
+        mean = optax.tree.bias_correction(state.mu, b1, state.count)
+        square = optax.tree.bias_correction(state.nu, b2, state.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), state
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)  # type: ignore[arg-type]
 
 
 def decay_mask(params: Params) -> Any:
@@ -49,8 +105,10 @@ def frozen_labels(optim: OptimConfig, params: Params) -> Any:
     return labels
 
 
-def make_tx(config: Config, params: Params) -> optax.GradientTransformation:
+def make_tx(config: Config, params: Params) -> optax.GradientTransformationExtraArgs:
     """Return AdamW with gradient clipping by global norm; frozen parameters get no update and no moments.
+
+    Its `update` takes the run's `step`, from which the learning rate follows, and `finite`: false keeps the state.
 
     Args:
         config: the run; `params` (arrays or their shapes) only give their paths.
@@ -60,15 +118,12 @@ def make_tx(config: Config, params: Params) -> optax.GradientTransformation:
     """
     optim = config.optim
     clip = optax.identity() if optim.max_grad_norm is None else optax.clip_by_global_norm(optim.max_grad_norm)
-    adamw = optax.adamw(
-        make_schedule(config),
-        b1=optim.beta1,
-        b2=optim.beta2,
-        eps=optim.epsilon,
-        weight_decay=optim.weight_decay,
-        mask=decay_mask,
+    adamw = optax.chain(
+        scale_by_adam(optim.beta1, optim.beta2, optim.epsilon),
+        optax.add_decayed_weights(optim.weight_decay, decay_mask),
+        scale_by_step(make_schedule(config)),
     )
-    chain = optax.chain(clip, adamw)
+    chain = optax.chain(clip, adamw)  # nested as `optax.adamw` is: checkpoints hold these paths
     if not optim.freeze:
         return chain
     return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, frozen_labels(optim, params))

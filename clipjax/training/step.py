@@ -21,16 +21,21 @@ from clipjax.losses.moving_averages import MovingAveragesAccess, init_moving_ave
 from clipjax.models.towers import PARAMETER_RULES
 from clipjax.runtime.sharding import Rules
 from clipjax.training.gradients import Gradients, TeacherForward
+from clipjax.training.health import Health, init_health, is_finite, observe, select
 from clipjax.training.optimizer import make_schedule
 from clipjax.typing import Batch, Key, Metrics, Params
 
-STATE_RULES: Rules = (*PARAMETER_RULES, (r"samples_skipped", (None,)), (r"memory", ("batch", None)))
+STATE_RULES: Rules = (
+    *PARAMETER_RULES,
+    (r"samples_skipped|health/recent_losses", (None,)),
+    (r"memory", ("batch", None)),
+)
 """Dimensions of every array of a training state."""
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("step", "params", "opt_state", "ema", "key", "samples_skipped", "memory", "batch_stats"),
+    data_fields=("step", "params", "opt_state", "ema", "key", "samples_skipped", "health", "memory", "batch_stats"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
@@ -38,12 +43,13 @@ class TrainState:
     """State of training between two steps.
 
     Attributes:
-        step: completed updates, int32 scalar.
+        step: completed updates, skipped ones among them, int32 scalar.
         params: the model's parameters, float32.
         opt_state: the optimizer's state.
         ema: moving average of `params`, or None where none is kept.
         key: the run's PRNG key; step s draws from `fold_in(key, s)`.
         samples_skipped: unusable samples so far, of all processes, int32 by reason (`data.sample.REASONS`).
+        health: skipped updates and recent losses.
         memory: every sample's moving averages for the `global` loss (`losses.moving_averages`), or None.
         batch_stats: running statistics of BatchNorm, or None in models without.
     """
@@ -54,6 +60,7 @@ class TrainState:
     ema: Params | None
     key: Key
     samples_skipped: jax.Array
+    health: Health
     memory: jax.Array | None = None
     batch_stats: Params | None = None
 
@@ -86,6 +93,7 @@ def make_init_state(
             ema=None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, params),
             key=run_key,
             samples_skipped=jnp.zeros(len(REASONS), jnp.int32),
+            health=init_health(),
             memory=init_moving_averages(num_samples) if config.loss.kind is LossKind.GLOBAL else None,
             batch_stats=init_batch_stats() or None,
         )
@@ -97,8 +105,10 @@ def make_init_state(
 class TrainStep:
     """One update: gradients, optimizer, clamp of the logit scale, moving average. All choices are made by its parts.
 
+    An update that is not finite is skipped: only `step`, `samples_skipped` and `health` go on.
+
     Attributes:
-        config: gives the clamp, the decay of the average, and the learning rate for the metrics.
+        config: gives the clamp, the decay of the average, the rule for spikes, and the learning rate for the metrics.
         gradients: of the loss over the global batch.
         tx: the optimizer.
         averages: access to the state's memory; the `global` loss needs it.
@@ -107,7 +117,7 @@ class TrainStep:
 
     config: Config
     gradients: Gradients
-    tx: optax.GradientTransformation
+    tx: optax.GradientTransformationExtraArgs
     averages: MovingAveragesAccess | None = None
     teacher_forward: TeacherForward | None = None
 
@@ -119,33 +129,52 @@ class TrainStep:
         """Return the next state, and metrics by name."""
         key = jax.random.fold_in(state.key, state.step)
         inputs = self._loss_inputs(state, batch, key, teacher_params)
-        grads, aux = self.gradients(state.params, state.batch_stats or {}, batch, inputs, key)
-        memory = state.memory
-        if self.averages is not None and memory is not None and aux.log_mean is not None:
-            memory = self.averages.scatter(memory, batch["index"], aux.log_mean)
-        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-        params = self._clamp(optax.apply_updates(state.params, updates))  # type: ignore[arg-type]
+        used = self._clamp(state.params)  # a checkpoint's scale may be above the maximum
+        grads, aux = self.gradients(used, state.batch_stats or {}, batch, inputs, key)
+        grad_norms = _grad_norms(grads)
+        finite = is_finite(aux.loss, grad_norms["grad_norm"], aux.batch_stats, aux.log_mean)
+        updates, opt_state = self.tx.update(grads, state.opt_state, used, step=state.step, finite=finite)
+        params = select(finite, self._clamp(optax.apply_updates(used, updates)), state.params)  # type: ignore[arg-type]
+        health, spike = observe(state.health, aux.loss, finite, self.config.recovery.spike_sigmas)
         by_reason = jax.nn.one_hot(batch["skip_reason"], len(REASONS), dtype=jnp.int32)
         samples_skipped = state.samples_skipped + jnp.sum(by_reason, axis=0)
         metrics = {
             "loss": aux.loss,
             **aux.metrics,
-            "logit_scale": jnp.exp(state.params["log_logit_scale"]),
+            "logit_scale": jnp.exp(used["log_logit_scale"]),
             "learning_rate": jnp.asarray(make_schedule(self.config)(state.step), jnp.float32),
-            **_norms(grads, params),
+            **grad_norms,
+            "param_norm": optax.tree.norm(params),
             "samples_skipped": samples_skipped,
+            "skipped_updates": health.skipped,
+            "skipped_in_a_row": health.skipped_in_a_row,
+            "loss_spike": spike.astype(jnp.int32),
         }
         next_state = TrainState(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
-            ema=_update_ema(self.config.optim.ema_decay, state.ema, params),
+            ema=select(finite, _update_ema(self.config.optim.ema_decay, state.ema, params), state.ema),
             key=state.key,
             samples_skipped=samples_skipped,
-            memory=memory,
-            batch_stats=aux.batch_stats or None,
+            health=health,
+            memory=self._update_memory(state.memory, batch, inputs.memory, aux.log_mean, finite),
+            batch_stats=select(finite, aux.batch_stats or None, state.batch_stats),
         )
         return next_state, metrics
+
+    def _update_memory(
+        self,
+        memory: jax.Array | None,
+        batch: Batch,
+        before: MovingAverages | None,
+        log_mean: jax.Array | None,
+        finite: jax.Array,
+    ) -> jax.Array | None:
+        """Return the memory with the new rows of this batch, or with the old ones where the update is skipped."""
+        if self.averages is None or memory is None or before is None or log_mean is None:
+            return memory
+        return self.averages.scatter(memory, batch["index"], select(finite, log_mean, before.log_mean))
 
     def _loss_inputs(self, state: TrainState, batch: Batch, key: Key, teacher_params: Params | None) -> LossInputs:
         """Return groups of pairs, the teacher's embeddings and the moving averages, as far as this run has them."""
@@ -164,12 +193,11 @@ class TrainStep:
         return {**params, "log_logit_scale": jnp.minimum(params["log_logit_scale"], most)}
 
 
-def _norms(grads: Params, params: Params) -> Metrics:
+def _grad_norms(grads: Params) -> Metrics:
     return {
         "grad_norm": optax.tree.norm(grads),
         "grad_norm_image": optax.tree.norm(grads["image"]),
         "grad_norm_text": optax.tree.norm(grads["text"]),
-        "param_norm": optax.tree.norm(params),
     }
 
 
@@ -200,6 +228,7 @@ def to_items(state: TrainState) -> dict[str, Any]:
     """Return the state as the items of a checkpoint, which keeps them apart, so that `params` can be read alone."""
     names = ("step", "opt_state", "key", "samples_skipped", "memory")
     train = {name: value for name in names if (value := getattr(state, name)) is not None}
+    train["health"] = vars(state.health)
     items = {"params": state.params, "train": train, "ema": state.ema, "batch_stats": state.batch_stats}
     return {name: item for name, item in items.items() if item is not None}
 
@@ -207,4 +236,4 @@ def to_items(state: TrainState) -> dict[str, Any]:
 def from_items(items: Mapping[str, Any]) -> TrainState:
     """Return the state that `to_items` took apart."""
     others = {name: items.get(name) for name in ("params", "ema", "batch_stats")}
-    return TrainState(**others, **items["train"])
+    return TrainState(**others, **{**items["train"], "health": Health(**items["train"]["health"])})
