@@ -277,7 +277,7 @@ def test_what_fails_late_is_told_too(shared: pathlib.Path, tmp_path: pathlib.Pat
     shutil.rmtree(tmp_path / "ours" / "checkpoints" / "0" / "params")
     capsys.readouterr()
     assert export("huggingface", tmp_path / "ours", tmp_path / "hf") == 2
-    assert "cannot be restored" in capsys.readouterr().err and not (tmp_path / "hf").exists()
+    assert "is damaged: params/_METADATA: missing" in capsys.readouterr().err and not (tmp_path / "hf").exists()
 
 
 def test_evaluation_without_a_tokenizer_is_refused_at_once(shared: pathlib.Path, tmp_path: pathlib.Path, capsys):
