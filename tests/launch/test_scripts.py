@@ -157,14 +157,8 @@ def test_gpus_are_shared_out():
 
 
 def start_two(config, workdir, cache) -> subprocess.Popen:
-    command = [
-        str(LAUNCH / "local.sh"),
-        "2",
-        "--restarts=1",
-        "--devices=1",
-        f"--config={config}",
-        f"--workdir={workdir}",
-    ]
+    command = [str(LAUNCH / "local.sh"), "2", "--restarts=1", "--devices=1"]
+    command += [f"--config={config}", f"--workdir={workdir}"]
     return subprocess.Popen(command, env=ENV | cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
