@@ -33,6 +33,7 @@ START_SECONDS = 300
 """Time that the processes wait for each other at the start; machines of one job can come up minutes apart."""
 
 _PATIENCE_SECONDS = 15.0  # then every process that still waits says so
+_LAST_SECONDS = 3.0  # for the others to read a message: the end of process 0 takes it away
 _KEY = "clipjax/"
 _STORE_METHODS = ("key_value_set", "blocking_key_value_get", "key_value_dir_get", "key_value_delete")
 _MOVED = f"JAX {jax.__version__} has moved jax._src.distributed.global_state, the way between clipjax's processes"
@@ -76,7 +77,8 @@ def start(options: Mapping[str, str | None] | None = None, environment: Mapping[
                 "--coordinator=HOST:PORT --num_processes=N --process_id=I say all of it outright"
             ) from error
         # Opening the devices waits for all processes: now, while all of them are sure to come.
-        open_devices(environment)
+        with _failure_shared(f"process {launch.process_id}" if launch.process_id is not None else socket.gethostname()):
+            open_devices(environment)
         joined = jax.process_count()
     if launch.num_processes not in (None, joined):
         raise ValueError(
@@ -213,6 +215,34 @@ def _announced(launch: Launch) -> Iterator[None]:
         yield
     finally:
         reminder.cancel()
+
+
+@contextmanager
+def _failure_shared(name: str) -> Iterator[None]:
+    """End all processes with exit code 2 if the `with` block is refused on one: the others would wait in it."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not (failures := kv_list("start_failed").values()):
+            if done.wait(1.0):
+                return
+        for text in failures:
+            print(f"clipjax: error: {text}", file=sys.stderr, flush=True)
+        done.wait(_LAST_SECONDS)
+        os._exit(2)
+
+    thread = threading.Thread(target=watch, daemon=True, name="start-failures")
+    if jax.distributed.is_initialized():
+        thread.start()
+    try:
+        yield
+    except ValueError as error:
+        if not thread.is_alive():
+            raise
+        kv_set(f"start_failed/{name}", f"{name}: {error}")
+        thread.join()
+    finally:
+        done.set()
 
 
 def is_first() -> bool:

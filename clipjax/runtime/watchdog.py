@@ -230,7 +230,7 @@ class Peers:
         self._tick = tick_seconds
         self._rank, self._count = jax.process_index(), jax.process_count()
         self._beats = self._busy = 0
-        self._watching, self._others_worked = False, False
+        self._watching = self._ending = self._others_worked = False
         self._announcement = ""
         self._moved: dict[int, tuple[float, str]] = {}  # by rank: when its sign of life last changed, and to what
         self._hosts: dict[int, str] = {}
@@ -244,7 +244,7 @@ class Peers:
     def tell(self, *, busy: bool, watching: bool) -> None:
         """Note that this process works in a phase, and whether it looks at the others."""
         self._busy += busy
-        self._watching = watching
+        self._watching = watching or self._ending
 
     def others_worked(self) -> bool:
         """Return True once after another process has worked in a phase; only known while `watching`."""
@@ -253,7 +253,8 @@ class Peers:
 
     def announce(self, text: str) -> None:
         """Tell all processes that one is stuck; they write their stacks and end."""
-        self._announcement, self._watching = text, True
+        self._announcement = text
+        self._watching = self._ending = True
 
     def leave(self, reason: str) -> None:
         """Tell the others that this process ends by an error of its own."""
@@ -262,7 +263,7 @@ class Peers:
 
     def explain(self) -> list[str]:
         """Return a line for each process that ended or is silent; wait a few ticks to see who is."""
-        self._watching = True
+        self._watching = self._ending = True
         self._closed.wait((_GRACE_TICKS + 1) * self._tick)
         try:
             left = {int(rank): reason for rank, reason in processes.kv_list("left").items()}

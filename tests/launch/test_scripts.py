@@ -112,6 +112,7 @@ def test_a_dry_run_of_a_jobset_leaves_nothing_for_a_pipe():
         ("tpu/pod.sh", ("copy", "pod", "--zone=z"), "name what to copy"),
         ("local.sh", ("none", "--config=x"), "N=none must be a whole number of processes"),
         ("local.sh", ("2", "--devices=0", "--config=x"), "--devices=0 must be a whole number"),
+        ("local.sh", ("2", "--restarts=x", "--config=x"), "--restarts=x must be a whole number"),
         ("local.sh", ("2",), "arguments of clipjax train are missing"),
         ("tpu/pod.sh", ("start", "pod"), "start is none of create"),
         ("tpu/pod.sh", ("create", "pod", "--zone=z"), "create needs --type=ACCELERATOR_TYPE"),
@@ -156,7 +157,8 @@ def test_gpus_are_shared_out():
 
 
 def start_two(config, workdir, cache) -> subprocess.Popen:
-    command = [str(LAUNCH / "local.sh"), "2", "--devices=1", f"--config={config}", f"--workdir={workdir}"]
+    command = [str(LAUNCH / "local.sh"), "2", "--restarts=1", "--devices=1"]
+    command += [f"--config={config}", f"--workdir={workdir}"]
     return subprocess.Popen(command, env=ENV | cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -175,23 +177,29 @@ def begun(process: subprocess.Popen, workdir: pathlib.Path) -> bool:
     return (workdir / "metrics.jsonl").exists()
 
 
-def test_a_signal_is_passed_on_and_a_killed_rank_ends_the_others(tiny_config, cache, tmp_path):
-    # Without the cache: compiling the step takes longer than the second in which JAX notices a signal.
-    process = start_two(tiny_config, tmp_path, {})
+def test_a_signal_is_passed_on_and_ends_all_for_good(tiny_config, tmp_path):
+    process = start_two(tiny_config, tmp_path, {})  # without the cache: compiling the step takes long
     try:
         until(lambda: begun(process, tmp_path), 120, lambda: "never began")
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=90)
-        assert process.returncode == 143, output
-        process = start_two(tiny_config, tmp_path / "killed", cache)
-        until(lambda: begun(process, tmp_path / "killed"), 120, lambda: "never began")
-        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks = [pid for pid in children if b"JAX_PROCESS_ID=1" in pathlib.Path(f"/proc/{pid}/environ").read_bytes()]
-        os.kill(int(ranks[0]), signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 137 and "rank 1 left with exit code 137" in output, output
+        assert process.returncode == 143 and "starting all ranks again" not in output, output
     finally:
         end(process)
+
+
+def test_failures_that_need_no_person_start_all_again(tmp_path):
+    """The command leaves with the code that its file says, the first time, and then with 0."""
+    command = tmp_path / "command"
+    command.write_text('#!/bin/sh\nif mkdir "$0-$JAX_PROCESS_ID"; then exit $CODE; fi 2>/dev/null\n')
+    command.chmod(0o755)
+    for code, restarts, expected in ((1, 1, 0), (143, 1, 0), (3, 1, 3), (2, 1, 2), (1, 0, 1)):
+        for rank in (0, 1):
+            with contextlib.suppress(FileNotFoundError):
+                (tmp_path / f"command-{rank}").rmdir()
+        done = call("local.sh", "2", f"--restarts={restarts}", "--devices=1", "x", CLIPJAX=str(command), CODE=str(code))
+        assert done.returncode == expected, (code, done.stderr)
+        assert ("exit code " + f"{code} (restart 1 of 1)" in done.stderr) == (expected == 0)
 
 
 @pytest.mark.slow

@@ -87,6 +87,21 @@ def test_an_error_ends_one_of_several_processes_at_once(monkeypatch, count, caps
     assert ("KeyError: 'defect'" in capsys.readouterr().err) == (count > 1)
 
 
+def test_devices_that_one_process_lacks_end_all_of_them(monkeypatch, capsys):
+    texts: dict[str, str] = {}
+    ended: list[int] = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "kv_set", texts.__setitem__)
+    monkeypatch.setattr(processes, "kv_list", lambda _: texts)
+    monkeypatch.setattr(processes, "_LAST_SECONDS", 0.0)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with processes._failure_shared("process 1"):
+        assert not ended
+    with contextlib.suppress(ValueError), processes._failure_shared("process 1"):
+        raise ValueError("no chip")
+    assert ended == [2] and "clipjax: error: process 1: no chip" in capsys.readouterr().err
+
+
 def test_a_lone_process_is_the_first():
     assert processes.is_first()
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -166,6 +167,7 @@ def test_silent_processes_are_named_and_those_that_left_say_why(monkeypatch):
     store.texts["alive/2"] = '{"host": "node-2", "beats": 7, "busy": 0}'
     store.texts["left/2"] = "KeyError('defect')"
     peers = watchdog.Peers(0.05)
+    threading.Timer(0.02, peers.tell, kwargs={"busy": False, "watching": False}).start()  # of a watchdog that goes on
     assert peers.explain() == [
         "process 2 (node-2) ended with KeyError('defect')",
         "process 1 (node-1) gives no sign of life: it is dead or stopped",
