@@ -9,7 +9,7 @@ import pytest
 from clipjax.config import Config, Dtype, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.data.tokenizers.bytes import BytesTokenizer
 from clipjax.evals import encoder
-from clipjax.evals.encoder import Encoder
+from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
 from clipjax.models.clip import Clip, build_clip
 from clipjax.runtime import sharding
 
@@ -48,6 +48,16 @@ def test_embeddings_are_the_models_and_programs_are_shared(parts):
     assert encoder._encode_text._cache_size() == sizes[1] + 1
 
 
+def test_parameters_that_are_not_finite_are_told(parts):
+    config, clip, mesh = parts
+    params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), jax.jit(clip.init)(jax.random.key(0)))
+    one = Encoder(config, clip, mesh, TOKENIZER, params)
+    with pytest.raises(NotFiniteEmbeddings, match="4 of 4 image embeddings are not finite.*take an earlier one"):
+        one.embed_images(np.zeros((4, 16, 16, 3), np.uint8))
+    with pytest.raises(NotFiniteEmbeddings, match="1 of 1 text embeddings"):
+        one.embed_texts(["a"])
+
+
 def test_no_texts_give_no_rows_and_rows_are_gathered(parts):
     config, clip, mesh = parts
     config = copy.deepcopy(config)
@@ -56,3 +66,4 @@ def test_no_texts_give_no_rows_and_rows_are_gathered(parts):
     assert not one.has_embeddings
     assert one.embed_texts([]).shape == (0, 16)
     np.testing.assert_array_equal(one.gather(np.arange(4)), np.arange(4))
+    assert one.gather_json({"a": [1]}) == [{"a": [1]}]

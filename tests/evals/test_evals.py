@@ -3,16 +3,27 @@
 import json
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 import pytest
 
 from clipjax.config import Config, TaskConfig, TaskKind
+from clipjax.data.sample import Sample
 from clipjax.data.sources import ArraySource
 from clipjax.evals import prompts
-from clipjax.evals.encoder import Encoder
+from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval, image_retrieval, recalls, retrieval
-from clipjax.evals.runner import build_tasks, write_results
+from clipjax.evals.runner import (
+    Evaluation,
+    ReadFailed,
+    Task,
+    build_tasks,
+    check_samples,
+    run_tasks,
+    write_results,
+)
 from clipjax.evals.zero_shot import ZeroShot, zero_shot, zero_shot_classifier
+from clipjax.runtime import process_log
 
 pytestmark = pytest.mark.newest
 
@@ -207,7 +218,117 @@ def test_prompts_by_name_and_from_files(tmp_path):
 
 def test_results_are_whole_or_absent(tmp_path):
     path = tmp_path / "deep" / "results.json"
-    write_results(path, tmp_path / "checkpoints" / "7", {"scenes/val": {"top1": 0.5}})
+    write_results(path, tmp_path / "checkpoints" / "7", Evaluation({"scenes/val": {"top1": 0.5}}, {}))
     content = json.loads(path.read_text())
     assert content == {"checkpoint": str(tmp_path / "checkpoints" / "7"), "tasks": {"scenes/val": {"top1": 0.5}}}
     assert list(path.parent.iterdir()) == [path]
+    write_results(path, tmp_path, Evaluation({}, {"scenes/val": "label 9 has no class name"}))
+    assert json.loads(path.read_text())["failed"] == {"scenes/val": "label 9 has no class name"}
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_embeddings_that_are_not_finite_are_never_ranked(side):
+    """All labels are 0, and every comparison with NaN is false: it would count as the best model."""
+    image, table = np.eye(4, dtype=np.float32), {"zero": np.eye(4)[0], "one": np.eye(4)[1]}
+    (image if side == "image" else table["zero"])[...] = np.nan
+    encoder, source = FakeEncoder(image, table), [batch([0, 1], [0, 0], [("zero",), ("one",)])]
+    with pytest.raises(NotFiniteEmbeddings, match="2 of 2 rows of class scores are not finite"):
+        zero_shot(encoder, source, ["zero", "one"], ["{}"])
+    count = "2 of 2 image embeddings" if side == "image" else "1 of 2 text embeddings"
+    with pytest.raises(NotFiniteEmbeddings, match=f"{count} are not finite, so nothing can be ranked"):
+        retrieval(encoder, source)
+    if side == "image":
+        with pytest.raises(NotFiniteEmbeddings, match=count):
+            image_retrieval(encoder, source, source)
+
+
+def make_task(source: ArraySource, measure=None) -> Task:
+    config = Config()
+    config.eval.batch_size = 2
+    config.model.image.image_size = 1
+    return Task(measure or ZeroShot(["zero", "one"], ["{}"]), config, [source], None)
+
+
+class Unreadable(ArraySource):
+    """A source whose third sample lies on a broken disk."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 2:
+            raise OSError(5, "Input/output error", "shard.tar")
+        return super().__getitem__(index)
+
+
+def test_a_task_that_fails_is_named_and_the_others_go_on(tmp_path):
+    images = np.zeros((4, 1, 1, 3), np.uint8)
+    encoder = FakeEncoder(np.eye(4, dtype=np.float32), {"zero": np.eye(4)[0], "one": np.eye(4)[1]})
+
+    class Defect(ZeroShot):
+        def __call__(self, encoder, batches) -> dict[str, float]:
+            raise KeyError("a defect")
+
+    tasks = {
+        "beyond": make_task(ArraySource(images, ["a"] * 4, labels=[0, 0, 2, 0])),
+        "unreadable": make_task(Unreadable(images, ["a"] * 4, labels=[0] * 4)),
+        "defect": make_task(ArraySource(images, ["a"] * 4), Defect(["a"], ["{}"])),
+        "good": make_task(ArraySource(images, ["a"] * 4, labels=[0] * 4)),
+    }
+    with process_log.session():
+        process_log.open_log(tmp_path, rank=0, header={})
+        evaluation = run_tasks(tasks, encoder)
+    assert evaluation.results == {"good": {"top1": 1.0, "num_examples": 4.0, "num_skipped": 0.0}}
+    assert evaluation.failures == {
+        "beyond": "label 2 has no class name: there are 2; check `classes`",
+        "unreadable": "[Errno 5] Input/output error: 'shard.tar'",
+        "defect": "KeyError: 'a defect'",
+    }
+    log = process_log.path_of(tmp_path, 0).read_text()
+    assert "evaluation task unreadable failed:" in log and "Traceback" in log
+
+
+def test_processes_agree_after_each_read(monkeypatch):
+    """The other process cannot read its part of the second batch: this one stops there too, and says so."""
+    source = ArraySource(np.zeros((6, 1, 1, 3), np.uint8), ["a"] * 6, labels=[0] * 6)
+    sent = []
+
+    class OneOfTwo(FakeEncoder):
+        def gather(self, rows: np.ndarray) -> np.ndarray:
+            sent.append(rows)
+            theirs = np.full_like(rows, -2) if len(sent) == 3 else rows  # reasons, labels, reasons
+            return np.concatenate([rows, theirs])
+
+        def embed_images(self, image: np.ndarray) -> np.ndarray:
+            return np.eye(2, dtype=np.float32)[np.zeros(2 * len(image), int)]
+
+        def gather_json(self, value: str) -> list[str]:
+            return [value, value or "[Errno 5] Input/output error"]
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    encoder = OneOfTwo(np.eye(2, dtype=np.float32), {"zero": np.eye(2)[0], "one": np.eye(2)[1]})
+    task = make_task(source)
+    with pytest.raises(ReadFailed, match=r"^process 1: \[Errno 5\] Input/output error$"):
+        task(encoder)
+    assert len(sent) == 3
+    monkeypatch.undo()
+    unreadable = make_task(Unreadable(np.zeros((4, 1, 1, 3), np.uint8), ["a"] * 4, labels=[0] * 4))
+    sent.clear()
+    with pytest.raises(ReadFailed):
+        unreadable(encoder)
+    assert sent[2].tolist() == [-2, -2]  # told to the others, before they wait for this one
+
+
+@pytest.mark.parametrize(
+    ("measure", "labels", "caption", "message"),
+    [
+        (ZeroShot(["zero", "one"], ["{}"]), [0, 1, 2, 0], "a", "label 2 has no class name: there are 2"),
+        (ZeroShot(["zero", "one"], ["{}"]), [-1] * 4, "a", "no sample has a label"),
+        (Retrieval(), [0] * 4, (), "no sample has a caption"),
+        (ImageRetrieval(), [0] * 4, (), "no sample has a caption"),
+    ],
+)
+def test_data_that_cannot_do_is_refused_before_the_work(measure, labels, caption, message):
+    source = ArraySource(np.zeros((4, 1, 1, 3), np.uint8), [caption] * 4, labels=labels)
+    with pytest.raises(ValueError, match=rf"eval.tasks.t: {message}"):
+        check_samples({"t": make_task(source, measure)})
+    check_samples(
+        {"t": make_task(ArraySource(np.zeros((99, 1, 1, 3), np.uint8), ["a"] * 99, labels=[1] * 99), measure)}
+    )

@@ -4,22 +4,31 @@ import json
 import sys
 
 import jax
+import pytest
 
 from clipjax.monitoring import run_record
 
 
-def test_each_start_adds_a_record_and_a_damaged_file_is_replaced(tmp_path):
-    def starts() -> list:
-        return json.loads((tmp_path / "run.json").read_text())["starts"]
-
+def test_starts_and_the_committed_step_are_kept(tmp_path):
+    assert run_record.read(tmp_path) == {}
     run_record.write(tmp_path, {"number": 1})
+    run_record.record_commit(tmp_path, 7)
     run_record.write(tmp_path, {"number": 2})
-    assert starts() == [{"number": 1}, {"number": 2}]
-    for damaged in ("{", "[]", '{"starts": 3}', "{}"):
-        (tmp_path / "run.json").write_text(damaged)
-        run_record.write(tmp_path, {"number": 3})
-        assert starts() == [{"number": 3}]
+    run_record.record_commit(tmp_path, 9)
+    assert run_record.read(tmp_path) == {"starts": [{"number": 1}, {"number": 2}], "committed_step": 9}
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"starts": 3}', '{"committed_step": "7"}', '{"committed_step": -1}'])
+def test_a_damaged_file_is_told_and_set_aside(tmp_path, capsys, damaged):
+    (tmp_path / "run.json").write_text(damaged)
+    with pytest.raises(run_record.DamagedRecord, match="run.json is damaged"):
+        run_record.read(tmp_path)
+    run_record.record_commit(tmp_path, 3)
+    assert "run.json is damaged" in capsys.readouterr().err
+    assert (tmp_path / "run.json.damaged").read_text() == damaged
+    run_record.write(tmp_path, {"number": 3})
+    assert run_record.read(tmp_path) == {"starts": [{"number": 3}], "committed_step": 3}
 
 
 def test_a_start_is_described_by_machine_devices_and_versions(monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from clipjax.config import Config
+from clipjax.data.digests import spread
 from clipjax.data.sources import ArraySource
 from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.runtime import consistency, processes
@@ -167,26 +168,27 @@ def pictures(seed: int, size: int = 40) -> ArraySource:
     return ArraySource(images, [f"caption {i}" for i in range(size)])
 
 
-def test_data_is_told_by_size_places_and_contents():
+def test_data_is_told_by_size_and_contents():
     facts = fingerprints.describe_source(pictures(0))
     assert facts == fingerprints.describe_source(pictures(0))
     other = fingerprints.describe_source(pictures(1))
     assert [name for name in facts if facts[name] != other[name]] == ["contents"]
     shorter = fingerprints.describe_source(pictures(0, size=39))
     assert (facts["samples"], shorter["samples"]) == (40, 39)
+    assert facts["shards"] == 1
     unusable = fingerprints.describe_source(ArraySource([b"", b""], [[""], [""]]))
     assert unusable["samples"] == 2
 
 
 def test_a_large_source_is_sampled_from_end_to_end():
-    assert fingerprints._spread(5, 16) == [0, 1, 2, 3, 4]
-    positions = fingerprints._spread(10**9, 1000)
+    assert spread(5, 16) == [0, 1, 2, 3, 4]
+    positions = spread(10**9, 1000)
     assert (positions[0], positions[-1], len(set(positions))) == (0, 10**9 - 1, 1000)
 
 
 def test_facts_of_data_and_tokenizer():
     facts = fingerprints.data_fingerprint({"train": pictures(0)}, build_tokenizer("bytes"), {"init_from": None})
-    assert facts.keys() == {"tokenizer", "train samples", "train places", "train contents"}
+    assert facts.keys() == {"tokenizer", "train samples", "train shards", "train contents"}
 
 
 def test_steps_in_the_workdir(tmp_path):

@@ -1,16 +1,20 @@
 """Preflight: what is refused before a device is touched."""
 
+import copy
 import dataclasses
 import io
 import json
 import pathlib
 import re
 import tarfile
+import types
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from clipjax.checkpoints.records import pack_tokenizer
 from clipjax.config import (
     CheckpointConfig,
     Config,
@@ -22,9 +26,15 @@ from clipjax.config import (
     TextTransformerConfig,
     ViTConfig,
 )
+from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.evals.runner import build_tasks, check_metric
-from clipjax.runtime import process_log
+from clipjax.monitoring import run_record
+from clipjax.runtime import owner, process_log
 from clipjax.training import preflight
+from clipjax.training.inputs import open_inputs
+from clipjax.training.resume import check_same_run
+from tests.data.test_webdataset import pair, write
+from tests.runtime.test_owner import holder
 
 
 def make_config(folder: pathlib.Path, num_classes: int = 5) -> Config:
@@ -83,3 +93,114 @@ def test_without_tasks_there_is_no_best_metric(tmp_path):
     config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
     with pytest.raises(ValueError, match="one of none: no tasks"):
         check_metric("val:top1", build_tasks(config))
+
+
+def files_in(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def check(config: Config, workdir: pathlib.Path) -> None:
+    try:
+        with process_log.session():
+            preflight.check(lambda: (config, workdir))
+    finally:
+        owner.release(workdir)
+
+
+@pytest.mark.parametrize("cause", ["config", "data", "samples"])
+def test_a_refused_start_leaves_nothing(tmp_path, cause):
+    config = make_config(tmp_path)
+    match cause:
+        case "config":
+            config.total_examples = 0
+        case "data":
+            config.data.train = str(tmp_path / "gone.tar")
+        case "samples":  # no sample of the zero-shot task has a label
+            pass
+    before = files_in(tmp_path)
+    message = {"config": "total_examples", "data": "gone.tar", "samples": "eval.tasks.val: no sample has a label"}[
+        cause
+    ]
+    with pytest.raises(ValueError, match=message):
+        check(config, tmp_path / "new" / "run")
+    assert files_in(tmp_path) == before and not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match=message):
+        check(config, tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir() and files_in(tmp_path) == before
+
+
+def test_a_workdir_that_is_held_stays_as_it_is(tmp_path):
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
+    check(config, tmp_path / "run")
+    assert set(files_in(tmp_path / "run")) == {".owner", "logs/rank-00000.log", "run.json"}
+    with holder(tmp_path / "run") as other:
+        before = files_in(tmp_path / "run")
+        with pytest.raises(ValueError, match=f"another run holds it: process {other.pid} "):
+            check(config, tmp_path / "run")
+        assert files_in(tmp_path / "run") == before
+
+
+def test_a_workdir_that_has_lost_its_checkpoints_is_refused(tmp_path):
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
+    workdir = tmp_path / "run"
+    check(config, workdir)
+    check(config, workdir)  # without a committed step it starts anew
+    run_record.record_commit(workdir, 8)
+    (workdir / "metrics.jsonl").write_text("{}")
+    (workdir / "checkpoints" / "8.damaged").mkdir(parents=True)
+    lost = (
+        r"run.json records a checkpoint at step 8, but .*checkpoints holds none that can be used; bring the "
+        r"checkpoints back, or start anew, in another workdir or by removing .*run.json knowingly; set aside there: 8.damaged"
+    )
+    with pytest.raises(ValueError, match=lost):
+        check(config, workdir)
+    assert (workdir / "metrics.jsonl").read_text() == "{}" and (workdir / "checkpoints" / "8.damaged").is_dir()
+    (workdir / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json is damaged: .* whether this workdir once had checkpoints cannot be"):
+        check(config, workdir)
+    (workdir / "run.json").unlink()
+    check(config, workdir)
+    (workdir / "checkpoints").rename(workdir / "elsewhere")
+    (workdir / "checkpoints").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ValueError, match="its folder checkpoints cannot be read .No such file"):
+        check(config, workdir)
+
+
+def make_saved(config: Config, record: dict) -> Any:
+    """As much of a checkpoint as the comparison of the data looks at."""
+    tokenizer = pack_tokenizer(build_tokenizer("bytes"))
+    return types.SimpleNamespace(config=config, step=3, records={"tokenizer": tokenizer, "data": record})
+
+
+def test_contents_decide_whether_a_run_goes_on(tmp_path, capsys):
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
+    for name in ("b", "c"):
+        write(tmp_path / f"{name}.tar", [member for i in range(4) for member in pair(f"{name}{i}")])
+    config.data.train = f"{tmp_path}/{{pairs,b,c}}.tar"
+    source = open_inputs(config).source
+    shards = json.loads(json.dumps([list(shard) for shard in source.digests()]))
+    saved = make_saved(copy.deepcopy(config), {"num_samples": 16, "shards": shards})
+
+    def resume(train: str) -> list[str]:
+        config.data.train = train
+        inputs = open_inputs(config, saved)
+        check_same_run(saved, config, inputs)
+        return [shard.digest for shard in inputs.source.digests()]
+
+    (tmp_path / "b.tar").rename(tmp_path / "moved.tar")
+    # Another place, and another order, which becomes the recorded one.
+    assert resume(f"{tmp_path}/{{c,pairs,moved}}.tar") == [digest for _, digest, _ in shards]
+    write(tmp_path / "b.tar", [member for i in range(4) for member in pair(f"z{i}")])
+    with pytest.raises(ValueError, match=r"^data.train=.* has 16 samples of other contents .*\(changed: .*/b.tar \(4"):
+        resume(f"{tmp_path}/{{pairs,b,c}}.tar")
+    with pytest.raises(ValueError, match=r"has 12 samples .* than the 16 .*\(missing: .*/b.tar \(4 samples\)\)"):
+        resume(f"{tmp_path}/{{c,pairs}}.tar")
+    with pytest.raises(ValueError, match=r"\(additional: .*/b.tar \(4 samples\)\)"):
+        resume(f"{tmp_path}/{{pairs,moved,c,b}}.tar")
+    # Of older versions only path and number are known.
+    saved.records["data"] = {"num_samples": 16}
+    resume(f"{tmp_path}/{{pairs,b,c}}.tar")
+    assert "the checkpoint has no digests of its data, so the contents were not compared" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is another place than that of the run in the workdir"):
+        resume(f"{tmp_path}/{{pairs,moved,c}}.tar")
