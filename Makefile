@@ -18,7 +18,7 @@ print_versions = import sys; from importlib.metadata import version; \
 # Large pages for the heap, as the console script asks for (clipjax/cli/main.py): training on CPUs is twice as fast.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help install install-test install-plan quickstart test test-fast test-all test-newest lint format constraints clean
+.PHONY: help install install-test install-plan quickstart test test-fast test-all test-newest chaos lint format constraints clean
 
 help:  # this list
 	@sed -n 's/^\([a-z-]*\):.*  # /\1: /p' Makefile
@@ -65,6 +65,9 @@ test-all: install-test  # the slow ones too
 test-newest: $(NEWEST)/.installed  # a part of the tests with the newest Python and JAX
 	@$(NEWEST)/bin/python -c '$(print_versions)'
 	$(NEWEST)/bin/python $(PYTEST) -m "newest and not heavy and not slow"
+
+chaos: install-test  # every fault many times, hours in all; `make chaos PART=2/5` does a part, and goes on where it was
+	$(BIN)/python -m tests.faults.chaos --part=$(or $(PART),1/1)
 
 lint: install-test  # style, types, imports
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from clipjax.config import Config, DecoderConfig, MeshConfig
 from clipjax.config.validation import check_embeddings
 from clipjax.data.images import make_eval_transform
 from clipjax.data.tokenizers.protocol import Tokenizer, tokenize
+from clipjax.evals.encoder import NotFiniteEmbeddings, require_finite
 from clipjax.evals.prompts import check_texts
 from clipjax.evals.zero_shot import zero_shot_classifier
 from clipjax.models.clip import build_clip
@@ -62,7 +63,7 @@ class Model:
         pixels = [self._view(picture) for picture in _pictures(images)]
         if not pixels:
             return np.zeros((0, self.config.model.embed_dim), np.float32)
-        return self._in_batches(self._encode_image, np.stack(pixels))
+        return self._in_batches("image embeddings", self._encode_image, np.stack(pixels))
 
     def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n embed"]:
         """Return unit-norm embeddings of a text or a sequence of them; longer ones are cut at the context length.
@@ -161,12 +162,20 @@ class Model:
         return zero_shot_classifier(self.encode_text, names, templates)
 
     def embed_pixels(self, pixels: Float[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n embed"]:
-        """Return unit-norm embeddings of pixels that are already resized, cropped and normalised."""
+        """Return unit-norm embeddings of pixels that are already resized, cropped and normalised.
+
+        Raises:
+            ValueError: pixels of another shape.
+            NotFiniteEmbeddings: pixels, or embeddings, that are not finite.
+        """
         size = self.config.model.image.image_size
         pixels = np.asarray(pixels, np.float32)
         if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
             raise ValueError(f"pixels have shape {pixels.shape}; the model takes [n, {size}, {size}, 3]")
-        return self._in_batches(self._encode_image, pixels)
+        if not np.isfinite(pixels).all():
+            bad = int((~np.isfinite(pixels)).any(axis=(1, 2, 3)).sum())
+            raise NotFiniteEmbeddings(f"{bad} of {len(pixels)} pictures are not finite; leave them out")
+        return self._in_batches("image embeddings", self._encode_image, pixels)
 
     def embed_tokens(self, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n embed"]:
         """Return unit-norm embeddings of token ids, start and end included, padded with 0."""
@@ -176,17 +185,17 @@ class Model:
             raise ValueError(f"tokens are {tokens.dtype} {tokens.shape}; the model takes int32 [n, {length}]")
         if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab):
             raise ValueError(f"token ids reach from {tokens.min()} to {tokens.max()}; the model knows 0 to {vocab - 1}")
-        return self._in_batches(self._encode_text, tokens.astype(np.int32))
+        return self._in_batches("text embeddings", self._encode_text, tokens.astype(np.int32))
 
-    def _in_batches(self, encode: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
-        """Encode batch by batch."""
+    def _in_batches(self, name: str, encode: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
+        """Encode batch by batch; refuse rows that are not finite."""
         check_embeddings(self.config)
         parts = [np.zeros((0, self.config.model.embed_dim), np.float32)]
         parts += [
             np.asarray(encode(self.params, jnp.asarray(padded)))[:count]
             for padded, count in _batches(rows, self._batch_size)
         ]
-        return np.concatenate(parts)
+        return require_finite(name, np.concatenate(parts))
 
 
 def _batches(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -1,102 +1,361 @@
 """Checkpoints: arrays, data position, config, tokenizer and preprocessing, all in one step directory.
 
-`WORKDIR/checkpoints/STEP/` holds groups of arrays (`params`, `train`, where there are any `ema` and `batch_stats`) and
-the records `config`, `data`, `tokenizer`, `preprocessing` as JSON. Orbax writes in the background into a temporary
-directory and renames it when all of it is there, so a step directory is complete or absent. Nothing is ever unpickled.
+`WORKDIR/checkpoints/STEP/` holds groups of arrays (`params`, `train`, where there are any `ema` and `batch_stats`), the
+records `config`, `data`, `tokenizer`, `preprocessing` as JSON, and `manifest.json`. A step directory is complete or
+absent (`saving.py`), and verified before an array of it is used (`manifest.py`). Nothing is ever unpickled.
+
+All methods that change something are called by all processes, in the same order; all of them see the same outcome.
 """
 
-import functools
+import contextlib
+import itertools
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from etils import epath
 
-from clipjax.checkpoints.records import FOLDER, RECORDS
+from clipjax.checkpoints import exchange, folder
+from clipjax.checkpoints.folder import GOOD, Aside
+from clipjax.checkpoints.manifest import DamagedCheckpoint, Manifest, State, Verdict, best_of, examine
+from clipjax.checkpoints.records import FOLDER, RECORDS, read_record
+from clipjax.checkpoints.saving import OnFailure, Save, array_handler, describe, silence_orbax, temporary_path
 from clipjax.config import CheckpointConfig
+from clipjax.runtime import process_log, processes
+
+WAIT_SECONDS = 10.0
+"""Time that a save waits for the one before it; then it is left out, so that training goes on."""
+
+STALLED_SECONDS = 120.0
+"""Time without a new byte after which a save is given up where nothing may be left out."""
+
+_instances = itertools.count()
 
 
-class DamagedCheckpoint(ValueError):
-    """The arrays of a checkpoint cannot be restored."""
+class SavesFail(RuntimeError):
+    """So many saves in a row have failed, or the last one of a run, that a person has to look at the storage."""
 
 
 class Checkpoints:
-    """The checkpoints of one run: saved in the background, the last few and the best one kept."""
+    """The checkpoints of one run: saved in the background, verified, the last few good ones and the best one kept.
 
-    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig) -> None:
-        self._workdir = workdir
-        policy: preservation_policy.PreservationPolicy = preservation_policy.LatestN(config.keep_last)
-        best: Callable[[Any], float] | None = None
-        self._best_metric = config.best_metric
-        if config.best_metric is not None:
-            # A step that was judged by another metric counts as the worst.
-            best = lambda metrics: float(metrics.get(config.best_metric, -math.inf))  # noqa: E731
-            keep_best = preservation_policy.BestN(get_metric_fn=best, n=1, keep_checkpoints_without_metrics=False)
-            policy = preservation_policy.AnyPreservationPolicy([policy, keep_best])
-        self._manager = ocp.CheckpointManager(
-            (workdir / FOLDER).absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=best, cleanup_tmp_directories=True
-            ),
-        )
+    Args:
+        workdir: of the run, which this process and its peers alone write to.
+        config: what to keep.
+        max_failed_saves: failures in a row that are borne.
+        on_failure: gets the step and the reason of each failure, maybe in another thread.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        config: CheckpointConfig,
+        *,
+        max_failed_saves: int = 3,
+        on_failure: OnFailure | None = None,
+    ) -> None:
+        self._folder = (workdir / FOLDER).absolute()
+        self._workdir, self._config, self._max_failed_saves = workdir, config, max_failed_saves
+        self._on_failure = on_failure or _tell_failure
+        silence_orbax()
+        if processes.is_first():
+            folder.remove_leftovers(self._folder)
+        complete = [step for step in folder.steps_in(self._folder) if folder.is_complete(self._folder / str(step))]
+        self._steps = {step: best_of(self._folder / str(step)) for step in complete}
+        self._good = {step for step in complete if (self._folder / str(step) / GOOD).exists()}
+        self._save: Save | None = None
+        self._failures, self._unsaved, self._seen_bytes = 0, "", 0
+        self._verified: int | None = None
+        self._keys = (f"checkpoints/{number}/{i}" for number in [next(_instances)] for i in itertools.count())
+        self._spent_keys: list[str] = []
+
+    def steps(self) -> list[int]:
+        """Return the complete steps, in order."""
+        return sorted(self._steps)
+
+    def good_steps(self) -> list[int]:
+        """Return the complete steps that are good: those marked so, and all before one of them."""
+        newest = max(self._good & self._steps.keys(), default=-1)
+        return [step for step in self.steps() if step <= newest]
 
     def latest_step(self) -> int | None:
         """Return the newest complete step, or None."""
-        return self._manager.latest_step()
+        return max(self._steps, default=None)
 
     def path(self, step: int) -> pathlib.Path:
         """Return the directory of a step."""
         return self._workdir / FOLDER / str(step)
 
+    def mark_good(self, step: int) -> None:
+        """Note that the state of a step is good; only good steps push out older ones."""
+        self._good.add(step)
+        if processes.is_first() and step in self._steps:
+            with contextlib.suppress(OSError):  # without the mark the step is kept for longer, that is all
+                (self._folder / str(step) / GOOD).touch()
+
+    def set_aside(self, step: int, reason: Aside) -> None:
+        """Rename a step so that nothing restores it."""
+        if self._save is not None and self._save.step == step and self._join(STALLED_SECONDS, patient=True):
+            self._settle()
+        if processes.is_first():
+            folder.set_aside(self._folder, step, reason)
+        self._steps.pop(step, None)
+        self._good.discard(step)
+
     def save(
-        self, step: int, arrays: Mapping[str, Any], records: Mapping[str, Any], best_value: float | None = None
+        self,
+        step: int,
+        arrays: Mapping[str, Any],
+        records: Mapping[str, Any],
+        best_value: float | None = None,
+        *,
+        last: bool = False,
     ) -> None:
-        """Start saving, and return when the arrays may change again.
+        """Start saving, and return when the arrays may change again; trouble with the storage is told, not raised.
 
         Args:
-            step: completed updates.
+            step: completed updates; nothing is done if they are saved already.
             arrays: pytrees of arrays by group.
             records: JSON values by name.
             best_value: the metric that chooses the best step, if it was measured at this step.
+            last: the run ends here, so wait for the save before as long as it writes.
+
+        Raises:
+            SavesFail: on all processes: too many saves in a row have failed.
         """
-        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-        items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
-        metrics = None if best_value is None else {self._best_metric: best_value}
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        if step in self._steps or (self._save is not None and self._save.step == step):
+            return
+        key = next(self._keys)
+        start = exchange.publish(f"{key}/start", lambda: self._prepare(step, last=last))
+        if not processes.is_first() and not start["busy"]:
+            self._join(math.inf)  # process 0 has the outcome, so it is here at once
+            self._settle()
+        self._failures = start["failures"]
+        if start["reason"]:
+            self._unsaved = f"step {step}: {start['reason']}"
+            self._on_failure(step, start["reason"])
+        if self._failures >= self._max_failed_saves:
+            raise SavesFail(f"{self._failures} saves in a row have failed, the last one of {self._unsaved}")
+        if start["reason"]:
+            return
+        metric = self._config.best_metric
+        best = None if metric is None or best_value is None else (metric, float(best_value))
+        self._unsaved, self._seen_bytes = "", 0
+        self._spent_keys.append(key)
+        if processes.is_first() and len(self._spent_keys) > 2:
+            # All processes have sent their part of the save before this one, so they are done with the one before that.
+            exchange.forget(self._spent_keys[0])
+        del self._spent_keys[:-2]
+        content = Manifest(step, best, {})
+        doomed = self._take_doomed()
+        self._save = Save(self._folder, content, arrays, records, key=key, doomed=doomed, on_failure=self._on_failure)
+
+    def _prepare(self, step: int, *, last: bool) -> dict[str, Any]:
+        """Decide on process 0 whether a save begins, and make its directory."""
+        reason, busy = "", not self._join(STALLED_SECONDS if last else WAIT_SECONDS, patient=last)
+        if busy:
+            assert self._save is not None
+            seen, self._seen_bytes = self._seen_bytes, self._save.written_bytes()
+            self._failures += self._seen_bytes == seen
+            reason = f"left out, since step {self._save.step} is still being written"
+        else:
+            self._settle()
+            try:
+                if self._failures < self._max_failed_saves:
+                    self._make_directory(step)
+            except OSError as error:
+                self._failures += 1
+                reason = describe(error)
+        return {"busy": busy, "failures": self._failures, "reason": reason}
+
+    def _make_directory(self, step: int) -> None:
+        if (self._folder / str(step)).exists():  # or it would be among the complete ones
+            folder.set_aside(self._folder, step, "incomplete")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        folder.remove_leftovers(self._folder)
+        temporary_path(self._folder, step).mkdir()
+
+    def _join(self, seconds: float, *, patient: bool = False) -> bool:
+        """Wait for the save in progress; return False if it does not end in time; patience begins anew with a byte."""
+        if self._save is None:
+            return True
+        until, seen = time.monotonic() + seconds, 0
+        while not self._save.finished.wait(max(0.0, min(1.0, until - time.monotonic()))):
+            if patient and seen != (seen := self._save.written_bytes()):
+                until = time.monotonic() + seconds
+            if time.monotonic() >= until:
+                return False
+        return True
+
+    def _settle(self) -> None:
+        """Take note of the outcome of the save that has ended."""
+        save, self._save = self._save, None
+        if save is None:
+            return
+        if save.reason:
+            self._failures += 1
+            self._unsaved = f"step {save.step}: {save.reason}"
+            return
+        self._failures = 0
+        self._steps[save.step] = save.best
+        if save.step in self._good:
+            self.mark_good(save.step)
+
+    def _take_doomed(self) -> list[int]:
+        """Return the steps that are no longer to be kept, and forget them."""
+        good = self.good_steps()
+        kept = {*good[-self._config.keep_last :], self._best()}
+        doomed = [step for step in good if step not in kept]
+        for step in doomed:
+            del self._steps[step]
+            self._good.discard(step)
+        return doomed
+
+    def _best(self) -> int | None:
+        """Return the best step by `best_metric`; one that was judged by another metric is none."""
+        metric, found = self._config.best_metric, []
+        for step, best in self._steps.items():
+            if metric is not None and best is not None and best[0] == metric and not math.isnan(best[1]):
+                found.append((best[1], step))
+        return max(found)[1] if found else None
+
+    def newest_verified(self, steps: Sequence[int] | None = None) -> int | None:
+        """Return the newest step whose files are unchanged; those after it are set aside with a warning.
+
+        Args:
+            steps: to choose from; None: all.
+
+        Returns:
+            The same step on all processes; None if there is none at all.
+
+        Raises:
+            DamagedCheckpoint: there are some, and all of them are damaged; none is set aside.
+        """
+        key = next(self._keys)
+        known = exchange.publish(
+            f"{key}/steps", lambda: [list(self._steps.items()), sorted(self._good), folder.steps_in(self._folder)]
+        )
+        self._steps = {step: None if best is None else (best[0], best[1]) for step, best in known[0]}
+        self._good = set(known[1])
+        bad: dict[int, Verdict] = {}
+        for step in sorted(known[2] if steps is None else steps, reverse=True):
+            verdict = self._examine(step)
+            if verdict.usable:
+                self._set_aside_all(bad, step)
+                self._verified = step
+                return step
+            bad[step] = verdict
+        if bad:
+            raise DamagedCheckpoint(all_damaged(self._workdir / FOLDER, bad))
+        return None
+
+    def _set_aside_all(self, bad: Mapping[int, Verdict], chosen: int) -> None:
+        for step, verdict in bad.items():
+            warn(going_on(self.path(step), verdict, self.path(chosen)))
+            self.set_aside(step, "incomplete" if verdict.state is State.INCOMPLETE else "damaged")
+
+    def _examine(self, step: int) -> Verdict:
+        """Return the verdict of all processes; each reads a part of the files."""
+        key, rank, count = next(self._keys), jax.process_index(), jax.process_count()
+        own = examine(self._folder / str(step), step=step, part=(rank, count))
+        parts = exchange.gather(f"{key}/parts", [own.state.value, own.fault])
+        verdicts = [Verdict(State(state), fault) for state, fault in parts]
+        worst = next((verdict for verdict in verdicts if not verdict.usable), own)
+        state, fault = exchange.publish(f"{key}/verdict", lambda: [worst.state.value, worst.fault])
+        return Verdict(State(state), fault)
 
     def restore(self, step: int, abstract_arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the arrays, placed by the shardings of `abstract_arrays`, and the records.
 
         Raises:
-            DamagedCheckpoint: a group or array is missing, misshapen or damaged.
+            DamagedCheckpoint: a file has changed, or a group or array is missing or misshapen.
         """
-        restored = restore_items(
-            functools.partial(self._manager.restore, step), self.path(step), abstract_arrays, RECORDS
-        )
-        return {name: restored[name] for name in abstract_arrays}, {name: restored[name] for name in RECORDS}
+        if self._verified != step:
+            refuse_damaged(self.path(step), self._examine(step))
+        self._verified = None
+        arrays = restore_arrays(self.path(step), abstract_arrays)
+        try:
+            return arrays, {name: read_record(self.path(step), name) for name in RECORDS}
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpoint(f"checkpoint {self.path(step)} is damaged: {error}") from error
 
     def wait(self) -> None:
-        """Wait until everything saved so far is on disk."""
-        self._manager.wait_until_finished()
+        """Wait until everything saved so far is on disk, as long as it is being written.
+
+        Raises:
+            SavesFail: the last save has failed.
+        """
+        self.close()
+        if self._unsaved:
+            raise SavesFail(f"the last checkpoint is not saved; {self._unsaved}")
 
     def close(self) -> None:
-        """Wait, then stop the background threads."""
-        self._manager.close()
+        """Wait, and delete what is no longer to be kept; raise nothing."""
+        if not self._join(STALLED_SECONDS, patient=True):
+            assert self._save is not None
+            self._unsaved = f"step {self._save.step}: nothing was written for {STALLED_SECONDS:.0f} seconds"
+            return
+        self._settle()
+        for step in self._take_doomed():
+            if processes.is_first():
+                with contextlib.suppress(OSError):
+                    folder.delete(self._folder, step)
 
 
-def restore_items(
-    restore: Callable[..., Any], path: pathlib.Path, abstract_arrays: Mapping[str, Any], records: Sequence[str] = ()
-) -> Any:
-    """Return groups of arrays and records by name; `restore` reads them from `path`.
+def restore_arrays(path: pathlib.Path, abstract_arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return groups of arrays of a step directory, placed by the shardings of `abstract_arrays`.
 
     Raises:
         DamagedCheckpoint: they cannot be read.
     """
-    items: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_arrays.items()}
-    items |= {name: ocp.args.JsonRestore() for name in records}
+    handler, restored = array_handler(), {}
     try:
-        return restore(args=ocp.args.Composite(**items))
+        for name, tree in abstract_arrays.items():
+            directory = epath.Path(path.absolute() / name)
+            if not directory.is_dir():
+                raise KeyError(f"there is no group {name!r} in it")
+            restored[name] = handler.restore(directory, args=ocp.args.StandardRestore(tree))
     except Exception as error:  # Orbax and TensorStore have many kinds
         raise DamagedCheckpoint(f"checkpoint {path} cannot be restored into this config: {error}") from error
+    return restored
+
+
+def refuse_damaged(path: pathlib.Path, verdict: Verdict) -> None:
+    """Refuse a checkpoint with a fault, and warn of one that cannot be verified.
+
+    Raises:
+        DamagedCheckpoint: it is damaged or incomplete; with the file.
+    """
+    if verdict.state is State.UNVERIFIED:
+        warn(f"checkpoint {path} is of an older format, without checksums: its content is not verified")
+    elif not verdict.usable:
+        raise DamagedCheckpoint(
+            f"checkpoint {path} is {verdict.state}: {verdict.fault}; bring back a good copy, or name another step"
+        )
+
+
+def going_on(bad: pathlib.Path, verdict: Verdict, good: pathlib.Path) -> str:
+    """Return the warning that one checkpoint is taken instead of another."""
+    return f"checkpoint {bad} is {verdict.state} ({verdict.fault}); going on from {good}"
+
+
+def all_damaged(place: pathlib.Path, bad: Mapping[int, Verdict]) -> str:
+    """Return the message that no checkpoint of a folder is good."""
+    found = ", ".join(f"{step} ({verdict.state}: {verdict.fault})" for step, verdict in bad.items())
+    return f"no checkpoint in {place} is good: {found}; bring back a good copy of one, or take another workdir"
+
+
+def warn(text: str) -> None:
+    """Tell a person; every process logs it."""
+    process_log.info(f"warning: {text}")
+    if processes.is_first():
+        print(f"clipjax: warning: {text}", file=sys.stderr, flush=True)
+
+
+def _tell_failure(step: int, reason: str) -> None:
+    warn(f"the checkpoint of step {step} is not saved: {reason}")

@@ -1,6 +1,8 @@
 """The JSON records of a checkpoint: config, data position, tokenizer, preprocessing."""
 
 import base64
+import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,11 +10,34 @@ from clipjax.config import Config
 from clipjax.config.serialization import to_dict
 from clipjax.data.tokenizers.build import tokenizer_from_files
 from clipjax.data.tokenizers.protocol import Tokenizer
+from clipjax.runtime.files import read_bounded
 
 FOLDER = "checkpoints"
-
+FORMAT = 2
+"""Of a checkpoint, in its `data` record and its manifest. Format 1 has neither field nor manifest."""
 
 RECORDS = ("config", "data", "tokenizer", "preprocessing")
+RECORD_FILE = "metadata"
+_MAX_BYTES = 1 << 30  # of a record; a tokenizer takes a few MiB
+
+
+def read_record(directory: pathlib.Path, name: str) -> Any:
+    """Return a JSON record of a step directory.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(read_bounded(directory / name / RECORD_FILE, _MAX_BYTES))
+    except RecursionError as error:
+        raise ValueError(f"record {name} is nested too deeply") from error
+
+
+def write_record(directory: pathlib.Path, name: str, record: Any) -> None:
+    """Write a JSON record into a step directory."""
+    (directory / name).mkdir(parents=True)
+    (directory / name / RECORD_FILE).write_text(json.dumps(record), encoding="utf-8")
 
 
 def pack_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -41,7 +66,7 @@ def make_records(config: Config, tokenizer: Tokenizer, data_position: Mapping[st
     """
     return {
         "config": to_dict(config),
-        "data": dict(data_position),
+        "data": {**data_position, "format": FORMAT},
         "tokenizer": pack_tokenizer(tokenizer),
         "preprocessing": {
             "image_size": config.model.image.image_size,

@@ -1,15 +1,14 @@
 """A checkpoint opened for reading."""
 
-import functools
 import pathlib
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from clipjax.checkpoints.manager import restore_items
-from clipjax.checkpoints.records import FOLDER, RECORDS, unpack_tokenizer
+from clipjax.checkpoints.folder import find_checkpoint, is_step, is_step_name, steps_in
+from clipjax.checkpoints.manager import all_damaged, going_on, refuse_damaged, restore_arrays, warn
+from clipjax.checkpoints.manifest import DamagedCheckpoint, Verdict, examine
+from clipjax.checkpoints.records import RECORDS, read_record, unpack_tokenizer
 from clipjax.config import Config
 from clipjax.config.paths import expand
 from clipjax.config.serialization import from_dict
@@ -23,23 +22,25 @@ from clipjax.typing import Params
 class SavedCheckpoint:
     """One checkpoint opened for reading.
 
+    Its records are verified when it is opened, its arrays before `params` gives any. It asks no other process.
+
     Args:
-        path: a workdir (its newest step is taken), its `checkpoints` folder, or one step directory, which may have been
-            copied under another name.
+        path: a workdir (its newest step is taken, or if that is damaged the newest good one, with a warning), its
+            `checkpoints` folder, or one step directory, which may have been copied under another name.
         step: another step in the same place.
 
     Raises:
-        ValueError: there is no checkpoint there, or its records are damaged.
+        DamagedCheckpoint: all steps are damaged, or the one that is named.
+        ValueError: there is no checkpoint there, or it is not clipjax's.
     """
 
     def __init__(self, path: str | pathlib.Path, *, step: int | None = None) -> None:
-        self.path = _find_directory(pathlib.Path(expand(str(path), "checkpoint")), step)
-        reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-        self._restore = functools.partial(reader.restore, self.path.absolute())
-        items: dict[str, Any] = {name: ocp.args.JsonRestore() for name in RECORDS}
+        self.path, self._verdict = _find_directory(pathlib.Path(expand(str(path), "checkpoint")), step)
+        opened = self._verdict or examine(self.path, contents=False)
+        if not opened.usable:
+            refuse_damaged(self.path, opened)
         try:
-            records = _independent_reader().restore(self.path.absolute(), args=ocp.args.Composite(**items))
-            self.records: dict[str, Any] = dict(records.items())
+            self.records: dict[str, Any] = {name: read_record(self.path, name) for name in RECORDS}
             self.config: Config = from_dict(self.records["config"])
             self.step = _step_of(self.path, self.records["data"])
         except (ValueError, KeyError, OSError) as error:
@@ -58,10 +59,16 @@ class SavedCheckpoint:
         """Return the parameters to evaluate, placed by the shardings of `abstract_params`.
 
         They include BatchNorm's statistics, as `batch_stats`, if `abstract_params` does.
+
+        Raises:
+            DamagedCheckpoint: a file has changed since it was written, or an array is missing or misshapen.
         """
+        if self._verdict is None:
+            self._verdict = examine(self.path)
+        refuse_damaged(self.path, self._verdict)
         group, wanted = self.params_group, dict(abstract_params)
         groups = {"batch_stats": wanted.pop("batch_stats")} if "batch_stats" in wanted else {}
-        restored = restore_items(self._restore, self.path, {group: wanted, **groups})
+        restored = restore_arrays(self.path, {group: wanted, **groups})
         return {**restored[group], **{name: restored[name] for name in groups}}
 
     def tokenizer(self) -> Tokenizer:
@@ -69,44 +76,35 @@ class SavedCheckpoint:
         return unpack_tokenizer(self.records["tokenizer"])
 
 
-def _independent_reader() -> ocp.Checkpointer:
-    """Return a reader that does not wait for other processes, which may be unable to read."""
-    me = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
-    )
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=options)
-
-
-def _find_directory(path: pathlib.Path, step: int | None) -> pathlib.Path:
-    """The directory of a step; of a copy under another name, its own."""
-    if _is_step(path):
+def _find_directory(path: pathlib.Path, step: int | None) -> tuple[pathlib.Path, Verdict | None]:
+    """The directory of a step (of a copy under another name, its own), and the verdict if all of it was verified."""
+    if is_step(path):
         renamed = not is_step_name(path.name)
         found = path if renamed or step is None else path.with_name(str(step))
         if renamed or found.is_dir():
-            return found
-        return path  # its record tells that it is another
+            return found, None
+        return path, None  # its record tells that it is another
     folder, newest = find_checkpoint(path)
+    if step is None and len(steps_in(folder)) > 1:
+        return _newest_good(folder)
     found = folder / str(newest if step is None else step)
     if not found.is_dir():
         raise ValueError(f"checkpoint {found} is needed, but no longer there; bring it back")
-    return found
+    return found, None
 
 
-def is_step_name(name: str) -> bool:
-    """Return True if training gives a step's directory this name: 7, and not 007."""
-    return name.isascii() and name.isdecimal() and name == str(int(name))
-
-
-def steps_in(folder: pathlib.Path) -> list[int]:
-    """Return the steps whose directories lie in a folder, in order; none where there is no folder."""
-    children = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(child.name) for child in children if is_step_name(child.name))
-
-
-def _is_step(path: pathlib.Path) -> bool:
-    """Return True if a directory is that of a step, by any name."""
-    return (path / "config").is_dir() and (is_step_name(path.name) or (path / "tokenizer").is_dir())
+def _newest_good(folder: pathlib.Path) -> tuple[pathlib.Path, Verdict]:
+    """The newest step directory whose files are unchanged, with a warning for each that is not, and its verdict."""
+    bad: dict[int, Verdict] = {}
+    for step in reversed(steps_in(folder)):
+        path = folder / str(step)
+        verdict = examine(path, step=step)
+        if verdict.usable:
+            for worse, why in bad.items():
+                warn(going_on(folder / str(worse), why, path))
+            return path, verdict
+        bad[step] = verdict
+    raise DamagedCheckpoint(all_damaged(folder, bad))
 
 
 def _step_of(path: pathlib.Path, data: Any) -> int:
@@ -119,39 +117,30 @@ def _step_of(path: pathlib.Path, data: Any) -> int:
     return step
 
 
-def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int]:
-    """Return the folder of steps and the step that a path means.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if is_step_name(path.name) and _is_step(path):
-        return path.parent, int(path.name)
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    steps = steps_in(folder)
-    if not steps:
-        raise ValueError(
-            f"no checkpoint at {str(path)!r}: give a workdir that training has saved to, or one of its "
-            f"{FOLDER}/STEP directories"
-        )
-    return folder, max(steps)
-
-
 def newest_checkpoint(workdir: pathlib.Path) -> SavedCheckpoint | None:
-    """Return the newest checkpoint in a workdir, or None where there is none yet.
+    """Return the newest checkpoint in a workdir that looks good, or None where there is none yet.
+
+    Only records and sizes are compared, and nothing is told: `Checkpoints.newest_verified` decides.
 
     Raises:
-        ValueError: it is damaged, or the workdir is itself the directory of one step.
+        DamagedCheckpoint: all of them are damaged.
+        ValueError: the workdir is itself the directory of one step.
     """
-    if _is_step(workdir):
+    if is_step(workdir):
         raise ValueError(
             f"workdir {workdir} is the directory of one checkpoint; name the workdir above it, or a new one"
         )
     try:
-        find_checkpoint(workdir)
+        folder, _ = find_checkpoint(workdir)
     except ValueError:
         return None
-    return SavedCheckpoint(workdir)
+    bad: dict[int, Verdict] = {}
+    for step in reversed(steps_in(folder)):
+        verdict = examine(folder / str(step), step=step, contents=False)
+        if verdict.usable:
+            return SavedCheckpoint(folder / str(step))
+        bad[step] = verdict
+    raise DamagedCheckpoint(all_damaged(folder, bad))
 
 
 def load_params(saved: SavedCheckpoint, mesh: Mesh) -> Params:

@@ -147,11 +147,16 @@ def launch_options(argv: Sequence[str]) -> dict[str, str | None]:
     Processes meet by them before they parse the rest, so that an error there reaches all of them. Of an option that is
     given twice the last counts here; the parser refuses it later.
     """
-    found: dict[str, str | None] = dict.fromkeys(launchers.OPTIONS)
+    return {name: option_value(argv, name) for name in launchers.OPTIONS}
+
+
+def option_value(argv: Sequence[str], option: str) -> str | None:
+    """Return the last value of an option on a command line that is not parsed yet; None if it is not there."""
+    found = None
     for position, argument in enumerate(argv):
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if argument.startswith("--") and name in found:
-            found[name] = value if equals else next(iter(argv[position + 1 : position + 2]), None)
+        name, equals, value = argument.partition("=")
+        if name == f"--{option}":
+            found = value if equals else next(iter(argv[position + 1 : position + 2]), None)
     return found
 
 

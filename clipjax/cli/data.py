@@ -1,28 +1,39 @@
-"""Prepare data: `clipjax data scenes | tokenizer | show`.
+"""Prepare data: `clipjax data scenes | tokenizer | show | verify`.
 
 `scenes` makes the embedded dataset, `tokenizer` trains a SentencePiece model on a source's captions, `show` looks into
-a source.
+a source, `verify` compares all of its bytes with those of an earlier day.
 """
 
+import json
 import pathlib
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
 from clipjax.cli import arguments
-from clipjax.cli.errors import refusals
+from clipjax.cli.errors import UNUSABLE_DATA, refusals
 from clipjax.cli.output import show
 from clipjax.config import DataConfig
+from clipjax.data.digests import ShardDigest, digest_files, find_differences, from_record
 from clipjax.data.sample import BadSample, Source
 from clipjax.data.sources import build_source
-from clipjax.runtime.files import require_file_writable, require_writable, write_atomic
+from clipjax.runtime.files import read_bounded, require_file_writable, require_writable, write_atomic
 
 PROGRAM = "clipjax data"
 COMMANDS = {
     "scenes": "make the embedded dataset of captioned pictures (tfds:scenes)",
     "tokenizer": "train a SentencePiece tokenizer on a source's captions",
     "show": "look into a source: how many samples, and the first few",
+    "verify": "compare every byte of a source's files with a manifest",
 }
+
+
+VERIFY = """Compare every byte of a source's files with a manifest that --write has made.
+
+A run that goes on looks at the keys, the sizes and 16 contents of each shard only: it does not see an edit of the same
+size elsewhere, which this command does. Files may lie elsewhere and in another order. Exit code 3: a file has changed,
+is missing or is additional."""
+_MAX_MANIFEST_BYTES = 500_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _scenes(options)
             case "tokenizer":
                 return _tokenizer(options)
-            case _:
+            case "show":
                 return _show(options)
+            case _:
+                return _verify(options)
 
 
 def _help() -> str:
@@ -85,6 +98,10 @@ def _parser(command: str) -> arguments.Parser:
         parser.add_argument(
             "--num", metavar="N", type=arguments.whole_number(0), default=5, help="how many samples to print"
         )
+    if command == "verify":
+        parser.description = VERIFY
+        for name, about in (("write", "the manifest to write"), ("against", "the manifest to compare with")):
+            parser.add_argument(f"--{name}", metavar="FILE", type=arguments.path, help=about)
     parser.add_argument("--tfds_dir", metavar="DIR", type=arguments.path, help=where)
     return parser
 
@@ -136,3 +153,30 @@ def _show(options: Namespace) -> int:
         except BadSample as error:
             print(f"{source.location(index)}: unusable, {error.reason}")
     return 0
+
+
+def _verify(options: Namespace) -> int:
+    write, against = options.write, options.against
+    if (write is None) == (against is None):
+        raise ValueError("give one of --write=FILE, to make a manifest, and --against=FILE, to compare with one")
+    if write is not None:
+        require_file_writable(write, "--write")
+    recorded = [] if against is None else _read_manifest(against)
+    found = digest_files(_open(options).files())
+    if write is not None:
+        write_atomic(write, json.dumps({"files": found}, indent=2) + "\n", sync=True)
+        print(f"{write}: digests of {len(found)} files, {sum(file.size for file in found)} bytes")
+        return 0
+    differing = [(word, file.shown) for word, files in find_differences(recorded, found).items() for file in files]
+    for word, name in differing:
+        print(f"{word}: {name}")
+    print(f"{options.source}: {len(found)} files, {len(differing) or 'none'} differing from {against}")
+    return UNUSABLE_DATA if differing else 0
+
+
+def _read_manifest(path: pathlib.Path) -> list[ShardDigest]:
+    try:
+        found = from_record(json.loads(read_bounded(path, _MAX_MANIFEST_BYTES))["files"])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"--against={path} is no manifest that {PROGRAM} verify --write has made: {error}") from error
+    return found or []

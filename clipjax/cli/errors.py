@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from absl import logging
 
 from clipjax.runtime import process_log
+from clipjax.runtime.terminal import printable
 
 USAGE_ERROR = 2
 
@@ -47,21 +48,21 @@ def refusals(program: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stops(program: str) -> Iterator[None]:
-    """End with a message and exit code 3 where a run meets unusable data, a damaged checkpoint or a broken device.
+    """End with a message and exit code 3 where data, a checkpoint or a device is unusable, or storage fails.
 
     Raises:
         SystemExit: it did. One of several processes whose checkpoint is damaged ends at once instead, since the others
             may wait for it.
     """
     # In here, so that commands that need no JAX do not wait for its import.
-    from clipjax.checkpoints.manager import DamagedCheckpoint
+    from clipjax.checkpoints.manager import DamagedCheckpoint, SavesFail
     from clipjax.data.training_stream import TooManyBadSamples
     from clipjax.runtime import processes
     from clipjax.runtime.device_check import BrokenDevice
 
     try:
         yield
-    except (TooManyBadSamples, BrokenDevice) as error:  # all processes meet it at the same place
+    except (TooManyBadSamples, SavesFail, BrokenDevice) as error:  # all processes meet it at the same place
         print_error(program, error)
         raise SystemExit(UNUSABLE_DATA) from error
     except DamagedCheckpoint as error:
@@ -72,5 +73,5 @@ def stops(program: str) -> Iterator[None]:
 def print_error(program: str, error: Exception) -> None:
     """Print an error's message for a person, a line per finding."""
     for line in str(error).splitlines() or [repr(error)]:
-        print(f"{program}: error: {line}", file=sys.stderr)
+        print(f"{program}: error: {printable(line)}", file=sys.stderr)
         process_log.info(f"error: {line}")

@@ -13,7 +13,7 @@ import jax
 
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.cli import arguments
-from clipjax.cli.errors import refusals, stops
+from clipjax.cli.errors import UNUSABLE_DATA, print_error, refusals, stops
 from clipjax.cli.output import show
 from clipjax.cli.overrides import Override, changes, load_config, override
 from clipjax.config import CheckpointConfig, Config, MeshConfig, TaskKind
@@ -36,7 +36,8 @@ ABOUT = """Evaluate a checkpoint on the tasks of its config.
 
 Needs nothing but the checkpoint and the data. Fields of the saved config that evaluation reads can be overridden, for
 example where the data lies now (--config.data.tfds_dir=DIR, --config.eval.tasks['NAME'].source=PATH) or the mesh
-(--config.mesh.fsdp=2); all others are refused. The mesh of the training run is not taken over."""
+(--config.mesh.fsdp=2); all others are refused. The mesh of the training run is not taken over.
+A task that fails, also by embeddings that are not finite, is named, and the exit code is 3; the others go on."""
 TASK_DATA = ("tfds_dir", "tfds_image_key", "tfds_caption_key")
 
 READ = (
@@ -69,7 +70,7 @@ NOT_OPENED = ("init_from", "loss.distill_from", "data.train", "data.tokenizer")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Opened:
     """An evaluation that may begin.
 
     Attributes:
@@ -98,12 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with processes.abort_on_error():
         with refusals(PROGRAM):
             processes.start(arguments.launch_options(argv))
-            evaluation, _ = consistency.run_on_all("eval", lambda: _open_here(argv))
+            opened, _ = consistency.run_on_all("eval", lambda: _open_here(argv))
         if processes.is_first():
-            print("\n".join([processes.describe_devices(), *evaluation.changed]), flush=True)
+            print("\n".join([processes.describe_devices(), *opened.changed]), flush=True)
         with stops(PROGRAM):
-            _evaluate(evaluation)
-    return 0
+            return _evaluate(opened)
 
 
 def _parser() -> arguments.Parser:
@@ -127,7 +127,7 @@ def _parser() -> arguments.Parser:
     return parser
 
 
-def _open_here(argv: Sequence[str]) -> tuple[Evaluation, consistency.Fingerprint]:
+def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
     """Open this process's part, and return it with all that must be the same on all processes."""
     parsed = _parser().read(argv)
     options = parsed.options
@@ -162,7 +162,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Evaluation, consistency.Fingerprint
         "code": fingerprints.code_fingerprint(),
         "data": fingerprints.data_fingerprint(sources, tokenizer, {"checkpoint": saved}),
     }
-    return Evaluation(saved, config, tokenizer, tasks, options.output, changed), facts
+    return Opened(saved, config, tokenizer, tasks, options.output, changed), facts
 
 
 def _base_config(saved: Config, tasks_from: str | None) -> Config:
@@ -231,19 +231,20 @@ def _select_tasks(config: Config, chosen: str | None, overrides: Sequence[Overri
     config.eval.tasks = {name: tasks[name] for name in wanted}
 
 
-def _evaluate(evaluation: Evaluation) -> None:
-    """Run the tasks, write the JSON, print the table."""
-    saved, config = evaluation.saved, evaluation.config
+def _evaluate(opened: Opened) -> int:
+    """Run the tasks, write the JSON, print the table; return the exit code."""
+    saved, config, output = opened.saved, opened.config, opened.output
     mesh = sharding.make_mesh(config.mesh)
     clip = build_clip(config.model, data=config.data)
     with jax.set_mesh(mesh):
-        results = run_tasks(
-            evaluation.tasks, Encoder(config, clip, mesh, evaluation.tokenizer, load_params(saved, mesh))
-        )
+        evaluation = run_tasks(opened.tasks, Encoder(config, clip, mesh, opened.tokenizer, load_params(saved, mesh)))
     if processes.is_first():
-        if evaluation.output is not None:
-            write_results(evaluation.output, saved.path, results)
+        if output is not None and evaluation.results:
+            write_results(output, saved.path, evaluation)
         print(f"checkpoint {saved.path} ({saved.params_group}), step {saved.step}")
-        print(results_table(results))
-        if evaluation.output is not None:
-            print(f"results: {evaluation.output}")
+        print(results_table(evaluation.results))
+        if output is not None and evaluation.results:
+            print(f"results: {output}", flush=True)
+        for name, reason in evaluation.failures.items():
+            print_error(PROGRAM, ValueError(f"eval.tasks.{name} on {saved.path}: {reason}"))
+    return UNUSABLE_DATA if evaluation.failures else 0

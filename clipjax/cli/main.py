@@ -11,14 +11,15 @@ from clipjax.cli.output import close_output, show
 
 HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
 
-  clipjax train   train a model, or go on with a run
-  clipjax eval    evaluate a checkpoint: zero-shot classification, retrieval
-  clipjax plan    tell memory, time and cost of a run on accelerators that are not here
-  clipjax sweep   train over a grid or random draws of config fields
-  clipjax data    make the embedded dataset, train a tokenizer, look into a source
-  clipjax presets list the known models: parameters, FLOPs, source
-  clipjax convert open a peer's weights as a clipjax checkpoint
-  clipjax export  write a checkpoint as a peer's own loader opens it
+  clipjax train      train a model, or go on with a run
+  clipjax eval       evaluate a checkpoint: zero-shot classification, retrieval
+  clipjax plan       tell memory, time and cost of a run on accelerators that are not here
+  clipjax sweep      train over a grid or random draws of config fields
+  clipjax data       make the embedded dataset, train a tokenizer, look into a source
+  clipjax checkpoint verify the files of checkpoints
+  clipjax presets    list the known models: parameters, FLOPs, source
+  clipjax convert    open a peer's weights as a clipjax checkpoint
+  clipjax export     write a checkpoint as a peer's own loader opens it
 
 `clipjax COMMAND --help` tells more. Start with:
 
@@ -27,7 +28,7 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
 """
 
 
-COMMANDS = ("train", "eval", "plan", "sweep", "data", "presets", "convert", "export")
+COMMANDS = ("train", "eval", "plan", "sweep", "data", "checkpoint", "presets", "convert", "export")
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, rest: list[str]) -> int:
     match command:
         case "train":
+            _refuse_held_workdir(rest)
             from clipjax.cli.train import main as run
         case "eval":
             from clipjax.cli.eval import main as run
@@ -70,6 +72,8 @@ def _run(command: str, rest: list[str]) -> int:
             from clipjax.cli.sweep import main as run
         case "data":
             from clipjax.cli.data import main as run
+        case "checkpoint":
+            from clipjax.cli.checkpoint import main as run
         case "presets":
             from clipjax.cli.presets import main as run
         case "convert":
@@ -89,3 +93,26 @@ def _run(command: str, rest: list[str]) -> int:
             print(f"clipjax: error: unknown command {command!r}; known: {known}{hint}", file=sys.stderr)
             return 2
     return run(rest)
+
+
+def _refuse_held_workdir(rest: list[str]) -> None:
+    """Refuse a workdir that another run holds, before the seconds that importing JAX takes; preflight asks again.
+
+    Only a process that is alone may leave so early: the others of a run would wait for it, and process 0 of its own run
+    may hold the workdir already.
+    """
+    from importlib.util import find_spec
+
+    from clipjax.cli.arguments import launch_options, option_value, path, wants_help
+    from clipjax.cli.errors import refusals
+    from clipjax.runtime import launchers, owner
+
+    workdir = option_value(rest, "workdir")
+    try:
+        is_alone = find_spec("libtpu") is None and launchers.find_launch(launch_options(rest)) is None
+        held = path(workdir) if workdir and is_alone and not wants_help(rest) else None
+    except Exception:  # the command's own parser tells what is wrong
+        return
+    if held is not None:
+        with refusals("clipjax train"):
+            owner.refuse_held(held)

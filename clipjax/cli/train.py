@@ -4,6 +4,7 @@ Everything that can be refused is refused in the first `with`, by all processes 
 Running the same command again goes on from the newest checkpoint.
 """
 
+import contextlib
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             checked = preflight.check(lambda: _parse(argv))
         if processes.is_first():
             print(processes.describe_devices(), flush=True)
-        with stops(PROGRAM), run.build(checked) as parts:
+        with stops(PROGRAM), checked.exporter or contextlib.nullcontext(), run.build(checked) as parts:
             number = loop.train(parts)
     return 0 if number is None else SIGNAL + number
 

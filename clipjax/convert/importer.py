@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from clipjax.checkpoints.manager import Checkpoints
+from clipjax.checkpoints.manager import Checkpoints, SavesFail
 from clipjax.checkpoints.records import make_records
 from clipjax.config import (
     CheckpointConfig,
@@ -169,11 +169,18 @@ def _table(source: str, config: ModelConfig, weights: Mapping[str, np.ndarray]) 
 
 
 def save(peer: PeerModel, output: pathlib.Path) -> None:
-    """Write a checkpoint at step 0, as a whole or not at all."""
+    """Write a checkpoint at step 0, as a whole or not at all.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
     tree = from_flat(peer.params)
     batch_stats = tree.pop("batch_stats", None)
     arrays = {"params": tree, **({} if batch_stats is None else {"batch_stats": batch_stats})}
     with files.new_directory(output) as folder:
         checkpoints = Checkpoints(folder, CheckpointConfig())
         checkpoints.save(0, jax.tree.map(jax.numpy.asarray, arrays), make_records(peer.config, peer.tokenizer, {}))
-        checkpoints.close()
+        try:
+            checkpoints.wait()
+        except SavesFail as error:
+            raise ValueError(f"--output={output}: {error}; make room, or choose another") from error

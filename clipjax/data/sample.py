@@ -4,10 +4,14 @@ Everything that a source reads is untrusted: what cannot be used raises `BadSamp
 is ever unpickled, extracted to disk or fetched from a network.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from clipjax.data.digests import ShardDigest
 
 REASONS = (
     "missing_image",
@@ -66,6 +70,14 @@ class Source(Protocol):
 
     def location(self, index: int) -> str:
         """Return the place of a sample, for error messages: "shard train-00001.tar, key 000000123"."""
+        ...
+
+    def digests(self) -> "Sequence[ShardDigest]":
+        """Return a digest of each shard, in the order of the samples; the second call is free."""
+        ...
+
+    def files(self) -> Sequence[str]:
+        """Return the paths of all files that hold the samples; none for samples in memory."""
         ...
 
 

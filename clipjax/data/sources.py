@@ -12,6 +12,7 @@ import numpy as np
 
 from clipjax.config import DataConfig
 from clipjax.config.paths import expand
+from clipjax.data.digests import ShardDigest, digest_samples
 from clipjax.data.sample import Sample, Source, clean_caption
 from clipjax.data.tfds import TFDS_PREFIX, TfdsSource
 from clipjax.data.webdataset import TarSource
@@ -69,6 +70,14 @@ class ArraySource:
     def location(self, index: int) -> str:
         """Return the position in the arrays."""
         return f"array, index {index}"
+
+    def digests(self) -> list[ShardDigest]:
+        """Return one digest of all samples."""
+        return [digest_samples(self, "array", 0, len(self))]
+
+    def files(self) -> list[str]:
+        """Return no path: the samples are in memory."""
+        return []
 
 
 def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> Source:

@@ -1,11 +1,14 @@
 """Datasets that TFDS has prepared as ArrayRecord, read without TensorFlow."""
 
+import itertools
 import os
 import threading
+from concurrent import futures
 from typing import Any
 
 import numpy as np
 
+from clipjax.data.digests import DIGEST_THREADS, ShardDigest, digest_samples
 from clipjax.data.sample import BadSample, Sample, clean_caption, is_label
 
 TFDS_PREFIX = "tfds:"
@@ -45,6 +48,7 @@ class TfdsSource:
         self._directory = _prepared_directory(name, data_dir)
         self._lock = threading.Lock()
         self._records = self._open()
+        self._digests: list[ShardDigest] | None = None
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds
@@ -127,6 +131,36 @@ class TfdsSource:
     def location(self, index: int) -> str:
         """Return the split and the record in it."""
         return f"{self._spec}, record {index}"
+
+    def digests(self) -> list[ShardDigest]:
+        """Return a digest of each file of the split, in order."""
+        if self._digests is None:
+            parts = self._file_parts()
+            starts = itertools.accumulate((count for _, count in parts), initial=0)
+            with futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:
+                jobs = [
+                    pool.submit(digest_samples, self, os.path.basename(path), start, count)  # noqa: PTH119
+                    for (path, count), start in zip(parts, starts, strict=False)
+                ]
+                self._digests = [job.result() for job in jobs]
+        return self._digests
+
+    def files(self) -> list[str]:
+        """Return the files of the split."""
+        return [path for path, _ in self._file_parts()]
+
+    def _file_parts(self) -> list[tuple[str, int]]:
+        """Return the files of the split, and how many samples of each belong to it."""
+        import tensorflow_datasets as tfds
+
+        builder: Any = tfds.builder_from_directory(self._directory)
+        parts = []
+        for file in builder.info.splits[self._split].file_instructions:
+            count = file.examples_in_shard - file.skip if file.take == -1 else file.take
+            parts.append((os.fspath(file.filename), int(count)))
+        if sum(count for _, count in parts) != len(self):
+            raise ValueError(f"source {self._spec!r}: its files hold other samples than TFDS tells; prepare it again")
+        return parts
 
 
 def _nested(tree: Any, path: str) -> Any:

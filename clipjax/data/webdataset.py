@@ -5,14 +5,17 @@ A sample is the members that share everything before the first dot of their name
 number). Other members are ignored, links, devices and directories too; names are labels and never paths to open.
 """
 
+import copy
 import functools
 import json
 import os
 from collections.abc import Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
 
+from clipjax.data.digests import CONTENTS, DIGEST_THREADS, Hasher, ShardDigest, spread
 from clipjax.data.sample import REASONS, BadSample, Sample, clean_caption, is_label
 from clipjax.data.tar_index import CAPTION, CLASS, IMAGE, JSON, NO_FAULT, ShardFile, index_shard
 
@@ -58,12 +61,13 @@ class TarSource:
         self._keys = b"".join(keys)
         self._key_ends = np.cumsum([len(key) for key in keys])
         self._open = functools.lru_cache(_MAX_OPEN_SHARDS)(ShardFile)
+        self._digests: list[ShardDigest] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_digests")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _open=functools.lru_cache(_MAX_OPEN_SHARDS)(ShardFile))
+        self.__dict__.update(state, _digests=None, _open=functools.lru_cache(_MAX_OPEN_SHARDS)(ShardFile))
 
     def __len__(self) -> int:
         return len(self._faults)
@@ -97,12 +101,55 @@ class TarSource:
         key = self._key(index)[:_MAX_SHOWN_KEY]
         return f"shard {self._path(index)}, key {key if key.isprintable() else ascii(key)}"
 
+    def digests(self) -> list[ShardDigest]:
+        """Return a digest of each shard: keys, kinds and sizes of members, and some contents."""
+        if self._digests is None:
+            with futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:
+                self._digests = list(pool.map(self._digest, range(len(self._paths))))
+        return self._digests
+
+    def _digest(self, shard: int) -> ShardDigest:
+        first, end = self._first[shard : shard + 2].tolist()
+        ends = self._key_ends[first:end] - self._key_start(first)
+        hasher, file = Hasher(), ShardFile(self._paths[shard])
+        hasher.add(self._keys[self._key_start(first) : self._key_start(end)], ends.astype(np.int64).tobytes())
+        for rows in (self._offsets[first:end] >= 0, self._sizes[first:end], self._faults[first:end]):
+            hasher.add(np.ascontiguousarray(rows).tobytes())
+        for index in (first + position for position in spread(end - first, CONTENTS)):
+            if self._faults[index] != NO_FAULT:
+                continue
+            for offset, size in zip(self._offsets[index].tolist(), self._sizes[index].tolist(), strict=True):
+                if offset >= 0 and size <= self._max_image_bytes:
+                    hasher.add(file.read(offset, size))
+        return ShardDigest(self._paths[shard], hasher.hexdigest(), end - first)
+
+    def reordered(self, order: Sequence[int]) -> "TarSource":
+        """Return the source with its shards in another order."""
+        other = copy.copy(self)
+        spans = [slice(*self._first[shard : shard + 2].tolist()) for shard in order]
+        lengths = np.diff(self._key_ends, prepend=0)
+        other._paths = [self._paths[shard] for shard in order]
+        other._first = np.cumsum([0] + [span.stop - span.start for span in spans])
+        for name in ("_offsets", "_sizes", "_faults"):
+            setattr(other, name, np.concatenate([getattr(self, name)[span] for span in spans]))
+        other._keys = b"".join(self._keys[self._key_start(span.start) : self._key_start(span.stop)] for span in spans)
+        other._key_ends = np.cumsum(np.concatenate([lengths[span] for span in spans]))
+        other._digests = None if self._digests is None else [self._digests[shard] for shard in order]
+        return other
+
+    def files(self) -> list[str]:
+        """Return the paths of the shards."""
+        return list(self._paths)
+
     def _path(self, index: int) -> str:
         return self._paths[int(np.searchsorted(self._first, index, side="right")) - 1]
 
     def _key(self, index: int) -> str:
-        start = self._key_ends[index - 1] if index else 0
-        return self._keys[start : self._key_ends[index]].decode()
+        return self._keys[self._key_start(index) : self._key_start(index + 1)].decode()
+
+    def _key_start(self, index: int) -> int:
+        """Return the place of a key in all of them; behind the last one it is the end."""
+        return int(self._key_ends[index - 1]) if index else 0
 
     def _read(self, path: str, offsets: list[int], sizes: list[int]) -> list[bytes | None]:
         """Return the contents of a sample's members, None where there is none."""

@@ -3,9 +3,11 @@
 Axes: b rows of this process, n rows over all processes, m texts, l tokens, e embed.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,9 +20,32 @@ from clipjax.runtime.sharding import batch_sharding, global_batch, replicated
 from clipjax.typing import Params
 
 
+class NotFiniteEmbeddings(ValueError):
+    """Embeddings, or scores, that are not finite: no order of them means anything."""
+
+
+def require_finite(name: str, rows: np.ndarray) -> np.ndarray:
+    """Return the rows if all of them are finite.
+
+    Args:
+        name: of the rows, for the message.
+        rows: `[n, ...]`.
+
+    Raises:
+        NotFiniteEmbeddings: some are not; with their number and the likely cause.
+    """
+    if not np.isfinite(rows).all():
+        bad = int((~np.isfinite(rows)).reshape(len(rows), -1).any(axis=1).sum())
+        raise NotFiniteEmbeddings(
+            f"{bad} of {len(rows)} {name} are not finite, so nothing can be ranked: either the checkpoint's parameters "
+            "are not finite (take an earlier one), or the model overflows in its model.compute_dtype (use float32)"
+        )
+    return rows
+
+
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """Embeddings on the host, the same on every process. Each batch is split over the mesh.
+    """Embeddings on the host, the same on every process, and all finite. Each batch is split over the mesh.
 
     All encoders of one `Clip` share its compiled programs.
 
@@ -46,7 +71,8 @@ class Encoder:
     def embed_images(self, image: np.ndarray) -> np.ndarray:
         """Return unit-norm float32 `[n, e]` of uint8 `[b, s, s, 3]`, this process's part of a batch."""
         with jax.set_mesh(self.mesh):
-            return self._fetch(_encode_image(self.clip, self.params, global_batch(self.mesh, image)))
+            rows = self._fetch(_encode_image(self.clip, self.params, global_batch(self.mesh, image)))
+        return require_finite("image embeddings", rows)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return unit-norm float32 `[m, e]` of texts, which are the same on all processes."""
@@ -60,11 +86,24 @@ class Encoder:
             split = jax.make_array_from_callback(padded.shape, sharding, lambda index, padded=padded: padded[index])
             with jax.set_mesh(self.mesh):
                 parts.append(self._fetch(_encode_text(self.clip, self.params, split))[: len(rows)])
-        return np.concatenate(parts)
+        return require_finite("text embeddings", np.concatenate(parts))
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Return rows `[n, ...]` of all processes, in the order of `embed_images`, from rows `[b, ...]` of each."""
         return self._fetch(global_batch(self.mesh, rows))
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return the JSON values of all processes, in their order."""
+        if jax.process_count() == 1:
+            return [json.loads(json.dumps(value))]
+        from jax.experimental import multihost_utils
+
+        content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        sizes = multihost_utils.process_allgather(np.asarray([content.size])).ravel()
+        padded = np.zeros(int(sizes.max()), np.uint8)
+        padded[: content.size] = content
+        rows = multihost_utils.process_allgather(padded)
+        return [json.loads(bytes(row[: int(size)])) for row, size in zip(rows, sizes, strict=True)]
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Return token ids int32 `[m, l]`."""
@@ -80,7 +119,8 @@ class Encoder:
         max_length = int(tokens.argmax(axis=1).max()) + 1  # the end of a text has the largest id
         with jax.set_mesh(self.mesh):
             split = global_batch(self.mesh, image)
-            return self._fetch(_likelihood(self.clip, self.params, split, tokens, max_length))
+            rows = self._fetch(_likelihood(self.clip, self.params, split, tokens, max_length))
+        return require_finite("rows of likelihoods", rows)
 
     def _fetch(self, x: jax.Array) -> np.ndarray:
         if x.is_fully_addressable:

@@ -3,14 +3,16 @@
 Axes: n images, m texts, e embed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
 
-from clipjax.evals.encoder import Encoder
+from clipjax.data.sample import Sample
+from clipjax.evals.encoder import Encoder, require_finite
 
 DEPTHS = (1, 5, 10)
+NO_CAPTION = "no sample has a caption; retrieval needs at least one per image"
 _BLOCK = 1024  # rows of the similarity matrix held at once
 
 
@@ -18,7 +20,18 @@ def _at_all_depths(*ways: str) -> tuple[str, ...]:
     return tuple(f"{way}_r{depth}" for way in ways for depth in DEPTHS)
 
 
-class Retrieval:
+class _NeedsCaptions:
+    def check_samples(self, samples: Sequence[Sample], *, is_all: bool) -> None:
+        """Refuse samples without any caption, if these are all of them.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if is_all and not any(sample.captions for sample in samples):
+            raise ValueError(NO_CAPTION)
+
+
+class Retrieval(_NeedsCaptions):
     """The task between images and texts; see `retrieval`. `metrics` are those that rank a model."""
 
     metrics: ClassVar[tuple[str, ...]] = _at_all_depths("image_to_text", "text_to_image")
@@ -28,7 +41,7 @@ class Retrieval:
         return retrieval(encoder, batches)
 
 
-class ImageRetrieval:
+class ImageRetrieval(_NeedsCaptions):
     """The task between images of the same thing; see `image_retrieval`. `metrics` are those that rank a model."""
 
     metrics: ClassVar[tuple[str, ...]] = _at_all_depths("source_to_gallery", "gallery_to_source")
@@ -49,7 +62,7 @@ def retrieval(encoder: Encoder, batches: Iterable[dict]) -> dict[str, float]:
     image_embed, captions = _embed(encoder, batches)
     texts = [caption for own in captions for caption in own]
     if not texts:
-        raise ValueError("no sample has a caption; retrieval needs at least one per image")
+        raise ValueError(NO_CAPTION)
     owners = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
     return recalls(image_embed, encoder.embed_texts(texts), owners)
 
@@ -70,7 +83,7 @@ def image_retrieval(encoder: Encoder, queries: Iterable[dict], gallery: Iterable
     same = np.asarray([own[0] for own in left_captions])[:, None] == np.asarray([own[0] for own in right_captions])
     if not same.any():
         raise ValueError("no picture of the source has the caption of one in the gallery")
-    order = left @ right.T
+    order = require_finite("image embeddings", left) @ require_finite("image embeddings", right).T
     metrics = {"num_examples": float(same.any(axis=1).sum())}
     for name, similarity, match in (("source_to_gallery", order, same), ("gallery_to_source", order.T, same.T)):
         asked = match.any(axis=1)
@@ -87,33 +100,17 @@ def _embed(encoder: Encoder, batches: Iterable[dict]) -> tuple[np.ndarray, list[
         embed = encoder.embed_images(batch["image"])
         index = encoder.gather(batch["index"].astype(np.int32))
         kept = encoder.gather(np.asarray([bool(own) for own in batch["captions"]]) & batch["mask"])
-        by_index = _all_captions(batch)
+        by_index = _all_captions(encoder, batch)
         order = np.argsort(index[kept], kind="stable")
         embeds.append(embed[kept][order])
         captions += [by_index[int(position)] for position in index[kept][order]]
     return (np.concatenate(embeds) if embeds else np.zeros((0, 0), np.float32)), captions
 
 
-def _all_captions(batch: dict) -> dict[int, tuple[str, ...]]:
+def _all_captions(encoder: Encoder, batch: dict) -> dict[int, tuple[str, ...]]:
     """Return captions of the whole batch by sample index, from all processes."""
-    import jax
-
-    own = {int(i): captions for i, captions in zip(batch["index"], batch["captions"], strict=True)}
-    if jax.process_count() == 1:
-        return own
-    import json
-
-    from jax.experimental import multihost_utils
-
-    content = np.frombuffer(json.dumps(list(own.items())).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray([content.size]))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: content.size] = content
-    rows = multihost_utils.process_allgather(padded)
-    merged: dict[int, tuple[str, ...]] = {}
-    for row, size in zip(rows, sizes.ravel(), strict=True):
-        merged |= {int(i): tuple(captions) for i, captions in json.loads(bytes(row[: int(size)]))}
-    return merged
+    own = [[int(i), captions] for i, captions in zip(batch["index"], batch["captions"], strict=True)]
+    return {index: tuple(captions) for part in encoder.gather_json(own) for index, captions in part}
 
 
 def recalls(image_embed: np.ndarray, text_embed: np.ndarray, owners: np.ndarray) -> dict[str, float]:
@@ -126,9 +123,12 @@ def recalls(image_embed: np.ndarray, text_embed: np.ndarray, owners: np.ndarray)
 
     Raises:
         ValueError: there is no image or no text.
+        NotFiniteEmbeddings: some embedding is not finite.
     """
     if not len(image_embed) or not len(text_embed):
         raise ValueError(f"recalls of {len(image_embed)} images and {len(text_embed)} texts: give at least one of each")
+    require_finite("image embeddings", image_embed)
+    require_finite("text embeddings", text_embed)
     image_ranks = np.full(len(image_embed), np.iinfo(np.int64).max)
     text_ranks = np.zeros(len(text_embed), np.int64)
     for start in range(0, len(image_embed), _BLOCK):

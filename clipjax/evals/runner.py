@@ -1,30 +1,60 @@
 """Evaluation tasks of a config, and their metrics.
 
-`build_tasks` opens every source and checks every name before a device is touched; `run_tasks` does the work.
+`build_tasks` opens every source and checks every name before a device is touched, `check_samples` looks into the data;
+`run_tasks` does the work. A task that fails never costs the others, or the run: all processes leave it out together.
 """
 
+import contextlib
 import json
+import math
 import pathlib
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import numpy as np
 
 from clipjax.config import Config, TaskConfig, TaskKind
+from clipjax.data.digests import spread
 from clipjax.data.eval_batches import eval_batches
 from clipjax.data.images import make_eval_transform
-from clipjax.data.sample import Source
+from clipjax.data.sample import BadSample, Sample, Source
 from clipjax.data.sources import build_source
-from clipjax.evals.encoder import Encoder
+from clipjax.data.training_stream import per_process
+from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
 from clipjax.evals.prompts import load_classes, load_templates
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
 from clipjax.evals.zero_shot import ZeroShot
+from clipjax.runtime import process_log
 from clipjax.runtime.files import write_atomic
 
 Results = dict[str, dict[str, float]]
 Measure = ZeroShot | Retrieval | ImageRetrieval
 """The work of a task: from an encoder and the batches of each source to metrics; `metrics` names those that rank a
 model, the larger the better."""
+
+
+_FAILED = -2  # in place of skip reasons: this process could not read its part
+_LOOKED_AT = 16  # samples of a source that are read before the work
+
+
+class ReadFailed(ValueError):
+    """A task's data that some process cannot read."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of tasks, by name.
+
+    Attributes:
+        results: metrics of those that worked.
+        failures: reasons of those that did not.
+    """
+
+    results: Results
+    failures: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -44,16 +74,58 @@ class Task:
     max_examples: int | None
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """Return the metrics, and as `num_skipped` the number of samples that were unusable and left out."""
+        """Return the metrics, and as `num_skipped` the number of samples that were unusable and left out.
+
+        Raises:
+            ReadFailed: a process cannot read its part; on all processes, after the same batch.
+        """
         skipped = [0] * len(self.sources)
 
         def read(number: int) -> Iterator[dict]:
-            for batch in self._batches(self.sources[number]):
-                skipped[number] += int((encoder.gather(batch["skip_reason"]) >= 0).sum())
+            for batch, reasons in self._read_together(encoder, self.sources[number]):
+                skipped[number] += int((reasons >= 0).sum())
                 yield batch
 
         metrics = self.measure(encoder, *map(read, range(len(self.sources))))
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise NotFiniteEmbeddings(f"its metric {name} is {value}")
         return {**metrics, "num_skipped": float(sum(skipped))}
+
+    def check_samples(self) -> None:
+        """Refuse a task that cannot work, as far as a few samples tell.
+
+        Raises:
+            ValueError: what is wrong with its data.
+        """
+        for source in self.sources:
+            size = min(len(source), self.max_examples or len(source))
+            places, samples = spread(size, _LOOKED_AT), list[Sample]()
+            for index in places:
+                with contextlib.suppress(BadSample):
+                    samples.append(source[index])
+            self.measure.check_samples(samples, is_all=len(places) == size)
+
+    def _read_together(self, encoder: Encoder, source: Source) -> Iterator[tuple[dict, np.ndarray]]:
+        """Yield this process's part of each batch, and the skip reasons of the whole batch.
+
+        A process that fails to read tells so in place of its skip reasons; otherwise the others would wait for it.
+        """
+        local_size = per_process("eval.batch_size", self.config.eval.batch_size, jax.process_count())
+        batches = self._batches(source)
+        while True:
+            batch, error = None, None
+            try:
+                batch = next(batches, None)
+            except Exception as failure:
+                error = failure
+            if batch is None and error is None:
+                return
+            reasons = encoder.gather(np.full(local_size, _FAILED, np.int32) if batch is None else batch["skip_reason"])
+            if (reasons == _FAILED).any():
+                raise ReadFailed(_join(encoder.gather_json(_describe(error)))) from error
+            assert batch is not None
+            yield batch, reasons
 
     def _batches(self, source: Source) -> Iterator[dict]:
         return eval_batches(
@@ -117,13 +189,68 @@ def check_metric(best: str, tasks: Mapping[str, Task]) -> None:
         )
 
 
-def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Results:
-    """Return the metrics of every task."""
-    return {name: task(encoder) for name, task in tasks.items()}
+def check_samples(tasks: Mapping[str, Task]) -> None:
+    """Look at a few samples of each task, and refuse those that show that it cannot work.
+
+    Raises:
+        ValueError: labels beyond the class names, or nothing that the task needs; the task is named.
+    """
+    for name, task in tasks.items():
+        try:
+            task.check_samples()
+        except (ValueError, OSError) as error:
+            raise ValueError(f"eval.tasks.{name}: {error}") from error
 
 
-def write_results(path: pathlib.Path, checkpoint: pathlib.Path, results: Results) -> None:
-    """Write `{"checkpoint": ..., "tasks": {NAME: {METRIC: value}}}`; the file is whole or absent."""
+def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Evaluation:
+    """Run every task; one that fails is left out, on all processes alike, and the others go on.
+
+    The traceback of a failure goes to the log of its process alone.
+
+    Raises:
+        JaxRuntimeError: of several processes, one has lost its devices or its peers; the others may wait for it.
+    """
+    evaluation = Evaluation({}, {})
+    for name, task in tasks.items():
+        metrics: dict[str, float] = {}
+        error: Exception | None = None
+        try:
+            metrics = task(encoder)
+        except Exception as failure:
+            if isinstance(failure, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+                raise
+            error = failure
+            process_log.info(f"evaluation task {name} failed:\n{traceback.format_exc()}")
+        if text := _join(encoder.gather_json(_describe(error))):
+            evaluation.failures[name] = text
+        else:
+            evaluation.results[name] = metrics
+    return evaluation
+
+
+def _describe(error: Exception | None) -> str:
+    """Return an error in words; empty if there is none."""
+    if error is None:
+        return ""
+    expected = isinstance(error, ValueError | OSError) and not isinstance(error, UnicodeError)
+    text = str(error) if expected else f"{type(error).__name__}: {error}"
+    return text or type(error).__name__
+
+
+def _join(texts: Sequence[str]) -> str:
+    """Return the error of all processes; if it is not that of all, with their numbers."""
+    if len(set(texts)) == 1:
+        return texts[0]
+    return "; ".join(f"process {rank}: {text}" for rank, text in enumerate(texts) if text)
+
+
+def write_results(path: pathlib.Path, checkpoint: pathlib.Path, evaluation: Evaluation) -> None:
+    """Write `{"checkpoint": ..., "tasks": {NAME: {METRIC: value}}}`, and `"failed": {NAME: reason}` if a task did.
+
+    The file is whole or absent.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"checkpoint": str(checkpoint), "tasks": results}, indent=2, allow_nan=False)
-    write_atomic(path, content + "\n")
+    content: dict[str, Any] = {"checkpoint": str(checkpoint), "tasks": evaluation.results}
+    if evaluation.failures:
+        content["failed"] = evaluation.failures
+    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

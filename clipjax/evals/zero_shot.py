@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipjax.evals.encoder import Encoder
+from clipjax.data.sample import Sample
+from clipjax.evals.encoder import Encoder, require_finite
 from clipjax.evals.prompts import check_templates, check_texts
 
 DEEP = 5
@@ -35,6 +36,25 @@ class ZeroShot:
     def __call__(self, encoder: Encoder, batches: Iterable[dict]) -> dict[str, float]:
         """Return the metrics."""
         return zero_shot(encoder, batches, self.names, self.templates)
+
+    def check_samples(self, samples: Sequence[Sample], *, is_all: bool) -> None:
+        """Refuse labels beyond the class names, or none at all if these are all samples.
+
+        Raises:
+            ValueError: there are such.
+        """
+        labels = [sample.label for sample in samples]
+        _check_labels(max(labels, default=-1), len(self.names))
+        if is_all and max(labels, default=-1) < 0:
+            raise ValueError(NO_LABEL)
+
+
+NO_LABEL = "no sample has a label; zero-shot classification needs an integer label per image"
+
+
+def _check_labels(largest: int, num_classes: int) -> None:
+    if largest >= num_classes:
+        raise ValueError(f"label {largest} has no class name: there are {num_classes}; check `classes`")
 
 
 def make_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -96,15 +116,14 @@ def zero_shot(
     total = 0
     for batch in batches:
         label = encoder.gather(np.where(batch["mask"], batch["label"], -1).astype(np.int32))
-        scores = score(batch["image"])
+        _check_labels(int(label.max(initial=-1)), len(names))
+        scores = require_finite("rows of class scores", score(batch["image"]))
         kept = label >= 0
-        if label.max(initial=-1) >= len(names):
-            raise ValueError(f"label {label.max()} has no class name: there are {len(names)}; check `classes`")
         best = np.argsort(-scores[kept], axis=1, kind="stable")[:, :depth]
         hits += (best == label[kept][:, None]).sum(axis=0)
         total += int(kept.sum())
     if total == 0:
-        raise ValueError("no sample has a label; zero-shot classification needs an integer label per image")
+        raise ValueError(NO_LABEL)
     metrics = {"top1": hits[0] / total, "num_examples": total}
     if len(names) > DEEP:
         metrics["top5"] = hits.sum() / total

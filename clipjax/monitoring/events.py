@@ -17,7 +17,7 @@ class Events:
     """The events of a run, a JSON object a line: `time` (seconds since 1970), `event`, and facts.
 
     Attributes:
-        counts: events of this start by name.
+        counts: events by name, from this object on; whoever wants those before adds them.
 
     Args:
         workdir: of the run.
@@ -64,6 +64,6 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except (ValueError, RecursionError):  # cut off by a kill
             continue
-        if isinstance(event, dict) and "event" in event:
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
             found.append(event)
     return found

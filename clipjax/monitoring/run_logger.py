@@ -149,10 +149,15 @@ class RunLogger:
         for line in slow:
             self.message(line)
 
-    def results(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
-        """Write the results of an evaluation, and show them."""
-        if self._writer is not None:
-            self._writer.write(step, {"examples_seen": step * self._batch, "eval": results})
+    def results(
+        self, step: int, results: Mapping[str, Mapping[str, float]], failures: Mapping[str, str] | None = None
+    ) -> None:
+        """Write the results of an evaluation, and the reasons of tasks that failed, and show them."""
+        for task, reason in (failures or {}).items():
+            self.message(f"evaluation task {task} failed and is left out: {reason}")
+        if self._writer is not None and (results or failures):
+            failed = {"eval_failed": failures} if failures else {}
+            self._writer.write(step, {"examples_seen": step * self._batch, "eval": results, **failed})
             shown = (
                 f"{task} {name} {value:.3f}" for task, metrics in results.items() for name, value in metrics.items()
             )

@@ -1,4 +1,7 @@
-"""`WORKDIR/run.json`: machine, devices and versions, one record for each start. The first process writes it."""
+"""`WORKDIR/run.json`: a record for each start (machine, devices, versions), and the step of the last whole checkpoint.
+
+The first process writes it.
+"""
 
 import importlib.metadata
 import json
@@ -14,8 +17,10 @@ from typing import Any
 
 import jax
 
+from clipjax.runtime import process_log
 from clipjax.runtime.files import write_atomic
 
+FILE = "run.json"
 PACKAGES = ("clipjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 """Packages whose version can change numbers or files."""
 
@@ -47,15 +52,64 @@ def describe_start() -> dict[str, Any]:
     }
 
 
+class DamagedRecord(ValueError):
+    """A `run.json` that cannot be understood."""
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any]:
+    """Return the record of a run: `starts`, and `committed_step` once a checkpoint is complete; empty without a file.
+
+    Raises:
+        DamagedRecord: the file holds something else.
+        OSError: it cannot be read.
+    """
+    path = workdir / FILE
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise DamagedRecord(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("starts", []), list):
+        raise DamagedRecord(f"{path} is damaged: it is no JSON object with a list `starts`")
+    step = found.get("committed_step", 0)
+    if type(step) is not int or step < 0:
+        raise DamagedRecord(f"{path} is damaged: committed_step={step!r} must be a whole number of at least 0")
+    return found
+
+
 def write(workdir: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Add the record of this start; the file is whole at any time.
+    """Add the record of this start.
 
     Raises:
         OSError: the file cannot be written.
     """
-    path = workdir / "run.json"
+    found = _read_or_set_aside(workdir)
+    _save(workdir, {**found, "starts": [*found.get("starts", []), dict(record)]})
+
+
+def record_commit(workdir: pathlib.Path, step: int) -> None:
+    """Record the step of a checkpoint that is complete: a workdir that has lost it later is not taken for a new one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    _save(workdir, {"starts": [], **_read_or_set_aside(workdir), "committed_step": step})
+
+
+def _read_or_set_aside(workdir: pathlib.Path) -> dict[str, Any]:
+    """Return the record; rename a damaged file, and tell so, and return an empty one."""
     try:
-        starts = list(json.loads(path.read_bytes())["starts"])
-    except (OSError, ValueError, LookupError, TypeError):  # none yet, or damaged: it is a record, not a state
-        starts = []
-    write_atomic(path, json.dumps({"starts": [*starts, dict(record)]}, indent=2) + "\n")
+        return read(workdir)
+    except DamagedRecord as error:
+        aside = workdir / f"{FILE}.damaged"
+        (workdir / FILE).replace(aside)
+        text = f"{error}; it is now {aside.name}, and a new {FILE} begins"
+        process_log.info(f"warning: {text}")
+        print(f"clipjax: warning: {text}", file=sys.stderr, flush=True)
+        return {}
+
+
+def _save(workdir: pathlib.Path, record: Mapping[str, Any]) -> None:
+    """Write the file; it is whole at any time, also after a crash of the machine."""
+    write_atomic(workdir / FILE, json.dumps(record, indent=2) + "\n", sync=True)

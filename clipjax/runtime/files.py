@@ -23,6 +23,21 @@ def write_atomic(path: pathlib.Path, content: str | bytes, *, sync: bool = False
             file.flush()
             os.fsync(file.fileno())
     temporary.replace(path)
+    if sync:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Wait until the names in a folder are on the disk.
+
+    Raises:
+        OSError: the folder cannot be read, or the disk fails.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_bounded(path: pathlib.Path, max_bytes: int) -> bytes:

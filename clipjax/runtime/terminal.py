@@ -1,4 +1,4 @@
-"""Text for people: tables and durations.
+"""Text for people: tables, durations, and text of others that steers no terminal.
 
 A table is the same in a terminal, a file and a log, as wide as it needs to be. rich measures its cells (a Chinese
 character takes two columns), but does not lay it out: rich's own table breaks a cell at its line ends, has no rule
@@ -9,6 +9,19 @@ import math
 from collections.abc import Sequence
 
 from rich.cells import cell_len
+
+
+def printable(text: str) -> str:
+    """Return text of others, such as a caption or a name, as one line that steers no terminal.
+
+    Control and escape sequences, line ends, marks that turn the direction of writing, and half characters become
+    backslash escapes.
+    """
+    return text if text.isprintable() else "".join(each if each.isprintable() else _escape(each) for each in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def format_duration(seconds: float) -> str:

@@ -39,11 +39,15 @@ class Trial:
         write_atomic(self.folder / "trial.json", json.dumps(record, indent=2) + "\n")
 
     def read_results(self, metric: str) -> None:
-        """Fill in `metric` and `loss` of a finished trial; without it, `problem` names those that are there."""
+        """Fill in `metric` and `loss` of a finished trial; without it, `problem` names those that are there.
+
+        A trial whose task failed counts as failed.
+        """
         try:
-            tasks = read_json(self.folder / "results.json")["tasks"]
+            results = read_json(self.folder / "results.json")
+            tasks, failures = results["tasks"], dict(results.get("failed", {}))
             found = {f"{task}:{name}": value for task, values in tasks.items() for name, value in values.items()}
-        except (ValueError, LookupError, AttributeError) as error:  # a broken trial must not end the sweep
+        except (ValueError, LookupError, AttributeError, TypeError) as error:  # a broken trial must not end the sweep
             self.problem = f"results.json cannot be read: {error!r}"
             return
         with contextlib.suppress(FileNotFoundError), (self.folder / "metrics.jsonl").open(encoding="utf-8") as lines:
@@ -56,7 +60,10 @@ class Trial:
             if isinstance(value, int | float) and math.isfinite(value)
         }
         self.metric, self.loss = numbers.get(metric), numbers.get("loss")
-        if self.metric is None:
+        task = metric.rpartition(":")[0]
+        if self.metric is None and task in failures:
+            self.status, self.problem = "failed", f"its evaluation task {task} failed: {failures[task]}"
+        elif self.metric is None:
             self.problem = f"has no {metric}; the sweep's metric may be {', '.join(sorted(numbers)) or 'nothing'}"
 
 

@@ -10,15 +10,12 @@ from clipjax.checkpoints.records import FOLDER, pack_tokenizer
 from clipjax.checkpoints.saved import SavedCheckpoint, steps_in
 from clipjax.config import Config
 from clipjax.config.serialization import flatten, to_dict
-from clipjax.data.sample import BadSample, Source
+from clipjax.data.sample import Source
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.monitoring.run_record import versions
 
 HOST_LOCAL = ("data.tfds_dir", "data.num_", "data.prefetch_batches", "compile_cache")
 """Fields (by prefix) that may differ between machines: none of them touches what is computed."""
-
-
-_NAMES, _CONTENTS = 1000, 16  # samples whose place, and whose content, enters the digest of a source
 
 
 def digests(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -76,21 +73,7 @@ def data_fingerprint(
 
 
 def describe_source(source: Source) -> dict[str, Any]:
-    """Return the number of samples, and digests of places and contents of some, spread evenly over the source."""
-    size = len(source)
-    places = [source.location(index).encode() for index in _spread(size, _NAMES)]
-    contents: list[bytes] = []
-    for index in _spread(size, _CONTENTS):
-        try:
-            sample = source[index]
-        except BadSample as bad:
-            contents.append(bad.reason.encode())
-            continue
-        image = sample.image if isinstance(sample.image, bytes) else sample.image.tobytes()
-        contents += [image, json.dumps([*sample.captions, sample.label]).encode()]
-    return {"samples": size, "places": _digest(*places), "contents": _digest(*contents)}
-
-
-def _spread(size: int, most: int) -> list[int]:
-    """Return at most so many positions, from the first to the last."""
-    return list(range(size)) if size <= most else [round(i * (size - 1) / (most - 1)) for i in range(most)]
+    """Return the number of samples and of shards, and a digest of all shards' digests, in order."""
+    shards = source.digests()
+    contents = _digest(*(shard.digest.encode() for shard in shards))
+    return {"samples": len(source), "shards": len(shards), "contents": contents}

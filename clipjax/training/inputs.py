@@ -10,10 +10,12 @@ from clipjax.checkpoints.saved import SavedCheckpoint
 from clipjax.config import Config, LossKind
 from clipjax.config.serialization import field_value
 from clipjax.config.validation import MEMORY_UNIT
+from clipjax.data.digests import find_order, from_record
 from clipjax.data.sample import Source
 from clipjax.data.sources import build_source, recording_sources
 from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.data.tokenizers.protocol import Tokenizer
+from clipjax.data.webdataset import TarSource
 from clipjax.evals.runner import Task, build_tasks
 from clipjax.models.clip import abstract_params
 from clipjax.models.positions import fit_positions
@@ -70,7 +72,7 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
     if config.init_from is not None and saved is None:
         init_checkpoint = _open_checkpoint("init_from", config.init_from)
         check_same_shapes(config, init_checkpoint)
-    source = build_source(config.data.train, data=config.data)
+    source = _in_recorded_order(build_source(config.data.train, data=config.data), saved)
     if len(source) < config.global_batch_size:
         raise ValueError(
             f"global_batch_size={config.global_batch_size} must not exceed the {len(source)} samples of "
@@ -89,6 +91,18 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
     sources = {config.data.train: source}
     tasks = build_tasks(config, recording_sources(sources))
     return Inputs(source, tokenizer, tasks, init_checkpoint, teacher, sources)
+
+
+def _in_recorded_order(source: Source, saved: SavedCheckpoint | None) -> Source:
+    """Return the source of a run that goes on with its shards in the order that the run began with.
+
+    Other shards are left as they are, for `check_same_run` to refuse.
+    """
+    recorded = None if saved is None else from_record(saved.records["data"].get("shards"))
+    if recorded is None or not isinstance(source, TarSource):
+        return source
+    order = find_order(recorded, source.digests())
+    return source if order in (None, list(range(len(recorded)))) else source.reordered(order)
 
 
 def _open_checkpoint(field: str, path: str, *, step: int | None = None) -> SavedCheckpoint:

@@ -2,7 +2,7 @@
 
 from clipjax.config import steps_of, total_steps
 from clipjax.data.training_stream import TooManyBadSamples
-from clipjax.evals.runner import Results
+from clipjax.evals.runner import Evaluation
 from clipjax.training.run import Run
 
 
@@ -18,9 +18,9 @@ def train(run: Run) -> int | None:
     save_every = steps_of(config.checkpoint.every_examples, config)
     eval_every = last if config.eval.every_examples is None else steps_of(config.eval.every_examples, config)
     logger.message(f"step {start.step} of {last}, workdir {run.workdir}")
-    results: Results | None = None
+    evaluation: Evaluation | None = None
     if start.step and start.step % eval_every == 0 and not start.evaluated:  # a signal came in between
-        results = run.evaluate(state, start.step)
+        evaluation = run.evaluate(state, start.step)
     for step in range(start.step + 1, last + 1):
         run.goodput.step(step)
         try:
@@ -35,13 +35,13 @@ def train(run: Run) -> int | None:
             logger.log_step(step, metrics, run.stream.wait_seconds)
         stop = run.signal.due(step) and step < last
         if step == last or (step % eval_every == 0 and not stop):
-            results = run.evaluate(state, step)
-            run.save(state, step, results)
+            evaluation = run.evaluate(state, step)
+            run.save(state, step, evaluation)
         elif stop or step % save_every == 0:
             run.save(state, step)
         if stop:
             number = run.signal.number
             logger.message(f"stopped by signal {number} after step {step}; the same command goes on from here")
             return number
-    run.finish(state, last, results)
+    run.finish(state, last, evaluation)
     return None

@@ -1,26 +1,32 @@
 """Preflight of a run: everything that can be refused before training, by all of its processes together."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import optax
 
-from clipjax.checkpoints.saved import newest_checkpoint
+from clipjax.checkpoints.records import FOLDER
+from clipjax.checkpoints.saved import SavedCheckpoint, newest_checkpoint
 from clipjax.config import Config
 from clipjax.config.validation import validate, validate_devices
-from clipjax.evals.runner import check_metric
+from clipjax.evals.runner import check_metric, check_samples
 from clipjax.models.clip import abstract_params
 from clipjax.monitoring import run_record
 from clipjax.monitoring.prometheus import Exporter
-from clipjax.runtime import compilation, consistency, files, process_log, sharding
+from clipjax.runtime import compilation, consistency, files, owner, process_log, sharding
 from clipjax.runtime.compilation import compiler_options
 from clipjax.runtime.consistency import Fingerprint
 from clipjax.runtime.processes import is_first
 from clipjax.training import fingerprints, optimizer
 from clipjax.training.inputs import Inputs, open_inputs
 from clipjax.training.resume import check_same_run
+
+_OTHERS_SECONDS = 1.0  # in which the other processes delete their logs
 
 
 @dataclass(frozen=True)
@@ -45,31 +51,82 @@ class Checked:
 def check(parse: Callable[[], tuple[Config, Path]]) -> Checked:
     """Open and check everything, on all processes; they go on only if all of them can, and would do the same.
 
+    A start that is refused deletes the files that it made.
+
     Args:
         parse: gives the config and the workdir of the command line.
 
     Raises:
         ValueError: for the user, on every process: with field, value, rule and remedy.
     """
-    opened, facts = consistency.run_on_all("train", lambda: _open_here(*parse()))
-    consistency.check_shared(opened.workdir)
+    made: list[Path] = []
+    try:
+        (config, workdir, warning), _ = consistency.run_on_all("owner", lambda: (_claim(parse, made), {}))
+        opened, facts = consistency.run_on_all("train", lambda: _open_here(config, workdir, warning, made))
+        consistency.check_shared(workdir)
+    except (ValueError, OSError):
+        _delete(made)
+        raise
     if is_first():
         record_start(opened.workdir, facts)
     return opened
 
 
-def _open_here(config: Config, workdir: Path) -> tuple[Checked, Fingerprint]:
-    """Check this process's part."""
+def _claim(parse: Callable[[], tuple[Config, Path]], made: list[Path]) -> tuple[Config, Path, str]:
+    """Return config and workdir, with a warning, once process 0 holds the workdir; nothing is written there before.
+
+    Args:
+        parse: gives them.
+        made: gets the paths that this start makes, the innermost last.
+    """
+    config, workdir = parse()
     validate(config)
+    warning = ""
+    if is_first():
+        new = [path for path in (workdir / owner.FILE, workdir, *workdir.parents) if not path.exists()]
+        made += reversed(new)
+        warning = owner.take(workdir)
+    return config, workdir, warning
+
+
+def _delete(made: Sequence[Path]) -> None:
+    """Delete what this start has made, the innermost first; folders that are not empty stay."""
+    for path in reversed(made):
+        if path.name == owner.FILE:
+            owner.release(path.parent, delete=True)
+            continue
+        deadline = time.monotonic() + (_OTHERS_SECONDS if jax.process_count() > 1 else 0)
+        while not _is_deleted(path) and time.monotonic() < deadline:  # another process's log may still be there
+            time.sleep(0.05)
+
+
+def _is_deleted(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+        return True
+    return False
+
+
+def _open_here(config: Config, workdir: Path, warning: str, made: list[Path]) -> tuple[Checked, Fingerprint]:
+    """Check this process's part."""
     files.require_writable(workdir)
+    log = process_log.path_of(workdir, jax.process_index())
+    made += [path for path in (log.parent, log) if not path.exists()]
     process_log.open_log(workdir, rank=jax.process_index(), header=run_record.describe_start())
+    if warning:
+        process_log.info(f"warning: {warning}")
+        print(f"clipjax: warning: {warning}", file=sys.stderr, flush=True)
     compilation.enable(config.compile_cache)
-    saved = newest_checkpoint(workdir)
+    saved = _open_newest(workdir)
     inputs = open_inputs(config, saved)
     if config.checkpoint.best_metric is not None:
         check_metric(config.checkpoint.best_metric, inputs.tasks)
     if saved is not None:
         check_same_run(saved, config, inputs)
+    check_samples(inputs.tasks)
     tx = optimizer.make_tx(config, abstract_params(config.model))
     validate_devices(
         config,
@@ -88,6 +145,43 @@ def _open_here(config: Config, workdir: Path) -> tuple[Checked, Fingerprint]:
     }
     exporter = Exporter(config.log) if is_first() and config.log.prometheus_port is not None else None
     return Checked(config, workdir, inputs, tx, exporter), facts
+
+
+def _open_newest(workdir: Path) -> SavedCheckpoint | None:
+    """Return the newest checkpoint, or None in a workdir that has never had one.
+
+    Raises:
+        ValueError: the checkpoints cannot be read, or are gone although `run.json` records one.
+    """
+    folder = workdir / FOLDER
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        if folder.is_symlink() or not isinstance(error, FileNotFoundError):
+            raise ValueError(
+                f"--workdir={workdir}: its folder {FOLDER} cannot be read ({error.strerror}); make it readable, or use "
+                "another workdir to start anew"
+            ) from error
+        names = []
+    saved = newest_checkpoint(workdir)
+    if saved is not None:
+        return saved
+    start_anew = f"or start anew, in another workdir or by removing {workdir / run_record.FILE} knowingly"
+    try:
+        step = run_record.read(workdir).get("committed_step", 0)
+    except run_record.DamagedRecord as error:
+        raise ValueError(
+            f"{error}; whether this workdir once had checkpoints cannot be known, and it has none: bring them back, "
+            f"{start_anew}"
+        ) from error
+    if step:
+        aside = [name for name in names if name.endswith((".rejected", ".damaged"))]
+        raise ValueError(
+            f"--workdir={workdir}: {run_record.FILE} records a checkpoint at step {step}, but {folder} holds none that "
+            f"can be used; bring the checkpoints back, {start_anew}"
+            + (f"; set aside there: {', '.join(aside)}" if aside else "")
+        )
+    return None
 
 
 def record_start(workdir: Path, facts: Mapping[str, Mapping[str, object]]) -> None:

@@ -1,7 +1,9 @@
 """Start of a run: afresh, from another run's weights, or from its own newest checkpoint."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -12,9 +14,11 @@ from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.config import Config
 from clipjax.config.paths import expanded
 from clipjax.config.serialization import flatten, to_dict
+from clipjax.data.digests import describe_differences, from_record
 from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, map_with_path
-from clipjax.runtime import sharding
+from clipjax.runtime import process_log, sharding
+from clipjax.runtime.processes import is_first
 from clipjax.training.inputs import Inputs, comes_from_init
 from clipjax.training.step import STATE_RULES, TrainState, from_items, to_items
 
@@ -27,6 +31,7 @@ RESUMABLE = (
     "init_from",
     "compile_cache",
     "data.tfds_dir",
+    "data.train",
     "data.max_bad_fraction",
     "data.num_",
     "data.prefetch_batches",
@@ -62,12 +67,14 @@ class Position:
         evaluated: the tasks were run at this step.
         num_samples: size of the training source.
         teacher_step: of the checkpoint that is distilled from, if any.
+        shards: of the training source, in order: `[name, digest, number of samples]`; None: an older version saved.
     """
 
     step: int = 0
     evaluated: bool = False
     num_samples: int = 0
     teacher_step: int | None = None
+    shards: Sequence[Sequence[Any]] | None = None
 
 
 def check_same_run(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> None:
@@ -82,11 +89,39 @@ def check_same_run(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> No
             f"data.tokenizer={config.data.tokenizer!r} is not the tokenizer that the run at step {saved.step} in the "
             "workdir was trained with; bring that back, or use another workdir to start anew"
         )
-    num_samples = saved.records["data"]["num_samples"]
-    if len(inputs.source) != num_samples:
+    _check_same_data(saved, config, inputs)
+
+
+def _check_same_data(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> None:
+    """Refuse other training data by its contents, or by path and number where an older version recorded no contents.
+
+    Raises:
+        ValueError: it differs, and where.
+    """
+    data, remedy = saved.records["data"], "bring those back, or use another workdir to start anew"
+    recorded, here = from_record(data.get("shards")), f"data.train={config.data.train!r}"
+    if recorded is None:
+        old, new = expanded(saved.config).data.train, expanded(config).data.train
+        if old != new:
+            raise ValueError(
+                f"{here} is another place than that of the run in the workdir, {old!r}, which has saved no digests to "
+                f"tell whether the data is the same; use the old place, or another workdir to start anew"
+            )
+        if len(inputs.source) != data["num_samples"]:
+            raise ValueError(
+                f"{here} has {len(inputs.source)} samples, but the run in the workdir was trained on "
+                f"{data['num_samples']}; {remedy}"
+            )
+        text = f"warning: {here}: the checkpoint has no digests of its data, so the contents were not compared"
+        process_log.info(text)
+        if is_first():
+            print(f"clipjax: {text}", file=sys.stderr, flush=True)
+        return
+    found = inputs.source.digests()
+    if [shard.digest for shard in recorded] != [shard.digest for shard in found]:
         raise ValueError(
-            f"data.train={config.data.train!r} has {len(inputs.source)} samples, but the run in the workdir was "
-            f"trained on {num_samples}; bring those back, or use another workdir to start anew"
+            f"{here} has {len(inputs.source)} samples of other contents than the {data['num_samples']} that the run in "
+            f"the workdir was trained on ({describe_differences(recorded, found)}); {remedy} (paths may change)"
         )
 
 
@@ -97,10 +132,10 @@ def start_state(
     init_state: Callable[[jax.Array], TrainState],
     mesh: Mesh,
 ) -> tuple[TrainState, Position]:
-    """Return the newest checkpoint's state and position, or a fresh state; every array is created on its shards.
+    """Return the newest good checkpoint's state and position, or a fresh state; every array is created on its shards.
 
     Raises:
-        ValueError: the checkpoint's arrays are damaged.
+        DamagedCheckpoint: there are checkpoints, but none is good, or its arrays do not fit.
     """
 
     def init() -> TrainState:
@@ -109,10 +144,11 @@ def start_state(
     abstract = jax.eval_shape(init)
     shardings = sharding.state_shardings(mesh, abstract, STATE_RULES)
     placed = sharding.with_shardings(abstract, shardings)
-    latest = checkpoints.latest_step()
-    if latest is not None:
-        items, records = checkpoints.restore(latest, to_items(placed))
-        return from_items(items), Position(**records["data"])
+    newest = checkpoints.newest_verified()
+    if newest is not None:
+        items, records = checkpoints.restore(newest, to_items(placed))
+        position = {name: value for name, value in records["data"].items() if name != "format"}
+        return from_items(items), Position(**position)
     state = jax.jit(init, out_shardings=shardings)()
     if inputs.init_checkpoint is not None:
         state = _take_params(state, inputs.init_checkpoint, config, mesh)

@@ -17,12 +17,12 @@ import numpy as np
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.records import make_records
 from clipjax.checkpoints.saved import load_params
-from clipjax.config import Config, LossKind, steps_of
+from clipjax.config import Config, LossKind, steps_of, total_steps
 from clipjax.data.sample import REASONS
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import BadSampleLimit, TrainStream, pair_groups
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.runner import Results, run_tasks, write_results
+from clipjax.evals.runner import Evaluation, run_tasks, write_results
 from clipjax.losses import describe_loss
 from clipjax.monitoring import events as run_events
 from clipjax.monitoring.events import Events
@@ -119,22 +119,21 @@ class Run:
         program = self.program
         return Encoder(self.config, program.clip, program.mesh, self.inputs.tokenizer, eval_params(state))
 
-    def evaluate(self, state: TrainState, step: int) -> Results:
-        """Run the tasks; if one fails, save the state before the error is raised."""
+    def evaluate(self, state: TrainState, step: int) -> Evaluation:
+        """Run the tasks; one that fails is told and left out. The state is saved before any other error is raised."""
         self.logger.flush()
         jax.block_until_ready(state.step)  # what is left of the step belongs to the step
         with self.logger.pause(), self.goodput.phase("evaluation"):
             try:
-                results = run_tasks(self.inputs.tasks, self._encoder(state))
+                evaluation = run_tasks(self.inputs.tasks, self._encoder(state))
             except Exception:
                 self.save(state, step)
                 self.checkpoints.wait()
                 raise
-            if results:
-                self.logger.results(step, results)
-        return results
+            self.logger.results(step, evaluation.results, evaluation.failures)
+        return evaluation
 
-    def save(self, state: TrainState, step: int, results: Results | None = None) -> None:
+    def save(self, state: TrainState, step: int, evaluation: Evaluation | None = None) -> None:
         """Save in the background; the log is complete up to this step before the checkpoint is."""
         self.logger.flush()
         if self.checkpoints.latest_step() == step:
@@ -142,34 +141,39 @@ class Run:
         teacher = self.inputs.teacher_checkpoint
         position = Position(
             step,
-            evaluated=results is not None,
+            evaluated=evaluation is not None,
             num_samples=len(self.inputs.source),
             teacher_step=None if teacher is None else teacher.step,
+            shards=[list(shard) for shard in self.inputs.source.digests()],
         )
         records = make_records(self.config, self.inputs.tokenizer, asdict(position))
         best_value = None
-        if self.config.checkpoint.best_metric is not None and results:
+        if self.config.checkpoint.best_metric is not None and evaluation is not None:
             task, _, metric = self.config.checkpoint.best_metric.rpartition(":")
-            best_value = results[task][metric]
+            best_value = evaluation.results.get(task, {}).get(metric)  # the task may have failed
         with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
             jax.block_until_ready(state.step)
+        latest = self.checkpoints.latest_step()
         with self.goodput.phase("saving"):
-            self.checkpoints.save(step, to_items(state), records, best_value)
+            self.checkpoints.save(step, to_items(state), records, best_value, last=step == total_steps(self.config))
+            if latest is not None:
+                self.checkpoints.mark_good(latest)
         self.goodput.record()
 
-    def finish(self, state: TrainState, last: int, results: Results | None) -> None:
+    def finish(self, state: TrainState, last: int, evaluation: Evaluation | None) -> None:
         """Wait for the last checkpoint, then leave `results.json`, the sign of a finished run."""
         with self.goodput.phase("saving"):
             self.checkpoints.wait()
+            self.checkpoints.mark_good(last)
         self.logger.flush()
-        if results is None:  # the run was complete before: its log is, but a kill may have come before results.json
+        if evaluation is None:  # the run was complete before: its log is, but a kill may have come before results.json
             with self.goodput.phase("evaluation"):
-                results = run_tasks(self.inputs.tasks, self._encoder(state))
+                evaluation = run_tasks(self.inputs.tasks, self._encoder(state))
         if processes.is_first():
-            write_results(self.workdir / "results.json", self.checkpoints.path(last), results)
+            write_results(self.workdir / "results.json", self.checkpoints.path(last), evaluation)
         self.logger.finish(last)
-        if results:
-            self.logger.message(results_table(results))
+        if evaluation.results:
+            self.logger.message(results_table(evaluation.results))
         examples = last * self.config.global_batch_size
         self.logger.message(f"done: {last} steps, {examples} examples; all of it is in {self.workdir}")
 
@@ -186,14 +190,12 @@ def build(checked: Checked) -> Iterator[Run]:
     teacher_config = None if inputs.teacher_checkpoint is None else inputs.teacher_checkpoint.config
     program = build_program(config, mesh, num_samples=len(inputs.source), tx=checked.tx, teacher=teacher_config)
     with contextlib.ExitStack() as stack:
-        if checked.exporter is not None:
-            stack.callback(checked.exporter.close)
         goodput = stack.enter_context(_goodput(checked))
         process_log.info(f"device check: {device_check.check_devices(mesh)}")
         stack.enter_context(jax.set_mesh(mesh))
         signal = processes.ShutdownSignal()
         stack.callback(signal.restore)
-        checkpoints = Checkpoints(workdir, config.checkpoint)
+        checkpoints = Checkpoints(workdir, config.checkpoint, max_failed_saves=config.recovery.max_failed_saves)
         stack.callback(_close, checkpoints, goodput)
         state, start = start_state(config, inputs, checkpoints, program.init_state, mesh)
         teacher = None if inputs.teacher_checkpoint is None else load_params(inputs.teacher_checkpoint, mesh)
@@ -246,7 +248,8 @@ def build(checked: Checked) -> Iterator[Run]:
 def _goodput(checked: Checked) -> Iterator[Goodput]:
     """Open the ledger of this start, the first process's in `events.jsonl`; record the end of the `with` block."""
     events = Events(checked.workdir, enabled=processes.is_first(), clock=wall_clock)
-    past = run_events.read(checked.workdir) if processes.is_first() else ()
+    past = run_events.read(checked.workdir) if processes.is_first() else []
+    events.counts.update(event["event"] for event in past)
     goodput = Goodput(events, past, devices=jax.device_count())
     if checked.exporter is not None:
         checked.exporter.watch(goodput, events)

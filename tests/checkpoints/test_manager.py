@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from clipjax.checkpoints.manager import Checkpoints
+from clipjax.checkpoints.folder import is_step_name
+from clipjax.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from clipjax.checkpoints.records import make_records, pack_tokenizer, unpack_tokenizer
-from clipjax.checkpoints.saved import SavedCheckpoint, find_checkpoint, is_step_name, newest_checkpoint
+from clipjax.checkpoints.saved import SavedCheckpoint, find_checkpoint, newest_checkpoint
 from clipjax.config import CheckpointConfig, Config, MeshConfig, TaskConfig
 from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.runtime import sharding
@@ -70,13 +71,22 @@ def assert_same(ours, theirs) -> None:
 
 
 def save(workdir: pathlib.Path, *steps: int, arrays=None, best=None, **fields) -> None:
-    """Save the same arrays at several steps, as a run would."""
+    """Save the same arrays at several steps, as a run would whose states are all good."""
     checkpoints = Checkpoints(workdir, CheckpointConfig(**fields))
     for step in steps:
         records = make_records(config(), TOKENIZER, {"step": step})
         checkpoints.save(step, arrays or groups(), records, (best or {}).get(step))
         checkpoints.wait()
+        checkpoints.mark_good(step)
     checkpoints.close()
+
+
+def make_older(step: pathlib.Path) -> None:
+    """Make a step directory look like one of the format before manifests."""
+    (step / "manifest.json").unlink()
+    data = json.loads((step / "data" / "metadata").read_text())
+    del data["format"]
+    (step / "data" / "metadata").write_text(json.dumps(data))
 
 
 @pytest.fixture(scope="module")
@@ -189,17 +199,19 @@ def test_what_does_not_fit_is_refused(saved, wanted, message):
     gc.collect()
 
 
-def test_damaged_arrays_are_refused(tmp_path):
+def test_damaged_arrays_of_an_older_format_are_refused(tmp_path, capsys):
     arrays = {"params": {"kernel": groups()["params"]["image"]["kernel"]}}
     save(tmp_path, 12, arrays=arrays)
+    make_older(tmp_path / "checkpoints" / "12")
     data = [path for path in (tmp_path / "checkpoints" / "12" / "params").rglob("d/*") if path.is_file()]
     assert data
     for path in data:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
-    with pytest.raises(ValueError, match="checkpoints/12 cannot be restored"):
+    with pytest.raises(DamagedCheckpoint, match="checkpoints/12 cannot be restored"):
         checkpoints.restore(12, abstract(arrays))
     checkpoints.close()
+    assert "checkpoints/12 is of an older format, without checksums" in capsys.readouterr().err
     gc.collect()
 
 
@@ -287,15 +299,21 @@ def test_the_average_is_evaluated_where_there_is_one(tmp_path, group):
 
 
 @pytest.mark.parametrize("name", ["config", "data", "tokenizer", "preprocessing"])
-def test_a_missing_or_cut_record_is_refused(copy, name):
+def test_a_missing_or_cut_record_is_refused_and_the_step_before_taken(copy, name):
     step = copy / "checkpoints" / "12"
     record = step / name / "metadata"
     record.write_text(record.read_text()[:-5])
-    with pytest.raises(ValueError, match=r"checkpoints/12 is damaged or not clipjax's"):
-        newest_checkpoint(copy)
+    with pytest.raises(DamagedCheckpoint, match=rf"checkpoints/12 is damaged: {name}/metadata: \d+ bytes instead of"):
+        SavedCheckpoint(step)
+    newest = newest_checkpoint(copy)
+    assert newest is not None
+    assert newest.step == 3
     shutil.rmtree(step / name)
-    with pytest.raises(ValueError, match=r"checkpoints/12 is damaged or not clipjax's"):
-        SavedCheckpoint(step if name != "config" else copy)
+    shutil.rmtree(copy / "checkpoints" / "3")
+    with pytest.raises(DamagedCheckpoint, match=rf"12 \(damaged: {name}/metadata: missing\)"):
+        newest_checkpoint(copy)
+    with pytest.raises(DamagedCheckpoint, match=rf"checkpoints/12 is damaged: {name}/metadata: missing"):
+        SavedCheckpoint(copy)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +325,7 @@ def test_a_missing_or_cut_record_is_refused(copy, name):
     ],
 )
 def test_a_config_record_of_another_kind_is_refused(copy, record, message):
+    make_older(copy / "checkpoints" / "12")
     (copy / "checkpoints" / "12" / "config" / "metadata").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=f"is damaged or not clipjax's: .*{message}"):
         SavedCheckpoint(copy)

@@ -13,6 +13,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 import clipjax
+from clipjax.checkpoints.manifest import State, examine
 from clipjax.cli.convert import main_convert, main_export
 from clipjax.cli.eval import main as main_eval
 from clipjax.config import Resize
@@ -257,6 +258,7 @@ def test_a_model_without_embeddings_gives_none(shared: pathlib.Path, tmp_path: p
     peer = read_peer("huggingface", shared / "reference" / "hf-clip-quickgelu")
     peer.config.loss.contrastive_weight = 0.0
     save(peer, tmp_path / "ours")
+    assert examine(tmp_path / "ours" / "checkpoints" / "0").state is State.VERIFIED
     assert export("stablehlo", tmp_path / "ours", tmp_path / "out") == 2
     assert "predicts captions only" in capsys.readouterr().err
     with pytest.raises(ValueError, match="has no embeddings"):

@@ -136,6 +136,22 @@ def assert_time_adds_up(workdir: pathlib.Path, began: float) -> None:
     assert all(0 < line["goodput"] < 1 for line in lines if "loss" in line and line["step"] > 2)
 
 
+@pytest.mark.process
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tiny_config, finished, tmp_path, cache):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "results.json").unlink()
+    data = max((workdir / "checkpoints" / "12" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 16
+    data.write_bytes(content)
+    output = run(*train_arguments(tiny_config, workdir), **cache)
+    assert f"checkpoint {workdir}/checkpoints/12 is damaged (params/" in output
+    assert f": another content); going on from {workdir}/checkpoints/9" in output
+    assert (workdir / "checkpoints" / "12.damaged").is_dir()
+    assert_same_run(workdir, finished)
+
+
 @pytest.mark.slow
 @pytest.mark.process
 def test_memory_of_every_sample_and_a_teacher_survive_kill_and_other_devices(tiny_config, finished, tmp_path, cache):

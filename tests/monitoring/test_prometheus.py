@@ -28,9 +28,8 @@ VALUES = {
 
 @pytest.fixture
 def exporter():
-    made = Exporter(LogConfig(prometheus_port=0))
-    yield made
-    made.close()
+    with Exporter(LogConfig(prometheus_port=0)) as made:
+        yield made
 
 
 def scrape(port: int) -> dict[tuple[str, ...], float]:

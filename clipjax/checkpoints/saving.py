@@ -1,0 +1,194 @@
+"""One save: the arrays are copied while the caller waits, and written, hashed and committed by a thread.
+
+Order: arrays and records go into `STEP.orbax-checkpoint-tmp`; every process waits for its own files and hashes them;
+process 0 merges and hashes the rest, writes the manifest, waits until all of it is on the disk, and renames the
+directory to `STEP`. A kill before the rename leaves no `STEP` at all.
+"""
+
+import asyncio
+import contextlib
+import fnmatch
+import logging
+import pathlib
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from clipjax.checkpoints import exchange, manifest
+from clipjax.checkpoints.folder import TEMPORARY, delete, sync_tree
+from clipjax.checkpoints.records import write_record
+from clipjax.runtime import process_log, processes
+from clipjax.runtime.files import sync_folder
+
+_REASON_CHARACTERS = 400
+OnFailure = Callable[[int, str], None]
+
+
+def array_handler() -> ocp.StandardCheckpointHandler:
+    """Return Orbax's writer and reader of arrays; it waits for no other process."""
+    options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={jax.process_index()})
+    return ocp.StandardCheckpointHandler(multiprocessing_options=options)
+
+
+def silence_orbax() -> None:
+    """Keep Orbax's tracebacks of failed writes off the terminal; `on_failure` tells in one line what they mean."""
+    logging.getLogger("absl").addFilter(_is_not_of_a_write)
+
+
+def _is_not_of_a_write(record: logging.LogRecord) -> bool:
+    return "orbax/checkpoint/_src/futures" not in record.pathname
+
+
+def temporary_path(folder: pathlib.Path, step: int) -> pathlib.Path:
+    """Return the directory in which a step is written."""
+    return folder / f"{step}{TEMPORARY}"
+
+
+class Save:
+    """One save, which begins when this is made.
+
+    Args:
+        folder: of the checkpoints; the temporary directory of the step exists in it.
+        content: what is saved, by `manifest.Manifest` without files.
+        arrays: pytrees of arrays by group; they may change once the constructor returns.
+        records: JSON values by name.
+        key: of the conversation with the other processes.
+        doomed: older steps to delete before anything is written.
+        on_failure: gets the step and the reason, in the thread that saves.
+
+    Attributes:
+        step: completed updates.
+        best: the metric that chooses the best step, and its value.
+        reason: why the save failed; empty if it did not.
+        finished: set when the outcome is known.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        content: manifest.Manifest,
+        arrays: Mapping[str, Any],
+        records: Mapping[str, Any],
+        *,
+        key: str,
+        doomed: Sequence[int],
+        on_failure: OnFailure,
+    ) -> None:
+        self.step, self.best, self.reason = content.step, content.best, ""
+        self.finished = threading.Event()
+        self._folder, self._content, self._records = folder, content, records
+        self._groups, self._key, self._doomed, self._on_failure = tuple(arrays), key, doomed, on_failure
+        self._temporary = temporary_path(folder, content.step)
+        self._handler = array_handler()
+        futures, error = self._start(arrays)
+        # A daemon: a write that the file system never ends must not keep the process from leaving.
+        threading.Thread(target=self._run, args=(futures, error), name="save", daemon=True).start()
+
+    def written_bytes(self) -> int:
+        """Return the size of what all processes have written so far."""
+        total = 0
+        with contextlib.suppress(OSError):  # files and the directory itself get other names meanwhile
+            for path in self._temporary.rglob("*"):
+                total += path.stat().st_size
+        return total
+
+    def _start(self, arrays: Mapping[str, Any]) -> tuple[list[Any], OSError | None]:
+        """Copy the arrays to the host and start to write them."""
+
+        async def start() -> list[Any]:
+            writes = [
+                self._handler.async_save(epath.Path(self._temporary / name), args=ocp.args.StandardSave(tree))
+                for name, tree in arrays.items()
+            ]
+            return await asyncio.gather(*writes)
+
+        try:
+            return jax.tree.leaves(asyncio.run(start())), None
+        except OSError as error:
+            return [], error
+
+    def _run(self, futures: Sequence[Any], error: OSError | None) -> None:
+        try:
+            self.reason = self._finish(futures, error)
+        except Exception as unreachable:  # the other processes
+            self.reason = describe(unreachable)
+        if self.reason:
+            self._on_failure(self.step, self.reason)
+        self.finished.set()
+
+    def _finish(self, futures: Sequence[Any], error: OSError | None) -> str:
+        """Return why the save failed; empty if it did not: the same on all processes."""
+        own: Any
+        try:
+            own = self._write(futures, error)
+        except Exception as failure:  # Orbax and TensorStore have many kinds
+            own = describe(failure)
+        parts = exchange.gather(f"{self._key}/parts", own)
+        reason = exchange.publish(f"{self._key}/verdict", lambda: self._commit(parts))
+        return reason
+
+    def _write(self, futures: Sequence[Any], error: OSError | None) -> dict[str, tuple[int, str]]:
+        """Wait for the files of this process, and return their sizes and checksums."""
+        failures: list[Exception] = [] if error is None else [error]
+        try:
+            if processes.is_first():
+                self._delete_doomed()
+                for name, record in self._records.items():
+                    write_record(self._temporary, name, record)
+        except Exception as failure:
+            failures.append(failure)
+        for future in futures:  # all of them: nothing may be written any more when the directory is removed
+            try:
+                future.result()
+            except Exception as failure:  # Orbax and TensorStore have many kinds
+                failures.append(failure)
+        if failures:
+            raise failures[0]
+        rank = jax.process_index()
+        patterns = (f"*/ocdbt.process_{rank}/*", f"*/array_metadatas/process_{rank}")
+        own = [path for path in manifest.list_files(self._temporary) if any(fnmatch.fnmatch(path, p) for p in patterns)]
+        return manifest.hash_files(self._temporary, own, sync=True)
+
+    def _delete_doomed(self) -> None:
+        for step in self._doomed:
+            try:
+                delete(self._folder, step)
+            except OSError as error:  # the next start sees it again
+                process_log.info(f"checkpoint {step} cannot be deleted: {describe(error)}")
+
+    def _commit(self, parts: Sequence[Any]) -> str:
+        """Make the step complete if all processes have written theirs; process 0 alone does this."""
+        many = len(parts) > 1
+        reasons = [
+            f"process {rank}: {part}" if many else part for rank, part in enumerate(parts) if isinstance(part, str)
+        ]
+        try:
+            if not reasons:
+                self._publish({path: (size, checksum) for part in parts for path, (size, checksum) in part.items()})
+                return ""
+        except Exception as error:  # Orbax and TensorStore have many kinds
+            reasons = [describe(error)]
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        return "; ".join(reasons)
+
+    def _publish(self, files: dict[str, tuple[int, str]]) -> None:
+        for name in self._groups:
+            self._handler.finalize(epath.Path(self._temporary / name))
+        rest = [path for path in manifest.list_files(self._temporary) if path not in files]
+        files |= manifest.hash_files(self._temporary, rest, sync=True)
+        sync_tree(self._temporary)
+        manifest.write(self._temporary, manifest.Manifest(self.step, self.best, files))
+        self._temporary.rename(self._folder / str(self.step))
+        sync_folder(self._folder)
+
+
+def describe(error: Exception) -> str:
+    """Return an error's message in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return (" ".join(str(error).split()) or repr(error))[:_REASON_CHARACTERS]

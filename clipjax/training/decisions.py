@@ -1,0 +1,162 @@
+"""`WORKDIR/decisions.jsonl`: the rollbacks of a run. With config and contents they determine all that it computes.
+
+The first process writes a decision to disk before it takes effect, and hands it to the others; every checkpoint holds a
+copy of those before it. So a start after a kill at any moment does what the run would have done.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import jax
+
+from clipjax.runtime import processes
+from clipjax.runtime.files import read_bounded, write_atomic
+
+FILE = "decisions.jsonl"
+_MAX_BYTES = 2**24
+_WAIT_SECONDS = 600.0  # the first process may have a slow disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """A return to an earlier checkpoint, without the batches that led into trouble.
+
+    Attributes:
+        to_step: of the checkpoint; everything after it is computed anew.
+        first_step: first step of the trouble.
+        last_step: last one.
+        first_batch: first global batch, counted from 0, that is never used again.
+        last_batch: last one.
+        reason: the trouble, in words.
+    """
+
+    to_step: int
+    first_step: int
+    last_step: int
+    first_batch: int
+    last_batch: int
+    reason: str
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if not isinstance(getattr(self, item.name), str if item.name == "reason" else int):
+                raise ValueError(f"{item.name}={getattr(self, item.name)!r} is of another type")
+        if not 0 <= self.first_batch <= self.last_batch or not 0 <= self.to_step < self.first_step <= self.last_step:
+            raise ValueError("its steps or batches are out of order")
+
+
+def parse(record: Any) -> Rollback:
+    """Return the decision of a JSON object.
+
+    Raises:
+        ValueError: it is none, or of a kind that this version does not know.
+    """
+    try:
+        values = dict(record)
+        if (kind := values.pop("decision")) != "rollback":
+            raise ValueError(f"decision={kind!r} is of another version of clipjax")
+        return Rollback(**values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{record!r} is no decision: {error!r}") from error
+
+
+def to_record(decision: Rollback) -> dict[str, Any]:
+    """Return a decision as a JSON object."""
+    return {"decision": "rollback", **asdict(decision)}
+
+
+class Decisions:
+    """The decisions of a run, in order. Every process has the same.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+
+    def __init__(self, workdir: pathlib.Path) -> None:
+        self._path = workdir / FILE
+        self.taken: list[Rollback] = []
+        try:
+            content = read_bounded(self._path, _MAX_BYTES)
+        except FileNotFoundError:
+            return
+        for number, line in enumerate(content.splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):  # a kill came before it was on disk, and so before it took effect
+                continue
+            try:
+                self.taken.append(parse(json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{self._path}, line {number}: {error}; bring back the file, or copy the decisions of the newest "
+                    "checkpoint (its record data/metadata) into it"
+                ) from error
+
+    @property
+    def left_out(self) -> list[tuple[int, int]]:
+        """First and last global batches that are never used again."""
+        return [(each.first_batch, each.last_batch) for each in self.taken]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return all decisions as JSON objects, for a checkpoint."""
+        return [to_record(each) for each in self.taken]
+
+    def take(self, decide: Callable[[], Rollback | str]) -> Rollback | str:
+        """Return what the first process decides; when this returns, a decision is on disk.
+
+        Args:
+            decide: gives a decision, or the reason why there is none. Every process calls `take` at the same step, but
+                only the first calls this.
+
+        Raises:
+            OSError: the first process cannot write it.
+        """
+        key = f"decisions/{len(self.taken)}"
+        if processes.is_first():
+            verdict = decide()
+            if isinstance(verdict, Rollback):
+                self._write([*self.taken, verdict])
+            if jax.process_count() > 1:
+                processes.kv_set(key, json.dumps(verdict if isinstance(verdict, str) else to_record(verdict)))
+        else:
+            record = json.loads(processes.kv_get(key, timeout_seconds=_WAIT_SECONDS))
+            verdict = record if isinstance(record, str) else parse(record)
+        if isinstance(verdict, Rollback):
+            self.taken.append(verdict)
+        return verdict
+
+    def adopt(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Take over a checkpoint's copy where the file has lost decisions.
+
+        Raises:
+            ValueError: the copy contradicts the file.
+        """
+        copy = [parse(record) for record in records]
+        shared = min(len(copy), len(self.taken))
+        if copy[:shared] != self.taken[:shared]:
+            raise ValueError(
+                f"{self._path} and the checkpoint's copy contradict each other; bring back the file of this run"
+            )
+        if len(copy) > len(self.taken):
+            self.taken = copy
+            if processes.is_first():
+                self._write(copy)
+
+    def is_current(self, step: int, num_known: int) -> bool:
+        """Return True if a checkpoint belongs to the run that the decisions have left: none went back behind it.
+
+        Args:
+            step: of the checkpoint.
+            num_known: decisions in its copy.
+        """
+        return all(decision.to_step >= step for decision in self.taken[num_known:])
+
+    def _write(self, decisions: Sequence[Rollback]) -> None:
+        lines = [json.dumps(to_record(each)) + "\n" for each in decisions]
+        write_atomic(self._path, "".join(lines), sync=True)
+
+
+def rollbacks_to(taken: Sequence[Rollback], step: int) -> int:
+    """Return the number of rollbacks to a step."""
+    return sum(each.to_step == step for each in taken)

@@ -1,0 +1,134 @@
+"""Judgement of a run's updates, a fixed two steps late, and the way back after trouble.
+
+The step skips an update that is not finite by itself (`training.step`). `Recovery` sees its counters: it tells which
+checkpoints are good, and ends the run's current part with `RollBack` after too many skips in a row or a loss spike. All
+processes see the same numbers at the same step, so all decide alike and no device waits.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from clipjax.checkpoints.manager import Checkpoints
+from clipjax.config import Config
+from clipjax.data.training_stream import batch_number
+from clipjax.monitoring.events import Events
+from clipjax.training.decisions import Decisions, Rollback, rollbacks_to, to_record
+
+GOOD_AFTER = 10
+"""Updates in a row that must be finite after a checkpoint before it counts as good."""
+
+
+class RollBack(Exception):
+    """The end of a run's current part: its decision is on disk, and a new start goes on from an earlier checkpoint."""
+
+    def __init__(self, decision: Rollback) -> None:
+        super().__init__(
+            f"{decision.reason}; back to the checkpoint of step {decision.to_step}, without the batches of steps "
+            f"{decision.first_step} to {decision.last_step}"
+        )
+        self.decision = decision
+
+
+class NoWayBack(RuntimeError):
+    """The end of a run whose updates are not finite, or whose loss spikes, and that no rollback can help."""
+
+
+class Recovery:
+    """The judgement of one start of a run.
+
+    Args:
+        config: the run.
+        checkpoints: of the workdir.
+        decisions: taken so far.
+        events: gets skipped updates and rollbacks.
+        start_step: completed updates.
+    """
+
+    def __init__(
+        self, config: Config, *, checkpoints: Checkpoints, decisions: Decisions, events: Events, start_step: int
+    ) -> None:
+        self._limits = config.recovery
+        self._checkpoints, self._decisions, self._events = checkpoints, decisions, events
+        self._finite_since = start_step  # every update after this step was finite
+
+    def judge(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Judge an update by its metrics, which are there already.
+
+        Args:
+            step: completed updates.
+            metrics: `skipped_in_a_row`, `loss_spike` and `loss` of that step.
+
+        Raises:
+            RollBack: a new start goes on from an earlier checkpoint; the decision is on disk.
+            NoWayBack: there is no good checkpoint, or going back has not helped.
+        """
+        in_a_row = int(metrics["skipped_in_a_row"])
+        if in_a_row:
+            self._finite_since = step
+            self._events.add("skipped_update", step=step, in_a_row=in_a_row)
+        if in_a_row >= self._limits.max_skipped_in_a_row:
+            self._go_back(step - in_a_row + 1, step, f"{in_a_row} updates in a row, up to step {step}, were not finite")
+        if int(metrics["loss_spike"]):
+            self._go_back(step, step, f"the loss jumped to {float(metrics['loss']):.4g} at step {step}")
+        self._mark(step - GOOD_AFTER)
+
+    def end(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Judge the last update of a run: one that ends in the middle of skipped updates has not ended well.
+
+        Raises:
+            RollBack: a new start goes on from an earlier checkpoint.
+            NoWayBack: there is no good checkpoint, or going back has not helped.
+        """
+        in_a_row = int(metrics["skipped_in_a_row"])
+        if in_a_row:
+            self._go_back(step - in_a_row + 1, step, f"the last {in_a_row} updates, up to step {step}, were not finite")
+
+    def mark_all(self) -> None:
+        """Mark every checkpoint as good: the run has ended well."""
+        self._mark(self._checkpoints.steps()[-1] if self._checkpoints.steps() else 0, at_end=True)
+
+    def _mark(self, step: int, *, at_end: bool = False) -> None:
+        """Mark the checkpoints up to a step as good, if all updates since have been finite."""
+        if step < self._finite_since and not at_end:
+            return
+        good = set(self._checkpoints.good_steps())
+        for each in self._checkpoints.steps():
+            if each <= step and each not in good:
+                self._checkpoints.mark_good(each)
+
+    def _go_back(self, first_step: int, last_step: int, trouble: str) -> None:
+        """End this part of the run.
+
+        The batch before the trouble is left out, too: its update may be what broke the parameters.
+        """
+        cause = max(1, first_step - 1)
+        verdict = self._decisions.take(lambda: self._decide(cause, last_step, trouble))
+        if isinstance(verdict, Rollback):
+            facts = to_record(verdict)
+            self._events.add(facts.pop("decision"), **facts)
+            raise RollBack(verdict)
+        for step in self._checkpoints.steps():
+            if step >= cause and step not in self._checkpoints.good_steps():
+                self._checkpoints.set_aside(step, "rejected")
+        self._events.add("no_way_back", step=last_step, trouble=trouble, why=verdict)
+        raise NoWayBack(
+            f"{trouble}, and {verdict}; `clipjax train ... --replay={first_step}` tells what went wrong first. A lower "
+            "optim.learning_rate, a longer warmup_examples or an optim.max_grad_norm, in a new workdir, may help"
+        )
+
+    def _decide(self, cause: int, last_step: int, trouble: str) -> Rollback | str:
+        """Return where to go on from, or why there is no such place."""
+        good = [step for step in self._checkpoints.good_steps() if step < cause]
+        limit, taken = self._limits.max_rollbacks, self._decisions
+        if not good:
+            return "there is no good checkpoint from before to go back to"
+        if rollbacks_to(taken.taken, good[-1]) >= limit:
+            return f"recovery.max_rollbacks={limit}: going back to the checkpoint of step {good[-1]} has not helped"
+        return Rollback(
+            to_step=good[-1],
+            first_step=cause,
+            last_step=last_step,
+            first_batch=batch_number(cause - 1, taken.left_out),
+            last_batch=batch_number(last_step - 1, taken.left_out),
+            reason=trouble,
+        )

@@ -1,0 +1,156 @@
+"""Every damage to a checkpoint is noticed, whatever byte it hits, before an array of it is handed out."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from clipjax.checkpoints import manifest
+from clipjax.checkpoints.manager import Checkpoints, DamagedCheckpoint
+from clipjax.checkpoints.manifest import State, examine
+from clipjax.checkpoints.records import make_records
+from clipjax.checkpoints.saved import SavedCheckpoint, newest_checkpoint
+from clipjax.config import CheckpointConfig, Config
+from clipjax.data.tokenizers.build import build_tokenizer
+from tests.faults.checkpoint_damage import FAULTS, damage_run
+
+pytestmark = pytest.mark.newest
+ARRAYS = {"params": {"kernel": jax.random.normal(jax.random.key(1), (8, 16))}, "train": {"step": jnp.int32(3)}}
+DIRECT = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=DIRECT), ARRAYS)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> pathlib.Path:
+    """A workdir with the steps 10, 20 and 30."""
+    workdir = tmp_path_factory.mktemp("saved")
+    checkpoints = Checkpoints(workdir, CheckpointConfig(best_metric="val:top1"))
+    for step in (10, 20, 30):
+        records = make_records(Config(), build_tokenizer("bytes"), {"step": step})
+        checkpoints.save(step, ARRAYS, records, best_value=step / 100)
+    checkpoints.wait()
+    return workdir
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> pathlib.Path:
+    """The same, to be damaged."""
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flip(step: pathlib.Path, pattern: str = "params/d/*") -> str:
+    """Flip a bit in the middle of a file, and return its path in the step directory."""
+    path = next(iter(sorted(step.glob(pattern))))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    return path.relative_to(step).as_posix()
+
+
+def test_each_of_200_damages_is_noticed(saved, tmp_path):
+    found = damage_run(saved / "checkpoints" / "30", tmp_path, first=0, count=200)
+    assert found.wrong == []
+    assert found.faults.keys() == FAULTS.keys()
+
+
+def test_what_was_written_is_verified_and_nothing_is_left_out(saved):
+    step = saved / "checkpoints" / "30"
+    assert examine(step).state is State.VERIFIED
+    covered = manifest.read(step)
+    assert set(manifest.list_files(step)) == {*covered.files, manifest.FILE}
+    assert (covered.step, covered.best) == (30, ("val:top1", 0.3))
+
+
+def test_the_marker_of_a_good_step_is_no_damage(copy):
+    checkpoints = Checkpoints(copy, CheckpointConfig())
+    checkpoints.mark_good(20)
+    assert checkpoints.good_steps() == [10, 20]
+    assert Checkpoints(copy, CheckpointConfig()).good_steps() == [10, 20]
+    assert examine(copy / "checkpoints" / "20").state is State.VERIFIED
+
+
+def test_a_step_under_the_name_of_another_is_damaged(copy):
+    folder = copy / "checkpoints"
+    shutil.rmtree(folder / "30")
+    (folder / "20").rename(folder / "30")
+    assert examine(folder / "30", step=30).fault == "manifest.json: it is that of step 20"
+
+
+def test_a_path_out_of_the_checkpoint_is_refused(copy):
+    path = copy / "checkpoints" / "30" / manifest.FILE
+    record = json.loads(path.read_text())
+    record["files"]["../20/manifest.json"] = [1, "00"]
+    path.write_text(json.dumps(record))
+    assert "leads out of the checkpoint" in examine(path.parent).fault
+
+
+def test_a_damaged_step_that_is_named_is_refused_before_an_array_is_read(copy, monkeypatch):
+    step = copy / "checkpoints" / "30"
+    name = flip(step)
+    monkeypatch.setattr("clipjax.checkpoints.manager.restore_arrays", None)
+    monkeypatch.setattr("clipjax.checkpoints.saved.restore_arrays", None)
+    message = f"checkpoints/30 is damaged: {name}: another content; bring back a good copy, or name another step"
+    with pytest.raises(DamagedCheckpoint, match=message):
+        SavedCheckpoint(step).params(ABSTRACT["params"])
+    with pytest.raises(DamagedCheckpoint, match=message):
+        SavedCheckpoint(copy, step=30).params(ABSTRACT["params"])
+    with pytest.raises(DamagedCheckpoint, match=message):
+        Checkpoints(copy, CheckpointConfig()).restore(30, ABSTRACT)
+
+
+def test_a_reader_of_a_workdir_takes_the_newest_good_step_and_renames_nothing(copy, capsys):
+    name = flip(copy / "checkpoints" / "30")
+    opened = SavedCheckpoint(copy)
+    assert opened.step == 20
+    assert opened.params(ABSTRACT["params"]).keys() == {"kernel"}
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"clipjax: warning: checkpoint {copy}/checkpoints/30 is damaged ({name}: another content); "
+        f"going on from {copy}/checkpoints/20"
+    ]
+    assert (copy / "checkpoints" / "30").is_dir()
+    assert newest_checkpoint(copy) is not None  # flips in arrays are for `newest_verified` to find
+
+
+def test_a_run_sets_what_is_damaged_or_incomplete_aside(copy, capsys):
+    folder = copy / "checkpoints"
+    (folder / "30" / manifest.FILE).unlink()
+    name = flip(folder / "20", "train/_METADATA")
+    checkpoints = Checkpoints(copy, CheckpointConfig())
+    assert checkpoints.steps() == [10, 20]  # 30 has no manifest
+    assert checkpoints.newest_verified() == 10
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "20.damaged", "30.incomplete"]
+    assert checkpoints.steps() == [10]
+    arrays, _ = checkpoints.restore(10, ABSTRACT)
+    assert arrays["train"]["step"] == 3
+    err = capsys.readouterr().err
+    assert f"checkpoints/30 is incomplete (manifest.json: missing); going on from {folder}/10" in err
+    assert f"checkpoints/20 is damaged ({name}: another content); going on from {folder}/10" in err
+
+
+def test_where_all_are_damaged_each_is_named_and_none_is_touched(copy):
+    folder = copy / "checkpoints"
+    names = {step: flip(folder / str(step)) for step in (10, 20, 30)}
+    for choose in (Checkpoints(copy, CheckpointConfig()).newest_verified, lambda: SavedCheckpoint(copy)):
+        with pytest.raises(DamagedCheckpoint) as error:
+            choose()
+        for step, name in names.items():
+            assert f"{step} (damaged: {name}: another content)" in str(error.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "20", "30"]
+
+
+def test_a_rollback_chooses_among_the_steps_that_it_names(copy):
+    checkpoints = Checkpoints(copy, CheckpointConfig())
+    checkpoints.set_aside(30, "rejected")
+    assert checkpoints.newest_verified([10, 20]) == 20
+    assert checkpoints.latest_step() == 20
+    assert (copy / "checkpoints" / "30.rejected").is_dir()
+    assert Checkpoints(copy, CheckpointConfig()).steps() == [10, 20]
+
+
+def test_nothing_is_no_step(tmp_path):
+    assert Checkpoints(tmp_path, CheckpointConfig()).newest_verified() is None

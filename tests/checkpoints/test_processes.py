@@ -1,0 +1,114 @@
+"""Checkpoints of two processes: both write, hash, verify and decide alike, and the failure of one hangs none."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.conftest import free_ports
+
+PROGRAM = """
+import json, pathlib, resource, sys
+import jax, jax.numpy as jnp, numpy as np
+from clipjax.checkpoints.manager import Checkpoints, DamagedCheckpoint, SavesFail
+from clipjax.config import CheckpointConfig, MeshConfig
+from clipjax.runtime import processes, sharding
+from jax.sharding import NamedSharding, PartitionSpec
+
+workdir, address, rank = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+processes.start({"coordinator": address, "num_processes": "2", "process_id": str(rank)})
+folder = workdir / "checkpoints"
+mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2))
+split = NamedSharding(mesh, PartitionSpec("fsdp"))
+values = np.random.default_rng(0).standard_normal((64, 64), np.float32)
+arrays = {"params": {"kernel": jax.make_array_from_callback(values.shape, split, lambda index: values[index])}}
+records = {name: {"format": 2} for name in ("config", "data", "tokenizer", "preprocessing")}
+abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), arrays)
+told, found = [], {}
+
+def together(name):
+    processes.kv_set(f"{name}/{rank}", "here")
+    processes.kv_get(f"{name}/{1 - rank}", timeout_seconds=60)
+
+def names():
+    return sorted(path.name for path in folder.iterdir())
+
+checkpoints = Checkpoints(
+    workdir, CheckpointConfig(keep_last=2), max_failed_saves=2, on_failure=lambda *each: told.append(each)
+)
+checkpoints.save(10, arrays, records)
+checkpoints.wait()
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+if rank == 1:  # its disk is full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+checkpoints.save(20, arrays, records)
+try:
+    checkpoints.wait()
+except SavesFail as error:
+    found["wait"] = str(error).partition(" OUT_OF_RANGE")[0]
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+for step in (30, 40):
+    checkpoints.save(step, arrays, records)
+    checkpoints.wait()
+found["told"] = [(step, reason[:10]) for step, reason in told]
+found["steps"] = checkpoints.steps()
+together("saved")
+if rank == 0:  # of the files that each process wrote and hashed, one is damaged
+    for step, writer in ((40, 1), (30, 0)):
+        data = sorted(folder.glob(f"{step}/params/ocdbt.process_{writer}/d/*"), key=lambda path: path.stat().st_size)
+        content = bytearray(data[-1].read_bytes())
+        content[5] ^= 1
+        data[-1].write_bytes(content)
+together("damaged")
+found["good"] = checkpoints.newest_verified()
+restored, _ = checkpoints.restore(10, abstract)
+for shard in restored["params"]["kernel"].addressable_shards:
+    np.testing.assert_array_equal(shard.data, values[shard.index])
+found["names"] = names()
+try:
+    checkpoints.restore(10, {"params": {"kernel": abstract["params"]["kernel"].update(shape=(32, 64))}})
+except DamagedCheckpoint as error:
+    found["shape"] = "(32, 64)" in str(error)
+checkpoints.close()
+together("end")
+print("FOUND", json.dumps(found))
+"""
+
+
+@pytest.mark.process
+def test_two_processes_agree_on_every_outcome(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    address = f"localhost:{free_ports(1)[0]}"
+    both = [
+        subprocess.Popen(
+            (sys.executable, str(program), str(tmp_path), address, str(rank)),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], outputs
+    first, second = (json.loads(out.partition("FOUND ")[2]) for out, _ in outputs)
+    assert first == second
+    assert first == {
+        "wait": "the last checkpoint is not saved; step 20: process 1:",
+        "told": [[20, "process 1:"]],
+        "steps": [10, 30, 40],
+        "good": 10,
+        "names": ["10", "30.damaged", "40.damaged"],
+        "shape": True,
+    }
+    warnings = [[line for line in err.splitlines() if "warning: checkpoint" in line] for _, err in outputs]
+    assert [len(lines) for lines in warnings] == [2, 0]  # the first process alone talks
+    assert "ocdbt.process_1/d/" in warnings[0][0]

@@ -1,0 +1,141 @@
+"""All faults, many times: `make chaos`, or a part of it by `make chaos PART=2/5`.
+
+    python -m tests.faults.chaos [--part=I/N] [--only=FAULT] [--table]
+
+The work is cut into units that take a minute or so. Each unit's outcome is added to `benchmarks/results/chaos.json` as
+soon as it is there, and a unit that is there already is not done again, so the command can be stopped and goes on.
+`--table` prints the table of all units so far; the exit code is 1 if anything was wrong.
+"""
+
+import argparse
+import json
+import logging
+import pathlib
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import machine
+from clipjax.monitoring.run_record import versions
+from clipjax.runtime.files import write_atomic
+from clipjax.runtime.terminal import format_table
+from tests.faults.crash import UNDISTURBED, crash_run
+from tests.faults.fuzz import FUZZERS, fuzz
+from tests.faults.signals import kill_workers_run, stop_run
+from tests.faults.tiny_run import TinyRun
+
+RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "chaos.json"
+WORKERS = ("--config.data.num_workers=2",)
+
+
+class Bench:
+    """The undisturbed run, made when the first unit needs it."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        self._ready = False
+
+    def run(self) -> TinyRun:
+        """Return the files of the run that is broken."""
+        run = TinyRun(self._folder)
+        if not self._ready:
+            run.write()
+            run.finish(UNDISTURBED)
+            self._ready = True
+        return run
+
+
+Unit = Callable[[Bench], dict[str, Any]]
+
+
+def make_units() -> dict[str, Unit]:
+    """Return every unit by `FAULT/NUMBER`."""
+    units: dict[str, Unit] = {}
+    for seed in range(50):
+        options = WORKERS if seed % 2 else ()
+        kind = "kill -9, with loader workers" if seed % 2 else "kill -9"
+        units[f"{kind}/{seed}"] = _broken(crash_run, f"crash{seed}", seed, 10, options)
+    for seed in range(10):
+        options = WORKERS if seed % 2 else ()
+        kind = "SIGTERM, with loader workers" if seed % 2 else "SIGTERM"
+        units[f"{kind}/{seed}"] = _broken(stop_run, f"stop{seed}", seed, 8, options)
+    for seed in range(5):
+        limit = "--config.recovery.max_worker_restarts=100"
+        units[f"kill -9 of a loader worker/{seed}"] = _broken(
+            kill_workers_run, f"workers{seed}", seed, 8, (*WORKERS, limit)
+        )
+    for name in FUZZERS:
+        for part in range(10):
+            units[f"hostile {name}/{part}"] = _fuzzed(name, part)
+    return units
+
+
+def _broken(work: Callable[..., Any], name: str, seed: int, count: int, options: tuple[str, ...]) -> Unit:
+    return lambda bench: work(bench.run(), name, seed=seed, count=count, options=options).record()
+
+
+def _fuzzed(name: str, part: int) -> Unit:
+    return lambda bench: fuzz(name, first=1000 + 1000 * part, count=1000).record()
+
+
+def read_results() -> dict[str, Any]:
+    """Return the outcomes so far, by unit."""
+    return json.loads(RESULTS.read_text())["units"] if RESULTS.exists() else {}
+
+
+def run_units(part: int, parts: int, only: str) -> None:
+    """Do what is not done yet of a part of the units."""
+    wanted = [name for i, name in enumerate(make_units()) if i % parts == part and name.startswith(only)]
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(pathlib.Path(folder))
+        for number, name in enumerate(wanted, 1):
+            if name in read_results():
+                continue
+            start = time.monotonic()
+            outcome = make_units()[name](bench)
+            outcome["seconds"] = round(time.monotonic() - start, 1)
+            about = {**machine.describe(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+            units = read_results() | {name: {**outcome, "machine": about["processor"], "date": about["date"]}}
+            write_atomic(RESULTS, json.dumps({"about": about, "units": units}, indent=1) + "\n")
+            state = "WRONG" if outcome["wrong"] else "ok"
+            print(f"{number} of {len(wanted)}: {name}: {state}, {outcome['seconds']} s", flush=True)
+            for line in outcome["wrong"]:
+                print(f"    {line}", flush=True)
+
+
+def table(units: dict[str, Any]) -> str:
+    """Return a line per fault: how often tried, the most that was lost, and what went wrong."""
+    rows = []
+    for fault in dict.fromkeys(name.partition("/")[0] for name in units):
+        mine = [outcome for name, outcome in units.items() if name.partition("/")[0] == fault]
+        tries = sum(each.get("tries", len(each.get("kills", []))) for each in mine)
+        lost = [step for each in mine for step in each.get("lost_steps", [])]
+        wrong = sum(len(each["wrong"]) for each in mine)
+        rows.append([fault, str(tries), str(max(lost)) if lost else "-", str(wrong)])
+    return format_table(rows, ("fault", "tried", "most steps done again", "wrong"))
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--part", default="1/1")
+    parser.add_argument("--only", default="", help="units whose name begins so")
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
+    if not 1 <= part <= parts:
+        parser.error(f"--part={options.part} must be I/N with I from 1 to N")
+    warnings.simplefilter("ignore")
+    logging.disable()
+    if not options.table:
+        run_units(part - 1, parts, options.only)
+    units = read_results()
+    print(table(units))
+    return int(any(outcome["wrong"] for outcome in units.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

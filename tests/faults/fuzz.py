@@ -1,0 +1,320 @@
+"""Hostile inputs from a seed: tars, pictures, JSON of samples, records of checkpoints, overrides of a config.
+
+Each fuzzer takes bytes or values that are right, breaks them, and reads them as clipjax does. Only the errors that the
+reader promises may come out; anything else is a finding. `PRIMITIVES` breaks bytes, `FUZZERS` are the readers.
+"""
+
+import io
+import json
+import pathlib
+import random
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clipjax.config import Config, DataConfig
+from clipjax.config.serialization import from_dict, to_dict
+from clipjax.data.images import decode
+from clipjax.data.sample import BadSample
+from clipjax.data.webdataset import TarSource
+
+SLOW_SECONDS = 5.0
+_MAX_PIXELS = 2**20
+
+
+@dataclass
+class Findings:
+    """Outcomes of a fuzzer.
+
+    Attributes:
+        tries: how many inputs were read.
+        outcomes: number of each outcome: "read", or the promised refusal.
+        wrong: everything that was not promised, with the number that draws the input again.
+    """
+
+    tries: int = 0
+    outcomes: Counter = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """Return it as a JSON object."""
+        return {"tries": self.tries, "outcomes": dict(self.outcomes), "wrong": self.wrong}
+
+
+def flip_bits(content: bytes, rng: random.Random) -> bytes:
+    """Flip a few bits."""
+    broken = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 8, 64))):
+        broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
+    return bytes(broken)
+
+
+def cut(content: bytes, rng: random.Random) -> bytes:
+    """Cut the end off."""
+    return content[: rng.randrange(len(content))]
+
+
+def remove(content: bytes, rng: random.Random) -> bytes:
+    """Remove a part in the middle."""
+    first = rng.randrange(len(content))
+    return content[:first] + content[first + rng.randint(1, 600) :]
+
+
+def insert(content: bytes, rng: random.Random) -> bytes:
+    """Insert random bytes, or zeros."""
+    first, length = rng.randrange(len(content)), rng.randint(1, 600)
+    return content[:first] + (rng.randbytes(length) if rng.random() < 0.5 else bytes(length)) + content[first:]
+
+
+def overwrite(content: bytes, rng: random.Random) -> bytes:
+    """Overwrite a part with bytes that numbers and texts end at."""
+    first = rng.randrange(len(content))
+    special = rng.choice(
+        (b"\xff" * 8, b"\0" * 8, b"7" * 11, b"-1", b"\x80" + b"\xff" * 11, b"1e999", b"NaN", b"\x1b[2J")
+    )
+    return content[:first] + special + content[first + len(special) :]
+
+
+def join(content: bytes, rng: random.Random) -> bytes:
+    """Repeat a part of it at another place."""
+    first, second = rng.randrange(len(content)), rng.randrange(len(content))
+    return content[:second] + content[first : first + 1024] + content[second:]
+
+
+PRIMITIVES = (flip_bits, cut, remove, insert, overwrite, join)
+
+
+def break_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Break bytes in one to three ways."""
+    for _ in range(rng.randint(1, 3)):
+        content = rng.choice(PRIMITIVES)(content, rng) or b"\0"
+    return content
+
+
+def _picture(rng: random.Random, kind: str) -> bytes:
+    size = rng.randint(1, 40), rng.randint(1, 40)
+    mode = rng.choice(("RGB", "L")) if kind == "JPEG" else rng.choice(("RGB", "L", "RGBA", "P", "I;16"))
+    mode = "RGB" if kind == "WEBP" else mode
+    pixels = np.frombuffer(rng.randbytes(size[0] * size[1] * 4), np.uint8).reshape(size[1], size[0], 4)
+    image = (
+        Image.fromarray(pixels).convert("L").convert("I;16")
+        if mode == "I;16"
+        else Image.fromarray(pixels).convert(mode)
+    )
+    content = io.BytesIO()
+    image.save(content, kind)
+    return content.getvalue()
+
+
+def _tar(rng: random.Random) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(
+        fileobj=content, mode="w", format=rng.choice((tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT))
+    ) as tar:
+        for i in range(rng.randint(1, 5)):
+            name = f"{i:04d}" + "long" * rng.choice((0, 0, 40))
+            members = [
+                ("jpg", _picture(rng, "JPEG")),
+                ("txt", b"a caption"),
+                ("json", b'{"caption": "c", "label": 3}'),
+                ("cls", b"7"),
+            ]
+            for extension, data in rng.sample(members, rng.randint(1, 4)):
+                info = tarfile.TarInfo(f"{name}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return content.getvalue()
+
+
+def _read_tar(rng: random.Random, folder: pathlib.Path) -> str:
+    path = folder / "fuzzed.tar"
+    path.write_bytes(break_bytes(_tar(rng), rng))
+    source = TarSource([str(path)], max_caption_bytes=DataConfig().max_caption_bytes, max_image_pixels=_MAX_PIXELS)
+    for index in range(len(source)):
+        source.location(index).encode()
+        try:
+            sample = source[index]
+            decode(sample.image, max_pixels=_MAX_PIXELS)
+        except BadSample:
+            continue
+    assert list(folder.iterdir()) == [path], "a file was written"
+    return "read"
+
+
+def _read_picture(rng: random.Random, folder: pathlib.Path) -> str:
+    content = break_bytes(_picture(rng, rng.choice(("JPEG", "PNG", "WEBP"))), rng)
+    pixels = decode(content, max_pixels=_MAX_PIXELS)
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, pixels.shape
+    return "read"
+
+
+def _hostile_json(rng: random.Random) -> bytes:
+    values: list[Any] = [
+        "a caption",
+        3,
+        -1,
+        2**70,
+        1.5,
+        None,
+        True,
+        [],
+        {},
+        ["x"],
+        {"caption": "y"},
+        "\ud800",
+        "\0",
+        "x" * 70_000,
+    ]
+    text = json.dumps({rng.choice(("caption", "captions", "label", "url", "")): rng.choice(values) for _ in range(3)})
+    odd = (
+        "[" * 100_000,
+        '{"label": ' + "9" * 5_000 + "}",
+        '{"caption": NaN}',
+        '{"label": 1e400}',
+        "\ufeff{}",
+        "[]",
+        "",
+    )
+    return text.encode() if rng.random() < 0.5 else rng.choice(odd).encode()
+
+
+def _read_json(rng: random.Random, folder: pathlib.Path) -> str:
+    content = _hostile_json(rng)
+    content = break_bytes(content or b"{}", rng) if rng.random() < 0.5 else content
+    path = folder / "json.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in (("a.png", b"not decoded here"), ("a.json", content)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    sample = TarSource([str(path)], max_caption_bytes=65_536, max_image_pixels=_MAX_PIXELS)[0]
+    assert all(isinstance(caption, str) and caption.encode() for caption in sample.captions)
+    assert -1 <= sample.label < 2**31
+    return "read"
+
+
+def _break_value(value: Any, rng: random.Random, depth: int = 0) -> Any:
+    """Replace, remove or add one value somewhere in a JSON value."""
+    odd = [
+        None,
+        True,
+        -1,
+        0,
+        2**80,
+        1e308,
+        float("nan"),
+        float("inf"),
+        "",
+        "x",
+        [],
+        {},
+        [[]],
+        {"": 0},
+        "\x1b[2J",
+        "NaN",
+    ]
+    if (depth and rng.random() < 0.15) or not isinstance(value, dict | list) or not value:
+        return rng.choice(odd)
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    key = rng.choice(list(copy)) if isinstance(copy, dict) else rng.randrange(len(copy))
+    match rng.randrange(6):
+        case 0 if isinstance(copy, dict):
+            del copy[key]
+        case 1 if isinstance(copy, dict):
+            copy[rng.choice(("__class__", "", "seed ", "x.y", key.upper() if isinstance(key, str) else "k"))] = (
+                rng.choice(odd)
+            )
+        case _:
+            copy[key] = _break_value(copy[key], rng, depth + 1)
+    return copy
+
+
+def _read_record(rng: random.Random, folder: pathlib.Path) -> str:
+    record = _break_value(json.loads(json.dumps(to_dict(Config()))), rng)
+    assert isinstance(from_dict(record), Config)
+    return "read"
+
+
+def _read_override(rng: random.Random, folder: pathlib.Path) -> str:
+    from clipjax.cli.overrides import override, split_overrides
+
+    names = (
+        "seed",
+        "optim.learning_rate",
+        "model.image.width",
+        "data.train",
+        "mesh.data",
+        "eval.tasks",
+        "eval.tasks.a.source",
+        "optim.freeze",
+        "x",
+        "",
+    )
+    name = rng.choice(names)
+    values = (
+        "1",
+        "-1",
+        "1e999",
+        "nan",
+        "None",
+        "True",
+        "[1,2]",
+        "('a',)",
+        "{}",
+        "__import__('os')",
+        "'",
+        '"',
+        "\0",
+        "\x1b[2J",
+        "9" * 5000,
+        "(" * 300,
+        "a=b",
+        "",
+    )
+    text = f"--config.{name}={rng.choice(values)}"
+    if rng.random() < 0.3:
+        text = break_bytes(text.encode(), rng).decode("utf-8", "surrogateescape")
+    overrides, rest = split_overrides([text])
+    if rest:
+        return "not an override"
+    override(Config(), overrides)
+    return "read"
+
+
+FUZZERS: dict[str, tuple[Callable[[random.Random, pathlib.Path], str], type[Exception]]] = {
+    "tar": (_read_tar, ValueError),
+    "picture": (_read_picture, BadSample),
+    "JSON of a sample": (_read_json, ValueError),
+    "config record of a checkpoint": (_read_record, ValueError),
+    "config override": (_read_override, ValueError),
+}
+
+
+def fuzz(name: str, *, first: int, count: int) -> Findings:
+    """Read so many broken inputs of a kind; input i is drawn from the seed i alone."""
+    read, promised = FUZZERS[name]
+    found = Findings()
+    with tempfile.TemporaryDirectory() as place:
+        for seed in range(first, first + count):
+            folder = pathlib.Path(place) / "inside"
+            folder.mkdir(exist_ok=True)
+            start = time.perf_counter()
+            try:
+                outcome = read(random.Random(f"{name} {seed}"), folder)
+            except promised as error:
+                outcome = getattr(error, "reason", type(error).__name__)
+            except Exception as error:
+                outcome = f"{type(error).__name__}"
+                found.wrong.append(f"{name} {seed}: {error!r}")
+            if time.perf_counter() - start > SLOW_SECONDS:
+                found.wrong.append(f"{name} {seed}: took {time.perf_counter() - start:.1f} s")
+            found.tries += 1
+            found.outcomes[outcome] += 1
+    return found

@@ -1,0 +1,54 @@
+"""A part of `make chaos`: kills, signals and dead workers at random moments; the end is that of the undisturbed run."""
+
+import pathlib
+
+import pytest
+
+from tests.faults.crash import UNDISTURBED, crash_run, draw_kills
+from tests.faults.kill_points import POINTS
+from tests.faults.signals import kill_workers_run, stop_run
+from tests.faults.tiny_run import TinyRun
+
+pytestmark = pytest.mark.process
+WORKERS = ("--config.data.num_workers=2",)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """The files of the run, and its undisturbed end."""
+    run = TinyRun(pathlib.Path(tmp_path_factory.mktemp("chaos")))
+    run.write()
+    run.finish(UNDISTURBED)
+    return run
+
+
+def test_kills_without_workers(run):
+    outcome = crash_run(run, "killed", seed=1, count=6)
+    assert not outcome.wrong
+    assert len(outcome.kills) >= 4
+
+
+def test_kills_with_workers(run):
+    outcome = crash_run(run, "killed-with-workers", seed=2, count=4, options=WORKERS)
+    assert not outcome.wrong
+    assert len(outcome.kills) >= 3
+
+
+def test_signals(run):
+    outcome = stop_run(run, "stopped", seed=1, count=2, options=WORKERS)
+    assert not outcome.wrong
+    assert outcome.kills and not any(outcome.lost_steps)
+
+
+def test_workers_that_are_killed(run):
+    outcome = kill_workers_run(run, "workers-killed", seed=1, count=2, options=WORKERS)
+    assert not outcome.wrong
+    assert outcome.kills
+
+
+def test_moments_are_drawn_inside_and_outside_of_saves():
+    import random
+
+    kills = draw_kills(random.Random(0), 300)
+    assert {point for point, _ in kills} == {*POINTS, "step", "start"}
+    assert sum(point in POINTS for point, _ in kills) >= 100

@@ -1,0 +1,225 @@
+"""The promises of SECURITY.md: nothing of others is executed, extracted or sent raw to a terminal."""
+
+import ast
+import io
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import clipjax
+from clipjax.config import Config
+from clipjax.data.sample import BadSample
+from clipjax.data.webdataset import TarSource
+from clipjax.runtime.terminal import printable
+
+PACKAGE = pathlib.Path(clipjax.__file__).parent
+FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
+FORBIDDEN_CALLS = {
+    "eval",
+    "exec",
+    "extractall",
+    "extract",
+    "system",
+    "popen",
+    "getoutput",
+    "unsafe_load",
+    "loads_pickle",
+}
+RUNS_USERS_PYTHON = {"cli/overrides.py", "sweeps/plan.py"}
+"""Files that execute a config or sweep file: the user's own Python."""
+
+
+def calls(path: pathlib.Path) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            function = node.func
+            yield function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", ""), node
+
+
+def imported(path: pathlib.Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name.partition(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").partition(".")[0]
+
+
+def keyword(call: ast.Call, name: str) -> object:
+    return next(
+        (item.value.value for item in call.keywords if item.arg == name and isinstance(item.value, ast.Constant)), None
+    )
+
+
+def test_no_code_of_ours_unpickles_extracts_or_opens_a_shell():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE).as_posix()
+        assert not FORBIDDEN_MODULES & set(imported(path)), place
+        for name, call in calls(path):
+            where = f"{place}:{call.lineno} {name}"
+            assert name not in FORBIDDEN_CALLS or (isinstance(call.func, ast.Attribute) and name == "eval"), where
+            assert keyword(call, "shell") is not True, where
+            assert keyword(call, "allow_pickle") in (None, False), where
+            if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
+                owner = call.func.value.id
+                assert (owner, name) != ("np", "load") or keyword(call, "allow_pickle") is False, where
+                assert (owner, name) != ("torch", "load") or keyword(call, "weights_only") is True, where
+
+
+def trap_bytes(marker: pathlib.Path, protocol: int) -> bytes:
+    """A pickle that makes a folder when it is opened."""
+
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(marker),))
+
+    return pickle.dumps(Trap(), protocol=protocol)
+
+
+def torch_archive(content: bytes) -> bytes:
+    """The frame of a PyTorch file with a pickle in it."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("archive/data.pkl", content)
+        file.writestr("archive/version", "3")
+    return archive.getvalue()
+
+
+def object_array(content: bytes) -> bytes:
+    """The head of an `.npy` file of objects, and the pickle that such a file holds."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "|O", "fortran_order": False, "shape": (1,)})
+    return head.getvalue() + content
+
+
+MEMBERS = (
+    "pickle",
+    "pkl",
+    "pyd",
+    "pth",
+    "pt",
+    "ckpt",
+    "bin",
+    "npy",
+    "npz",
+    "dill",
+    "joblib",
+    "jpg",
+    "png",
+    "txt",
+    "json",
+    "cls",
+)
+"""Kinds of members of a shard: those that other readers unpickle, and those that are read here."""
+
+
+def test_planted_pickles_in_shards_are_never_opened(tmp_path):
+    marker, path = tmp_path / "trapped", tmp_path / "shard.tar"
+    with tarfile.open(path, "w") as tar:
+        for i, extension in enumerate(MEMBERS):
+            trap = trap_bytes(marker, protocol=i % 6)
+            content = {"npy": object_array, "pt": torch_archive, "npz": torch_archive}.get(extension, bytes)(trap)
+            for name, data in ((f"{i}.{extension}", content), (f"{i}x.jpg", content), (f"{i}x.txt", b"a caption")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    source = TarSource([str(path)], max_caption_bytes=65_536, max_image_pixels=10_000)
+    reasons = set()
+    for index in range(len(source)):
+        try:
+            source[index]
+        except BadSample as bad:
+            reasons.add(bad.reason)
+    assert "missing_image" in reasons and not marker.exists()
+    pickle.loads(trap_bytes(marker, 2))
+    assert marker.exists(), "the trap works where it is opened"
+
+
+@pytest.mark.parametrize("extension", ["npz", "pt", "bin", "ckpt", "safetensors"])
+def test_planted_pickles_in_weights_are_never_opened(tmp_path, extension):
+    from clipjax.cli.convert import main_convert
+    from tests.commands import exit_code
+
+    marker, path = tmp_path / "trapped", tmp_path / f"weights.{extension}"
+    trap = trap_bytes(marker, 2)
+    if extension == "npz":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("params.npy", object_array(trap))
+    else:
+        path.write_bytes(trap if extension == "safetensors" else torch_archive(trap))
+    for kind in ("open_clip", "big_vision"):
+        arguments = [kind, str(path), str(tmp_path / "out"), "--model=ViT-B-32"]
+        assert exit_code(main_convert, arguments) == 2
+    assert not marker.exists() and not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_planted_pickle_beside_a_checkpoint_is_never_opened(tmp_path):
+    from clipjax.cli.eval import main as evaluate
+    from tests.commands import exit_code
+
+    step = tmp_path / "checkpoints" / "5"
+    for record in ("config", "data", "tokenizer", "preprocessing", "params"):
+        (step / record).mkdir(parents=True)
+        for name in ("metadata", "metadata.pkl", "_METADATA", "array_metadatas"):
+            (step / record / name).write_bytes(trap_bytes(tmp_path / "trapped", 2))
+    assert exit_code(evaluate, [f"--checkpoint={tmp_path}"]) in (2, 3)
+    assert not (tmp_path / "trapped").exists()
+
+
+HOSTILE = "\x1b]0;title\x07 \x1b[2J red\x00\x9b31m \u202eabc\r\n\ud800"
+
+
+def test_printable_leaves_no_control_character():
+    shown = printable(HOSTILE)
+    assert all(character.isprintable() for character in shown), ascii(shown)
+    assert "\\x1b[2J red" in shown and printable("Größe 大 🐙 a\tb") == "Größe 大 🐙 a\\tb"
+
+
+def test_names_of_files_are_never_sent_raw_to_a_terminal(tmp_path):
+    """Of data and of checkpoints; by every command that prints them."""
+    folder = tmp_path / "\x1b[2Jfolder"
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(b"no tar" * 500)
+    commands = (
+        ["data", "show", f"--source={folder}/a.tar"],
+        ["data", "show", f"--source={folder}/\x1b[31mb.tar"],
+        ["eval", f"--checkpoint={folder}"],
+        ["train", f"--config={folder}/x.py", f"--workdir={tmp_path}/run"],
+    )
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "clipjax", *command], capture_output=True, check=False, timeout=120
+        )
+        assert done.returncode in (2, 3), done
+        assert b"\x1b" not in done.stdout + done.stderr, done
+        assert b"folder" in done.stderr
+
+
+def test_captions_are_never_sent_raw_to_a_terminal(tmp_path, capsys):
+    from clipjax.cli.data import main as data
+
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("k.png", b"not decoded by show"), ("k.txt", HOSTILE.encode("utf-8", "replace"))):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert data(["show", f"--source={tmp_path / 'a.tar'}"]) == 0
+    shown = capsys.readouterr().out
+    assert "\\x1b[2J red" in shown and not any(c in shown for c in "\x1b\x07\x00\x9b\r\u202e")
+
+
+def test_the_compile_cache_is_for_the_user_alone(tmp_path):
+    from clipjax.runtime import compilation
+
+    (tmp_path / "open").mkdir(mode=0o777)
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(ValueError, match="compile_cache"):
+        compilation.enable(str(tmp_path / "open"))
+    assert Config().compile_cache == "auto", "never a folder of data or checkpoints"
