@@ -24,7 +24,7 @@ from clipjax.checkpoints import exchange, folder
 from clipjax.checkpoints.folder import GOOD, Aside
 from clipjax.checkpoints.manifest import DamagedCheckpoint, Manifest, State, Verdict, best_of, examine
 from clipjax.checkpoints.records import FOLDER, RECORDS, read_record
-from clipjax.checkpoints.saving import OnFailure, Save, array_handler, describe, silence_orbax, temporary_path
+from clipjax.checkpoints.saving import OnCommit, OnFailure, Save, array_handler, describe, silence_orbax, temporary_path
 from clipjax.config import CheckpointConfig
 from clipjax.runtime import process_log, processes
 
@@ -49,6 +49,7 @@ class Checkpoints:
         config: what to keep.
         max_failed_saves: failures in a row that are borne.
         on_failure: gets the step and the reason of each failure, maybe in another thread.
+        on_commit: gets each step that is complete, in another thread of process 0.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Checkpoints:
         *,
         max_failed_saves: int = 3,
         on_failure: OnFailure | None = None,
+        on_commit: OnCommit | None = None,
     ) -> None:
         self._folder = (workdir / FOLDER).absolute()
         self._workdir, self._config, self._max_failed_saves = workdir, config, max_failed_saves
-        self._on_failure = on_failure or _tell_failure
+        self._on_failure, self._on_commit = on_failure or _tell_failure, on_commit
         silence_orbax()
         if processes.is_first():
             folder.remove_leftovers(self._folder)
@@ -76,6 +78,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the complete steps, in order."""
+        if self._save is not None and self._save.finished.is_set():
+            self._settle()
         return sorted(self._steps)
 
     def good_steps(self) -> list[int]:
@@ -153,7 +157,16 @@ class Checkpoints:
         del self._spent_keys[:-2]
         content = Manifest(step, best, {})
         doomed = self._take_doomed()
-        self._save = Save(self._folder, content, arrays, records, key=key, doomed=doomed, on_failure=self._on_failure)
+        self._save = Save(
+            self._folder,
+            content,
+            arrays,
+            records,
+            key=key,
+            doomed=doomed,
+            on_failure=self._on_failure,
+            on_commit=self._on_commit,
+        )
 
     def _prepare(self, step: int, *, last: bool) -> dict[str, Any]:
         """Decide on process 0 whether a save begins, and make its directory."""
@@ -223,6 +236,20 @@ class Checkpoints:
             if metric is not None and best is not None and best[0] == metric and not math.isnan(best[1]):
                 found.append((best[1], step))
         return max(found)[1] if found else None
+
+    def read_data(self, name: str) -> dict[int, Any]:
+        """Return a field of the `data` record of every step that can be read and has it, as process 0 sees them."""
+
+        def read() -> list[Any]:
+            found = []
+            for step in self.steps():
+                with contextlib.suppress(OSError, ValueError):  # damaged: that is found when it is verified
+                    data = read_record(self.path(step), "data")
+                    if isinstance(data, dict) and name in data:
+                        found.append([step, data[name]])
+            return found
+
+        return dict(exchange.publish(f"{next(self._keys)}/data", read))
 
     def newest_verified(self, steps: Sequence[int] | None = None) -> int | None:
         """Return the newest step whose files are unchanged; those after it are set aside with a warning.

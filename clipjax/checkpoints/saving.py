@@ -27,6 +27,7 @@ from clipjax.runtime.files import sync_folder
 
 _REASON_CHARACTERS = 400
 OnFailure = Callable[[int, str], None]
+OnCommit = Callable[[int], None]
 
 
 def array_handler() -> ocp.StandardCheckpointHandler:
@@ -60,6 +61,7 @@ class Save:
         key: of the conversation with the other processes.
         doomed: older steps to delete before anything is written.
         on_failure: gets the step and the reason, in the thread that saves.
+        on_commit: gets the step once it is complete, in the thread that saves on process 0.
 
     Attributes:
         step: completed updates.
@@ -78,11 +80,13 @@ class Save:
         key: str,
         doomed: Sequence[int],
         on_failure: OnFailure,
+        on_commit: OnCommit | None = None,
     ) -> None:
         self.step, self.best, self.reason = content.step, content.best, ""
         self.finished = threading.Event()
         self._folder, self._content, self._records = folder, content, records
-        self._groups, self._key, self._doomed, self._on_failure = tuple(arrays), key, doomed, on_failure
+        self._groups, self._key, self._doomed = tuple(arrays), key, doomed
+        self._on_failure, self._on_commit = on_failure, on_commit
         self._temporary = temporary_path(folder, content.step)
         self._handler = array_handler()
         futures, error = self._start(arrays)
@@ -170,11 +174,20 @@ class Save:
         try:
             if not reasons:
                 self._publish({path: (size, checksum) for part in parts for path, (size, checksum) in part.items()})
+                self._tell_commit()
                 return ""
         except Exception as error:  # Orbax and TensorStore have many kinds
             reasons = [describe(error)]
         shutil.rmtree(self._temporary, ignore_errors=True)
         return "; ".join(reasons)
+
+    def _tell_commit(self) -> None:
+        if self._on_commit is None:
+            return
+        try:
+            self._on_commit(self.step)
+        except OSError as error:  # the checkpoint is there all the same
+            process_log.info(f"the commit of step {self.step} cannot be recorded: {describe(error)}")
 
     def _publish(self, files: dict[str, tuple[int, str]]) -> None:
         for name in self._groups:

@@ -43,12 +43,19 @@ def refusals(program: str) -> Iterator[None]:
         raise
     except (ValueError, OSError) as error:
         print_error(program, error)
-        raise SystemExit(USAGE_ERROR) from error
+        raise SystemExit(_code_of_refusal(error)) from error
+
+
+def _code_of_refusal(error: Exception) -> int:
+    """Return 3 for checkpoints of which none can be used, else 2."""
+    from clipjax.checkpoints.manifest import DamagedCheckpoint
+
+    return UNUSABLE_DATA if isinstance(error, DamagedCheckpoint) else USAGE_ERROR
 
 
 @contextlib.contextmanager
 def stops(program: str) -> Iterator[None]:
-    """End with a message and exit code 3 where data, a checkpoint or a device is unusable, or storage fails.
+    """End with a message and exit code 3 where a person has to look at the run, its data or its machine.
 
     Raises:
         SystemExit: it did. One of several processes whose checkpoint is damaged ends at once instead, since the others
@@ -59,10 +66,11 @@ def stops(program: str) -> Iterator[None]:
     from clipjax.data.training_stream import TooManyBadSamples
     from clipjax.runtime import processes
     from clipjax.runtime.device_check import BrokenDevice
+    from clipjax.training.recovery import RunStopped
 
     try:
         yield
-    except (TooManyBadSamples, SavesFail, BrokenDevice) as error:  # all processes meet it at the same place
+    except (TooManyBadSamples, RunStopped, SavesFail, BrokenDevice) as error:  # all processes meet it at one place
         print_error(program, error)
         raise SystemExit(UNUSABLE_DATA) from error
     except DamagedCheckpoint as error:

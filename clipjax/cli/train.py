@@ -4,7 +4,6 @@ Everything that can be refused is refused in the first `with`, by all processes 
 Running the same command again goes on from the newest checkpoint.
 """
 
-import contextlib
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -15,14 +14,17 @@ from clipjax.cli.output import show
 from clipjax.cli.overrides import describe_fields
 from clipjax.config import Config
 from clipjax.runtime import process_log, processes
-from clipjax.training import loop, preflight, run
+from clipjax.training import loop, preflight, replay
 
 PROGRAM = "clipjax train"
 ABOUT = """Train a model, or go on with the run that the workdir holds.
 
 SIGTERM and Ctrl-C save a checkpoint and leave (exit code 128 + signal); the same command then goes on from there.
-Exit code 2: arguments, config or files are refused; 3: a checkpoint or too much of the data is unusable; 1: a defect.
-The workdir gets metrics.jsonl, tensorboard/, checkpoints/, run.json, logs/ and, at the end, results.json.
+A second signal changes nothing, a third within 5 seconds leaves at once. SIGUSR1 writes stacks and a profile.
+Exit code 2: arguments, config or files are refused; 3: a person has to look at the data, the checkpoints, the
+updates, the storage or a device; 1: a defect, a stuck run, or the death of another process.
+The workdir gets metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, run.json, logs/ and, at the end,
+results.json.
 Several processes find each other by themselves under Slurm, Open MPI and on TPU pods, else by three options below."""
 FIELDS = "--config.FIELD=VALUE sets a field of the config. Fields with their defaults (the config file sets its own):\n"
 
@@ -37,11 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         with refusals(PROGRAM):
             processes.start(arguments.launch_options(argv))
             checked = preflight.check(lambda: _parse(argv))
+            options = _parser().read(argv).options
         if processes.is_first():
             print(processes.describe_devices(), flush=True)
-        with stops(PROGRAM), checked.exporter or contextlib.nullcontext(), run.build(checked) as parts:
-            number = loop.train(parts)
+        with stops(PROGRAM):
+            if options.replay is not None:
+                return _replay(checked, options.replay, options.rollback)
+            number = loop.train(checked)
     return 0 if number is None else SIGNAL + number
+
+
+def _replay(checked: preflight.Checked, step: int, rollback: int | None) -> int:
+    """Compute a step again, and show what is found."""
+    with refusals(PROGRAM):
+        for line in replay.replay(checked, step, rollback):
+            if processes.is_first():
+                print(line, flush=True)
+    return 0
 
 
 def _parser() -> arguments.Parser:
@@ -53,6 +67,18 @@ def _parser() -> arguments.Parser:
         help="where checkpoints, metrics.jsonl and results.json go; a run found there goes on",
         missing="=DIR is missing: checkpoints and metrics need a place, for example runs/first",
     )
+    parser.add_argument(
+        "--replay",
+        metavar="STEP",
+        type=arguments.whole_number(1),
+        help="train nothing: compute this step again, and tell what in it is not finite",
+    )
+    parser.add_argument(
+        "--rollback",
+        metavar="N",
+        type=arguments.whole_number(1),
+        help="with --replay: the step as it was before the run's N-th rollback",
+    )
     arguments.add_launch_options(parser)
     return parser
 
@@ -60,4 +86,6 @@ def _parser() -> arguments.Parser:
 def _parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
     """The config and the workdir."""
     parsed = _parser().read(argv)
+    if parsed.options.rollback is not None and parsed.options.replay is None:
+        raise ValueError(f"--rollback={parsed.options.rollback} needs --replay=STEP, the step to compute again")
     return parsed.config(), parsed.options.workdir

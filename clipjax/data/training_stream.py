@@ -1,18 +1,16 @@
 """Training batches: Grain decides order, shares and prefetch; the integer step is the only state.
 
-Reading order: `TrainStream`, `_SubstitutedSamples` (decoding and the substitution of bad samples), `_Augment` (crop and
-caption), `BadSampleLimit`. Axes: b batch of this process, s image_size, l tokens.
+Reading order: `TrainStream`, `batch_number`, `_SubstitutedSamples` (decoding and the substitution of bad samples),
+`_Augment` (crop and caption), `BadSampleLimit`; worker processes are in `clipjax.data.workers`. Axes: b batch of this
+process, s image_size, l tokens.
 """
 
 import atexit
 import collections
+import contextlib
 import functools
 import itertools
 import math
-import multiprocessing
-import os
-import signal
-import threading
 import time
 import weakref
 import zlib
@@ -23,8 +21,10 @@ from typing import Any
 import numpy as np
 
 from clipjax.config import Config, Crop, SamePair
+from clipjax.data import workers
 from clipjax.data.images import EvalTransform, decode, make_eval_transform, random_resized_crop
 from clipjax.data.sample import REASONS, BadSample, Source
+from clipjax.data.workers import WorkersDie
 
 GOOD = -1
 """The reason of a sample that is not bad."""
@@ -111,38 +111,36 @@ class _Augment:
         }
 
 
-def _begin_worker(worker_index: int, worker_count: int) -> None:
-    """Prepare a worker process: it ignores Ctrl-C and ends with the training process.
+def batch_number(position: int, left_out: Sequence[tuple[int, int]]) -> int:
+    """Return the number of the global batch at a position of the stream: numbers that are left out have no position.
 
-    Ctrl-C reaches every process of a terminal; the training process saves first and then ends its workers. A training
-    process that is killed can end nobody, and its workers would wait for it for ever, with all their memory.
+    Args:
+        position: completed updates before this batch, so counted from 0.
+        left_out: ranges of batch numbers, first and last, in any order; they may overlap.
     """
-    del worker_index, worker_count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True, name="end-with-parent").start()
+    number, seen = position, -1
+    for first, last in sorted(left_out):
+        first = max(first, seen + 1)
+        if first > number:
+            break
+        number += max(0, last - first + 1)
+        seen = max(seen, last)
+    return number
 
 
-def _end_with(process: Any) -> None:
-    process.join()
-    os._exit(1)
+class _Share:
+    """The batches of one process by their position in its stream, as a source for Grain."""
 
+    def __init__(self, batches: Any, process_index: int, process_count: int, left_out: Sequence[tuple[int, int]]):
+        self._batches = batches
+        self._process_index, self._process_count = process_index, process_count
+        self._left_out = tuple(left_out)
 
-def _own_memory(array: np.ndarray) -> np.ndarray:
-    """Return the array, with its shared memory, if it lies in any, taken out of the file system at once.
+    def __len__(self) -> int:
+        return len(self._batches) // self._process_count - sum(last - first + 1 for first, last in self._left_out)
 
-    The memory stays as long as the array does. Grain takes it out when the array is deleted, which never happens to one
-    that outlives the loop; Python then warns at exit of "leaked shared_memory objects".
-    """
-    memory = getattr(array, "shm", None)
-    if memory is not None:
-        memory.unlink()
-        memory.unlink = _do_nothing  # Grain's own call, later
-    return np.asarray(array)
-
-
-def _do_nothing() -> None: ...
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._batches[batch_number(index, self._left_out) * self._process_count + self._process_index]
 
 
 def _close_if_alive(stream: "weakref.ReferenceType[TrainStream]") -> None:
@@ -156,7 +154,10 @@ class TrainStream:
     Each epoch is a new permutation of the source, cut to whole global batches so that none spans two epochs.
     Global batch g is positions g * B to (g + 1) * B - 1 of the stream, and process p has the p-th contiguous part of
     it: joined in the order of the processes, the parts are the same array for any number of processes, worker
-    processes and threads. The augmentation at a position depends on the seed and the position only.
+    processes and threads. The augmentation at a position depends on the seed and the position only. Step s reads
+    global batch s - 1, or a later one if batches are left out (`batch_number`).
+
+    When a worker process dies (the kernel kills it if memory is short), all of them start again at the next batch.
 
     A bad sample is replaced by another one of the source, always the same, and marked with the reason.
 
@@ -171,13 +172,17 @@ class TrainStream:
         process_index: number of this process, from 0.
         process_count: number of processes that share each global batch.
         start_step: completed updates; the stream goes on from there without reading what came before.
+        left_out: ranges (first, last) of global batch numbers, counted from 0, that are never used.
+        on_restart: function that gets a line about each restart of the workers.
 
     Raises:
-        ValueError: at construction: the batch does not divide, or the source is too small.
+        ValueError: at construction: the batch does not divide, the source is too small, or a range is impossible.
         TooManyBadSamples: from iteration: hardly anything is usable.
+        WorkersDie: from iteration: more deaths than `recovery.max_worker_restarts`; `read_here` goes on without them.
 
     Attributes:
         wait_seconds: total time that iteration has waited for data.
+        worker_restarts: how often the workers were started again.
     """
 
     def __init__(
@@ -189,6 +194,8 @@ class TrainStream:
         process_index: int = 0,
         process_count: int = 1,
         start_step: int = 0,
+        left_out: Sequence[tuple[int, int]] = (),
+        on_restart: Callable[[str], None] | None = None,
     ):
         import grain
 
@@ -199,35 +206,48 @@ class TrainStream:
                 f"global_batch_size={batch_size} is larger than the {len(source)} samples of data.train={data.train!r};"
                 f" set global_batch_size to at most {len(source)} or give more data"
             )
+        if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
+            raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
         augment = _Augment(tokenize, make_eval_transform(config), data.crop, data.min_crop_area)
         samples = (
             grain.MapDataset.source(_SubstitutedSamples(source, data.max_image_pixels)).seed(config.seed).shuffle()
         )
         epoch_size = len(source) - len(source) % batch_size
         epoch = samples.slice(slice(epoch_size)).repeat()
-        # The random map comes before the slice, else its randomness would depend on the number of processes; the
+        # The random map comes before the share, else its randomness would depend on the number of processes; the
         # batch comes before the workers, else the stream would depend on their number.
         batches = epoch.random_map(augment).batch(local_size, drop_remainder=True)
-        share = batches.slice(slice(start_step * process_count + process_index, None, process_count))
-        stream = share.to_iter_dataset(
-            grain.ReadOptions(
-                num_threads=data.num_threads,
-                prefetch_buffer_size=max(data.num_threads, 0 if data.num_workers else data.prefetch_batches),
-            )
-        )
-        if data.num_workers:
-            _mark_flags_as_parsed()
-            per_worker = max(1, data.prefetch_batches // data.num_workers)
-            stream = stream.mp_prefetch(
-                grain.MultiprocessingOptions(data.num_workers, per_worker), worker_init_fn=_begin_worker
-            )
-        self._source = source
+        self._share = grain.MapDataset.source(_Share(batches, process_index, process_count, left_out))
+        self._source, self._data, self._position = source, data, start_step
+        self._process_index, self._on_restart = process_index, on_restart
+        self._max_restarts = config.recovery.max_worker_restarts
         self._latest: collections.deque[tuple[str, int]] = collections.deque(maxlen=_LATEST)
         self.wait_seconds = 0.0
-        self._batches: Any = iter(stream)
-        self._batches.start_prefetch()
+        self.worker_restarts = 0
+        self._batches: Any = self._start(data.num_workers)
         # Before multiprocessing's own exit, which ends what takes shared memory out of the file system.
         self._close = atexit.register(functools.partial(_close_if_alive, weakref.ref(self)))
+
+    def _start(self, num_workers: int) -> Any:
+        """Start to read at the next position."""
+        import grain
+
+        data = self._data
+        stream = self._share.slice(slice(self._position, None)).to_iter_dataset(
+            grain.ReadOptions(
+                num_threads=data.num_threads,
+                prefetch_buffer_size=max(data.num_threads, 0 if num_workers else data.prefetch_batches),
+            )
+        )
+        if num_workers:
+            workers.mark_flags_as_parsed()
+            per_worker = max(1, data.prefetch_batches // num_workers)
+            stream = stream.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers, per_worker), worker_init_fn=workers.begin_worker
+            )
+        batches = iter(stream)
+        batches.start_prefetch()
+        return batches
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
@@ -236,11 +256,43 @@ class TrainStream:
         if self._batches is None:
             raise ValueError("the stream is closed")
         start = time.perf_counter()
-        batch = next(self._batches)
+        batch = self._read()
+        self._position += 1
         self.wait_seconds += time.perf_counter() - start
         reasons, requested = batch["skip_reason"], batch.pop("requested")
         self._latest.extend((REASONS[reasons[i]], int(requested[i])) for i in np.flatnonzero(reasons != GOOD))
-        return {name: _own_memory(array) for name, array in batch.items()}
+        return {name: workers.own_memory(array) for name, array in batch.items()}
+
+    def _read(self) -> dict[str, Any]:
+        """Return the next batch; start workers again that have died."""
+        while True:
+            try:
+                # Grain starts the workers when the first batch is asked for.
+                with workers.signals_blocked() if self._data.num_workers else contextlib.nullcontext():
+                    return next(self._batches)
+            except RuntimeError as error:
+                code = workers.exit_code_of_death(error)
+                if code is None:
+                    raise
+                death = f"signal {-code}" if code < 0 else f"exit code {code}"
+            self._batches.close()
+            if self.worker_restarts >= self._max_restarts:
+                raise WorkersDie(
+                    f"recovery.max_worker_restarts={self._max_restarts}: a loader worker of process "
+                    f"{self._process_index} died again ({death}); signal 9 mostly means that memory was short: lower "
+                    "data.num_workers or data.prefetch_batches, or raise recovery.max_worker_restarts"
+                )
+            self.worker_restarts += 1
+            if self._on_restart is not None:
+                self._on_restart(
+                    f"a loader worker of process {self._process_index} died ({death}): all of them start again at "
+                    f"step {self._position + 1}, restart {self.worker_restarts} of {self._max_restarts}"
+                )
+            self._batches = self._start(self._data.num_workers)
+
+    def read_here(self) -> None:
+        """Go on without worker processes, at the same place: for the last steps after `WorkersDie`."""
+        self._batches = self._start(num_workers=0)
 
     def latest_bad(self) -> list[str]:
         """Return the last few unusable samples that this process met: reason and place, the latest first."""
@@ -320,11 +372,3 @@ def per_process(field: str, batch_size: int, process_count: int) -> int:
         nearest = max(1, round(batch_size / process_count)) * process_count
         raise ValueError(f"{field}={batch_size} must be divisible by {process_count} processes; nearest: {nearest}")
     return batch_size // process_count
-
-
-def _mark_flags_as_parsed() -> None:
-    """Mark absl's flags as parsed: Grain's workers read them, an error in a program that never parsed any."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()

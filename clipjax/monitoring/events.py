@@ -17,7 +17,7 @@ class Events:
     """The events of a run, a JSON object a line: `time` (seconds since 1970), `event`, and facts.
 
     Attributes:
-        counts: events by name, from this object on; whoever wants those before adds them.
+        counts: events of this start by name.
 
     Args:
         workdir: of the run.

@@ -7,7 +7,7 @@ what the loop leaves here: nothing that they meet reaches the run.
 import math
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -81,17 +81,11 @@ class Exporter(Collector):
             share = seconds["steps"] / max(math.fsum(seconds.values()), 1e-9)
             found += [times, GaugeMetricFamily("clipjax_goodput", "share of productive steps, 0 to 1", value=share)]
         if self._events is not None:
-            counts = CounterMetricFamily("clipjax_events", "events of the run", labels=["event"])
+            counts = CounterMetricFamily("clipjax_events", "events of this start", labels=["event"])
             for event, count in ({**dict.fromkeys(COUNTED, 0), **self._events.counts}).items():
                 counts.add_metric([event], count)
             found.append(counts)
         return found
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the port and end the server; requests that are being answered end by themselves."""

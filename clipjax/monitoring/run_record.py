@@ -88,6 +88,17 @@ def write(workdir: pathlib.Path, record: Mapping[str, Any]) -> None:
     _save(workdir, {**found, "starts": [*found.get("starts", []), dict(record)]})
 
 
+def add_to_start(workdir: pathlib.Path, **facts: Any) -> None:
+    """Add facts to the record of this start, which is the last one; if they cannot be written, the log has them."""
+    process_log.info("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    try:
+        found = _read_or_set_aside(workdir)
+        if starts := found.get("starts", []):
+            _save(workdir, {**found, "starts": [*starts[:-1], {**starts[-1], **facts}]})
+    except OSError as error:
+        process_log.info(f"{workdir / FILE} cannot be written: {error}")
+
+
 def record_commit(workdir: pathlib.Path, step: int) -> None:
     """Record the step of a checkpoint that is complete: a workdir that has lost it later is not taken for a new one.
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clipjax.runtime import processes
+from clipjax.runtime import process_log, processes
 
 TRIES = 3
 SLOW_RATIO = 1.5
@@ -37,7 +37,8 @@ SILENT_SECONDS = 60.0
 
 _POLL_SECONDS = 1e-4
 _TILE = 64
-_PEERS_SECONDS = 300.0  # for the other processes, which compile in their own time
+_COMPILE_SECONDS = 60.0  # by which other processes may be later at the first message
+_PEERS_SECONDS = 300.0  # for the findings of the other processes
 _calls = itertools.count()  # in the keys, each of which is used once; all processes count alike
 MATMUL = "matmul"
 
@@ -205,11 +206,12 @@ def _measure(
         run: starts it; gives counts of faults, a row per device.
         describe: a device and its row in words.
     """
+    process_log.info(f"device check: {part}")  # the last line of the log if it hangs
     seconds: dict[str, float] = {}
     for attempt in range(1 + TRIES):  # the first one compiles
         start = time.perf_counter()
         waiting = {shard.device: shard.data for shard in run().addressable_shards}
-        while waiting and time.perf_counter() - start < SILENT_SECONDS + (attempt == 0) * _PEERS_SECONDS:
+        while waiting and time.perf_counter() - start < SILENT_SECONDS + (attempt == 0) * _COMPILE_SECONDS:
             for device in [device for device, rows in waiting.items() if rows.is_ready()]:
                 passed = time.perf_counter() - start
                 fault = _fault(waiting.pop(device), functools.partial(describe, device))

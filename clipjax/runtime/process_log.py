@@ -11,7 +11,7 @@ import pathlib
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 FOLDER = "logs"
 
@@ -48,6 +48,11 @@ def open_log(workdir: pathlib.Path, *, rank: int, header: Mapping[str, Any]) -> 
     for logger in (_logger, logging.root):
         logger.addHandler(file)
     info("\n".join(["---- start ----", *(f"{name}: {value}" for name, value in header.items())]))
+
+
+def open_file() -> TextIO | None:
+    """Return the open log of this process, for what writes to a file descriptor; None if none is open."""
+    return _open_files[-1].stream if _open_files else None
 
 
 @contextlib.contextmanager

@@ -1,29 +1,33 @@
-"""Processes: their start, the first one, texts between them, and the signal to stop.
+"""Processes: their start, the first one, and texts between them.
 
 A run with several processes is started by a launcher (Slurm, Kubernetes, TPU pods, Open MPI, or by hand);
 `clipjax.runtime.launchers` finds out which one this process is, and `start` joins the others.
 """
 
+import contextlib
+import errno
 import importlib.util
 import os
 import pathlib
-import signal
+import socket
 import sys
 import threading
 import traceback
-import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 
+from clipjax.runtime import process_log
 from clipjax.runtime.launchers import Launch, find_launch
+from clipjax.runtime.terminal import printable
 
-SHUTDOWN_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HEARTBEAT_SECONDS = 45
+"""Silence after which a process counts as dead, and the others end. JAX's default is 100 seconds.
 
-HEARTBEAT_SECONDS = 10
-"""Silence after which a process counts as dead, and the others end. JAX's default is 100 seconds."""
+JAX sends a sign of life every half of it: a machine that is paused for 20 seconds right before one survives.
+"""
 
 START_SECONDS = 300
 """Time that the processes wait for each other at the start; machines of one job can come up minutes apart."""
@@ -56,6 +60,10 @@ def start(options: Mapping[str, str | None] | None = None, environment: Mapping[
         # Without "deactivate", JAX would ask the cluster again, and give the only process of a machine one GPU.
         known |= {"num_processes": launch.num_processes, "process_id": launch.process_id}
         known |= {"local_device_ids": launch.gpus, "cluster_detection_method": "deactivate"}
+    if launch.process_id == 0 and launch.coordinator is not None:
+        check_coordinator(launch.coordinator, environment)
+    # JAX's notifier would take SIGTERM for itself; `clipjax.runtime.shutdown` agrees on the step to stop at.
+    jax.config.update("jax_enable_preemption_service", False)
     with _announced(launch):
         try:
             jax.distributed.initialize(
@@ -75,6 +83,62 @@ def start(options: Mapping[str, str | None] | None = None, environment: Mapping[
             f"{launch.num_processes} processes were started ({launch.launcher}), but the devices know of {joined}; "
             "does JAX_PLATFORMS name a platform that all of them have?"
         )
+
+
+def check_coordinator(address: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Check on process 0 that it can be reached at the meeting point, before JAX tries and may crash.
+
+    Another program that takes the port between this check and JAX's own use of it is not noticed.
+
+    Raises:
+        ValueError: the port is taken or may not be used, or the host is another machine.
+    """
+    host, _, port = address.rpartition(":")
+    default_bind = f"[::]:{port}"
+    bind = environment.get("JAX_COORDINATOR_BIND_ADDRESS", default_bind)
+    bind_host, _, bind_port = bind.rpartition(":")
+    if failure := _bind_failure(bind_host.strip("[]"), int(bind_port), socket.SOCK_STREAM):
+        reason = {
+            errno.EADDRINUSE: "another program uses this port",
+            errno.EACCES: "this port is for the administrator (below 1024)",
+            errno.EADDRNOTAVAIL: "this machine has no such address",
+        }.get(failure.errno or 0, failure.strerror)
+        raise ValueError(
+            f"the processes cannot meet at {address}: {reason} (bind to {bind}); give all of them another port, "
+            "as in --coordinator=HOST:PORT"
+        )
+    if bind != default_bind:
+        return  # somebody forwards the address to this one
+    with contextlib.suppress(socket.gaierror):  # names of containers can appear later
+        found = [info[4][0] for info in socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_DGRAM)]
+        failures = [_bind_failure(str(each), 0, socket.SOCK_DGRAM) for each in found]
+        if failures and all(each is not None and each.errno == errno.EADDRNOTAVAIL for each in failures):
+            raise ValueError(
+                f"the processes cannot meet at {address}: process 0 runs here, and {host} is another machine; name "
+                f"this one, or set JAX_COORDINATOR_BIND_ADDRESS={default_bind} if that address is forwarded here"
+            )
+
+
+def _bind_failure(host: str, port: int, kind: socket.SocketKind) -> OSError | None:
+    """Return the error of binding a socket as gRPC does: to IPv6 and IPv4 alike, if the host is `::`.
+
+    gRPC also allows others to share the port (SO_REUSEPORT); then two runs would get each other's processes.
+    """
+    family = socket.AF_INET6 if ":" in host and socket.has_ipv6 else socket.AF_INET
+    try:
+        with socket.socket(family, kind) as probe:
+            if kind == socket.SOCK_STREAM:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            probe.bind((host, port))
+    except socket.gaierror:
+        return None
+    except OSError as error:
+        if family == socket.AF_INET6 and host == "::" and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            return _bind_failure("0.0.0.0", port, kind)  # a machine without IPv6
+        return error
+    return None
 
 
 def open_devices(environment: Mapping[str, str] = os.environ) -> None:
@@ -156,9 +220,23 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def kv_set(key: str, value: str) -> None:
-    """Leave a text for the other processes with the coordinator; a key is used once. No device takes part."""
-    _store().key_value_set(_KEY + key, value)
+def announce(text: str) -> None:
+    """Write a line to the log of this process; the first one also shows it on standard error."""
+    process_log.info(text)
+    if is_first():
+        with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed stream
+            print(f"clipjax: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def kv_set(key: str, value: str, *, overwrite: bool = False) -> None:
+    """Leave a text for the other processes with the coordinator, under a new key or instead of the text there.
+
+    No device takes part.
+
+    Raises:
+        JaxRuntimeError: the key is used already, and `overwrite` is False.
+    """
+    _store().key_value_set(_KEY + key, value, allow_overwrite=overwrite)
 
 
 def kv_get(key: str, *, timeout_seconds: float) -> str:
@@ -228,40 +306,3 @@ def abort_on_error() -> Iterator[None]:
             traceback.print_exc()
             abort()
         raise
-
-
-class ShutdownSignal:
-    """A remembered SIGTERM or SIGINT, so that the loop can save and leave; a second signal ends the process at once.
-
-    With several processes JAX's own notifier catches SIGTERM (it looks once a second) and lets all of them agree on the
-    step at which to stop; so SIGTERM is left to it, and SIGINT is passed on to it.
-    """
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._several = jax.process_count() > 1
-        caught = (signal.SIGINT,) if self._several else SHUTDOWN_SIGNALS
-        self._previous = {number: signal.signal(number, self._receive) for number in caught}
-
-    def _receive(self, number: int, frame: types.FrameType | None) -> None:
-        if self.number is not None:
-            os._exit(128 + number)
-        self.number = number
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def due(self, step: int) -> bool:
-        """Return True if the run is to stop after this step: the same answer on all of several processes."""
-        if not self._several:
-            return self.number is not None
-        from jax.experimental import multihost_utils
-
-        if multihost_utils.reached_preemption_sync_point(step):
-            self.number = self.number or signal.SIGTERM
-            return True
-        return False
-
-    def restore(self) -> None:
-        """Restore the handlers that were there before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -98,6 +98,10 @@ class Decisions:
         """First and last global batches that are never used again."""
         return [(each.first_batch, each.last_batch) for each in self.taken]
 
+    def forget_from(self, number: int) -> None:
+        """Forget the decisions from this one on (the first is 0), here and not on disk: for a look at an earlier run."""
+        del self.taken[number:]
+
     def records(self) -> list[dict[str, Any]]:
         """Return all decisions as JSON objects, for a checkpoint."""
         return [to_record(each) for each in self.taken]

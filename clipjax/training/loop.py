@@ -1,17 +1,36 @@
-"""The loop: step after step; log, evaluate and save when due."""
+"""The loop: step after step; log, evaluate and save when due. After trouble it goes back to a good checkpoint, and on."""
 
 from clipjax.config import steps_of, total_steps
 from clipjax.data.training_stream import TooManyBadSamples
 from clipjax.evals.runner import Evaluation
-from clipjax.training.run import Run
+from clipjax.runtime import processes
+from clipjax.training.preflight import Checked
+from clipjax.training.recovery import RollBack, RunStopped
+from clipjax.training.run import Run, build
+from clipjax.training.session import open_session
 
 
-def train(run: Run) -> int | None:
+def train(checked: Checked) -> int | None:
     """Train to the end, or to the first signal; return that signal's number, or None at the end.
 
     Raises:
         TooManyBadSamples: too much of the data is unusable; the state before is saved.
+        RunStopped: a person has to look at it: updates that are not finite, dead workers, differing replicas.
+        SavesFail: the checkpoints cannot be written.
+        DamagedCheckpoint: no checkpoint of the workdir can be restored.
+        BrokenDevice: a device or link is missing or gives wrong results.
     """
+    with open_session(checked) as session:
+        while True:
+            try:
+                with build(session) as run:
+                    return _train(run)
+            except RollBack as back:
+                processes.announce(f"rollback: {back}")
+
+
+def _train(run: Run) -> int | None:
+    """Train from the run's start; see `train`."""
     config, logger, state, start = run.config, run.logger, run.state, run.start
     last = total_steps(config)
     log_every = steps_of(config.log.every_examples, config)
@@ -22,23 +41,26 @@ def train(run: Run) -> int | None:
     if start.step and start.step % eval_every == 0 and not start.evaluated:  # a signal came in between
         evaluation = run.evaluate(state, start.step)
     for step in range(start.step + 1, last + 1):
-        run.goodput.step(step)
         try:
-            batch = run.next_batch()
+            batch = run.next_batch(step)
         except TooManyBadSamples:
             run.save(state, step - 1)
             raise
         state, metrics = run.train_step(state, batch)
-        run.follow(step, metrics)
+        run.follow(step, state, metrics)
         logger.flush()
         if step % log_every == 0 or step == last:
             logger.log_step(step, metrics, run.stream.wait_seconds)
-        stop = run.signal.due(step) and step < last
+        stop = step < last and run.signal.due()
+        if step == last:
+            run.settle()
         if step == last or (step % eval_every == 0 and not stop):
             evaluation = run.evaluate(state, step)
             run.save(state, step, evaluation)
         elif stop or step % save_every == 0:
             run.save(state, step)
+        if stop and run.signal.error is not None:
+            raise RunStopped(run.signal.error)
         if stop:
             number = run.signal.number
             logger.message(f"stopped by signal {number} after step {step}; the same command goes on from here")

@@ -29,8 +29,8 @@ class RollBack(Exception):
         self.decision = decision
 
 
-class NoWayBack(RuntimeError):
-    """The end of a run whose updates are not finite, or whose loss spikes, and that no rollback can help."""
+class RunStopped(RuntimeError):
+    """The end of a run that a person has to look at: started again, it would end at the same place."""
 
 
 class Recovery:
@@ -50,6 +50,7 @@ class Recovery:
         self._limits = config.recovery
         self._checkpoints, self._decisions, self._events = checkpoints, decisions, events
         self._finite_since = start_step  # every update after this step was finite
+        self._equal_at = start_step  # the last step at which all copies of the state were equal
 
     def judge(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Judge an update by its metrics, which are there already.
@@ -60,7 +61,7 @@ class Recovery:
 
         Raises:
             RollBack: a new start goes on from an earlier checkpoint; the decision is on disk.
-            NoWayBack: there is no good checkpoint, or going back has not helped.
+            RunStopped: there is no good checkpoint, or going back has not helped.
         """
         in_a_row = int(metrics["skipped_in_a_row"])
         if in_a_row:
@@ -77,11 +78,36 @@ class Recovery:
 
         Raises:
             RollBack: a new start goes on from an earlier checkpoint.
-            NoWayBack: there is no good checkpoint, or going back has not helped.
+            RunStopped: there is no good checkpoint, or going back has not helped.
         """
         in_a_row = int(metrics["skipped_in_a_row"])
         if in_a_row:
             self._go_back(step - in_a_row + 1, step, f"the last {in_a_row} updates, up to step {step}, were not finite")
+
+    def judge_replicas(self, step: int, difference: str | None) -> None:
+        """Judge the copies of the state after a step.
+
+        Args:
+            step: completed updates.
+            difference: device and leaf that differ, in words; None: none does.
+
+        Raises:
+            RunStopped: one does; checkpoints since the last check without a difference are set aside, if an older one
+                is left.
+        """
+        if difference is None:
+            self._equal_at = step
+            return
+        steps = self._checkpoints.steps()
+        if any(each <= self._equal_at for each in steps):
+            for each in steps:
+                if each > self._equal_at:
+                    self._checkpoints.set_aside(each, "rejected")
+        self._events.add("replicas_differ", step=step, equal_at=self._equal_at, difference=difference)
+        raise RunStopped(
+            f"{difference} after step {step}; all copies were equal at step {self._equal_at}. The device or its memory "
+            "may be broken: take its machine out and start again"
+        )
 
     def mark_all(self) -> None:
         """Mark every checkpoint as good: the run has ended well."""
@@ -111,7 +137,7 @@ class Recovery:
             if step >= cause and step not in self._checkpoints.good_steps():
                 self._checkpoints.set_aside(step, "rejected")
         self._events.add("no_way_back", step=last_step, trouble=trouble, why=verdict)
-        raise NoWayBack(
+        raise RunStopped(
             f"{trouble}, and {verdict}; `clipjax train ... --replay={first_step}` tells what went wrong first. A lower "
             "optim.learning_rate, a longer warmup_examples or an optim.max_grad_norm, in a new workdir, may help"
         )

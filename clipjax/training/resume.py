@@ -1,7 +1,7 @@
 """Start of a run: afresh, from another run's weights, or from its own newest checkpoint."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from clipjax.checkpoints.manager import Checkpoints
-from clipjax.checkpoints.records import pack_tokenizer
+from clipjax.checkpoints.records import pack_tokenizer, read_record
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.config import Config
 from clipjax.config.paths import expanded
@@ -19,6 +19,8 @@ from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, map_with_path
 from clipjax.runtime import process_log, sharding
 from clipjax.runtime.processes import is_first
+from clipjax.training import migrations
+from clipjax.training.decisions import Decisions
 from clipjax.training.inputs import Inputs, comes_from_init
 from clipjax.training.step import STATE_RULES, TrainState, from_items, to_items
 
@@ -68,6 +70,7 @@ class Position:
         num_samples: size of the training source.
         teacher_step: of the checkpoint that is distilled from, if any.
         shards: of the training source, in order: `[name, digest, number of samples]`; None: an older version saved.
+        decisions: taken before, as JSON objects.
     """
 
     step: int = 0
@@ -75,6 +78,7 @@ class Position:
     num_samples: int = 0
     teacher_step: int | None = None
     shards: Sequence[Sequence[Any]] | None = None
+    decisions: Sequence[Mapping[str, Any]] = ()
 
 
 def check_same_run(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> None:
@@ -129,13 +133,26 @@ def start_state(
     config: Config,
     inputs: Inputs,
     checkpoints: Checkpoints,
+    decisions: Decisions,
     init_state: Callable[[jax.Array], TrainState],
     mesh: Mesh,
+    *,
+    before: int | None = None,
 ) -> tuple[TrainState, Position]:
     """Return the newest good checkpoint's state and position, or a fresh state; every array is created on its shards.
 
+    Args:
+        config: the run.
+        inputs: give the first weights of a fresh state, if not the seed alone.
+        checkpoints: of the workdir; those that a rollback has rejected or that are damaged are set aside.
+        decisions: of the run; what its file has lost comes back from a checkpoint's copy.
+        init_state: makes a fresh state.
+        mesh: the devices.
+        before: take a checkpoint of a step below this one; None: any.
+
     Raises:
         DamagedCheckpoint: there are checkpoints, but none is good, or its arrays do not fit.
+        ValueError: decisions and checkpoints contradict each other.
     """
 
     def init() -> TrainState:
@@ -143,16 +160,32 @@ def start_state(
 
     abstract = jax.eval_shape(init)
     shardings = sharding.state_shardings(mesh, abstract, STATE_RULES)
-    placed = sharding.with_shardings(abstract, shardings)
-    newest = checkpoints.newest_verified()
+    _apply(decisions, checkpoints)
+    steps = None if before is None else [step for step in checkpoints.steps() if step < before]
+    newest = checkpoints.newest_verified(steps)
     if newest is not None:
-        items, records = checkpoints.restore(newest, to_items(placed))
-        position = {name: value for name, value in records["data"].items() if name != "format"}
-        return from_items(items), Position(**position)
+        return _restore(checkpoints, newest, sharding.with_shardings(abstract, shardings))
     state = jax.jit(init, out_shardings=shardings)()
     if inputs.init_checkpoint is not None:
         state = _take_params(state, inputs.init_checkpoint, config, mesh)
     return state, Position()
+
+
+def _apply(decisions: Decisions, checkpoints: Checkpoints) -> None:
+    """Set aside the checkpoints behind which the run has gone back."""
+    copies = checkpoints.read_data("decisions")
+    decisions.adopt(max(copies.values(), key=len, default=[]))
+    for step in checkpoints.steps():
+        if not decisions.is_current(step, len(copies.get(step, []))):
+            checkpoints.set_aside(step, "rejected")
+
+
+def _restore(checkpoints: Checkpoints, step: int, placed: TrainState) -> tuple[TrainState, Position]:
+    """Return state and position of a checkpoint, in any format."""
+    data = dict(read_record(checkpoints.path(step), "data"))
+    version = data.pop("format", 1)
+    items, _ = checkpoints.restore(step, migrations.abstract_items(version, to_items(placed)))
+    return from_items(migrations.migrate(version, items, placed)), Position(**data)
 
 
 def _take_params(state: TrainState, init_checkpoint: SavedCheckpoint, config: Config, mesh: Mesh) -> TrainState:

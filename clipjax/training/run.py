@@ -1,45 +1,46 @@
-"""One run: the parts that its loop uses, and their common work: step, judge the data, evaluate, save, finish.
+"""One run from a start or a rollback on: the parts that its loop uses, and their common work.
 
-`build` makes the parts, a line per noun; the loop sees a `Run`.
+`build` makes the parts, a line per noun; the loop sees a `Run`: step, judge the data and the updates, evaluate, save,
+finish.
 """
 
 import collections
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.records import make_records
-from clipjax.checkpoints.saved import load_params
 from clipjax.config import Config, LossKind, steps_of, total_steps
 from clipjax.data.sample import REASONS
 from clipjax.data.tokenizers.protocol import TextToTokens
-from clipjax.data.training_stream import BadSampleLimit, TrainStream, pair_groups
+from clipjax.data.training_stream import BadSampleLimit, TrainStream, WorkersDie, batch_number, pair_groups
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import Evaluation, run_tasks, write_results
 from clipjax.losses import describe_loss
-from clipjax.monitoring import events as run_events
-from clipjax.monitoring.events import Events
-from clipjax.monitoring.goodput import Goodput, wall_clock
+from clipjax.monitoring import run_record
 from clipjax.monitoring.run_logger import RunLogger, results_table
 from clipjax.monitoring.stragglers import rank_times
-from clipjax.runtime import device_check, process_log, processes, sharding
+from clipjax.runtime import process_log, processes, sharding
+from clipjax.runtime.shutdown import Shutdown
 from clipjax.training.inputs import Inputs
-from clipjax.training.preflight import Checked
-from clipjax.training.program import Program, build_program
+from clipjax.training.left_out import RecentBatches
+from clipjax.training.recovery import Recovery, RollBack
 from clipjax.training.resume import Position, start_state
+from clipjax.training.session import Session
 from clipjax.training.step import TrainState, eval_params, to_items
-from clipjax.typing import Batch, Metrics, Params
+from clipjax.typing import Batch, Metrics
 
-STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices
+STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices; updates are judged as late
 BATCH = ("image", "tokens", "skip_reason")
 """Arrays of a batch that every step takes."""
+JUDGED = ("loss", "skipped_in_a_row", "loss_spike", "samples_skipped")
+"""Metrics that are looked at after every step."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,83 +48,134 @@ class Run:
     """The parts of one run, and what they do together.
 
     Attributes:
-        config: all of its settings.
-        workdir: the folder of its files.
-        inputs: data, tokenizer, tasks, first weights.
-        program: the functions that are compiled.
+        session: the parts that outlive a rollback.
         stream: training batches of this process.
         limit: judges the share of unusable samples.
         checkpoints: of the workdir.
+        recovery: judges the updates.
+        recent: samples of the last batches.
         logger: metrics, progress, log.
-        goodput: the ledger of the run's time.
-        signal: the request to stop, once it comes.
-        teacher: parameters of the frozen model to learn from; None: without.
         state: the state to start with; the first step takes its buffers over.
         start: completed updates at the start, and what belongs to them.
     """
 
-    config: Config
-    workdir: Path
-    inputs: Inputs
-    program: Program
+    session: Session
     stream: TrainStream
     limit: BadSampleLimit
     checkpoints: Checkpoints
+    recovery: Recovery
+    recent: RecentBatches
     logger: RunLogger
-    goodput: Goodput
-    signal: processes.ShutdownSignal
-    teacher: Params | None
     state: TrainState
     start: Position
-    _in_flight: collections.deque[tuple[int, Metrics]] = field(default_factory=collections.deque)
+    _in_flight: collections.deque[tuple[int, Metrics, jax.Array | None]] = field(default_factory=collections.deque)
 
-    @functools.cached_property
-    def _jitted_step(self) -> Any:
-        return self.program.jit(self.state)
+    @property
+    def config(self) -> Config:
+        """All settings of the run."""
+        return self.session.checked.config
+
+    @property
+    def workdir(self) -> Path:
+        """The folder of the run's files."""
+        return self.session.checked.workdir
+
+    @property
+    def inputs(self) -> Inputs:
+        """Data, tokenizer, tasks, first weights."""
+        return self.session.checked.inputs
+
+    @property
+    def signal(self) -> Shutdown:
+        """The request to stop, once it comes."""
+        return self.session.signal
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Start an update; the results are still being computed. The state's buffers are taken over.
 
         This is `TrainStep.__call__`, compiled once.
         """
-        with contextlib.nullcontext() if self._in_flight else self.goodput.phase("compile"):  # the first one
-            return self._jitted_step(state, batch, self.teacher)
+        compiles = "step" not in vars(self.session)  # the first time
+        with self.session.goodput.phase("compile") if compiles else contextlib.nullcontext():
+            return self.session.step(state, batch, self.session.teacher)
 
-    def next_batch(self) -> Mapping[str, jax.Array]:
-        """Return the next global batch, on the devices, once they are not too far behind.
+    def next_batch(self, step: int) -> Mapping[str, jax.Array]:
+        """Return the global batch of a step, on the devices, once they are not too far behind.
 
         Raises:
             TooManyBadSamples: the data is unusable beyond the configured share; every process raises this at the same
                 step, as all of them judge the same counts.
+            RollBack: updates were not finite, or the loss spiked; the run goes on from an earlier checkpoint.
+            RunStopped: there is no such checkpoint, or copies of the state differ.
         """
+        self.session.goodput.step(step)
+        self.session.watchdog.beat(step)
         while len(self._in_flight) >= STEPS_IN_FLIGHT:
-            step, metrics = self._in_flight.popleft()
-            with self.logger.waiting_for_devices():
-                jax.block_until_ready(metrics["loss"])
-            if step % steps_of(self.config.log.every_examples, self.config) == 0:
-                self.limit.check(step, jax.device_get(metrics["samples_skipped"]).tolist(), self.stream.latest_bad())
-        with self.goodput.phase("waiting_for_data"):
-            batch = next(self.stream)
+            judged, values = self._judge_oldest()
+            if judged % steps_of(self.config.log.every_examples, self.config) == 0:
+                self.limit.check(judged, values["samples_skipped"].tolist(), self.stream.latest_bad())
+        with self.session.goodput.phase("waiting_for_data"):
+            batch = self._read()
         self.logger.count_samples(batch["index"])
-        group = pair_groups(batch, self.config.loss.same_pair)
-        more = {} if group is None else {"group": group}
-        if self.config.loss.kind is LossKind.GLOBAL:
-            more["index"] = batch["index"].astype(np.int32)
-        return sharding.global_batch(self.program.mesh, {name: batch[name] for name in BATCH} | more)
+        self.recent.add(batch_number(step - 1, self.session.decisions.left_out), batch["index"])
+        self.session.profile.maybe_start(step)
+        return device_batch(self.config, self.session.mesh, batch)
 
-    def follow(self, step: int, metrics: Metrics) -> None:
+    def _read(self) -> dict[str, np.ndarray]:
+        """Return this process's part of the next batch; after too many deaths of workers without them, to the stop."""
+        try:
+            return next(self.stream)
+        except WorkersDie as error:
+            self.signal.request(str(error))
+            self.stream.read_here()
+            return next(self.stream)
+
+    def follow(self, step: int, state: TrainState, metrics: Metrics) -> None:
         """Count a step that has been started among those in flight."""
-        self._in_flight.append((step, metrics))
+        replicas, every = self.session.replicas, self.session.replica_check_every
+        digests = replicas.check(state) if replicas is not None and step % every == 0 else None
+        self._in_flight.append((step, metrics, digests))
+        if self.signal.take_profile_request():
+            self.session.profile.request()
+        self.session.profile.maybe_stop(step, metrics)
+
+    def _judge_oldest(self) -> tuple[int, dict[str, np.ndarray]]:
+        """Judge the oldest update in flight; return its step and what it was judged by."""
+        step, metrics, digests = self._in_flight.popleft()
+        with self.logger.waiting_for_devices(), self.session.watchdog.dead_named():
+            jax.block_until_ready(metrics["loss"])
+        values = jax.device_get({name: metrics[name] for name in JUDGED})
+        if digests is not None and self.session.replicas is not None:
+            self.recovery.judge_replicas(step, self.session.replicas.find_differing(digests))
+        try:
+            self.recovery.judge(step, values)
+            if step == total_steps(self.config):
+                self.recovery.end(step, values)
+        except RollBack as back:
+            self.recent.write(self.workdir, back.decision, self.inputs.source)
+            raise
+        return step, values
+
+    def settle(self) -> None:
+        """Judge all updates that are in flight.
+
+        Raises:
+            RollBack: the last ones were not finite; the run goes on from an earlier checkpoint.
+            RunStopped: there is no such checkpoint.
+        """
+        while self._in_flight:
+            self._judge_oldest()
 
     def _encoder(self, state: TrainState) -> Encoder:
-        program = self.program
-        return Encoder(self.config, program.clip, program.mesh, self.inputs.tokenizer, eval_params(state))
+        clip = self.session.program.clip
+        return Encoder(self.config, clip, self.session.mesh, self.inputs.tokenizer, eval_params(state))
 
     def evaluate(self, state: TrainState, step: int) -> Evaluation:
         """Run the tasks; one that fails is told and left out. The state is saved before any other error is raised."""
         self.logger.flush()
         jax.block_until_ready(state.step)  # what is left of the step belongs to the step
-        with self.logger.pause(), self.goodput.phase("evaluation"):
+        session = self.session
+        with self.logger.pause(), session.goodput.phase("evaluation"), session.watchdog.paused("evaluation"):
             try:
                 evaluation = run_tasks(self.inputs.tasks, self._encoder(state))
             except Exception:
@@ -134,10 +186,12 @@ class Run:
         return evaluation
 
     def save(self, state: TrainState, step: int, evaluation: Evaluation | None = None) -> None:
-        """Save in the background; the log is complete up to this step before the checkpoint is."""
+        """Save in the background; the log is complete up to this step before the checkpoint is.
+
+        Raises:
+            SavesFail: too many saves in a row have failed.
+        """
         self.logger.flush()
-        if self.checkpoints.latest_step() == step:
-            return
         teacher = self.inputs.teacher_checkpoint
         position = Position(
             step,
@@ -145,6 +199,7 @@ class Run:
             num_samples=len(self.inputs.source),
             teacher_step=None if teacher is None else teacher.step,
             shards=[list(shard) for shard in self.inputs.source.digests()],
+            decisions=self.session.decisions.records(),
         )
         records = make_records(self.config, self.inputs.tokenizer, asdict(position))
         best_value = None
@@ -153,21 +208,24 @@ class Run:
             best_value = evaluation.results.get(task, {}).get(metric)  # the task may have failed
         with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
             jax.block_until_ready(state.step)
-        latest = self.checkpoints.latest_step()
-        with self.goodput.phase("saving"):
-            self.checkpoints.save(step, to_items(state), records, best_value, last=step == total_steps(self.config))
-            if latest is not None:
-                self.checkpoints.mark_good(latest)
-        self.goodput.record()
+        with self.session.goodput.phase("saving"), self.session.watchdog.paused("a save"):
+            last = step == total_steps(self.config)
+            self.checkpoints.save(step, to_items(state), records, best_value, last=last)
+        self.session.goodput.record()
 
     def finish(self, state: TrainState, last: int, evaluation: Evaluation | None) -> None:
-        """Wait for the last checkpoint, then leave `results.json`, the sign of a finished run."""
-        with self.goodput.phase("saving"):
+        """Wait for the last checkpoint, then leave `results.json`, the sign of a finished run.
+
+        Raises:
+            SavesFail: the last checkpoint could not be saved.
+        """
+        session = self.session
+        with session.goodput.phase("saving"), session.watchdog.paused("the last save"):
             self.checkpoints.wait()
-            self.checkpoints.mark_good(last)
+        self.recovery.mark_all()
         self.logger.flush()
         if evaluation is None:  # the run was complete before: its log is, but a kill may have come before results.json
-            with self.goodput.phase("evaluation"):
+            with session.goodput.phase("evaluation"), session.watchdog.paused("evaluation"):
                 evaluation = run_tasks(self.inputs.tasks, self._encoder(state))
         if processes.is_first():
             write_results(self.workdir / "results.json", self.checkpoints.path(last), evaluation)
@@ -178,27 +236,47 @@ class Run:
         self.logger.message(f"done: {last} steps, {examples} examples; all of it is in {self.workdir}")
 
 
+def device_batch(config: Config, mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
+    """Return this process's part of a batch as global arrays, with what the config's loss needs besides."""
+    group = pair_groups(batch, config.loss.same_pair)
+    more = {} if group is None else {"group": group}
+    if config.loss.kind is LossKind.GLOBAL:
+        more["index"] = batch["index"].astype(np.int32)
+    return sharding.global_batch(mesh, {name: batch[name] for name in BATCH} | more)
+
+
 @contextlib.contextmanager
-def build(checked: Checked) -> Iterator[Run]:
-    """Build the parts of a run, from its mesh to its first batch; the end of the `with` block closes them.
+def build(session: Session) -> Iterator[Run]:
+    """Build the parts of a run, from its checkpoint to its first batch; the end of the `with` block closes them.
 
     Raises:
-        DamagedCheckpoint: the arrays of the first state cannot be restored.
+        DamagedCheckpoint: no checkpoint can be restored, though there are some.
     """
+    checked, events = session.checked, session.events
     config, workdir, inputs = checked.config, checked.workdir, checked.inputs
-    mesh = sharding.make_mesh(config.mesh)
-    teacher_config = None if inputs.teacher_checkpoint is None else inputs.teacher_checkpoint.config
-    program = build_program(config, mesh, num_samples=len(inputs.source), tx=checked.tx, teacher=teacher_config)
+
+    say = processes.announce
+
+    def tell(event: str, text: str, **facts: int) -> None:
+        events.add(event, text=text, **facts)
+        say(text)
+
+    def tell_failure(step: int, reason: str) -> None:
+        tell("failed_save", f"the checkpoint of step {step} is not saved: {reason}", step=step)
+
     with contextlib.ExitStack() as stack:
-        goodput = stack.enter_context(_goodput(checked))
-        process_log.info(f"device check: {device_check.check_devices(mesh)}")
-        stack.enter_context(jax.set_mesh(mesh))
-        signal = processes.ShutdownSignal()
-        stack.callback(signal.restore)
-        checkpoints = Checkpoints(workdir, config.checkpoint, max_failed_saves=config.recovery.max_failed_saves)
-        stack.callback(_close, checkpoints, goodput)
-        state, start = start_state(config, inputs, checkpoints, program.init_state, mesh)
-        teacher = None if inputs.teacher_checkpoint is None else load_params(inputs.teacher_checkpoint, mesh)
+        with session.goodput.phase("initialisation"), session.watchdog.paused("the start"):
+            checkpoints = Checkpoints(
+                workdir,
+                config.checkpoint,
+                max_failed_saves=config.recovery.max_failed_saves,
+                on_failure=tell_failure,
+                on_commit=lambda step: run_record.record_commit(workdir, step),
+            )
+            stack.callback(_close, checkpoints, session)
+            state, start = start_state(
+                config, inputs, checkpoints, session.decisions, session.program.init_state, session.mesh
+            )
         logger = RunLogger(
             config,
             workdir,
@@ -206,11 +284,12 @@ def build(checked: Checked) -> Iterator[Run]:
             flops_per_pair=config.model.flops(),
             skip_reasons=REASONS,
             times=rank_times(),
-            goodput=goodput,
+            goodput=session.goodput,
             exporter=checked.exporter,
         )
         stack.callback(logger.close)
-        logger.message(describe_loss(config, mesh))
+        say = logger.message  # above the progress line
+        logger.message(describe_loss(config, session.mesh))
         if checked.exporter is not None:
             logger.message(f"metrics for Prometheus: {checked.exporter.url}")
         stream = TrainStream(
@@ -220,13 +299,12 @@ def build(checked: Checked) -> Iterator[Run]:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             start_step=start.step,
+            left_out=session.decisions.left_out,
+            on_restart=lambda text: tell("worker_restart", text),
         )
         stack.callback(stream.close)
         yield Run(
-            config=config,
-            workdir=workdir,
-            inputs=inputs,
-            program=program,
+            session=session,
             stream=stream,
             limit=BadSampleLimit(
                 config,
@@ -235,33 +313,21 @@ def build(checked: Checked) -> Iterator[Run]:
                 skipped=jax.device_get(state.samples_skipped).tolist(),
             ),
             checkpoints=checkpoints,
+            recovery=Recovery(
+                config,
+                checkpoints=checkpoints,
+                decisions=session.decisions,
+                events=events,
+                start_step=start.step,
+            ),
+            recent=RecentBatches(config.recovery.max_skipped_in_a_row + STEPS_IN_FLIGHT + 2),
             logger=logger,
-            goodput=goodput,
-            signal=signal,
-            teacher=teacher,
             state=state,
             start=start,
         )
 
 
-@contextlib.contextmanager
-def _goodput(checked: Checked) -> Iterator[Goodput]:
-    """Open the ledger of this start, the first process's in `events.jsonl`; record the end of the `with` block."""
-    events = Events(checked.workdir, enabled=processes.is_first(), clock=wall_clock)
-    past = run_events.read(checked.workdir) if processes.is_first() else []
-    events.counts.update(event["event"] for event in past)
-    goodput = Goodput(events, past, devices=jax.device_count())
-    if checked.exporter is not None:
-        checked.exporter.watch(goodput, events)
-    try:
-        yield goodput
-    except BaseException as error:
-        goodput.record("stop", reason=type(error).__name__)
-        raise
-    goodput.record("stop")
-
-
-def _close(checkpoints: Checkpoints, goodput: Goodput) -> None:
+def _close(checkpoints: Checkpoints, session: Session) -> None:
     """Wait until everything saved is on disk; after a signal this takes a while."""
-    with goodput.phase("saving"):
+    with session.goodput.phase("saving"), session.watchdog.paused("the last save"):
         checkpoints.close()

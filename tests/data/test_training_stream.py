@@ -17,7 +17,7 @@ from clipjax.data.eval_batches import eval_batches
 from clipjax.data.images import EvalTransform
 from clipjax.data.sample import REASONS, BadSample, Sample
 from clipjax.data.sources import ArraySource
-from clipjax.data.training_stream import BadSampleLimit, TooManyBadSamples, TrainStream
+from clipjax.data.training_stream import BadSampleLimit, TooManyBadSamples, TrainStream, batch_number
 from clipjax.data.webdataset import TarSource
 
 SIZE = 8
@@ -105,6 +105,33 @@ def test_the_seed_decides_everything():
     assert_same(take(6), take(6))
     other = take(6, config=make_config(seed=1))
     assert any((a["index"] != b["index"]).any() for a, b in zip(take(6), other, strict=True))
+
+
+def test_batch_numbers_leave_out_what_a_slow_loop_leaves_out():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        left_out = [
+            (first, first + int(random.integers(4))) for first in random.integers(0, 40, random.integers(6)).tolist()
+        ]
+        used = [n for n in range(100) if not any(first <= n <= last for first, last in left_out)]
+        assert [batch_number(position, left_out) for position in range(len(used))] == used, left_out
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_stream_without_some_batches_is_the_rest_of_the_whole(count):
+    left_out = [(6, 8), (1, 1)]  # across the end of the epoch of five batches
+    for process in range(count):
+        share = {"process_index": process, "process_count": count}
+        whole = take(12, **share)
+        rest = [batch for number, batch in enumerate(whole) if number not in (1, 6, 7, 8)]
+        assert_same(take(8, left_out=left_out, **share), rest)
+        assert_same(take(3, left_out=left_out, start_step=5, **share), rest[5:])
+
+
+@pytest.mark.parametrize("impossible", [(-1, 2), (3, 2)])
+def test_impossible_ranges_are_refused(impossible):
+    with pytest.raises(ValueError, match="must be ranges of batch numbers"):
+        take(1, left_out=[(0, 0), impossible])
 
 
 def test_neighbouring_seeds_share_no_epoch():

@@ -1,15 +1,20 @@
-"""Worker processes of a training stream leave nothing behind: no warning, no shared memory, no process."""
+"""Worker processes of a training stream: they survive signals, start again after a death, and leave nothing behind."""
 
+import multiprocessing
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
+from clipjax.data import workers
 from clipjax.data.training_stream import TrainStream
-from tests.data.test_training_stream import make_config, make_source, tokenize
+from clipjax.data.workers import WorkersDie
+from tests.data.test_training_stream import assert_same, make_config, make_source, take, tokenize
 
 ROOT = pathlib.Path(__file__).parents[2]
 READ = """
@@ -65,3 +70,58 @@ def test_a_closed_stream_says_so():
     stream.close()
     with pytest.raises(ValueError, match="the stream is closed"):
         next(stream)
+
+
+def worker_pids() -> list[int]:
+    return [child.pid for child in multiprocessing.active_children() if child.pid and "grain" in child.name]
+
+
+def signal_starting_workers() -> None:
+    """Send each of two workers the signals to stop as soon as it is there: it still imports."""
+    signalled: set[int] = set()
+    while len(signalled) < 2:
+        for pid in set(worker_pids()) - signalled:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(pid, number)
+            signalled.add(pid)
+        time.sleep(0.001)
+
+
+def test_dead_workers_start_again_where_they_were_until_their_limit():
+    """Signals to stop do nothing, also to a worker that still imports; SIGKILL loses and doubles no batch."""
+    config = make_config(num_workers=2, num_threads=1, prefetch_batches=2)
+    config.recovery.max_worker_restarts = 1
+    told: list[str] = []
+    stream = TrainStream(make_source(), tokenize=tokenize, config=config, on_restart=told.append, left_out=[(2, 2)])
+    try:
+        signals = threading.Thread(target=signal_starting_workers)
+        signals.start()
+        batches = [next(stream)]
+        signals.join()
+        first = worker_pids()
+        for pid in first:
+            os.kill(pid, signal.SIGTERM)
+        batches += [next(stream) for _ in range(2)]
+        assert stream.worker_restarts == 0 and worker_pids() == first
+        os.kill(first[1], signal.SIGKILL)
+        while stream.worker_restarts == 0:  # batches that lay ready come first
+            batches.append(next(stream))
+        assert told == [
+            f"a loader worker of process 0 died (signal 9): all of them start again at step {len(batches)}, "
+            "restart 1 of 1"
+        ]
+        assert not set(worker_pids()) & set(first)
+        os.kill(worker_pids()[0], signal.SIGKILL)
+        with pytest.raises(WorkersDie, match="max_worker_restarts=1: a loader worker of process 0 died again"):
+            while True:
+                batches.append(next(stream))
+        stream.read_here()
+        batches += [next(stream) for _ in range(2)]
+        assert worker_pids() == []
+    finally:
+        stream.close()
+    assert_same(batches, take(len(batches), left_out=[(2, 2)]))
+
+
+def test_another_error_is_no_death():
+    assert workers.exit_code_of_death(RuntimeError("a defect of a source")) is None

@@ -28,8 +28,9 @@ VALUES = {
 
 @pytest.fixture
 def exporter():
-    with Exporter(LogConfig(prometheus_port=0)) as made:
-        yield made
+    made = Exporter(LogConfig(prometheus_port=0))
+    yield made
+    made.close()
 
 
 def scrape(port: int) -> dict[tuple[str, ...], float]:

@@ -89,7 +89,7 @@ def test_a_wrong_collective_is_named_by_its_axis(monkeypatch, mesh, collective):
 
 def test_a_device_that_never_answers_is_named(monkeypatch):
     monkeypatch.setattr(device_check, "SILENT_SECONDS", 0.02)
-    monkeypatch.setattr(device_check, "_PEERS_SECONDS", 0.02)
+    monkeypatch.setattr(device_check, "_COMPILE_SECONDS", 0.02)
     device = jax.devices()[2]
     silent = types.SimpleNamespace(device=device, data=types.SimpleNamespace(is_ready=lambda: False))
     result: Any = types.SimpleNamespace(addressable_shards=[silent])

@@ -1,0 +1,369 @@
+"""The watchdog: ends all processes of a run that makes no progress, with the stacks of each in its log.
+
+Reading order: `Watchdog` (the thread that watches), `Deadline` (the rule, free of clocks), `Peers` (several processes).
+
+The rule: between two steps no more than the limit may pass, `stuck_seconds` or ten median steps if that is longer. In
+a phase that may take any time (the first steps with their compiling, an evaluation, a save) the limit counts from the
+last sign of work: processor time or bytes of files, of this process or of another one in such a phase. Time in which
+the whole machine was paused does not count.
+"""
+
+import collections
+import contextlib
+import faulthandler
+import json
+import multiprocessing
+import os
+import pathlib
+import socket
+import statistics
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from typing import NoReturn, Self, TextIO
+
+import jax
+
+from clipjax.runtime import process_log, processes
+
+TICK_SECONDS = 2.0
+"""Time between two looks of the watchdog, and between two signs of life of a process."""
+
+MEDIAN_STEPS = 10
+"""The limit in median steps, if that is longer than `stuck_seconds`."""
+
+SILENT_SECONDS = 20.0
+"""Silence of another process before it is named; JAX ends the run after `processes.HEARTBEAT_SECONDS`."""
+
+_START = "the first steps"
+_WORK_SHARE = 0.05  # of a core: what idle threads take together is far below
+_WORK_BYTES = 4096  # of files in a tick
+_PAUSE_SECONDS = 2.0  # a sleep that is longer by this much was a pause of the machine
+_GRACE_TICKS = 3  # for the other processes to write their stacks, and to show which of them is silent
+
+
+class Deadline:
+    """The time of the last progress and the limit from there; every method gets the time as `now`."""
+
+    def __init__(self, stuck_seconds: float, now: float) -> None:
+        self._stuck_seconds = stuck_seconds
+        self._since = now
+        self._steps = 0
+        self._clean = False  # no phase lay between the last step and now
+        self._seconds: collections.deque[float] = collections.deque(maxlen=64)
+        self.phases = [_START]
+
+    @property
+    def limit(self) -> float:
+        """Seconds without progress after which the run counts as stuck."""
+        median = statistics.median(self._seconds) if self._seconds else 0.0
+        return max(self._stuck_seconds, MEDIAN_STEPS * median)
+
+    def beat(self, now: float) -> None:
+        """Count a step."""
+        self._steps += 1
+        if self._steps == 2:  # the second one may compile too
+            self.phases.remove(_START)
+        elif self._steps > 2 and self._clean:
+            self._seconds.append(now - self._since)
+        self._since, self._clean = now, True
+
+    def enter(self, phase: str, now: float) -> None:
+        """Begin a phase that may take any time as long as somebody works."""
+        self.phases.append(phase)
+        self._since, self._clean = now, False
+
+    def leave(self, now: float) -> None:
+        """End the latest phase."""
+        self.phases.pop()
+        self._since, self._clean = now, False
+
+    def worked(self, now: float) -> None:
+        """Count a sign of work in a phase."""
+        self._since = now
+        self._clean = False
+
+    def shift(self, seconds: float) -> None:
+        """Leave out a pause of the machine."""
+        self._since += seconds
+
+    def waited(self, now: float) -> float:
+        """Return the seconds since the last progress."""
+        return now - self._since
+
+
+class Watchdog:
+    """The thread that ends this process, and so the run, if it is stuck; a context manager.
+
+    Args:
+        stuck_seconds: limit of `recovery.stuck_seconds`; None: no limit, and only other processes are heard.
+        log: file for the stacks of all threads; None: standard error.
+        tick_seconds: time between two looks.
+    """
+
+    def __init__(
+        self, stuck_seconds: float | None, *, log: TextIO | None = None, tick_seconds: float = TICK_SECONDS
+    ) -> None:
+        self._limited = stuck_seconds is not None
+        self._deadline = Deadline(stuck_seconds or 0.0, time.monotonic())
+        self._lock = threading.Lock()
+        self._log, self._tick = log, tick_seconds
+        self._step = 0
+        self._peers = Peers(tick_seconds) if jax.process_count() > 1 else None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+
+    def __enter__(self) -> Self:
+        # JAX ends a process by SIGABRT when another one is dead; its stacks go to the log too.
+        faulthandler.enable(self._log or sys.__stderr__ or 2)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join()
+        if self._peers is not None:
+            self._peers.close()
+        faulthandler.enable(sys.__stderr__ or 2)
+
+    def beat(self, step: int) -> None:
+        """Tell that a step has been started; the loop calls it once in each turn."""
+        with self._lock:
+            self._step = step
+            self._deadline.beat(time.monotonic())
+
+    @contextlib.contextmanager
+    def paused(self, phase: str) -> Iterator[None]:
+        """Allow the `with` block any time in which some process works.
+
+        Args:
+            phase: name of the block for messages, as in "evaluation".
+        """
+        with self._lock:
+            self._deadline.enter(phase, time.monotonic())
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._deadline.leave(time.monotonic())
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Name the process whose death made an operation of all processes fail in the `with` block.
+
+        An error says only that a connection was lost. The other processes wait a few seconds to see who is silent.
+        After the block everything is closed, which can wait for the last save.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._peers is not None:
+                self._peers.leave(repr(error))
+                if isinstance(error, jax.errors.JaxRuntimeError):
+                    for line in self._peers.explain():
+                        _say(line)
+            raise
+        finally:
+            with self._lock:
+                self._deadline.enter("closing", time.monotonic())
+
+    def _watch(self) -> None:
+        work = _work()
+        while True:
+            before = time.monotonic()
+            if self._closed.wait(self._tick):
+                return
+            now = time.monotonic()
+            took, done = now - before, _work()
+            with self._lock:
+                if took > self._tick + _PAUSE_SECONDS:
+                    self._deadline.shift(took - self._tick)
+                busy = bool(self._deadline.phases) and _is_work(work, done, took)
+                if busy:
+                    self._deadline.worked(now)
+                if self._peers is not None and self._peers.others_worked():
+                    self._deadline.worked(now)
+                waited, limit = self._deadline.waited(now), self._deadline.limit
+            work = done
+            if self._peers is not None:
+                self._peers.tell(busy=busy, watching=self._limited and waited > limit / 6)
+                for line in self._peers.newly_silent():
+                    _say(line)
+                if self._peers.stuck:
+                    self._end(self._peers.stuck)
+            if self._limited and waited > limit:
+                self._end(self._describe(waited, limit))
+
+    def _describe(self, waited: float, limit: float) -> str:
+        phase = f" in {self._deadline.phases[-1]}" if self._deadline.phases else ""
+        name = f"process {jax.process_index()} ({socket.gethostname()})"
+        return (
+            f"{name} is stuck after step {self._step}{phase}: no progress for {waited:.0f} s (at most {limit:.0f} s: "
+            f"recovery.stuck_seconds, or {MEDIAN_STEPS} steps), it waits in {_place()}"
+        )
+
+    def _end(self, text: str) -> NoReturn:
+        _say(text)
+        log = self._log or sys.__stderr__
+        if log is not None:
+            with contextlib.suppress(OSError, ValueError):
+                log.flush()
+                faulthandler.dump_traceback(log, all_threads=True)
+        if self._peers is not None:
+            self._peers.announce(text)
+            time.sleep(_GRACE_TICKS * self._tick)
+            for line in self._peers.silent_lines():
+                _say(line)
+            if jax.process_index() == 0:  # its end takes the messages of the others with it
+                time.sleep(self._tick)
+        for child in multiprocessing.active_children():  # a stopped loader worker does not end by itself
+            child.kill()
+        os._exit(1)
+
+
+class Peers:
+    """The signs of life of all processes, through the coordinator, in a thread: the coordinator may not answer."""
+
+    def __init__(self, tick_seconds: float) -> None:
+        self._tick = tick_seconds
+        self._rank, self._count = jax.process_index(), jax.process_count()
+        self._beats = self._busy = 0
+        self._watching, self._others_worked = False, False
+        self._announcement = ""
+        self._moved: dict[int, tuple[float, str]] = {}  # by rank: when its sign of life last changed, and to what
+        self._hosts: dict[int, str] = {}
+        self._named: set[int] = set()
+        self._answered = time.monotonic()
+        self.stuck = ""
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="signs-of-life")
+        self._thread.start()
+
+    def tell(self, *, busy: bool, watching: bool) -> None:
+        """Note that this process works in a phase, and whether it looks at the others."""
+        self._busy += busy
+        self._watching = watching
+
+    def others_worked(self) -> bool:
+        """Return True once after another process has worked in a phase; only known while `watching`."""
+        worked, self._others_worked = self._others_worked, False
+        return worked
+
+    def announce(self, text: str) -> None:
+        """Tell all processes that one is stuck; they write their stacks and end."""
+        self._announcement, self._watching = text, True
+
+    def leave(self, reason: str) -> None:
+        """Tell the others that this process ends by an error of its own."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            processes.kv_set(f"left/{self._rank}", reason)
+
+    def explain(self) -> list[str]:
+        """Return a line for each process that ended or is silent; wait a few ticks to see who is."""
+        self._watching = True
+        self._closed.wait((_GRACE_TICKS + 1) * self._tick)
+        try:
+            left = {int(rank): reason for rank, reason in processes.kv_list("left").items()}
+        except jax.errors.JaxRuntimeError:
+            left = {}
+        lost = "JaxRuntimeError"  # it tells of the death of another, too
+        ended = [
+            f"process {rank} ({self._host(rank)}) ended with {reason}"
+            for rank, reason in left.items()
+            if rank != self._rank and not reason.startswith(lost)
+        ]
+        return ended + self.silent_lines(except_for=set(left))
+
+    def silent_lines(self, except_for: frozenset[int] | set[int] = frozenset()) -> list[str]:
+        """Return a line for each process that gives no sign of life."""
+        now = time.monotonic()
+        if now - self._answered > (_GRACE_TICKS - 0.5) * self._tick:
+            return ["process 0, which passes messages between the processes, does not answer: it is dead or stopped"]
+        return [
+            f"process {rank} ({self._host(rank)}) gives no sign of life: it is dead or stopped"
+            for rank, (moved, _) in sorted(self._moved.items())
+            if now - moved > (_GRACE_TICKS - 0.5) * self._tick and rank not in except_for
+        ]
+
+    def newly_silent(self) -> list[str]:
+        """Return a line for each process that has become silent for `SILENT_SECONDS`, once."""
+        now = time.monotonic()
+        lines = []
+        for rank, (moved, _) in self._moved.items():
+            if self._watching and now - moved > SILENT_SECONDS and rank not in self._named:
+                self._named.add(rank)
+                lines.append(f"process {rank} ({self._host(rank)}) has given no sign of life for {now - moved:.0f} s")
+        return lines
+
+    def _host(self, rank: int) -> str:
+        return self._hosts.get(rank, "host unknown")
+
+    def _run(self) -> None:
+        while not self._closed.wait(self._tick):
+            try:
+                self._exchange()
+            except (jax.errors.JaxRuntimeError, RuntimeError):  # the coordinator is gone; JAX ends this process soon
+                continue
+            self._answered = time.monotonic()
+
+    def _exchange(self) -> None:
+        self._beats += 1
+        sign = json.dumps({"host": socket.gethostname(), "beats": self._beats, "busy": self._busy})
+        processes.kv_set(f"alive/{self._rank}", sign, overwrite=True)
+        if self._announcement:
+            processes.kv_set(f"stuck/{self._rank}", self._announcement, overwrite=True)
+        else:
+            self.stuck = next(iter(processes.kv_list("stuck").values()), "")
+        if not self._watching:
+            self._moved.clear()
+            return
+        now = time.monotonic()
+        for name, text in processes.kv_list("alive").items():
+            rank, sign = int(name), json.loads(text)
+            if rank == self._rank:
+                continue
+            self._hosts[rank] = sign["host"]
+            known = self._moved.get(rank)
+            if known is None or known[1] != text:
+                if known is not None and json.loads(known[1])["busy"] != sign["busy"]:
+                    self._others_worked = True
+                self._moved[rank] = now, text
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+        self._thread.join(timeout=5)
+
+
+def _work() -> tuple[float, int]:
+    """Return the processor time of this process in seconds, and the bytes that it has read and written."""
+    times = os.times()
+    try:
+        lines = pathlib.Path("/proc/self/io").read_text().splitlines()
+        size = sum(int(line.split()[1]) for line in lines if line.startswith(("rchar", "wchar")))
+    except OSError:  # not on Linux
+        size = 0
+    return times.user + times.system, size
+
+
+def _is_work(before: tuple[float, int], after: tuple[float, int], seconds: float) -> bool:
+    return after[0] - before[0] > _WORK_SHARE * seconds or after[1] - before[1] > _WORK_BYTES
+
+
+def _place() -> str:
+    """Return the innermost line of clipjax that the main thread is in."""
+    frame: types.FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
+    package = str(pathlib.Path(__file__).parents[1])
+    while frame is not None and not frame.f_code.co_filename.startswith(package):
+        frame = frame.f_back
+    if frame is None:
+        return "no line of clipjax"
+    path = pathlib.Path(frame.f_code.co_filename).relative_to(pathlib.Path(package).parent)
+    return f"{path}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+def _say(text: str) -> None:
+    process_log.info(text)
+    print(f"clipjax: {text}", file=sys.stderr, flush=True)

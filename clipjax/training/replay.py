@@ -1,0 +1,192 @@
+"""A logged step again, bit for bit, and what in it was not finite first: `clipjax train ... --replay=STEP`.
+
+Nothing is logged or saved. The order in which a step computes is the order in which it is searched: parameters,
+embeddings of each sample, gradients.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipjax.checkpoints.manager import Checkpoints
+from clipjax.data.tokenizers.protocol import TextToTokens
+from clipjax.data.training_stream import TrainStream
+METRICS = "metrics.jsonl"
+from clipjax.pytrees import leaf_paths
+from clipjax.runtime import processes, sharding
+from clipjax.training.decisions import Rollback
+from clipjax.training.preflight import Checked
+from clipjax.training.resume import start_state
+from clipjax.training.run import device_batch
+from clipjax.training.session import Session, open_session
+from clipjax.training.step import TrainState
+from clipjax.typing import Batch
+
+_SHOWN = 8
+
+
+def replay(checked: Checked, step: int, rollback: int | None = None) -> Iterator[str]:
+    """Compute a step again from the nearest checkpoint before it; yield what it finds, a line at a time.
+
+    Args:
+        checked: the run; nobody else may hold its workdir.
+        step: to compute again.
+        rollback: number of the rollback, from 1, before which the step was; None: the step as the run has it now.
+
+    Raises:
+        ValueError: there is no such rollback, or the step lies behind it.
+    """
+    config, inputs = checked.config, checked.inputs
+    with open_session(checked, record=False) as session:
+        checkpoints = Checkpoints(checked.workdir, config.checkpoint)
+        decisions = session.decisions
+        state, start = start_state(
+            config,
+            inputs,
+            checkpoints,
+            decisions,
+            session.program.init_state,
+            session.mesh,
+            before=_first_changed(decisions.taken, step, rollback),
+        )
+        if rollback is not None:
+            decisions.forget_from(rollback - 1)
+        if start.step:
+            yield f"from the checkpoint of step {start.step}: {step - start.step} steps"
+        else:
+            yield f"no checkpoint before step {step} is kept: from step 0, {step} steps"
+        stream = TrainStream(
+            inputs.source,
+            tokenize=TextToTokens(inputs.tokenizer, config.model.text.context_length),
+            config=config,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            start_step=start.step,
+            left_out=session.decisions.left_out,
+        )
+        try:
+            for _ in range(start.step + 1, step):
+                batch = device_batch(config, session.mesh, next(stream))
+                state, metrics = session.step(state, batch, session.teacher)
+                jax.block_until_ready(metrics["loss"])
+                session.watchdog.beat(step)
+            host = next(stream)
+            batch = device_batch(config, session.mesh, host)
+            with session.watchdog.paused("the search"):
+                found = list(_search(session, state, batch, host["index"]))
+            state, metrics = session.step(state, batch, session.teacher)
+            yield _compare(step, jax.device_get(dict(metrics)), _logged(checked, step) if rollback is None else None)
+            yield from found
+        finally:
+            stream.close()
+
+
+def _first_changed(taken: Sequence[Rollback], step: int, rollback: int | None) -> int:
+    """Return the step before which a checkpoint must be.
+
+    Raises:
+        ValueError: there is no such rollback, or the step was not behind it.
+    """
+    if rollback is None:
+        return step
+    if not 1 <= rollback <= len(taken):
+        raise ValueError(f"--rollback={rollback} must be one of the run's {len(taken)} rollbacks, counted from 1")
+    decision = taken[rollback - 1]
+    if not decision.to_step < step <= decision.last_step + 1:
+        raise ValueError(
+            f"--replay={step} with --rollback={rollback} must lie behind step {decision.to_step}, to which that "
+            f"rollback went, and not behind {decision.last_step}, the last step of its trouble"
+        )
+    return min(step, *(each.to_step + 1 for each in taken[rollback - 1 :]))
+
+
+def _logged(checked: Checked, step: int) -> Mapping[str, Any] | None:
+    """Return the line of a step in the metrics, None if it was not logged."""
+    try:
+        lines = (checked.workdir / METRICS).read_bytes().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        values = json.loads(line)
+        if values.get("step") == step and "loss" in values:
+            return values
+    return None
+
+
+def _compare(step: int, metrics: Mapping[str, Any], logged: Mapping[str, Any] | None) -> str:
+    """Return the loss of a step, and whether it is that of the log."""
+    loss = float(metrics["loss"])
+    text = f"step {step}: loss {loss!r}"
+    if int(metrics["skipped_in_a_row"]):
+        text += ", the update is skipped"
+    if logged is None:
+        return f"{text}; it was not logged, so there is nothing to compare"
+    others = [
+        name
+        for name, value in metrics.items()
+        if np.ndim(value) == 0 and name in logged and not _same(float(value), logged[name])
+    ]
+    if not others:
+        return f"{text}; every number is bit for bit that of the log"
+    return f"{text}; the log has others for {', '.join(others)} (loss {logged['loss']!r}): another mesh or version?"
+
+
+def _same(value: float, logged: float | None) -> bool:
+    return value == logged if np.isfinite(value) else logged is None
+
+
+def _search(session: Session, state: TrainState, batch: Batch, index: np.ndarray) -> Iterator[str]:
+    """Yield what is not finite, in the order in which the step computes."""
+    rows, leaves, grads = jax.device_get(_make_search(session)(state, batch, session.teacher))
+    names = leaf_paths(state.params)
+    yield _leaves("parameters", [name for name, finite in zip(names, leaves, strict=True) if not finite], len(names))
+    own = _own_rows(len(rows["image"]))
+    for side, finite in rows.items():
+        bad = np.flatnonzero(~finite)
+        if not len(bad):
+            yield f"{side} embeddings: all {len(finite)} finite"
+            continue
+        places = [session.checked.inputs.source.location(int(index[i - own.start])) for i in bad if i in own]
+        more = f" and {len(bad) - len(places)} more" if len(bad) > len(places[:_SHOWN]) else ""
+        yield f"{side} embeddings: {len(bad)} of {len(finite)} not finite: {'; '.join(places[:_SHOWN])}{more}"
+    yield _leaves("gradients", [name for name, finite in zip(names, grads, strict=True) if not finite], len(names))
+
+
+def _own_rows(count: int) -> range:
+    """Return the rows of a global batch that this process has read."""
+    share = count // jax.process_count()
+    return range(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def _leaves(what: str, bad: Sequence[str], count: int) -> str:
+    if not bad:
+        return f"{what}: all {count} leaves finite"
+    more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    return f"{what}: {len(bad)} of {count} leaves not finite: {', '.join(bad[:_SHOWN])}{more}"
+
+
+def _make_search(session: Session) -> Any:
+    """Return the jitted function that tells what is finite: rows of embeddings, parameters, gradients."""
+    step = session.program.train_step
+
+    def search(state: TrainState, batch: Batch, teacher: Any) -> tuple[Any, Any, Any]:
+        key = jax.random.fold_in(state.key, state.step)
+        encoded = session.program.clip.encode_batch(state.params, state.batch_stats or {}, batch, key)
+        inputs = step.loss_inputs(state, batch, key, teacher)
+        grads, _ = step.gradients(state.params, state.batch_stats or {}, batch, inputs, key)
+        rows = {"image": _finite_rows(encoded.image_embed), "text": _finite_rows(encoded.text_embed)}
+        return rows, _finite_leaves(state.params), _finite_leaves(grads)
+
+    return jax.jit(search, out_shardings=sharding.replicated(session.mesh))
+
+
+def _finite_rows(embed: jax.Array) -> jax.Array:
+    return jnp.isfinite(embed).all(axis=1)
+
+
+def _finite_leaves(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])

@@ -1,0 +1,140 @@
+"""One start of a process: what lives as long as it does, through every rollback of its run.
+
+`open_session` makes it: ledger, signals, watchdog, mesh, compiled step. `run.build` adds what a rollback makes anew.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from clipjax.checkpoints.saved import load_params
+from clipjax.config import steps_of
+from clipjax.monitoring import events as run_events
+from clipjax.monitoring import run_record
+from clipjax.monitoring.events import Events
+from clipjax.monitoring.goodput import Goodput, wall_clock
+from clipjax.monitoring.profile import ProfileOnRequest
+from clipjax.runtime import device_check, process_log, processes, sharding
+from clipjax.runtime.shutdown import Shutdown
+from clipjax.runtime.watchdog import Watchdog
+from clipjax.training.decisions import Decisions
+from clipjax.training.preflight import Checked
+from clipjax.training.program import Program, build_program
+from clipjax.training.replicas import ReplicaCheck
+from clipjax.typing import Params
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Session:
+    """The parts of a start that outlive a rollback.
+
+    Attributes:
+        checked: the run that was allowed to begin.
+        mesh: the devices.
+        program: the functions that are compiled.
+        decisions: that the run has taken.
+        events: of the run.
+        goodput: the ledger of the run's time.
+        signal: requests to stop.
+        watchdog: ends the run if it is stuck.
+        profile: traces steps on request.
+        teacher: parameters of the frozen model to learn from; None: without.
+    """
+
+    checked: Checked
+    mesh: Mesh
+    program: Program
+    decisions: Decisions
+    events: Events
+    goodput: Goodput
+    signal: Shutdown
+    watchdog: Watchdog
+    profile: ProfileOnRequest
+    teacher: Params | None
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """The jitted step: `TrainStep.__call__`, compiled once."""
+        return self.program.jit(self.program.abstract_state())
+
+    @functools.cached_property
+    def replicas(self) -> ReplicaCheck | None:
+        """The check of the copies of the state on several devices; None: it is off, or there are no copies."""
+        if self.checked.config.recovery.replica_check_examples is None:
+            return None
+        return ReplicaCheck(self.mesh, self.program.abstract_state())
+
+    @property
+    def replica_check_every(self) -> int:
+        """Steps between two checks of the copies."""
+        return steps_of(self.checked.config.recovery.replica_check_examples or 0, self.checked.config)
+
+
+@contextlib.contextmanager
+def open_session(checked: Checked, *, record: bool = True) -> Iterator[Session]:
+    """Check the devices and prepare the program; the end of the `with` block closes everything.
+
+    Args:
+        checked: the run.
+        record: keep this start in `run.json` and `events.jsonl`.
+
+    Raises:
+        BrokenDevice: a device or link is missing or gives wrong results.
+        DamagedCheckpoint: the teacher cannot be restored.
+    """
+    config, workdir, inputs = checked.config, checked.workdir, checked.inputs
+    with contextlib.ExitStack() as stack:
+        if checked.exporter is not None:
+            stack.callback(checked.exporter.close)
+        events = Events(workdir, enabled=record and processes.is_first(), clock=wall_clock)
+        goodput = stack.enter_context(_ledger(checked, events))
+        log = process_log.open_file()
+        signal = Shutdown(log)
+        stack.callback(signal.close)
+        watchdog = stack.enter_context(Watchdog(config.recovery.stuck_seconds, log=log))
+        mesh = sharding.make_mesh(config.mesh)
+        times = device_check.check_devices(mesh)
+        if record and processes.is_first():
+            run_record.add_to_start(workdir, device_check=times)
+        stack.enter_context(jax.set_mesh(mesh))
+        teacher = inputs.teacher_checkpoint
+        profile = ProfileOnRequest(workdir)
+        stack.callback(profile.close)
+        yield Session(
+            checked=checked,
+            mesh=mesh,
+            program=build_program(
+                config,
+                mesh,
+                num_samples=len(inputs.source),
+                tx=checked.tx,
+                teacher=None if teacher is None else teacher.config,
+            ),
+            decisions=Decisions(workdir),
+            events=events,
+            goodput=goodput,
+            signal=signal,
+            watchdog=watchdog,
+            profile=profile,
+            teacher=None if teacher is None else load_params(teacher, mesh),
+        )
+
+
+@contextlib.contextmanager
+def _ledger(checked: Checked, events: Events) -> Iterator[Goodput]:
+    """Open the ledger of this start; record the end of the `with` block."""
+    past = run_events.read(checked.workdir) if processes.is_first() else ()
+    goodput = Goodput(events, past, devices=jax.device_count())
+    if checked.exporter is not None:
+        checked.exporter.watch(goodput, events)
+    try:
+        yield goodput
+    except BaseException as error:
+        goodput.record("stop", reason=type(error).__name__)
+        raise
+    goodput.record("stop")
