@@ -146,6 +146,7 @@ class _Agreement:
 
     def __init__(self, owner: Shutdown) -> None:
         self._owner = owner
+        self._rank, self._count = jax.process_index(), jax.process_count()
         self._changed = threading.Condition()
         self._passed = 0
         self._posted: int | None = None
@@ -184,8 +185,8 @@ class _Agreement:
                 return
         with self._changed:
             posted = self._posted = self._passed
-        processes.kv_set(f"stop_at/{jax.process_index()}", str(posted))
-        while len(posts := processes.kv_list("stop_at")) < jax.process_count():
+        processes.kv_set(f"stop_at/{self._rank}", str(posted))
+        while len(posts := processes.kv_list("stop_at")) < self._count:
             if self._closed.wait(_POLL_SECONDS / 5):
                 return
         with self._changed:

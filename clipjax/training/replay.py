@@ -15,9 +15,10 @@ import numpy as np
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import TrainStream
+
 METRICS = "metrics.jsonl"
 from clipjax.pytrees import leaf_paths
-from clipjax.runtime import processes, sharding
+from clipjax.runtime import sharding
 from clipjax.training.decisions import Rollback
 from clipjax.training.preflight import Checked
 from clipjax.training.resume import start_state

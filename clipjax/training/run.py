@@ -26,7 +26,7 @@ from clipjax.losses import describe_loss
 from clipjax.monitoring import run_record
 from clipjax.monitoring.run_logger import RunLogger, results_table
 from clipjax.monitoring.stragglers import rank_times
-from clipjax.runtime import process_log, processes, sharding
+from clipjax.runtime import processes, sharding
 from clipjax.runtime.shutdown import Shutdown
 from clipjax.training.inputs import Inputs
 from clipjax.training.left_out import RecentBatches
@@ -142,7 +142,7 @@ class Run:
     def _judge_oldest(self) -> tuple[int, dict[str, np.ndarray]]:
         """Judge the oldest update in flight; return its step and what it was judged by."""
         step, metrics, digests = self._in_flight.popleft()
-        with self.logger.waiting_for_devices(), self.session.watchdog.dead_named():
+        with self.logger.waiting_for_devices():
             jax.block_until_ready(metrics["loss"])
         values = jax.device_get({name: metrics[name] for name in JUDGED})
         if digests is not None and self.session.replicas is not None:

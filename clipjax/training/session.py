@@ -105,6 +105,7 @@ def open_session(checked: Checked, *, record: bool = True) -> Iterator[Session]:
         teacher = inputs.teacher_checkpoint
         profile = ProfileOnRequest(workdir)
         stack.callback(profile.close)
+        stack.enter_context(watchdog.training())
         yield Session(
             checked=checked,
             mesh=mesh,

@@ -1,9 +1,8 @@
-"""How processes are started, and how a signal is remembered."""
+"""The start of processes, and the texts between them."""
 
 import contextlib
 import os
 import pathlib
-import signal
 import socket
 import time
 import types
@@ -23,10 +22,11 @@ def calls(monkeypatch) -> list[dict]:
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
     monkeypatch.setattr(jax, "process_count", lambda: calls[-1].get("num_processes", 1))
+    monkeypatch.setattr(processes, "check_coordinator", lambda *_: None)
     return calls
 
 
-TIMES = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 10}
+TIMES = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 45}
 
 
 def test_a_lone_process_starts_nothing(calls):
@@ -108,8 +108,11 @@ def coordinator():
 def test_texts_go_through_the_coordinator(coordinator):
     """Fails where a newer JAX has moved the private attributes that `processes._store` rests on."""
     processes.kv_set("folder/a", "x")
-    processes.kv_set("folder/b", "y\n")
+    processes.kv_set("folder/b", "b")
     assert processes.kv_get("folder/a", timeout_seconds=1) == "x"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="ALREADY_EXISTS"):
+        processes.kv_set("folder/a", "z")
+    processes.kv_set("folder/b", "y\n", overwrite=True)
     assert processes.kv_list("folder") == {"a": "x", "b": "y\n"}
     processes.kv_delete("folder")
     assert processes.kv_list("folder") == {}
@@ -139,64 +142,25 @@ def test_one_function_alone_enters_the_private_modules_of_jax():
     assert {name: count for name, count in users.items() if count} == {"processes.py": 1}
 
 
-@pytest.fixture
-def handlers():
-    """The handlers before a test; whatever it installs is taken out again."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield before
-    for number, handler in before.items():
-        signal.signal(number, handler)
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "0.0.0.0", "::"])
+def test_a_port_that_another_program_uses_is_refused_before_jax_tries(host):
+    """On whatever address it listens; JAX would bind to all of them, and may crash."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as another run would
+        holder.bind((host, 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cannot meet at localhost:{port}: another program uses this port"):
+            processes.start({"coordinator": f"localhost:{port}", "num_processes": "2", "process_id": "0"}, {})
+    processes.check_coordinator(f"localhost:{port}", {})
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_is_remembered_and_the_second_ends_the_process(handlers, monkeypatch, number):
-    ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    shutdown = processes.ShutdownSignal()
-    assert shutdown.number is None
-    assert not shutdown.due(1)
-    signal.raise_signal(number)
-    assert shutdown.number == number
-    assert shutdown.due(2)
-    assert shutdown.due(3)  # it stays due
-    assert not ended
-    signal.raise_signal(signal.SIGINT)
-    assert ended == [130]
-
-
-def test_restore_gives_the_handlers_back(handlers):
-    def mine(*_: object) -> None: ...
-
-    signal.signal(signal.SIGTERM, mine)
-    shutdown = processes.ShutdownSignal()
-    assert signal.getsignal(signal.SIGTERM) is not mine
-    shutdown.restore()
-    assert signal.getsignal(signal.SIGTERM) is mine
-    assert signal.getsignal(signal.SIGINT) is handlers[signal.SIGINT]
-
-
-def test_with_several_processes_jax_keeps_sigterm_and_gets_sigint_as_one(handlers, monkeypatch):
-    """JAX's notifier lives in the handler of SIGTERM: another one in its place, and no process would ever stop."""
-    sent = []
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
-    shutdown = processes.ShutdownSignal()
-    assert signal.getsignal(signal.SIGTERM) is handlers[signal.SIGTERM]
-    signal.raise_signal(signal.SIGINT)
-    assert sent == [(os.getpid(), signal.SIGTERM)]
-    shutdown.restore()
-    assert signal.getsignal(signal.SIGINT) is handlers[signal.SIGINT]
-
-
-def test_with_several_processes_the_step_to_stop_at_is_jaxs(handlers, monkeypatch):
-    from jax.experimental import multihost_utils
-
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 5)
-    shutdown = processes.ShutdownSignal()
-    assert [shutdown.due(step) for step in (3, 4, 5)] == [False, False, True]
-    assert shutdown.number == signal.SIGTERM
-    shutdown.restore()
+def test_a_meeting_point_on_another_machine_is_refused_unless_it_is_forwarded():
+    with pytest.raises(ValueError, match=r"process 0 runs here, and 192\.0\.2\.1 is another machine"):
+        processes.check_coordinator("192.0.2.1:0", {})
+    processes.check_coordinator("192.0.2.1:0", {"JAX_COORDINATOR_BIND_ADDRESS": "127.0.0.1:0"})
+    with pytest.raises(ValueError, match="this machine has no such address"):
+        processes.check_coordinator("localhost:0", {"JAX_COORDINATOR_BIND_ADDRESS": "192.0.2.1:0"})
 
 
 @pytest.mark.parametrize(
