@@ -64,6 +64,6 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except (ValueError, RecursionError):  # cut off by a kill
             continue
-        if isinstance(event, dict) and "event" in event:
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
             found.append(event)
     return found

@@ -8,6 +8,7 @@ wrong or silent device or link ends the run and is named with its host; a slow o
 """
 
 import functools
+import itertools
 import json
 import math
 import socket
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clipjax.runtime import processes
+from clipjax.runtime import process_log, processes
 
 TRIES = 3
 SLOW_RATIO = 1.5
@@ -36,8 +37,9 @@ SILENT_SECONDS = 60.0
 
 _POLL_SECONDS = 1e-4
 _TILE = 64
-_PEERS_SECONDS = 300.0  # for the other processes, which compile in their own time
-_FOLDER = "device_check"
+_COMPILE_SECONDS = 60.0  # by which other processes may be later at the first message
+_PEERS_SECONDS = 300.0  # for the findings of the other processes
+_calls = itertools.count()  # in the keys, each of which is used once; all processes count alike
 MATMUL = "matmul"
 
 
@@ -91,9 +93,11 @@ def check_devices(mesh: Mesh) -> dict[str, Any]:
     """
     devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     size = _SIZES.get(devices[0].platform, _ACCELERATOR)
+    folder = f"device_check/{next(_calls)}"
     if jax.process_count() > 1:
-        processes.kv_set(f"{_FOLDER}/hosts/{jax.process_index()}", socket.gethostname())
-    return _settle("products", _check_products(devices, size)) | _settle("links", _check_links(mesh, size))
+        processes.kv_set(f"{folder}/hosts/{jax.process_index()}", socket.gethostname())
+    products = _settle(folder, "products", _check_products(devices, size))
+    return products | _settle(folder, "links", _check_links(mesh, size))
 
 
 def _name(device: Any) -> str:
@@ -202,11 +206,12 @@ def _measure(
         run: starts it; gives counts of faults, a row per device.
         describe: a device and its row in words.
     """
+    process_log.info(f"device check: {part}")  # the last line of the log if it hangs
     seconds: dict[str, float] = {}
     for attempt in range(1 + TRIES):  # the first one compiles
         start = time.perf_counter()
         waiting = {shard.device: shard.data for shard in run().addressable_shards}
-        while waiting and time.perf_counter() - start < SILENT_SECONDS + (attempt == 0) * _PEERS_SECONDS:
+        while waiting and time.perf_counter() - start < SILENT_SECONDS + (attempt == 0) * _COMPILE_SECONDS:
             for device in [device for device, rows in waiting.items() if rows.is_ready()]:
                 passed = time.perf_counter() - start
                 fault = _fault(waiting.pop(device), functools.partial(describe, device))
@@ -229,7 +234,7 @@ def _fault(rows: jax.Array, describe: Callable[[np.ndarray], str]) -> str | None
     return describe(wrong) if wrong.any() else None
 
 
-def _settle(stage: str, mine: _Findings) -> dict[str, Any]:
+def _settle(folder: str, stage: str, mine: _Findings) -> dict[str, Any]:
     """Judge the findings of all processes on the first one; return the summary there, elsewhere that of its own.
 
     Raises:
@@ -237,13 +242,13 @@ def _settle(stage: str, mine: _Findings) -> dict[str, Any]:
     """
     found, lines = [mine], [f"{line}, on host {mine.host}" for line in mine.broken]
     if jax.process_count() > 1:
-        processes.kv_set(f"{_FOLDER}/{stage}/{jax.process_index()}", json.dumps(asdict(mine)))
+        processes.kv_set(f"{folder}/{stage}/{jax.process_index()}", json.dumps(asdict(mine)))
         if processes.is_first():
-            found, lines = _gather(stage)
-            processes.kv_set(f"{_FOLDER}/{stage}/verdict", json.dumps(lines))
+            found, lines = _gather(folder, stage)
+            processes.kv_set(f"{folder}/{stage}/verdict", json.dumps(lines))
         else:
             try:
-                lines = json.loads(processes.kv_get(f"{_FOLDER}/{stage}/verdict", timeout_seconds=2 * _PEERS_SECONDS))
+                lines = json.loads(processes.kv_get(f"{folder}/{stage}/verdict", timeout_seconds=2 * _PEERS_SECONDS))
             except TimeoutError as error:
                 lines = [f"process 0 gives no verdict: {error}"]
     if lines:
@@ -254,16 +259,16 @@ def _settle(stage: str, mine: _Findings) -> dict[str, Any]:
     return _summary(found)
 
 
-def _gather(stage: str) -> tuple[list[_Findings], list[str]]:
+def _gather(folder: str, stage: str) -> tuple[list[_Findings], list[str]]:
     """Return the findings of all processes, and a line for each fault and for each process that sends none."""
     found: list[_Findings] = []
     lines: list[str] = []
     deadline = time.monotonic() + _PEERS_SECONDS
     for rank in range(jax.process_count()):
         try:
-            text = processes.kv_get(f"{_FOLDER}/{stage}/{rank}", timeout_seconds=max(deadline - time.monotonic(), 1.0))
+            text = processes.kv_get(f"{folder}/{stage}/{rank}", timeout_seconds=max(deadline - time.monotonic(), 1.0))
         except TimeoutError:
-            host = processes.kv_list(f"{_FOLDER}/hosts").get(str(rank), "unknown")
+            host = processes.kv_list(f"{folder}/hosts").get(str(rank), "unknown")
             lines.append(f"process {rank} sends no result of the part {stage!r}, on host {host}")
             continue
         found.append(_Findings(**json.loads(text)))

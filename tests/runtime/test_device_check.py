@@ -89,7 +89,7 @@ def test_a_wrong_collective_is_named_by_its_axis(monkeypatch, mesh, collective):
 
 def test_a_device_that_never_answers_is_named(monkeypatch):
     monkeypatch.setattr(device_check, "SILENT_SECONDS", 0.02)
-    monkeypatch.setattr(device_check, "_PEERS_SECONDS", 0.02)
+    monkeypatch.setattr(device_check, "_COMPILE_SECONDS", 0.02)
     device = jax.devices()[2]
     silent = types.SimpleNamespace(device=device, data=types.SimpleNamespace(is_ready=lambda: False))
     result: Any = types.SimpleNamespace(addressable_shards=[silent])
@@ -138,18 +138,18 @@ class Store:
 def test_a_process_that_sends_nothing_is_named_with_its_host(monkeypatch):
     store = Store(monkeypatch, 0)
     with pytest.raises(BrokenDevice, match="process 1 sends no result of the part 'products', on host host-1"):
-        device_check._settle("products", findings(0, 0.01))
-    assert "host-1" in store.texts["device_check/products/verdict"]  # the others raise it too
+        device_check._settle("check", "products", findings(0, 0.01))
+    assert "host-1" in store.texts["check/products/verdict"]  # the others raise it too
 
 
 def test_a_fault_of_one_process_reaches_all(monkeypatch):
     store = Store(monkeypatch, 1)
     lines = ["gpu:3 (process 0) multiplies wrongly, on host host-0"]
-    store.texts["device_check/products/verdict"] = json.dumps(lines)
+    store.texts["check/products/verdict"] = json.dumps(lines)
     with pytest.raises(BrokenDevice, match="multiplies wrongly, on host host-0"):
-        device_check._settle("products", findings(1, 0.01))
-    store.texts["device_check/links/verdict"] = "[]"
-    assert device_check._settle("links", findings(1, 0.01))["matmul"]["host"] == "host-1"
-    sent = json.loads(store.texts["device_check/links/1"])
-    Store(monkeypatch, 0).texts["device_check/links/1"] = json.dumps(sent)
-    assert device_check._settle("links", findings(0, 0.02))["matmul"]["slowest"] == "gpu:00 (process 0)"
+        device_check._settle("check", "products", findings(1, 0.01))
+    store.texts["check/links/verdict"] = "[]"
+    assert device_check._settle("check", "links", findings(1, 0.01))["matmul"]["host"] == "host-1"
+    sent = json.loads(store.texts["check/links/1"])
+    Store(monkeypatch, 0).texts["check/links/1"] = json.dumps(sent)
+    assert device_check._settle("check", "links", findings(0, 0.02))["matmul"]["slowest"] == "gpu:00 (process 0)"
