@@ -99,7 +99,7 @@ class Decisions:
         return [(each.first_batch, each.last_batch) for each in self.taken]
 
     def forget_from(self, number: int) -> None:
-        """Forget the decisions from this one on (the first is 0), here and not on disk: for a look at an earlier run."""
+        """Forget the decisions from this one on (the first is 0), here and not on disk, to look at an earlier run."""
         del self.taken[number:]
 
     def records(self) -> list[dict[str, Any]]:

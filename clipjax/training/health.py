@@ -90,9 +90,7 @@ def select(finite: jax.Array, new: Tree, old: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
 
-def observe(
-    health: Health, loss: jax.Array, finite: jax.Array, spike_sigmas: float | None
-) -> tuple[Health, jax.Array]:
+def observe(health: Health, loss: jax.Array, finite: jax.Array, spike_sigmas: float | None) -> tuple[Health, jax.Array]:
     """Return the health after a step, and True if its loss is a spike.
 
     Args:

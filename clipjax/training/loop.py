@@ -1,4 +1,4 @@
-"""The loop: step after step; log, evaluate and save when due. After trouble it goes back to a good checkpoint, and on."""
+"""The loop: step after step; log, evaluate and save when due; after trouble back to a good checkpoint, and on."""
 
 from clipjax.config import steps_of, total_steps
 from clipjax.data.training_stream import TooManyBadSamples

@@ -1,6 +1,7 @@
 """Migrations of checkpoints: what an older format holds, and the newest format's items from it.
 
-A checkpoint's `data` record names its `format`; without a name it is 1. Within one format every array must be there:
+A checkpoint's `data` record names its `format`; without a name it is 1, which had
+a count of the schedule's own, and no health. Within one format every array must be there:
 Orbax refuses a checkpoint that lacks one that `abstract_items` asks for.
 """
 
@@ -11,11 +12,9 @@ from typing import Any
 import jax
 import optax
 
+from clipjax.checkpoints.records import FORMAT
 from clipjax.training.health import Health
 from clipjax.training.optimizer import ScaleByStepState
-
-FORMAT = 2
-"""Format of the checkpoints that are written now; format 1 had a count of the schedule's own, and no health."""
 
 Items = dict[str, Any]
 

@@ -15,8 +15,6 @@ import numpy as np
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import TrainStream
-
-METRICS = "metrics.jsonl"
 from clipjax.pytrees import leaf_paths
 from clipjax.runtime import sharding
 from clipjax.training.decisions import Rollback
@@ -27,6 +25,7 @@ from clipjax.training.session import Session, open_session
 from clipjax.training.step import TrainState
 from clipjax.typing import Batch
 
+METRICS = "metrics.jsonl"
 _SHOWN = 8
 
 

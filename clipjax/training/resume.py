@@ -21,6 +21,7 @@ from clipjax.runtime import process_log, sharding
 from clipjax.runtime.processes import is_first
 from clipjax.training import migrations
 from clipjax.training.decisions import Decisions
+from clipjax.training.health import init_health
 from clipjax.training.inputs import Inputs, comes_from_init
 from clipjax.training.step import STATE_RULES, TrainState, from_items, to_items
 
@@ -164,7 +165,7 @@ def start_state(
     steps = None if before is None else [step for step in checkpoints.steps() if step < before]
     newest = checkpoints.newest_verified(steps)
     if newest is not None:
-        return _restore(checkpoints, newest, sharding.with_shardings(abstract, shardings))
+        return _restore(checkpoints, newest, sharding.with_shardings(abstract, shardings), mesh)
     state = jax.jit(init, out_shardings=shardings)()
     if inputs.init_checkpoint is not None:
         state = _take_params(state, inputs.init_checkpoint, config, mesh)
@@ -180,12 +181,13 @@ def _apply(decisions: Decisions, checkpoints: Checkpoints) -> None:
             checkpoints.set_aside(step, "rejected")
 
 
-def _restore(checkpoints: Checkpoints, step: int, placed: TrainState) -> tuple[TrainState, Position]:
+def _restore(checkpoints: Checkpoints, step: int, placed: TrainState, mesh: Mesh) -> tuple[TrainState, Position]:
     """Return state and position of a checkpoint, in any format."""
     data = dict(read_record(checkpoints.path(step), "data"))
     version = data.pop("format", 1)
     items, _ = checkpoints.restore(step, migrations.abstract_items(version, to_items(placed)))
-    return from_items(migrations.migrate(version, items, placed)), Position(**data)
+    health = jax.jit(init_health, out_shardings=sharding.replicated(mesh))()
+    return from_items(migrations.migrate(version, items, health)), Position(**data)
 
 
 def _take_params(state: TrainState, init_checkpoint: SavedCheckpoint, config: Config, mesh: Mesh) -> TrainState:

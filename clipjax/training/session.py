@@ -67,7 +67,9 @@ class Session:
         """The check of the copies of the state on several devices; None: it is off, or there are no copies."""
         if self.checked.config.recovery.replica_check_examples is None:
             return None
-        return ReplicaCheck(self.mesh, self.program.abstract_state())
+        check = ReplicaCheck(self.mesh, self.program.abstract_state())
+        process_log.info(f"arrays without copies to compare: {', '.join(check.not_covered) or 'none'}")
+        return check
 
     @property
     def replica_check_every(self) -> int:

@@ -128,7 +128,7 @@ class TrainStep:
     ) -> tuple[TrainState, Metrics]:
         """Return the next state, and metrics by name."""
         key = jax.random.fold_in(state.key, state.step)
-        inputs = self._loss_inputs(state, batch, key, teacher_params)
+        inputs = self.loss_inputs(state, batch, key, teacher_params)
         used = self._clamp(state.params)  # a checkpoint's scale may be above the maximum
         grads, aux = self.gradients(used, state.batch_stats or {}, batch, inputs, key)
         grad_norms = _grad_norms(grads)
@@ -176,7 +176,7 @@ class TrainStep:
             return memory
         return self.averages.scatter(memory, batch["index"], select(finite, log_mean, before.log_mean))
 
-    def _loss_inputs(self, state: TrainState, batch: Batch, key: Key, teacher_params: Params | None) -> LossInputs:
+    def loss_inputs(self, state: TrainState, batch: Batch, key: Key, teacher_params: Params | None) -> LossInputs:
         """Return groups of pairs, the teacher's embeddings and the moving averages, as far as this run has them."""
         teacher, memory = None, None
         if self.averages is not None and state.memory is not None:

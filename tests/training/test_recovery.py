@@ -8,7 +8,7 @@ from clipjax.config import Config
 from clipjax.monitoring import events
 from clipjax.monitoring.events import Events
 from clipjax.training.decisions import Decisions, Rollback, to_record
-from clipjax.training.recovery import GOOD_AFTER, RunStopped, Recovery, RollBack
+from clipjax.training.recovery import GOOD_AFTER, Recovery, RollBack, RunStopped
 
 pytestmark = pytest.mark.newest
 
