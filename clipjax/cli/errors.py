@@ -58,8 +58,8 @@ def stops(program: str) -> Iterator[None]:
     """End with a message and exit code 3 where a person has to look at the run, its data or its machine.
 
     Raises:
-        SystemExit: it did. One of several processes whose checkpoint is damaged ends at once instead, since the others
-            may wait for it.
+        SystemExit: it did. One of several processes whose checkpoint or device is at fault ends at once instead, since
+            the others may wait for it, or it for one that is missing.
     """
     # In here, so that commands that need no JAX do not wait for its import.
     from clipjax.checkpoints.manager import DamagedCheckpoint, SavesFail
@@ -70,10 +70,10 @@ def stops(program: str) -> Iterator[None]:
 
     try:
         yield
-    except (TooManyBadSamples, RunStopped, SavesFail, BrokenDevice) as error:  # all processes meet it at one place
+    except (TooManyBadSamples, RunStopped, SavesFail) as error:  # all processes meet it at one place
         print_error(program, error)
         raise SystemExit(UNUSABLE_DATA) from error
-    except DamagedCheckpoint as error:
+    except (DamagedCheckpoint, BrokenDevice) as error:
         print_error(program, error)
         raise SystemExit(processes.abort(UNUSABLE_DATA)) from error
 

@@ -38,6 +38,7 @@ SILENT_SECONDS = 60.0
 _POLL_SECONDS = 1e-4
 _TILE = 64
 _COMPILE_SECONDS = 60.0  # by which other processes may be later at the first message
+_READ_SECONDS = 2.0  # for the others to read that they have to stop
 _PEERS_SECONDS = 300.0  # for the findings of the other processes
 _calls = itertools.count()  # in the keys, each of which is used once; all processes count alike
 MATMUL = "matmul"
@@ -246,6 +247,8 @@ def _settle(folder: str, stage: str, mine: _Findings) -> dict[str, Any]:
         if processes.is_first():
             found, lines = _gather(folder, stage)
             processes.kv_set(f"{folder}/{stage}/verdict", json.dumps(lines))
+            if lines:  # the texts go with this process
+                time.sleep(_READ_SECONDS)
         else:
             try:
                 lines = json.loads(processes.kv_get(f"{folder}/{stage}/verdict", timeout_seconds=2 * _PEERS_SECONDS))

@@ -126,6 +126,7 @@ class Store:
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda: rank)
         monkeypatch.setattr(processes, "kv_set", self.texts.__setitem__)
+        monkeypatch.setattr(device_check, "_READ_SECONDS", 0.0)
         monkeypatch.setattr(processes, "kv_get", self.get)
         monkeypatch.setattr(processes, "kv_list", lambda folder: {"0": "host-0", "1": "host-1"})
 
