@@ -33,7 +33,7 @@ class DamagedCheckpoint(ValueError):
 
 
 class State(enum.StrEnum):
-    """What is known about a step directory."""
+    """State of a step directory, as far as its files tell."""
 
     VERIFIED = "complete and verified"
     UNVERIFIED = "unverified: older format"
