@@ -44,7 +44,7 @@ def _train(run: Run) -> int | None:
         try:
             batch = run.next_batch(step)
         except TooManyBadSamples:
-            run.save(state, step - 1)
+            run.save(state, step - 1, last=True)
             raise
         state, metrics = run.train_step(state, batch)
         run.follow(step, state, metrics)
@@ -58,10 +58,11 @@ def _train(run: Run) -> int | None:
             evaluation = run.evaluate(state, step)
             run.save(state, step, evaluation)
         elif stop or step % save_every == 0:
-            run.save(state, step)
-        if stop and run.signal.error is not None:
-            raise RunStopped(run.signal.error)
+            run.save(state, step, last=stop)
         if stop:
+            run.wait_for_saves()
+            if run.signal.error is not None:
+                raise RunStopped(run.signal.error)
             number = run.signal.number
             logger.message(f"stopped by signal {number} after step {step}; the same command goes on from here")
             return number

@@ -44,7 +44,7 @@ class Checked:
     config: Config
     workdir: Path
     inputs: Inputs
-    tx: optax.GradientTransformation
+    tx: optax.GradientTransformationExtraArgs
     exporter: Exporter | None
 
 

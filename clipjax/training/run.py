@@ -185,8 +185,14 @@ class Run:
             self.logger.results(step, evaluation.results, evaluation.failures)
         return evaluation
 
-    def save(self, state: TrainState, step: int, evaluation: Evaluation | None = None) -> None:
+    def save(self, state: TrainState, step: int, evaluation: Evaluation | None = None, *, last: bool = False) -> None:
         """Save in the background; the log is complete up to this step before the checkpoint is.
+
+        Args:
+            state: to save.
+            step: completed updates.
+            evaluation: of this step, if there was one.
+            last: the run ends or stops here.
 
         Raises:
             SavesFail: too many saves in a row have failed.
@@ -209,9 +215,18 @@ class Run:
         with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
             jax.block_until_ready(state.step)
         with self.session.goodput.phase("saving"), self.session.watchdog.paused("a save"):
-            last = step == total_steps(self.config)
-            self.checkpoints.save(step, to_items(state), records, best_value, last=last)
+            ends = last or step == total_steps(self.config)
+            self.checkpoints.save(step, to_items(state), records, best_value, last=ends)
         self.session.goodput.record()
+
+    def wait_for_saves(self) -> None:
+        """Wait until everything saved is on disk.
+
+        Raises:
+            SavesFail: the last checkpoint could not be saved.
+        """
+        with self.session.goodput.phase("saving"), self.session.watchdog.paused("the last save"):
+            self.checkpoints.wait()
 
     def finish(self, state: TrainState, last: int, evaluation: Evaluation | None) -> None:
         """Wait for the last checkpoint, then leave `results.json`, the sign of a finished run.
@@ -220,8 +235,7 @@ class Run:
             SavesFail: the last checkpoint could not be saved.
         """
         session = self.session
-        with session.goodput.phase("saving"), session.watchdog.paused("the last save"):
-            self.checkpoints.wait()
+        self.wait_for_saves()
         self.recovery.mark_all()
         self.logger.flush()
         if evaluation is None:  # the run was complete before: its log is, but a kill may have come before results.json

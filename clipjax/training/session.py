@@ -105,7 +105,7 @@ def open_session(checked: Checked, *, record: bool = True) -> Iterator[Session]:
             run_record.add_to_start(workdir, device_check=times)
         stack.enter_context(jax.set_mesh(mesh))
         teacher = inputs.teacher_checkpoint
-        profile = ProfileOnRequest(workdir)
+        profile = ProfileOnRequest(workdir, say=processes.announce)
         stack.callback(profile.close)
         stack.enter_context(watchdog.training())
         yield Session(
