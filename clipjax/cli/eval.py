@@ -242,7 +242,8 @@ def _evaluate(opened: Opened) -> int:
         if output is not None and evaluation.results:
             write_results(output, saved.path, evaluation)
         print(f"checkpoint {saved.path} ({saved.params_group}), step {saved.step}")
-        print(results_table(evaluation.results))
+        if evaluation.results:
+            print(results_table(evaluation.results))
         if output is not None and evaluation.results:
             print(f"results: {output}", flush=True)
         for name, reason in evaluation.failures.items():

@@ -161,7 +161,8 @@ class RunLogger:
             shown = (
                 f"{task} {name} {value:.3f}" for task, metrics in results.items() for name, value in metrics.items()
             )
-            self.message("  ".join(item for item in shown if " num_" not in item))
+            if results:
+                self.message("  ".join(item for item in shown if " num_" not in item))
 
     def message(self, text: str) -> None:
         """Show a line; every process logs it."""
