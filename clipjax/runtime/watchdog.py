@@ -4,8 +4,8 @@ Reading order: `Watchdog` (the thread that watches), `Deadline` (the rule, free 
 
 The rule: between two steps no more than the limit may pass, `stuck_seconds` or ten median steps if that is longer. In
 a phase that may take any time (the first steps with their compiling, an evaluation, a save) the limit counts from the
-last sign of work: processor time or bytes of files, of this process or of another one in such a phase. Time in which
-the whole machine was paused does not count.
+last sign of work: processor time or bytes of files, of this process, its loader workers, or another process in such a
+phase. Time in which the whole machine was paused does not count.
 """
 
 import collections
@@ -339,14 +339,17 @@ class Peers:
 
 
 def _work() -> tuple[float, int]:
-    """Return the processor time of this process in seconds, and the bytes that it has read and written."""
+    """Return the processor seconds, and the bytes read and written, of this process and its loader workers."""
     times = os.times()
-    try:
-        lines = pathlib.Path("/proc/self/io").read_text().splitlines()
-        size = sum(int(line.split()[1]) for line in lines if line.startswith(("rchar", "wchar")))
-    except OSError:  # not on Linux
-        size = 0
-    return times.user + times.system, size
+    seconds, size = times.user + times.system, 0
+    for pid in ("self", *(child.pid for child in multiprocessing.active_children())):
+        with contextlib.suppress(OSError):  # not on Linux, or it has just ended
+            lines = pathlib.Path(f"/proc/{pid}/io").read_text().splitlines()
+            size += sum(int(line.split()[1]) for line in lines if line.startswith(("rchar", "wchar")))
+            if pid != "self":
+                fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds, size
 
 
 def _is_work(before: tuple[float, int], after: tuple[float, int], seconds: float) -> bool:

@@ -306,7 +306,9 @@ def test_two_processes_share_a_memory_and_a_teacher(tiny_config, finished, tmp_p
 
 
 def children(pid: int) -> list[int]:
-    return [int(each) for each in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Processes that any thread of a process has started."""
+    lists = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in lists for child in path.read_text().split()]
 
 
 @pytest.mark.parametrize(

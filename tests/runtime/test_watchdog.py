@@ -120,6 +120,15 @@ def test_an_evaluation_is_stuck_only_if_nobody_works(monkeypatch, ended):
     assert "is stuck after step 9 in evaluation" in ended[0]
 
 
+def test_work_is_processor_time_or_bytes_of_files_and_not_sleep(tmp_path):
+    before = watchdog._work()
+    (tmp_path / "file").write_bytes(bytes(100_000))
+    after = watchdog._work()
+    assert watchdog._is_work(before, after, 100.0)
+    assert not watchdog._is_work(after, (after[0] + 0.01, after[1] + 100), 2.0)
+    assert watchdog._is_work(after, (after[0] + 0.2, after[1]), 2.0)
+
+
 STUCK = """
 import sys, threading, time
 from clipjax.runtime.watchdog import Watchdog
