@@ -22,10 +22,11 @@ from benchmarks import machine
 from clipjax.monitoring.run_record import versions
 from clipjax.runtime.files import write_atomic
 from clipjax.runtime.terminal import format_table
+from tests.faults.checkpoint_damage import damage_run
 from tests.faults.crash import UNDISTURBED, crash_run
 from tests.faults.fuzz import FUZZERS, fuzz
 from tests.faults.signals import kill_workers_run, stop_run
-from tests.faults.tiny_run import TinyRun
+from tests.faults.tiny_run import LAST_STEP, TinyRun
 
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "chaos.json"
 WORKERS = ("--config.data.num_workers=2",)
@@ -67,6 +68,8 @@ def make_units() -> dict[str, Unit]:
         units[f"kill -9 of a loader worker/{seed}"] = _broken(
             kill_workers_run, f"workers{seed}", seed, 8, (*WORKERS, limit)
         )
+    for part in range(20):
+        units[f"checkpoint damaged/{part}"] = _damaged(part)
     for name in FUZZERS:
         for part in range(10):
             units[f"hostile {name}/{part}"] = _fuzzed(name, part)
@@ -75,6 +78,15 @@ def make_units() -> dict[str, Unit]:
 
 def _broken(work: Callable[..., Any], name: str, seed: int, count: int, options: tuple[str, ...]) -> Unit:
     return lambda bench: work(bench.run(), name, seed=seed, count=count, options=options).record()
+
+
+def _damaged(part: int) -> Unit:
+    def work(bench: Bench) -> dict[str, Any]:
+        step = bench.run().workdir(UNDISTURBED) / "checkpoints" / str(LAST_STEP)
+        with tempfile.TemporaryDirectory() as folder:
+            return damage_run(step, pathlib.Path(folder), first=100 * part, count=100).record()
+
+    return work
 
 
 def _fuzzed(name: str, part: int) -> Unit:

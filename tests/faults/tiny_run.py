@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -182,7 +183,8 @@ def final_arrays(workdir: pathlib.Path, step: int = LAST_STEP) -> dict[str, np.n
     found: dict[str, np.ndarray] = {}
     for group in ("params", "train", "ema"):
         path = workdir / "checkpoints" / str(step) / group
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with warnings.catch_warnings(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            warnings.simplefilter("ignore")  # where the arrays lay is of no interest
             tree = reader.restore(path.absolute())
         for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
             typed = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,163 @@
+"""Each way to lose a run that clipjax guards against, tried once: what is done, and what is printed.
+
+    python -m tests.faults.rows [ROW]
+
+The table of `docs/reliability.md` shows the output. Rows make tiny runs in a temporary folder.
+"""
+
+import contextlib
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+from tests.faults.checkpoint_damage import flip_bit
+from tests.faults.signals import worker_pids
+from tests.faults.tiny_run import TinyRun, ended, wait_until, write_pairs
+
+SHORT = ("--config.total_examples=160",)
+WORKERS = ("--config.data.num_workers=2",)
+_SHOWN = ("error", "warning", "not saved", "worker", "signal", "stopped", "going on", "step 0 of", "done:", "rollback")
+
+
+class Rows:
+    """The rows, by the names of the methods.
+
+    Args:
+        run: files of a tiny run.
+    """
+
+    def __init__(self, run: TinyRun) -> None:
+        self.run = run
+
+    def flipped_bit(self) -> None:
+        """one bit flipped in the newest checkpoint's parameters, then evaluated by name, then gone on from."""
+        self._train("flip", *SHORT)
+        step = self.run.workdir("flip") / "checkpoints" / "20"
+        flip_bit(step / "params", random.Random(0))
+        self._clipjax("eval", f"--checkpoint={step}")
+        (self.run.workdir("flip") / "results.json").unlink()
+        self._train("flip", *SHORT)
+
+    def learning_rate_1e30(self) -> None:
+        """a learning rate of 1e30."""
+        self._train("blown", "--config.optim.learning_rate=1e30", *SHORT)
+
+    def second_train(self) -> None:
+        """a second `train` on a workdir."""
+        first = self.run.start("twice")
+        with ended(first):
+            wait_until(lambda: self.run.logged_step("twice") > 1, seconds=240, process=first)
+            start = time.monotonic()
+            self._train("twice")
+            print(f"  (after {time.monotonic() - start:.1f} s)")
+
+    def checkpoints_gone(self) -> None:
+        """the checkpoints deleted, then started again."""
+        self._train("gone", *SHORT)
+        shutil.rmtree(self.run.workdir("gone") / "checkpoints")
+        self._train("gone", *SHORT)
+
+    def sigterm_with_workers(self) -> None:
+        """SIGTERM to the training process and its loader workers."""
+        process = self.run.start("stopped", *WORKERS)
+        with ended(process):
+            wait_until(lambda: self.run.logged_step("stopped") > 3, seconds=240, process=process)
+            os.killpg(process.pid, signal.SIGTERM)
+            code = process.wait(120)
+        self._show(code, self.run.output("stopped"))
+
+    def killed_worker(self) -> None:
+        """kill -9 of a loader worker."""
+        process = self.run.start("worker", *WORKERS, *SHORT)
+        with ended(process):
+            wait_until(lambda: self.run.logged_step("worker") > 3, seconds=240, process=process)
+            os.kill(worker_pids(process.pid)[0], signal.SIGKILL)
+            code = process.wait(240)
+        self._show(code, self.run.output("worker"))
+
+    def replaced_shard(self) -> None:
+        """the shard replaced by another with as many samples, then the old one at another place."""
+        self._train("data", "--config.total_examples=80")
+        (self.run.workdir("data") / "results.json").unlink()
+        shutil.move(self.run.folder / "train.tar", self.run.folder / "moved.tar")
+        write_pairs(self.run.folder / "train.tar", first=1000)
+        self._train("data", *SHORT)
+        self._train("data", f"--config.data.train={self.run.folder / 'moved.tar'}", "--config.total_examples=80")
+        shutil.move(self.run.folder / "moved.tar", self.run.folder / "train.tar")
+
+    def port_in_use(self) -> None:
+        """another program holds the coordinator's port."""
+        with socket.socket() as holder:
+            holder.bind(("127.0.0.1", 0))
+            holder.listen()
+            port = holder.getsockname()[1]
+            self._train("port", f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--process_id=0")
+
+    def spoilt_checkpoint_evaluated(self) -> None:
+        """a checkpoint whose embeddings are not finite, evaluated."""
+        rejected = sorted((self.run.workdir("blown") / "checkpoints").glob("*.rejected"))
+        if not rejected:
+            self.learning_rate_1e30()
+            rejected = sorted((self.run.workdir("blown") / "checkpoints").glob("*.rejected"))
+        self._clipjax("eval", f"--checkpoint={rejected[0]}")
+
+    def disk_full(self) -> None:
+        """checkpoints on a disk with room for one (needs root, for a small tmpfs)."""
+        folder = self.run.workdir("full") / "checkpoints"
+        folder.mkdir(parents=True)
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", folder], check=False).returncode:
+            print("  NOT TRIED: no tmpfs can be mounted here")
+            return
+        with contextlib.ExitStack() as stack:
+            stack.callback(subprocess.run, ["umount", "-l", folder], check=False)
+            self._train("full")
+            print(f"  complete: {sorted(int(path.name) for path in folder.glob('[0-9]*') if path.name.isdigit())}")
+
+    def _train(self, name: str, *options: str) -> None:
+        before = len(self.run.output(name)) if (self.run.folder / f"{name}.out").exists() else 0
+        process = self.run.start(name, *options)
+        with ended(process):
+            code = process.wait(300)
+        self._show(code, self.run.output(name)[before:])
+
+    def _clipjax(self, *arguments: str) -> None:
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-m", "clipjax", *arguments], capture_output=True, text=True, env=environment, check=False
+        )
+        self._show(done.returncode, done.stdout + done.stderr)
+
+    def _show(self, code: int, text: str) -> None:
+        for line in text.splitlines():
+            if any(word in line for word in _SHOWN):
+                print("  " + line.replace(str(self.run.folder), "DIR"))
+        print(f"  exit code {code}")
+
+
+def main() -> int:
+    """Run the command."""
+    rows = [name for name in vars(Rows) if not name.startswith("_")]
+    chosen = sys.argv[1:] or rows
+    if unknown := [name for name in chosen if name not in rows]:
+        print(f"unknown: {', '.join(unknown)}; rows are {', '.join(rows)}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        run = TinyRun(pathlib.Path(folder))
+        run.write()
+        for name in chosen:
+            row: Callable[[], None] = getattr(Rows(run), name)
+            print(f"{name}: {row.__doc__}", flush=True)
+            row()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Updates that are not finite, up to the rollback, a kill behind it, and the replay that finds the sample."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from clipjax.monitoring import events
+from tests.faults.tiny_run import TinyRun, ended, final_arrays, losses, wait_until
+
+pytestmark = pytest.mark.process
+ONE, THREE = ("-m", "tests.faults.poison", "nan", "60"), ("-m", "tests.faults.poison", "nan", "60,61,62")
+OPTIONS = (
+    "--config.total_examples=800",
+    "--config.recovery.max_skipped_in_a_row=3",
+    "--config.eval.every_examples=None",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    run = TinyRun(tmp_path_factory.mktemp("poison"), OPTIONS)
+    run.write()
+    return run
+
+
+def train(run: TinyRun, name: str, prefix: tuple[str, ...], *options: str, examples: int = 800) -> int:
+    process = run.start(name, f"--config.total_examples={examples}", *options, prefix=prefix)
+    with ended(process):
+        return process.wait(300)
+
+
+@pytest.fixture(scope="module")
+def rolled_back(run: TinyRun) -> str:
+    """The name of a run with three batches in a row that are not finite."""
+    assert train(run, "rolled-back", THREE) == 0, run.output("rolled-back")
+    return "rolled-back"
+
+
+def test_one_bad_batch_is_skipped_and_nothing_else(run):
+    assert train(run, "skipped", ONE) == 0, run.output("skipped")
+    lines = {line["step"]: line for line in losses(run.workdir("skipped")) if "loss" in line}
+    assert lines[61]["loss"] is None and lines[61]["skipped_updates"] == 1
+    assert lines[60]["param_norm"] == lines[61]["param_norm"] != lines[62]["param_norm"]
+    assert [event["step"] for event in events.read(run.workdir("skipped")) if event["event"] == "skipped_update"] == [
+        61
+    ]
+    assert not (run.workdir("skipped") / "decisions.jsonl").exists()
+
+
+def test_three_in_a_row_go_back_to_a_good_checkpoint_without_their_batches(run, rolled_back):
+    workdir = run.workdir(rolled_back)
+    (decision,) = [json.loads(line) for line in (workdir / "decisions.jsonl").read_text().splitlines()]
+    assert (decision["to_step"], decision["first_batch"], decision["last_batch"]) == (50, 59, 62)
+    lines = [line for line in losses(workdir) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 101)), "step numbers repeat, lines do not"
+    assert all(line["loss"] is not None for line in lines)
+    assert "rollback: 3 updates in a row, up to step 63, were not finite" in run.output(rolled_back)
+    listed = next((workdir / "left_out").iterdir()).read_text().splitlines()
+    assert len(listed) == 4 * 8 and "train.tar, key 0" in listed[0]
+    assert (workdir / "checkpoints" / "60.rejected").is_dir() and (workdir / "results.json").exists()
+
+
+def test_a_kill_behind_the_rollback_changes_nothing(run, rolled_back):
+    process = run.start("killed", "--config.total_examples=800", prefix=THREE)
+    with ended(process):
+        decisions = run.workdir("killed") / "decisions.jsonl"
+        assert wait_until(decisions.exists, seconds=240, process=process)
+        os.kill(process.pid, signal.SIGKILL)
+    assert train(run, "killed", THREE) == 0, run.output("killed")
+    assert losses(run.workdir("killed")) == losses(run.workdir(rolled_back))
+    ours, theirs = (final_arrays(run.workdir(name), 100) for name in ("killed", rolled_back))
+    assert [path for path in theirs if ours[path].tobytes() != theirs[path].tobytes()] == []
+
+
+def test_a_replay_tells_the_sample_and_writes_nothing(run, rolled_back):
+    before = sorted(path.name for path in run.workdir(rolled_back).rglob("*"))
+    assert train(run, rolled_back, THREE, "--replay=61", "--rollback=1") == 0
+    output = run.output(rolled_back)
+    assert "step 61: loss nan, the update is skipped" in output
+    assert "image embeddings: 1 of 8 not finite: shard" in output and "parameters: all" in output
+    assert train(run, rolled_back, THREE, "--replay=61", "--rollback=2") == 2
+    assert "must be one of the run's 1 rollbacks" in run.output(rolled_back)
+    assert sorted(path.name for path in run.workdir(rolled_back).rglob("*")) == before, "a replay writes nothing"
+
+
+@pytest.mark.slow
+def test_a_replay_of_a_logged_step_equals_the_log(run, rolled_back):
+    assert train(run, rolled_back, THREE, "--replay=95") == 0
+    assert "every number is bit for bit that of the log" in run.output(rolled_back)
+
+
+@pytest.mark.slow
+def test_a_loss_spike_goes_back_too(run):
+    prefix = ("-m", "tests.faults.poison", "spike", "150")
+    assert train(run, "spike", prefix, "--config.optim.learning_rate=1e-4", examples=1360) == 0, run.output("spike")
+    (decision,) = [json.loads(line) for line in (run.workdir("spike") / "decisions.jsonl").read_text().splitlines()]
+    assert decision["reason"].startswith("the loss jumped to") and decision["last_batch"] == 150
+
+
+def test_blown_up_from_the_start_there_is_no_way_back(run):
+    code = train(run, "blown", ("-m", "clipjax"), "--config.optim.learning_rate=1e30", "--config.warmup_examples=0")
+    assert code == 3
+    assert "no good checkpoint" in run.output("blown") and not (run.workdir("blown") / "results.json").exists()
