@@ -92,7 +92,8 @@ def test_every_leaf_of_the_state_was_trained_and_saved(finished):
     """A leaf that were lost on saving would come back as it began."""
     early, late = arrays(finished, 9), arrays(finished, 12)
     same = [name for name in early if np.array_equal(early[name], late[name])]
-    assert same == ["train['key']", "train['samples_skipped']"]  # nothing in this data is bad
+    health = ["train['health']['skipped']", "train['health']['skipped_in_a_row']"]
+    assert same == [*health, "train['key']", "train['samples_skipped']"]  # nothing in this data is bad
 
 
 def kill_after_lines(process, workdir: pathlib.Path, seen: int) -> None:

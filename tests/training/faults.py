@@ -70,13 +70,13 @@ def small_config(variant: str) -> Config:
     )
     config.optim.learning_rate = 1e-3
     if variant == "everything":
-        config.model.image = ResNetConfig(image_size=32, layers=(1, 1, 1, 1), width=2, num_heads=4)
+        config.model.image = ResNetConfig(image_size=32, layers=(1, 1, 1, 1), width=4, num_heads=4)
         config.loss.kind = LossKind.GLOBAL
         config.optim.ema_decay = 0.9
-        config.mesh = MeshConfig(data=4, fsdp=2)
+        config.mesh = MeshConfig(data=8)
     else:
         config.microbatch_size = 8
-        config.mesh = MeshConfig(data=8)
+        config.mesh = MeshConfig(data=4, fsdp=2)
     return config
 
 
@@ -97,7 +97,9 @@ def setting(variant: str) -> Setting:
         init = jax.jit(program.init_state, out_shardings=shardings)
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in make_batch(variant).items()}
         split = sharding.batch_sharding(mesh)
-        step = program.jit(abstract).lower(abstract, sharding.with_shardings(shapes, dict.fromkeys(shapes, split)), None)
+        step = program.jit(abstract).lower(
+            abstract, sharding.with_shardings(shapes, dict.fromkeys(shapes, split)), None
+        )
         return Setting(program, step.compile(), init)
 
 

@@ -61,5 +61,7 @@ def test_the_newest_format_stays_as_it_is_and_frozen_parameters_migrate():
 
 @pytest.mark.parametrize("format_", [0, FORMAT + 1, "2", None, True])
 def test_a_format_that_is_not_known_is_refused(format_):
-    with pytest.raises(ValueError, match=re.escape(f"data.format={format_!r} must be a whole number from 1 to {FORMAT}")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"data.format={format_!r} must be a whole number from 1 to {FORMAT}")
+    ):
         abstract_items(format_, {})

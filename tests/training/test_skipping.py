@@ -1,5 +1,7 @@
 """Updates that are not finite are skipped on all devices; nothing is lost on saving; two runs are one."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,12 @@ pytestmark = [pytest.mark.newest, pytest.mark.heavy]
 BROKEN = 3  # the device
 ROWS = slice(BROKEN * PAIRS // DEVICES, (BROKEN + 1) * PAIRS // DEVICES)
 GO_ON = {"step", "samples_skipped", "health/skipped", "health/skipped_in_a_row"}
-"""Leaves that a skipped update changes; the window of losses only takes finite ones."""
+"""Leaves that a skipped update changes."""
+FAULTS = (
+    *(("pixels", value) for value in (np.nan, np.inf)),
+    *(("gradient", value) for value in (np.nan, -np.inf, 1e30)),  # the last one's square overflows
+    *(("loss", value) for value in (np.nan, np.inf)),
+)
 
 
 def broken_batch(variant: str, place: str, value: float) -> dict[str, np.ndarray]:
@@ -41,16 +48,11 @@ def differing(before: dict, after: dict) -> set[str]:
 def test_an_update_that_is_not_finite_changes_nothing_but_the_counters(variant):
     made = setting(variant)
     state, _ = made.run(made.init(jax.random.key(0)), make_batch(variant))
-    for count, (place, value) in enumerate(
-        [("pixels", np.nan), ("pixels", np.inf), ("gradient", np.nan), ("gradient", -np.inf), ("gradient", 1e30)]
-        + [("loss", np.nan), ("loss", np.inf)],
-        start=1,
-    ):
+    for count, (place, value) in enumerate(FAULTS, start=1):
         before = {name: bits(leaf) for name, leaf in to_flat(state).items()}
         state, metrics = made.run(state, broken_batch(variant, place, value))
         changed = differing(before, to_flat(state))
-        window = {"health/recent_losses", "health/num_losses"} if place == "gradient" else set()  # its loss is finite
-        assert changed == GO_ON | window, (place, value)
+        assert changed == GO_ON, (place, value)
         assert int(metrics["skipped_updates"]) == int(metrics["skipped_in_a_row"]) == count
     assert int(state.step) == 1 + count
     before = {name: bits(leaf) for name, leaf in to_flat(state).items()}
@@ -82,21 +84,23 @@ def test_every_leaf_changes_and_comes_back_bit_for_bit(tmp_path):
         assert {name: bits(leaf) for name, leaf in to_flat(restored).items()} == {
             name: bits(leaf) for name, leaf in to_flat(state).items()
         }
-        for name in ("step", "opt_state", "key", "samples_skipped", "memory", "health"):
-            without = {**items, "train": {other: x for other, x in items["train"].items() if other != name}}
-            assert_refused(checkpointer, tmp_path / name, without, abstract)
-        for name in items["train"]["health"]:
-            health = {other: x for other, x in items["train"]["health"].items() if other != name}
-            without = {**items, "train": {**items["train"], "health": health}}
-            assert_refused(checkpointer, tmp_path / f"health_{name}", without, abstract)
-        for name in ("params", "ema", "batch_stats"):
-            assert_refused(checkpointer, tmp_path / name, {k: x for k, x in items.items() if k != name}, abstract)
+        train, wanted = dict(items["train"]), abstract["train"]
+        del train["opt_state"]
+        assert_refused(checkpointer, tmp_path / "opt_state", train, wanted)
+        wanted = {name: wanted[name] for name in train}
+        for name in train:
+            without = {other: x for other, x in train.items() if other != name}
+            assert_refused(checkpointer, tmp_path / name, without, wanted)
+        for name in train["health"]:
+            health = {other: x for other, x in train["health"].items() if other != name}
+            assert_refused(checkpointer, tmp_path / f"health_{name}", {**train, "health": health}, wanted)
 
 
-def assert_refused(checkpointer, path, items, abstract) -> None:
+def assert_refused(checkpointer: ocp.StandardCheckpointer, path: pathlib.Path, items: dict, abstract: dict) -> None:
+    """Save items, and see that what they lack cannot be restored."""
     checkpointer.save(path, items)
     checkpointer.wait_until_finished()
-    with pytest.raises((ValueError, KeyError)):
+    with pytest.raises(ValueError, match=r"(?i)structure|mismatch|tree"):
         checkpointer.restore(path, abstract)
 
 
