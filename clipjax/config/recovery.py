@@ -10,7 +10,7 @@ class RecoveryConfig:
     """Trouble that a run bears: bad updates, loss spikes, failed saves, dead loader workers, stuck processes."""
 
     max_skipped_in_a_row: int = bounded(10, AT_LEAST_ONE)  # updates that are not finite, before a rollback
-    spike_sigmas: float | None = bounded(12.0, POSITIVE)  # robust deviations above the median loss; None: no rollback
+    spike_sigmas: float | None = bounded(8.0, POSITIVE)  # robust deviations above the median loss; None: no rollback
     max_rollbacks: int = bounded(2, NOT_NEGATIVE)  # to the same checkpoint, before the run stops
     max_failed_saves: int = bounded(3, AT_LEAST_ONE)  # in a row, before the run stops
     max_worker_restarts: int = bounded(3, NOT_NEGATIVE)  # of the loader workers, before the run saves and stops

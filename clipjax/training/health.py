@@ -36,7 +36,7 @@ class Health:
     Attributes:
         skipped: updates skipped so far, int32 scalar.
         skipped_in_a_row: updates skipped since the last one that was not, int32 scalar.
-        recent_losses: the last finite losses without spikes, float32 [WINDOW], as a ring.
+        recent_losses: the last losses of updates that were applied, without spikes, float32 [WINDOW], as a ring.
         num_losses: losses that have entered the ring so far, int32 scalar; the next one's place is the remainder.
     """
 
@@ -99,8 +99,8 @@ def observe(health: Health, loss: jax.Array, finite: jax.Array, spike_sigmas: fl
         finite: the update is applied.
         spike_sigmas: `config.recovery.spike_sigmas`; None: no loss is a spike.
     """
-    spike = jnp.zeros((), bool) if spike_sigmas is None else is_spike(health, loss, spike_sigmas)
-    enters = jnp.isfinite(loss) & ~spike
+    spike = jnp.zeros((), bool) if spike_sigmas is None else finite & is_spike(health, loss, spike_sigmas)
+    enters = finite & ~spike  # `finite` is the same on all devices, the loss may be broken on one
     place = health.num_losses % WINDOW
     entered = health.recent_losses.at[place].set(jnp.where(enters, loss, health.recent_losses[place]))
     skipped = (~finite).astype(jnp.int32)
@@ -118,11 +118,17 @@ def is_spike(health: Health, loss: jax.Array, sigmas: float) -> jax.Array:
 
     The excess over the window's median must exceed `sigmas` standard deviations, estimated by the median absolute
     deviation, which a few outliers do not move, and the floors. A spike does not enter the window.
+
+    Ten times the median of positive losses is a spike if the deviation is below 9 / `sigmas` medians: 1.1 by default;
+    the largest in the runs below is 0.4. Three of the quickstart's runs were replayed, 5,510 losses that
+    `clipjax train --config=configs/quickstart.py --config.log.every_examples=1` logged with batches of 16 at a learning
+    rate of 2e-3, of 32 at 1e-2, and of 32 with the sigmoid loss: no false alarm from 6 sigmas on, 1 at 5 and 6 at 4.
+    Without the floors the second run, which first stands still, has 56 at 8 sigmas.
     """
     center = _median(health.recent_losses)
     deviation = TO_SIGMA * _median(jnp.abs(health.recent_losses - center))
     least = jnp.maximum(sigmas * deviation, jnp.maximum(FLOOR_ABSOLUTE, FLOOR * jnp.abs(center)))
-    return jnp.isfinite(loss) & (health.num_losses >= WINDOW) & (loss - center > least)
+    return (health.num_losses >= WINDOW) & (loss - center > least)
 
 
 def _median(losses: jax.Array) -> jax.Array:
