@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 import signal
+import socket
 import tarfile
 import time
 from collections.abc import Callable
@@ -16,10 +17,12 @@ from PIL import Image
 import clipjax
 from clipjax.checkpoints.saved import SavedCheckpoint, find_checkpoint
 from clipjax.cli.eval import main as main_eval
+from clipjax.monitoring import events
+from clipjax.monitoring.goodput import History
 from tests.commands import exit_code
 from tests.e2e.conftest import run, start
 
-TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left")
+TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "goodput")
 
 
 def train_arguments(config: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> tuple[str, ...]:
@@ -92,8 +95,8 @@ def test_every_leaf_of_the_state_was_trained_and_saved(finished):
     """A leaf that were lost on saving would come back as it began."""
     early, late = arrays(finished, 9), arrays(finished, 12)
     same = [name for name in early if np.array_equal(early[name], late[name])]
-    health = ["train['health']['skipped']", "train['health']['skipped_in_a_row']"]
-    assert same == [*health, "train['key']", "train['samples_skipped']"]  # nothing in this data is bad
+    skipped = [f"train['health']['{name}']" for name in ("skipped", "skipped_in_a_row")]
+    assert sorted(same) == [*skipped, "train['key']", "train['samples_skipped']"]  # nothing in this data is bad
 
 
 def kill_after_lines(process, workdir: pathlib.Path, seen: int) -> None:
@@ -113,9 +116,41 @@ def kill_after_lines(process, workdir: pathlib.Path, seen: int) -> None:
 @pytest.mark.process
 def test_killed_with_sigkill_and_started_again_equals_the_undisturbed_run(tiny_config, finished, tmp_path, seen):
     """What it compiles, it compiles anew each time."""
+    began = time.time()
     kill_after_lines(start(*train_arguments(tiny_config, tmp_path)), tmp_path, seen)
-    run(*train_arguments(tiny_config, tmp_path))
+    output = run(*train_arguments(tiny_config, tmp_path))
     assert_same_run(tmp_path, finished)
+    assert_time_adds_up(tmp_path, began)
+    assert "waiting for data" in output
+
+
+def assert_time_adds_up(workdir: pathlib.Path, began: float) -> None:
+    """The ledger of a run that was killed once holds its wall-clock time, and all causes that there were."""
+    found = events.read(workdir)
+    assert [event["event"] for event in found if event["event"] != "ledger"] == ["start", "start", "stop"]
+    seconds = History.from_events(found).seconds
+    assert sum(seconds.values()) == pytest.approx(found[-1]["time"] - began, rel=0.01)
+    assert all(
+        seconds[cause] > 0 for cause in ("initialisation", "compile", "steps", "saving", "evaluation", "stopped")
+    )
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["goodput"] < 1 for line in lines if "loss" in line and line["step"] > 2)
+
+
+@pytest.mark.process
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tiny_config, finished, tmp_path, cache):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "results.json").unlink()
+    data = max((workdir / "checkpoints" / "12" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 16
+    data.write_bytes(content)
+    output = run(*train_arguments(tiny_config, workdir), **cache)
+    assert f"checkpoint {workdir}/checkpoints/12 is damaged (params/" in output
+    assert f": another content); going on from {workdir}/checkpoints/9" in output
+    assert (workdir / "checkpoints" / "12.damaged").is_dir()
+    assert_same_run(workdir, finished)
 
 
 @pytest.mark.slow
@@ -231,6 +266,15 @@ def test_a_finished_run_is_left_as_it_is(tiny_config, finished, tmp_path, cache)
     before = (workdir / "metrics.jsonl").read_bytes()
     run(*train_arguments(tiny_config, workdir), **cache)
     assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.process
+def test_a_port_that_is_taken_is_refused(refusal, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        output = refusal(tmp_path, f"--config.log.prometheus_port={port}")
+    assert f"log.prometheus_port={port} cannot be used" in output and "choose a free port" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.process
