@@ -36,7 +36,7 @@ class Checked:
     config: Config
     workdir: Path
     inputs: Inputs
-    tx: optax.GradientTransformation
+    tx: optax.GradientTransformationExtraArgs
 
 
 def check(parse: Callable[[], tuple[Config, Path]]) -> Checked:

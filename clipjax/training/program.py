@@ -42,7 +42,7 @@ class Program:
     config: Config
     mesh: Mesh
     clip: Clip
-    tx: optax.GradientTransformation
+    tx: optax.GradientTransformationExtraArgs
     num_samples: int
     train_step: TrainStep
     teacher: Config | None
@@ -99,7 +99,7 @@ def build_program(
     mesh: Mesh,
     *,
     num_samples: int,
-    tx: optax.GradientTransformation | None = None,
+    tx: optax.GradientTransformationExtraArgs | None = None,
     teacher: Config | None = None,
 ) -> Program:
     """Return the program of a run on a mesh.
