@@ -18,6 +18,7 @@ from clipjax.data.digests import ShardDigest, digest_files, find_differences, fr
 from clipjax.data.sample import BadSample, Source
 from clipjax.data.sources import build_source
 from clipjax.runtime.files import read_bounded, require_file_writable, require_writable, write_atomic
+from clipjax.runtime.terminal import printable
 
 PROGRAM = "clipjax data"
 COMMANDS = {
@@ -145,13 +146,14 @@ def _tokenizer(options: Namespace) -> int:
 
 def _show(options: Namespace) -> int:
     source = _open(options)
-    print(f"{options.source}: {len(source)} samples")
+    print(f"{printable(options.source)}: {len(source)} samples")
     for index in range(min(options.num, len(source))):
         try:
             sample = source[index]
-            print(f"{source.location(index)}: label {sample.label}; " + " | ".join(sample.captions))
+            captions = " | ".join(map(printable, sample.captions))
+            print(f"{printable(source.location(index))}: label {sample.label}; {captions}")
         except BadSample as error:
-            print(f"{source.location(index)}: unusable, {error.reason}")
+            print(f"{printable(source.location(index))}: unusable, {error.reason}")
     return 0
 
 
@@ -169,7 +171,7 @@ def _verify(options: Namespace) -> int:
         return 0
     differing = [(word, file.shown) for word, files in find_differences(recorded, found).items() for file in files]
     for word, name in differing:
-        print(f"{word}: {name}")
+        print(f"{word}: {printable(name)}")
     print(f"{options.source}: {len(found)} files, {len(differing) or 'none'} differing from {against}")
     return UNUSABLE_DATA if differing else 0
 

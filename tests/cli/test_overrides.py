@@ -130,7 +130,7 @@ class Saved:
 def opened(monkeypatch):
     """Open an evaluation of a config; what tasks and cache are made of is noted."""
 
-    def open_evaluation(config: Config, *argv: str) -> tuple[evaluate.Evaluation, dict[str, Any]]:
+    def open_evaluation(config: Config, *argv: str) -> tuple[evaluate.Opened, dict[str, Any]]:
         noted: dict[str, Any] = {}
         monkeypatch.setattr(evaluate, "SavedCheckpoint", lambda path: Saved(copy.deepcopy(config)))
         monkeypatch.setattr(evaluate, "build_tasks", lambda config, _: noted.update(config=copy.deepcopy(config)) or {})
@@ -236,6 +236,7 @@ def test_every_field_that_holds_a_path_is_known():
     """A new field of type str is a path or one of these."""
     texts = {path for path, annotation in FIELDS.items() if take_apart(annotation).of is str}
     no_paths = {"data.tfds_image_key", "data.tfds_caption_key", "checkpoint.best_metric", f"{TASK}.tfds_label_key"}
+    no_paths.add("log.prometheus_host")
     assert {path for path in texts if not is_path_field(path)} == no_paths
 
 
@@ -252,7 +253,7 @@ def test_a_damaged_checkpoint_ends_an_evaluation_with_one_line(monkeypatch, caps
     def damaged(evaluation):
         raise DamagedCheckpoint("checkpoint x cannot be restored")
 
-    monkeypatch.setattr(evaluate, "_open_here", lambda argv: (evaluate.Evaluation(None, None, None, {}, None), {}))
+    monkeypatch.setattr(evaluate, "_open_here", lambda argv: (evaluate.Opened(None, None, None, {}, None), {}))
     monkeypatch.setattr(evaluate, "_evaluate", damaged)
     assert exit_code(evaluate.main, ["--checkpoint=x"]) == 3
     assert capsys.readouterr().err == "clipjax eval: error: checkpoint x cannot be restored\n"

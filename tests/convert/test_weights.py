@@ -276,7 +276,7 @@ def test_what_fails_late_is_told_too(shared: pathlib.Path, tmp_path: pathlib.Pat
     assert convert("huggingface", root, tmp_path / "ours") == 0
     shutil.rmtree(tmp_path / "ours" / "checkpoints" / "0" / "params")
     capsys.readouterr()
-    assert export("huggingface", tmp_path / "ours", tmp_path / "hf") == 2
+    assert export("huggingface", tmp_path / "ours", tmp_path / "hf") == 3
     assert "is damaged: params/_METADATA: missing" in capsys.readouterr().err and not (tmp_path / "hf").exists()
 
 

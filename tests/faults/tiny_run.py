@@ -187,7 +187,7 @@ def final_arrays(workdir: pathlib.Path, step: int = LAST_STEP) -> dict[str, np.n
             warnings.simplefilter("ignore")  # where the arrays lay is of no interest
             tree = reader.restore(path.absolute())
         for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            typed = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            typed = isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
             found[group + jax.tree_util.keystr(key)] = np.asarray(jax.random.key_data(leaf) if typed else leaf)
     return found
 
