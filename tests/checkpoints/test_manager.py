@@ -377,7 +377,7 @@ def test_going_on_with_another_config_lists_all_that_differs():
     for difference in (
         "optim.learning_rate=0.25 (checkpoint: 0.0005)",
         "model.text.width=640 (checkpoint: 512)",
-        "seed=9 (checkpoint: 0)",
+        "seed=9 (checkpoint: 5)",
     ):
         assert difference in message
     assert message.count("(checkpoint: ") == 3
