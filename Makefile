@@ -9,7 +9,7 @@ RUN := runs/quickstart
 # The exact versions that CI passed with, if there are some for this Python; a .lock beside them has the hashes, and then
 # they are checked (.ci/install). `make CONSTRAINTS= ...` takes the newest of everything, unchecked.
 CONSTRAINTS ?= $(wildcard constraints/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt)
-# The newest end takes the newest; `make NEWEST_CONSTRAINTS=constraints/newest.txt ...` takes what it passed with last, as CI.
+# The newest end takes the newest; `make NEWEST_CONSTRAINTS=constraints/newest.txt ...` takes what CI does.
 NEWEST_CONSTRAINTS ?=
 # Processes that share the tests, a file each at a time; compiling keeps one core busy. `make WORKERS=0 test`: one process.
 WORKERS ?= 2
