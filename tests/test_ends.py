@@ -1,4 +1,4 @@
-"""The two ends of JAX that CI runs on: which tests reach the newest, which Python, which versions, their locks, audits."""
+"""The two ends of JAX that CI runs on: which tests reach the newest, which Python and versions, their locks, their audit."""
 
 import ast
 import json
