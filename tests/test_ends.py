@@ -1,4 +1,4 @@
-"""The two ends of JAX that CI runs on: which tests reach the newest, which Python and versions, their locks, their audit."""
+"""The two ends of JAX that CI runs on: what reaches the newest, which Python, which versions, their locks and audit."""
 
 import ast
 import json
