@@ -6,9 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
 RUN := runs/quickstart
-# The exact versions that CI passed with, if there are some for this Python. `make CONSTRAINTS= ...` takes the newest.
+# The exact versions that CI passed with, if there are some for this Python; a .lock beside them has the hashes, and then
+# they are checked (.ci/install). `make CONSTRAINTS= ...` takes the newest of everything, unchecked.
 CONSTRAINTS ?= $(wildcard constraints/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt)
-# The newest end takes the newest; `make NEWEST_CONSTRAINTS=constraints/newest.txt ...` takes what it passed with last.
+# The newest end takes the newest; `make NEWEST_CONSTRAINTS=constraints/newest.txt ...` takes what CI does.
 NEWEST_CONSTRAINTS ?=
 # Processes that share the tests, a file each at a time; compiling keeps one core busy. `make WORKERS=0 test`: one process.
 WORKERS ?= 2
@@ -18,7 +19,7 @@ print_versions = import sys; from importlib.metadata import version; \
 # Large pages for the heap, as the console script asks for (clipjax/cli/main.py): training on CPUs is twice as fast.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help install install-test install-plan quickstart test test-fast test-all test-newest chaos lint format constraints clean
+.PHONY: help install install-test install-plan quickstart test test-fast test-all test-newest chaos lint format constraints locks audit clean
 
 help:  # this list
 	@sed -n 's/^\([a-z-]*\):.*  # /\1: /p' Makefile
@@ -29,21 +30,19 @@ install-test: $(VENV)/.installed-test  # clipjax and what its tests need into .v
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipjax needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: setup.py | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
+	.ci/install $(BIN)/python "" ""
 	touch $@
 
-$(VENV)/.installed-test: setup.py $(CONSTRAINTS) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet $(addprefix --constraint=,$(CONSTRAINTS)) --editable '.[test]'
+$(VENV)/.installed-test: setup.py $(CONSTRAINTS) $(wildcard $(CONSTRAINTS:.txt=.lock)) | $(VENV)/bin/python
+	.ci/install $(BIN)/python "$(CONSTRAINTS)" test
 	touch $@ $(VENV)/.installed
 
-$(NEWEST)/.installed: setup.py
+$(NEWEST)/.installed: setup.py $(NEWEST_CONSTRAINTS) $(wildcard $(NEWEST_CONSTRAINTS:.txt=.lock))
 	.ci/newest-python
 	$$(.ci/newest-python) -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
-	$(NEWEST)/bin/python -m pip install --quiet $(addprefix --constraint=,$(NEWEST_CONSTRAINTS)) --editable '.[test]'
+	.ci/install $(NEWEST)/bin/python "$(NEWEST_CONSTRAINTS)" test
 	touch $@
 
 quickstart: install  # data, training and evaluation of a small model, in minutes
@@ -78,7 +77,7 @@ lint: install-test  # style, types, imports
 # With the TPU compiler the golden plans are compared. It is not in the extra "test": where it is installed and no TPU
 # is, JAX complains at every start.
 install-plan: install-test  # the TPU compiler into .venv
-	$(BIN)/python -m pip install --quiet $(addprefix --constraint=,$(CONSTRAINTS)) --editable '.[test,plan]'
+	.ci/install $(BIN)/python "$(CONSTRAINTS)" test,plan
 
 constraints:  # install the newest of everything on both ends, test that as CI does and write constraints/
 	rm -rf $(VENV) $(NEWEST)
@@ -86,6 +85,13 @@ constraints:  # install the newest of everything on both ends, test that as CI d
 	$(MAKE) PYTHON=python3.11 CONSTRAINTS= lint test-newest test
 	.ci/freeze $(BIN)/python >constraints/python3.11.txt
 	.ci/freeze $(NEWEST)/bin/python >constraints/newest.txt
+	$(MAKE) locks
+
+locks:  # the hashes of the versions in constraints/*.txt
+	.ci/lock
+
+audit: install-test  # known vulnerabilities in what the locks install, where pip-audit reaches its service
+	$(BIN)/python .ci/audit
 
 format: install-test  # mend the style where ruff can
 	$(BIN)/ruff check --fix .
