@@ -369,7 +369,7 @@ def test_going_on_with_another_config_lists_all_that_differs():
     changed = config()
     changed.optim.learning_rate = 0.25
     changed.model.text.width = 640
-    changed.data.train = "other.tar"
+    changed.data.tokenizer = "other"
     with pytest.raises(ValueError) as error:
         check_resumable(7, config(), changed)
     message = str(error.value)
@@ -377,7 +377,7 @@ def test_going_on_with_another_config_lists_all_that_differs():
     for difference in (
         "optim.learning_rate=0.25 (checkpoint: 0.0005)",
         "model.text.width=640 (checkpoint: 512)",
-        "data.train='other.tar' (checkpoint: '')",
+        "data.tokenizer='other' (checkpoint: 'bytes')",
     ):
         assert difference in message
     assert message.count("(checkpoint: ") == 3
