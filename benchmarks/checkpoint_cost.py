@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from clipjax.checkpoints.manager import Checkpoints, restore_arrays
+from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.manifest import examine
+from clipjax.checkpoints.reading import restore_arrays
 from clipjax.config import CheckpointConfig
 from clipjax.monitoring.run_record import versions
 

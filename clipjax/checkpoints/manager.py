@@ -17,14 +17,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
-from etils import epath
 
 from clipjax.checkpoints import exchange, folder
 from clipjax.checkpoints.folder import GOOD, Aside
 from clipjax.checkpoints.manifest import DamagedCheckpoint, Manifest, State, Verdict, best_of, examine
+from clipjax.checkpoints.reading import restore_arrays
 from clipjax.checkpoints.records import FOLDER, RECORDS, read_record
-from clipjax.checkpoints.saving import OnCommit, OnFailure, Save, array_handler, describe, silence_orbax, temporary_path
+from clipjax.checkpoints.saving import OnCommit, OnFailure, Save, describe, silence_orbax, temporary_path
 from clipjax.config import CheckpointConfig
 from clipjax.runtime import process_log, processes
 
@@ -332,24 +331,6 @@ class Checkpoints:
             if processes.is_first():
                 with contextlib.suppress(OSError):
                     folder.delete(self._folder, step)
-
-
-def restore_arrays(path: pathlib.Path, abstract_arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return groups of arrays of a step directory, placed by the shardings of `abstract_arrays`.
-
-    Raises:
-        DamagedCheckpoint: they cannot be read.
-    """
-    handler, restored = array_handler(), {}
-    try:
-        for name, tree in abstract_arrays.items():
-            directory = epath.Path(path.absolute() / name)
-            if not directory.is_dir():
-                raise KeyError(f"there is no group {name!r} in it")
-            restored[name] = handler.restore(directory, args=ocp.args.StandardRestore(tree))
-    except Exception as error:  # Orbax and TensorStore have many kinds
-        raise DamagedCheckpoint(f"checkpoint {path} cannot be restored into this config: {error}") from error
-    return restored
 
 
 def refuse_damaged(path: pathlib.Path, verdict: Verdict) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from clipjax.checkpoints.folder import find_checkpoint, is_step, is_step_name, steps_in
-from clipjax.checkpoints.manager import all_damaged, going_on, refuse_damaged, restore_arrays, warn
+from clipjax.checkpoints.manager import all_damaged, going_on, refuse_damaged, warn
 from clipjax.checkpoints.manifest import DamagedCheckpoint, Verdict, examine
+from clipjax.checkpoints.reading import restore_arrays
 from clipjax.checkpoints.records import RECORDS, read_record, unpack_tokenizer
 from clipjax.config import Config
 from clipjax.config.paths import expand

@@ -18,10 +18,15 @@ AUTO = "auto"
 Options = Mapping[str, bool | int | str]
 
 _JAX_NAME = "JAX_COMPILATION_CACHE_DIR"
+_LEAST_TIME = "jax_persistent_cache_min_compile_time_secs"
 
 
 def enable(setting: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
     """Use the cache that a config's `compile_cache` asks for; call it before anything is compiled.
+
+    Every program is kept, however soon it is compiled, unless `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` says
+    otherwise: a run has few, and the second start compiles none. All processes read, the first writes. On CPUs JAX
+    gives the programs of each process other names, so there the others compile again.
 
     Args:
         setting: a directory; `auto`, which is a directory of this user's on accelerators and none on CPUs, where
@@ -52,6 +57,8 @@ def enable(setting: str | None, environment: Mapping[str, str] = os.environ) -> 
             f"compile_cache={setting!r} cannot be made ({error.strerror}); name another directory, or none"
         ) from error
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    if _LEAST_TIME.upper() not in environment:
+        jax.config.update(_LEAST_TIME, 0.0)
     return str(folder)
 
 

@@ -13,7 +13,9 @@ import pytest
 from clipjax.runtime import compilation
 from clipjax.runtime.chips import CHIPS, Tpu
 from clipjax.runtime.compilation import PRESETS, compiler_options
+from tests.faults.tiny_run import TinyRun, ended
 
+LEAST_TIME = "jax_persistent_cache_min_compile_time_secs"
 SMALLEST = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
 COMPILE = """
 import json, sys
@@ -36,7 +38,7 @@ for chip, shape in json.loads(sys.argv[1]).items():
 @pytest.fixture(autouse=True)
 def kept():
     """JAX's own settings come back after a test."""
-    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", LEAST_TIME)
     before = {name: getattr(jax.config, name) for name in names}
     yield
     for name, value in before.items():
@@ -98,6 +100,52 @@ def test_auto_is_off_on_cpus_and_in_the_users_cache_on_accelerators(tmp_path, mo
     home = compilation.enable(compilation.AUTO, {"HOME": str(tmp_path)})
     assert home == str(tmp_path / ".cache" / "clipjax" / "xla")
     assert compilation.enable(compilation.AUTO, environment | {"JAX_COMPILATION_CACHE_DIR": "mine"}) == "mine"
+
+
+def test_programs_that_compile_at_once_are_kept_too_unless_jax_is_told_otherwise(tmp_path):
+    jax.config.update(LEAST_TIME, 3.0)
+    compilation.enable(str(tmp_path), {LEAST_TIME.upper(): "3"})
+    assert getattr(jax.config, LEAST_TIME) == 3
+    compilation.enable(str(tmp_path), {})
+    assert getattr(jax.config, LEAST_TIME) == 0
+
+
+COUNT = """
+import collections, os, sys
+for name in [name for name in os.environ if name.startswith("JAX_PERSISTENT_CACHE")]:
+    del os.environ[name]  # as a user starts it
+import jax
+
+counts = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.rpartition("/")[2]]))
+jax.monitoring.register_event_duration_secs_listener(lambda event, _, **__: counts.update([event.rpartition("/")[2]]))
+from clipjax.cli.main import main
+
+code = main(sys.argv[1:])
+print("COUNTS", counts["backend_compile_duration"], counts["cache_hits"])
+sys.exit(code)
+"""
+
+
+@pytest.mark.process
+def test_the_second_start_of_a_run_compiles_nothing_and_two_runs_share_the_directory(tmp_path):
+    """JAX times a program that it takes from the cache as if it was compiled: all of them are hits."""
+    run = TinyRun(tmp_path, ("--config.total_examples=96", "--config.eval.every_examples=48"))
+    run.write()
+    driver = tmp_path / "driver.py"
+    driver.write_text(COUNT)
+
+    def count(*names: str) -> list[tuple[int, ...]]:
+        started = [run.start(name, prefix=(str(driver),)) for name in names]
+        for process, name in zip(started, names, strict=True):
+            with ended(process):
+                assert process.wait(timeout=300) == 0, run.output(name)
+        lines = [run.output(name).partition("COUNTS ")[2].split() for name in names]
+        return [tuple(map(int, line[:2])) for line in lines]
+
+    ((programs, hits),) = count("first")
+    assert programs > 3 and hits == 0
+    assert count("second", "third") == [(programs, programs)] * 2
 
 
 def test_none_switches_jaxs_own_cache_off_too():
