@@ -1,10 +1,10 @@
-"""A checkpoint that an earlier version wrote still opens, evaluates and trains on as it did then.
+"""Checkpoints that earlier versions wrote still open, evaluate and train on as they did then.
 
-    python -m tests.golden.test_checkpoint        # writes the golden files anew
+    python -m tests.golden.test_checkpoint NAME        # writes golden files of the newest format
 
-`checkpoint_before_layout/` is the workdir of a run that SIGTERM stopped; `checkpoint_before_layout.json` holds what the
-same code then made of it. Both are older than the package's layout of folders. Write them anew only for a change that
-is meant to end the compatibility with older checkpoints. The data is made here, so no other file is needed.
+`NAME/` is the workdir of a run that SIGTERM stopped; `NAME.json` holds what the same code then made of it.
+`checkpoint_before_layout` is of format 1, without manifest, health and digests of its data; `checkpoint_format_2` has
+all of them. They are kept for ever; a new format gets a new name. The data is made here, so no other file is needed.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ import pytest
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[2]
-WORKDIR = pathlib.Path(__file__).with_name("checkpoint_before_layout")
-GOLDEN = WORKDIR.with_suffix(".json")
+FOLDER = pathlib.Path(__file__).parent
+NAMES = ("checkpoint_before_layout", "checkpoint_format_2")
 TRAIN = ("train", "--config=config.py", "--workdir=run")
 EVAL = ("eval", "--checkpoint=run", "--output=evaluated.json")
 TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "goodput")
@@ -176,22 +176,28 @@ def assert_close(ours: Any, golden: Any, path: str = "") -> None:
         assert ours == golden, path
 
 
+@pytest.fixture(scope="module", params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    """The name of the golden files."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def golden() -> dict[str, Any]:
-    return json.loads(GOLDEN.read_text())
+def golden(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text())
 
 
 @pytest.fixture
-def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+def folder(name: str, tmp_path: pathlib.Path) -> pathlib.Path:
     """A folder with the data and a copy of the stopped run."""
     write_inputs(tmp_path)
-    shutil.copytree(WORKDIR, tmp_path / "run")
+    shutil.copytree(FOLDER / name, tmp_path / "run")
     return tmp_path
 
 
 @pytest.mark.newest
-def test_it_opens_and_embeds_as_then(golden):
-    ours = embed(WORKDIR)
+def test_it_opens_and_embeds_as_then(name, golden):
+    ours = embed(FOLDER / name)
     assert ours["logit_scale"] == pytest.approx(golden["embedded"]["logit_scale"], rel=EMBED_TOLERANCE)
     for name in ("image_embed", "text_embed"):
         np.testing.assert_allclose(ours[name], golden["embedded"][name], rtol=0, atol=EMBED_TOLERANCE, err_msg=name)
@@ -221,16 +227,17 @@ def stop_part_way(folder: pathlib.Path) -> int:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, output
-    return max(int(path.name) for path in (folder / "run" / "checkpoints").iterdir())
+    return max(int(path.name) for path in (folder / "run" / "checkpoints").iterdir() if path.name.isdigit())
 
 
-def main(folder: pathlib.Path) -> None:
-    """Write the golden files, by way of an empty folder."""
+def main(name: str, folder: pathlib.Path) -> None:
+    """Write the golden files of a name, by way of an empty folder."""
+    workdir = FOLDER / name
     write_inputs(folder)
     step = stop_part_way(folder)
-    shutil.rmtree(WORKDIR, ignore_errors=True)
-    shutil.copytree(folder / "run" / "checkpoints", WORKDIR / "checkpoints")
-    shutil.copyfile(folder / "run" / "metrics.jsonl", WORKDIR / "metrics.jsonl")
+    shutil.rmtree(workdir, ignore_errors=True)
+    shutil.copytree(folder / "run" / "checkpoints", workdir / "checkpoints")
+    shutil.copyfile(folder / "run" / "metrics.jsonl", workdir / "metrics.jsonl")
     first = json.loads((folder / "run" / "run.json").read_text())["starts"][0]
     run(folder, *EVAL)
     evaluated = json.loads((folder / "evaluated.json").read_text())["tasks"]
@@ -241,17 +248,19 @@ def main(folder: pathlib.Path) -> None:
         "machine": platform.machine(),
         "versions": first["versions"],
         "step": step,
-        "embedded": embed(WORKDIR),
+        "embedded": embed(workdir),
         "evaluated": evaluated,
         "resumed": read_log(folder / "run", step),
         "results": json.loads((folder / "run" / "results.json").read_text())["tasks"],
     }
-    GOLDEN.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{WORKDIR}: step {step}")
+    (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{workdir}: step {step}")
 
 
 if __name__ == "__main__":
     import tempfile
 
-    with tempfile.TemporaryDirectory() as name:
-        main(pathlib.Path(name))
+    if sys.argv[1:] != [NAMES[-1]]:
+        sys.exit(f"name the golden files to write: {NAMES[-1]}, the newest; older ones stay as they are")
+    with tempfile.TemporaryDirectory() as place:
+        main(NAMES[-1], pathlib.Path(place))
