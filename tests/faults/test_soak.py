@@ -36,8 +36,8 @@ def test_a_steady_run_breaks_no_bound():
     [
         ({"run_mb": 0.5}, "run: memory grows by 30.0 MB per hour, more than 20"),
         ({"workers_mb": 0.5}, "workers: memory grows by 30.0 MB per hour"),
-        ({"run_descriptors": 0.1}, "run: descriptors grow from 100 to 103"),
-        ({"workers_threads": 1}, "workers: threads grow from 100 to 130"),
+        ({"run_descriptors": 0.2}, "run: descriptors grow from 100 to 103"),
+        ({"workers_threads": 1}, "workers: threads grow from 100 to 115"),
     ],
 )
 def test_growth_is_named(growth, message):
