@@ -201,6 +201,9 @@ def compare(revisions: Mapping[str, str | None], arguments: argparse.Namespace) 
             first, last = runs[-1][0]["loss"], runs[-1][-1]["loss"]
             seconds = time.monotonic() - began
             print(f"{revision}: {arguments.steps} steps in {seconds:.0f} s, loss {first!r} to {last!r}", flush=True)
+    for line in (line for lines in runs for line in lines):
+        for metric in arguments.ignore:
+            line.pop(metric, None)
     difference = first_difference(*runs)
     both = " and ".join(revisions)
     if difference is not None:
@@ -218,6 +221,9 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, str | None], argparse.N
     )
     parser.add_argument("first", metavar="REV", help="a revision, as git calls it")
     parser.add_argument("second", metavar="REV2", nargs="?", help="another; the working tree if left out")
+    parser.add_argument(
+        "--ignore", type=lambda text: text.split(","), default=[], help="metrics that only one of them has, by commas"
+    )
     parser.add_argument("--steps", type=int, default=50, help="how many steps to compare; 50 if left out")
     parser.add_argument("--data", type=pathlib.Path, help="a folder with the quickstart's data; made if left out")
     parser.add_argument(
