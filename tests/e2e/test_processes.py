@@ -448,7 +448,8 @@ def test_when_a_process_dies_the_other_ends_within_the_heartbeat(tiny_config, fi
 LOCAL = pathlib.Path(__file__).parents[2] / "launch" / "local.sh"
 
 
-@pytest.mark.parametrize("victim", [1, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (0, 2, 3))])
+@pytest.mark.slow  # of the ten minutes of `make test` it would take one
+@pytest.mark.parametrize("victim", range(4))
 def test_a_killed_rank_of_four_ends_the_others_and_the_launcher_goes_on(tiny_config, four, tmp_path, cache, victim):
     """The launcher starts all again, and the result is that of the undisturbed run, bit for bit."""
     command = [str(LOCAL), "4", "--restarts=1", *train_arguments(tiny_config, tmp_path)[1:]]

@@ -21,10 +21,10 @@ TEMPORARY = re.compile(r"\.orbax-checkpoint-tmp")
 POINTS = (
     "before_data",  # the temporary folder is there, nothing in it
     "mid_file",  # the first array file has some bytes
-    "before_commit",  # all data is there, under the temporary name
-    "after_commit",  # the folder has its name, but no manifest
-    "before_manifest",  # the manifest is written, under a temporary name
-    "after_manifest",  # the checkpoint is complete
+    "before_manifest",  # all data is there, and the manifest under a temporary name
+    "after_manifest",  # the manifest is there, in the temporary folder
+    "before_commit",  # all of it is on the disk, under the temporary name
+    "after_commit",  # the checkpoint is complete
     "before_deletion",  # of an old checkpoint
     "during_deletion",  # one of its files is gone
 )
@@ -78,7 +78,8 @@ def install(killer: Killer, workdir: pathlib.Path) -> None:
     def remove_tree(path: Any, *args: Any, **options: Any) -> None:
         if os.fspath(path).endswith(".deleting"):
             files = sorted(each for each in pathlib.Path(path).rglob("*") if each.is_file())
-            files[len(files) // 2].unlink()
+            if files:
+                files[len(files) // 2].unlink()
             killer.reach("during_deletion")
         remove(path, *args, **options)
 

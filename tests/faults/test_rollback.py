@@ -12,7 +12,6 @@ from tests.faults.tiny_run import TinyRun, ended, final_arrays, losses, wait_unt
 pytestmark = pytest.mark.process
 ONE, THREE = ("-m", "tests.faults.poison", "nan", "60"), ("-m", "tests.faults.poison", "nan", "60,61,62")
 OPTIONS = (
-    "--config.total_examples=800",
     "--config.recovery.max_skipped_in_a_row=3",
     "--config.eval.every_examples=None",
 )
