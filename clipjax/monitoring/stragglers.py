@@ -93,7 +93,8 @@ class RankTimes:
 
     def send(self, step: int, steps: int, spent: StepTimes) -> None:
         """Send this process's times of the interval of so many steps that ends with `step`; every process calls it."""
-        processes.kv_set(f"times/{step}/{jax.process_index()}", json.dumps(asdict(spent)))
+        # A step comes again after a rollback; its first times may still be there.
+        processes.kv_set(f"times/{step}/{jax.process_index()}", json.dumps(asdict(spent)), overwrite=True)
         if self._sent == 1:  # the first interval compiled: it says nothing of the run
             self._totals = dict.fromkeys(self._totals, 0.0)
         self._sent += 1

@@ -6,7 +6,7 @@ finish.
 
 import collections
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import Evaluation, run_tasks, write_results
 from clipjax.losses import describe_loss
 from clipjax.monitoring import run_record
+from clipjax.monitoring.events import Events
 from clipjax.monitoring.run_logger import RunLogger, results_table
 from clipjax.monitoring.stragglers import rank_times
 from clipjax.runtime import processes, sharding
@@ -259,6 +260,28 @@ def device_batch(config: Config, mesh: Mesh, batch: Mapping[str, np.ndarray]) ->
     return sharding.global_batch(mesh, {name: batch[name] for name in BATCH} | more)
 
 
+class _Teller:
+    """Events that are shown as well, as the progress line allows; in any thread.
+
+    Attributes:
+        say: shows a line.
+    """
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+        self.say: Callable[[str], None] = processes.announce
+
+    def failed_save(self, step: int, reason: str) -> None:
+        self._tell("failed_save", f"the checkpoint of step {step} is not saved: {reason}", step=step)
+
+    def worker_restart(self, text: str) -> None:
+        self._tell("worker_restart", text)
+
+    def _tell(self, event: str, text: str, **facts: int) -> None:
+        self._events.add(event, text=text, **facts)
+        self.say(text)
+
+
 @contextlib.contextmanager
 def build(session: Session) -> Iterator[Run]:
     """Build the parts of a run, from its checkpoint to its first batch; the end of the `with` block closes them.
@@ -266,25 +289,16 @@ def build(session: Session) -> Iterator[Run]:
     Raises:
         DamagedCheckpoint: no checkpoint can be restored, though there are some.
     """
-    checked, events = session.checked, session.events
+    checked = session.checked
     config, workdir, inputs = checked.config, checked.workdir, checked.inputs
-
-    say = processes.announce
-
-    def tell(event: str, text: str, **facts: int) -> None:
-        events.add(event, text=text, **facts)
-        say(text)
-
-    def tell_failure(step: int, reason: str) -> None:
-        tell("failed_save", f"the checkpoint of step {step} is not saved: {reason}", step=step)
-
+    teller = _Teller(session.events)
     with contextlib.ExitStack() as stack:
         with session.goodput.phase("initialisation"), session.watchdog.paused("the start"):
             checkpoints = Checkpoints(
                 workdir,
                 config.checkpoint,
                 max_failed_saves=config.recovery.max_failed_saves,
-                on_failure=tell_failure,
+                on_failure=teller.failed_save,
                 on_commit=lambda step: run_record.record_commit(workdir, step),
             )
             stack.callback(_close, checkpoints, session)
@@ -302,20 +316,11 @@ def build(session: Session) -> Iterator[Run]:
             exporter=checked.exporter,
         )
         stack.callback(logger.close)
-        say = logger.message  # above the progress line
+        teller.say = logger.message  # above the progress line
         logger.message(describe_loss(config, session.mesh))
         if checked.exporter is not None:
             logger.message(f"metrics for Prometheus: {checked.exporter.url}")
-        stream = TrainStream(
-            inputs.source,
-            tokenize=TextToTokens(inputs.tokenizer, config.model.text.context_length),
-            config=config,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            start_step=start.step,
-            left_out=session.decisions.left_out,
-            on_restart=lambda text: tell("worker_restart", text),
-        )
+        stream = _open_stream(session, start.step, teller)
         stack.callback(stream.close)
         yield Run(
             session=session,
@@ -331,7 +336,7 @@ def build(session: Session) -> Iterator[Run]:
                 config,
                 checkpoints=checkpoints,
                 decisions=session.decisions,
-                events=events,
+                events=session.events,
                 start_step=start.step,
             ),
             recent=RecentBatches(config.recovery.max_skipped_in_a_row + STEPS_IN_FLIGHT + 2),
@@ -339,6 +344,20 @@ def build(session: Session) -> Iterator[Run]:
             state=state,
             start=start,
         )
+
+
+def _open_stream(session: Session, start_step: int, teller: _Teller) -> TrainStream:
+    config, inputs = session.checked.config, session.checked.inputs
+    return TrainStream(
+        inputs.source,
+        tokenize=TextToTokens(inputs.tokenizer, config.model.text.context_length),
+        config=config,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        start_step=start_step,
+        left_out=session.decisions.left_out,
+        on_restart=teller.worker_restart,
+    )
 
 
 def _close(checkpoints: Checkpoints, session: Session) -> None:
