@@ -37,10 +37,14 @@ class Store:
         self.texts, self.rank = {}, 0
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda: self.rank)
-        monkeypatch.setattr(processes, "kv_set", self.texts.__setitem__)
+        monkeypatch.setattr(processes, "kv_set", self.keep)
         monkeypatch.setattr(processes, "kv_get", lambda key, timeout_seconds: self.texts[key])
         monkeypatch.setattr(processes, "kv_list", self.published)
         monkeypatch.setattr(processes, "kv_delete", self.forget)
+
+    def keep(self, key: str, value: str, *, overwrite: bool = False) -> None:
+        assert overwrite or key not in self.texts
+        self.texts[key] = value
 
     def published(self, folder: str) -> dict[str, str]:
         return {key.rpartition("/")[2]: text for key, text in self.texts.items() if key.startswith(f"{folder}/")}
