@@ -109,7 +109,8 @@ def _refuse_held_workdir(rest: list[str]) -> None:
 
     workdir = option_value(rest, "workdir")
     try:
-        is_alone = find_spec("libtpu") is None and launchers.find_launch(launch_options(rest)) is None
+        off_tpu = find_spec("libtpu") is None or os.environ.get("JAX_PLATFORMS") == "cpu"
+        is_alone = off_tpu and launchers.find_launch(launch_options(rest)) is None
         held = path(workdir) if workdir and is_alone and not wants_help(rest) else None
     except Exception:  # the command's own parser tells what is wrong
         return

@@ -198,7 +198,7 @@ def get_config():
         read = sources.TfdsSource.__getitem__
 
         def slowly(self, index):
-            time.sleep(0.05)
+            time.sleep(0.1)
             return read(self, index)
 
         sources.TfdsSource.__getitem__ = slowly
@@ -217,7 +217,7 @@ def test_a_process_that_reads_slowly_is_named(tiny_config, tmp_path, cache):
     rows = [line.split() for line in text.splitlines() if re.match(r" +[01]  ", line)]
     waits = {row[0]: float(row[3]) for row in rows}
     assert waits.keys() == {"0", "1"}
-    assert waits["1"] > 0.1 > waits["0"]  # 16 samples of 0.05 seconds a step, some of them read at the same time
+    assert waits["1"] > 0.1 > waits["0"]  # 16 samples of 0.1 seconds a step, some of them read at the same time
 
 
 RESTORE = """

@@ -34,12 +34,14 @@ def test_kills_with_workers(run):
     assert len(outcome.kills) >= 3
 
 
+@pytest.mark.slow  # e2e stops runs, too
 def test_signals(run):
     outcome = stop_run(run, "stopped", seed=1, count=2, options=WORKERS)
     assert not outcome.wrong
     assert outcome.kills and not any(outcome.lost_steps)
 
 
+@pytest.mark.slow  # tests/data kills workers, too
 def test_workers_that_are_killed(run):
     outcome = kill_workers_run(run, "workers-killed", seed=1, count=2, options=WORKERS)
     assert not outcome.wrong
