@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clipjax.checkpoints import manifest
+from clipjax.checkpoints.folder import GOOD
 from clipjax.checkpoints.manifest import examine
 
 
@@ -113,8 +114,8 @@ FAULTS: dict[str, Callable[[pathlib.Path, random.Random], str]] = {
 
 
 def files(step: pathlib.Path) -> list[pathlib.Path]:
-    """Return all files of a step directory that a save wrote."""
-    return [step / path for path in manifest.list_files(step)]
+    """Return all files of a step directory that a save wrote: all but the mark of a good step."""
+    return [step / path for path in manifest.list_files(step) if path != GOOD]
 
 
 def damage_run(step: pathlib.Path, folder: pathlib.Path, *, first: int, count: int) -> Damage:

@@ -85,12 +85,12 @@ class Rows:
 
     def replaced_shard(self) -> None:
         """the shard replaced by another with as many samples, then the old one at another place."""
-        self._train("data", "--config.total_examples=80")
+        self._train("data", *SHORT)
         (self.run.workdir("data") / "results.json").unlink()
         shutil.move(self.run.folder / "train.tar", self.run.folder / "moved.tar")
         write_pairs(self.run.folder / "train.tar", first=1000)
         self._train("data", *SHORT)
-        self._train("data", f"--config.data.train={self.run.folder / 'moved.tar'}", "--config.total_examples=80")
+        self._train("data", f"--config.data.train={self.run.folder / 'moved.tar'}", *SHORT)
         shutil.move(self.run.folder / "moved.tar", self.run.folder / "train.tar")
 
     def port_in_use(self) -> None:
