@@ -1,13 +1,8 @@
 """Checkpoints of two processes: both write, hash, verify and decide alike, and the failure of one hangs none."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.launch.conftest import free_ports
+from tests.checkpoints.conftest import run_two
 
 PROGRAM = """
 import json, pathlib, resource, sys
@@ -79,27 +74,7 @@ print("FOUND", json.dumps(found))
 
 @pytest.mark.process
 def test_two_processes_agree_on_every_outcome(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    address = f"localhost:{free_ports(1)[0]}"
-    both = [
-        subprocess.Popen(
-            (sys.executable, str(program), str(tmp_path), address, str(rank)),
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300) for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], outputs
-    first, second = (json.loads(out.partition("FOUND ")[2]) for out, _ in outputs)
+    (first, second), errors = run_two(tmp_path, PROGRAM)
     assert first == second
     assert first == {
         "wait": "the last checkpoint is not saved; step 20: process 1:",
@@ -109,6 +84,6 @@ def test_two_processes_agree_on_every_outcome(tmp_path):
         "names": ["10", "30.damaged", "40.damaged"],
         "shape": True,
     }
-    warnings = [[line for line in err.splitlines() if "warning: checkpoint" in line] for _, err in outputs]
+    warnings = [[line for line in err.splitlines() if "warning: checkpoint" in line] for err in errors]
     assert [len(lines) for lines in warnings] == [2, 0]  # the first process alone talks
     assert "ocdbt.process_1/d/" in warnings[0][0]

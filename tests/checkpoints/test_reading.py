@@ -1,10 +1,6 @@
 """Restoring reads each stored byte once, on any mesh and in any number of processes, and changes no bit."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +13,7 @@ from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.reading import restore_arrays
 from clipjax.config import CheckpointConfig, MeshConfig
 from clipjax.runtime import sharding
-from tests.launch.conftest import free_ports
+from tests.checkpoints.conftest import run_two
 
 AXES = {"nowhere": (), "rows": ("fsdp",), "columns": (None, "fsdp"), "part": ("data",)}
 RECORDS = {name: {"format": 2} for name in ("config", "data", "tokenizer", "preprocessing")}
@@ -149,29 +145,7 @@ print("FOUND", json.dumps(found))
 
 @pytest.mark.process
 def test_two_processes_read_each_byte_once_and_fail_together(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    root = pathlib.Path(__file__).parents[2]
-    flags = "--xla_force_host_platform_device_count=2"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    address = f"localhost:{free_ports(1)[0]}"
-    both = [
-        subprocess.Popen(
-            (sys.executable, str(program), str(tmp_path), address, str(rank)),
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300) for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], outputs
-    first, second = (json.loads(out.partition("FOUND ")[2]) for out, _ in outputs)
+    (first, second), _ = run_two(tmp_path, PROGRAM, xla_flags="--xla_force_host_platform_device_count=2")
     totals = [sum(parts) for parts in zip(first["fractions"], second["fractions"], strict=True)]
     assert max(totals) <= 1.1, (first, second)
     assert first["error"] == "process 1: the disk of one process"
