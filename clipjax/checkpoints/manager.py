@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from clipjax.checkpoints.reading import restore_arrays
 from clipjax.checkpoints.records import FOLDER, RECORDS, read_record
 from clipjax.checkpoints.saving import OnCommit, OnFailure, Save, describe, silence_orbax, temporary_path
 from clipjax.config import CheckpointConfig
-from clipjax.runtime import process_log, processes
+from clipjax.runtime import processes
 
 WAIT_SECONDS = 10.0
 """Time that a save waits for the one before it; then it is left out, so that training goes on."""
@@ -360,9 +359,7 @@ def all_damaged(place: pathlib.Path, bad: Mapping[int, Verdict]) -> str:
 
 def warn(text: str) -> None:
     """Tell a person; every process logs it."""
-    process_log.info(f"warning: {text}")
-    if processes.is_first():
-        print(f"clipjax: warning: {text}", file=sys.stderr, flush=True)
+    processes.announce(f"warning: {text}")
 
 
 def _tell_failure(step: int, reason: str) -> None:

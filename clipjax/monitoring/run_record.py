@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from clipjax.runtime import process_log
+from clipjax.runtime import process_log, processes
 from clipjax.runtime.files import write_atomic
 
 FILE = "run.json"
@@ -115,9 +115,7 @@ def _read_or_set_aside(workdir: pathlib.Path) -> dict[str, Any]:
     except DamagedRecord as error:
         aside = workdir / f"{FILE}.damaged"
         (workdir / FILE).replace(aside)
-        text = f"{error}; it is now {aside.name}, and a new {FILE} begins"
-        process_log.info(f"warning: {text}")
-        print(f"clipjax: warning: {text}", file=sys.stderr, flush=True)
+        processes.announce(f"warning: {error}; it is now {aside.name}, and a new {FILE} begins")
         return {}
 
 

@@ -10,14 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import jax
-
+from clipjax.checkpoints import exchange
 from clipjax.runtime import processes
 from clipjax.runtime.files import read_bounded, write_atomic
 
 FILE = "decisions.jsonl"
 _MAX_BYTES = 2**24
-_WAIT_SECONDS = 600.0  # the first process may have a slow disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,19 +114,19 @@ class Decisions:
         Raises:
             OSError: the first process cannot write it.
         """
-        key = f"decisions/{len(self.taken)}"
-        if processes.is_first():
+
+        def decide_and_write() -> dict[str, Any] | str:
             verdict = decide()
-            if isinstance(verdict, Rollback):
-                self._write([*self.taken, verdict])
-            if jax.process_count() > 1:
-                processes.kv_set(key, json.dumps(verdict if isinstance(verdict, str) else to_record(verdict)))
-        else:
-            record = json.loads(processes.kv_get(key, timeout_seconds=_WAIT_SECONDS))
-            verdict = record if isinstance(record, str) else parse(record)
-        if isinstance(verdict, Rollback):
-            self.taken.append(verdict)
-        return verdict
+            if isinstance(verdict, str):
+                return verdict
+            self._write([*self.taken, verdict])
+            return to_record(verdict)
+
+        record = exchange.publish(f"decisions/{len(self.taken)}", decide_and_write)
+        if isinstance(record, str):
+            return record
+        self.taken.append(parse(record))
+        return self.taken[-1]
 
     def adopt(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Take over a checkpoint's copy where the file has lost decisions.

@@ -1,7 +1,6 @@
 """Preflight of a run: everything that can be refused before training, by all of its processes together."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from clipjax.monitoring.prometheus import Exporter
 from clipjax.runtime import compilation, consistency, files, owner, process_log, sharding
 from clipjax.runtime.compilation import compiler_options
 from clipjax.runtime.consistency import Fingerprint
-from clipjax.runtime.processes import is_first
+from clipjax.runtime.processes import announce, is_first
 from clipjax.training import fingerprints, optimizer
 from clipjax.training.inputs import Inputs, open_inputs
 from clipjax.training.resume import check_same_run
@@ -117,8 +116,7 @@ def _open_here(config: Config, workdir: Path, warning: str, made: list[Path]) ->
     made += [path for path in (log.parent, log) if not path.exists()]
     process_log.open_log(workdir, rank=jax.process_index(), header=run_record.describe_start())
     if warning:
-        process_log.info(f"warning: {warning}")
-        print(f"clipjax: warning: {warning}", file=sys.stderr, flush=True)
+        announce(f"warning: {warning}")
     compilation.enable(config.compile_cache)
     saved = _open_newest(workdir)
     inputs = open_inputs(config, saved)

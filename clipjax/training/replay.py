@@ -13,14 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax.checkpoints.manager import Checkpoints
-from clipjax.data.tokenizers.protocol import TextToTokens
-from clipjax.data.training_stream import TrainStream
 from clipjax.pytrees import leaf_paths
 from clipjax.runtime import sharding
 from clipjax.training.decisions import Rollback
 from clipjax.training.preflight import Checked
 from clipjax.training.resume import start_state
-from clipjax.training.run import device_batch
+from clipjax.training.run import device_batch, open_stream
 from clipjax.training.session import Session, open_session
 from clipjax.training.step import TrainState
 from clipjax.typing import Batch
@@ -59,15 +57,7 @@ def replay(checked: Checked, step: int, rollback: int | None = None) -> Iterator
             yield f"from the checkpoint of step {start.step}: {step - start.step} steps"
         else:
             yield f"no checkpoint before step {step} is kept: from step 0, {step} steps"
-        stream = TrainStream(
-            inputs.source,
-            tokenize=TextToTokens(inputs.tokenizer, config.model.text.context_length),
-            config=config,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            start_step=start.step,
-            left_out=session.decisions.left_out,
-        )
+        stream = open_stream(session, start.step)
         try:
             for _ in range(start.step + 1, step):
                 batch = device_batch(config, session.mesh, next(stream))

@@ -1,6 +1,5 @@
 """Start of a run: afresh, from another run's weights, or from its own newest checkpoint."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +16,7 @@ from clipjax.config.serialization import flatten, to_dict
 from clipjax.data.digests import describe_differences, from_record
 from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, map_with_path
-from clipjax.runtime import process_log, sharding
-from clipjax.runtime.processes import is_first
+from clipjax.runtime import processes, sharding
 from clipjax.training import migrations
 from clipjax.training.decisions import Decisions
 from clipjax.training.health import init_health
@@ -117,10 +115,9 @@ def _check_same_data(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> 
                 f"{here} has {len(inputs.source)} samples, but the run in the workdir was trained on "
                 f"{data['num_samples']}; {remedy}"
             )
-        text = f"warning: {here}: the checkpoint has no digests of its data, so the contents were not compared"
-        process_log.info(text)
-        if is_first():
-            print(f"clipjax: {text}", file=sys.stderr, flush=True)
+        processes.announce(
+            f"warning: {here}: the checkpoint has no digests of its data, so the contents were not compared"
+        )
         return
     found = inputs.source.digests()
     if [shard.digest for shard in recorded] != [shard.digest for shard in found]:

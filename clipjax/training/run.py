@@ -175,13 +175,12 @@ class Run:
         """Run the tasks; one that fails is told and left out. The state is saved before any other error is raised."""
         self.logger.flush()
         jax.block_until_ready(state.step)  # what is left of the step belongs to the step
-        session = self.session
-        with self.logger.pause(), session.goodput.phase("evaluation"), session.watchdog.paused("evaluation"):
+        with self.logger.pause(), self.session.phase("evaluation"):
             try:
                 evaluation = run_tasks(self.inputs.tasks, self._encoder(state))
             except Exception:
                 self.save(state, step)
-                self.checkpoints.wait()
+                self.wait_for_saves()
                 raise
             self.logger.results(step, evaluation.results, evaluation.failures)
         return evaluation
@@ -215,7 +214,7 @@ class Run:
             best_value = evaluation.results.get(task, {}).get(metric)  # the task may have failed
         with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
             jax.block_until_ready(state.step)
-        with self.session.goodput.phase("saving"), self.session.watchdog.paused("a save"):
+        with self.session.phase("saving", "a save"):
             ends = last or step == total_steps(self.config)
             self.checkpoints.save(step, to_items(state), records, best_value, last=ends)
         self.session.goodput.record()
@@ -226,7 +225,7 @@ class Run:
         Raises:
             SavesFail: the last checkpoint could not be saved.
         """
-        with self.session.goodput.phase("saving"), self.session.watchdog.paused("the last save"):
+        with self.session.phase("saving", "the last save"):
             self.checkpoints.wait()
 
     def finish(self, state: TrainState, last: int, evaluation: Evaluation | None) -> None:
@@ -235,12 +234,11 @@ class Run:
         Raises:
             SavesFail: the last checkpoint could not be saved.
         """
-        session = self.session
         self.wait_for_saves()
         self.recovery.mark_all()
         self.logger.flush()
         if evaluation is None:  # the run was complete before: its log is, but a kill may have come before results.json
-            with session.goodput.phase("evaluation"), session.watchdog.paused("evaluation"):
+            with self.session.phase("evaluation"):
                 evaluation = run_tasks(self.inputs.tasks, self._encoder(state))
         if processes.is_first():
             write_results(self.workdir / "results.json", self.checkpoints.path(last), evaluation)
@@ -293,14 +291,8 @@ def build(session: Session) -> Iterator[Run]:
     config, workdir, inputs = checked.config, checked.workdir, checked.inputs
     teller = _Teller(session.events)
     with contextlib.ExitStack() as stack:
-        with session.goodput.phase("initialisation"), session.watchdog.paused("the start"):
-            checkpoints = Checkpoints(
-                workdir,
-                config.checkpoint,
-                max_failed_saves=config.recovery.max_failed_saves,
-                on_failure=teller.failed_save,
-                on_commit=lambda step: run_record.record_commit(workdir, step),
-            )
+        with session.phase("initialisation", "the start"):
+            checkpoints = _open_checkpoints(session, teller)
             stack.callback(_close, checkpoints, session)
             state, start = start_state(
                 config, inputs, checkpoints, session.decisions, session.program.init_state, session.mesh
@@ -320,7 +312,7 @@ def build(session: Session) -> Iterator[Run]:
         logger.message(describe_loss(config, session.mesh))
         if checked.exporter is not None:
             logger.message(f"metrics for Prometheus: {checked.exporter.url}")
-        stream = _open_stream(session, start.step, teller)
+        stream = open_stream(session, start.step, teller.worker_restart)
         stack.callback(stream.close)
         yield Run(
             session=session,
@@ -346,7 +338,21 @@ def build(session: Session) -> Iterator[Run]:
         )
 
 
-def _open_stream(session: Session, start_step: int, teller: _Teller) -> TrainStream:
+def _open_checkpoints(session: Session, teller: _Teller) -> Checkpoints:
+    config, workdir = session.checked.config, session.checked.workdir
+    return Checkpoints(
+        workdir,
+        config.checkpoint,
+        max_failed_saves=config.recovery.max_failed_saves,
+        on_failure=teller.failed_save,
+        on_commit=lambda step: run_record.record_commit(workdir, step),
+    )
+
+
+def open_stream(
+    session: Session, start_step: int, on_restart: Callable[[str], None] = processes.announce
+) -> TrainStream:
+    """Open this process's training batches from a step on, without those that the decisions leave out."""
     config, inputs = session.checked.config, session.checked.inputs
     return TrainStream(
         inputs.source,
@@ -356,11 +362,11 @@ def _open_stream(session: Session, start_step: int, teller: _Teller) -> TrainStr
         process_count=jax.process_count(),
         start_step=start_step,
         left_out=session.decisions.left_out,
-        on_restart=teller.worker_restart,
+        on_restart=on_restart,
     )
 
 
 def _close(checkpoints: Checkpoints, session: Session) -> None:
     """Wait until everything saved is on disk; after a signal this takes a while."""
-    with session.goodput.phase("saving"), session.watchdog.paused("the last save"):
+    with session.phase("saving", "the last save"):
         checkpoints.close()

@@ -71,6 +71,17 @@ class Session:
         process_log.info(f"arrays without copies to compare: {', '.join(check.not_covered) or 'none'}")
         return check
 
+    @contextlib.contextmanager
+    def phase(self, cause: str, name: str = "") -> Iterator[None]:
+        """Count the time of the `with` block under a cause, and allow any time in which some process works.
+
+        Args:
+            cause: of the ledger.
+            name: of the block in the watchdog's messages; the cause if left out.
+        """
+        with self.goodput.phase(cause), self.watchdog.paused(name or cause):
+            yield
+
     @property
     def replica_check_every(self) -> int:
         """Steps between two checks of the copies."""
