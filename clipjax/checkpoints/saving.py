@@ -9,9 +9,12 @@ import asyncio
 import contextlib
 import fnmatch
 import logging
+import os
 import pathlib
+import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +29,9 @@ from clipjax.runtime import process_log, processes
 from clipjax.runtime.files import sync_folder
 
 _REASON_CHARACTERS = 400
+_STRAGGLERS_SECONDS = 10.0
+_TENSORSTORE_ERRNO = re.compile(r"os_error_code='(\d+)'")
+_LOCAL_FILE = re.compile(r'local file "([^"]*)"')
 OnFailure = Callable[[int, str], None]
 OnCommit = Callable[[int], None]
 
@@ -37,12 +43,16 @@ def array_handler() -> ocp.StandardCheckpointHandler:
 
 
 def silence_orbax() -> None:
-    """Keep Orbax's tracebacks of failed writes off the terminal; `on_failure` tells in one line what they mean."""
+    """Keep Orbax's tracebacks of failed writes off the terminal; `on_failure` tells in one line what they mean.
+
+    After the first array that fails Orbax waits for none of the others, so asyncio complains of each of those, too.
+    """
     logging.getLogger("absl").addFilter(_is_not_of_a_write)
+    logging.getLogger("asyncio").addFilter(_is_not_of_a_write)
 
 
 def _is_not_of_a_write(record: logging.LogRecord) -> bool:
-    return "orbax/checkpoint/_src/futures" not in record.pathname
+    return "orbax/checkpoint/_src/futures" not in record.pathname and TEMPORARY not in record.getMessage()
 
 
 def temporary_path(folder: pathlib.Path, step: int) -> pathlib.Path:
@@ -178,7 +188,7 @@ class Save:
                 return ""
         except Exception as error:  # Orbax and TensorStore have many kinds
             reasons = [describe(error)]
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        _remove(self._temporary)
         return "; ".join(reasons)
 
     def _tell_commit(self) -> None:
@@ -200,8 +210,23 @@ class Save:
         sync_folder(self._folder)
 
 
+def _remove(directory: pathlib.Path) -> None:
+    """Delete a directory to which writes that nobody waits for may still be going (see `silence_orbax`).
+
+    What comes after that is deleted before the next save.
+    """
+    until = time.monotonic() + _STRAGGLERS_SECONDS
+    while directory.exists() and time.monotonic() < until:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(_STRAGGLERS_SECONDS / 20)  # a write makes the directory anew
+
+
 def describe(error: Exception) -> str:
-    """Return an error's message in one line."""
+    """Return an error's message in one line; of one of the operating system what it says, and the file."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
-    return (" ".join(str(error).split()) or repr(error))[:_REASON_CHARACTERS]
+    text = " ".join(str(error).split()) or repr(error)
+    number, file = _TENSORSTORE_ERRNO.search(text), _LOCAL_FILE.search(text)
+    if number:
+        text = os.strerror(int(number[1])) + (f": {file[1]}" if file else "")
+    return text[:_REASON_CHARACTERS]
