@@ -1,9 +1,12 @@
 """Updates that are not finite, up to the rollback, a kill behind it, and the replay that finds the sample."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 
+import numpy as np
 import pytest
 
 from clipjax.monitoring import events
@@ -59,6 +62,31 @@ def test_three_in_a_row_go_back_to_a_good_checkpoint_without_their_batches(run, 
     listed = next((workdir / "left_out").iterdir()).read_text().splitlines()
     assert len(listed) == 4 * 8 and "train.tar, key 0" in listed[0]
     assert (workdir / "checkpoints" / "60.rejected").is_dir() and (workdir / "results.json").exists()
+
+
+def test_two_processes_go_back_together(run, rolled_back):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    many = ("--config.total_examples=800", f"--coordinator={address}", "--num_processes=2")
+    with contextlib.ExitStack() as stack:
+        both = [run.start("two", *many, f"--process_id={rank}", prefix=THREE) for rank in range(2)]
+        for process in both:
+            stack.enter_context(ended(process))
+        assert [process.wait(300) for process in both] == [0, 0], run.output("two")
+    ours, theirs = ((run.workdir(name) / "decisions.jsonl").read_text() for name in ("two", rolled_back))
+    (decision,) = [json.loads(line) for line in ours.splitlines()]
+    (other,) = [json.loads(line) for line in theirs.splitlines()]
+    assert [decision[key] for key in ("to_step", "first_batch", "last_batch")] == [
+        other[key] for key in ("to_step", "first_batch", "last_batch")
+    ]
+    mine, alone = (
+        {line["step"]: line["loss"] for line in losses(run.workdir(name)) if "loss" in line}
+        for name in ("two", rolled_back)
+    )
+    assert sorted(mine) == sorted(alone)
+    # Other sums in float32; steps after a rollback with the wrong batches differ by tenths.
+    np.testing.assert_allclose([mine[step] for step in sorted(mine)], [alone[step] for step in sorted(mine)], rtol=1e-3)
 
 
 def test_a_kill_behind_the_rollback_changes_nothing(run, rolled_back):
