@@ -68,7 +68,7 @@ def compile_step(config: Config, target: Target, *, num_samples: int, teacher: C
     start = time.monotonic()
     with jax.set_mesh(mesh):
         program = build_program(config, mesh, num_samples=num_samples, teacher=teacher)
-        state, batch, frozen = program.abstract_state(), program.abstract_batch(), program.abstract_teacher()
+        state, batch, frozen = program.abstract_state, program.abstract_batch(), program.abstract_teacher()
         executable, refusal = None, ""
         try:
             executable = program.jit(state).lower(state, batch, frozen).compile()

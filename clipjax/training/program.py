@@ -3,7 +3,8 @@
 Training runs what `build_program` makes; planning compiles the same for machines that are not here.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +65,18 @@ class Program:
             compiler_options=compiler_options(list(self.mesh.devices.flat)),
         )
 
+    @functools.cached_property
+    def _init(self) -> Callable[[], TrainState]:
+        return lambda: self.init_state(jax.random.key(self.config.seed))  # traced once, as it is one function
+
+    def fresh_state(self) -> TrainState:
+        """Return the state in which the run begins; every array is created on its shards."""
+        return jax.jit(self._init, out_shardings=sharding.shardings_of(self.abstract_state))()
+
+    @functools.cached_property
     def abstract_state(self) -> TrainState:
-        """Return shapes, dtypes and shardings of the state."""
-        key: Key = jax.eval_shape(lambda: jax.random.key(0))  # type: ignore[assignment]
-        state = jax.eval_shape(self.init_state, key)
+        """Shapes, dtypes and shardings of the state."""
+        state = jax.eval_shape(self._init)
         return sharding.with_shardings(state, sharding.state_shardings(self.mesh, state, STATE_RULES))
 
     def abstract_teacher(self) -> Params | None:

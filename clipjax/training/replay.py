@@ -43,12 +43,10 @@ def replay(checked: Checked, step: int, rollback: int | None = None) -> Iterator
         checkpoints = Checkpoints(checked.workdir, config.checkpoint)
         decisions = session.decisions
         state, start = start_state(
-            config,
+            session.program,
             inputs,
             checkpoints,
             decisions,
-            session.program.init_state,
-            session.mesh,
             before=_first_changed(decisions.taken, step, rollback),
         )
         if rollback is not None:

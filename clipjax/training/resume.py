@@ -1,6 +1,6 @@
 """Start of a run: afresh, from another run's weights, or from its own newest checkpoint."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,8 @@ from clipjax.training import migrations
 from clipjax.training.decisions import Decisions
 from clipjax.training.health import init_health
 from clipjax.training.inputs import Inputs, comes_from_init
-from clipjax.training.step import STATE_RULES, TrainState, from_items, to_items
+from clipjax.training.program import Program
+from clipjax.training.step import TrainState, from_items, to_items
 
 RESUMABLE = (
     "mesh.",
@@ -128,44 +129,34 @@ def _check_same_data(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> 
 
 
 def start_state(
-    config: Config,
+    program: Program,
     inputs: Inputs,
     checkpoints: Checkpoints,
     decisions: Decisions,
-    init_state: Callable[[jax.Array], TrainState],
-    mesh: Mesh,
     *,
     before: int | None = None,
 ) -> tuple[TrainState, Position]:
     """Return the newest good checkpoint's state and position, or a fresh state; every array is created on its shards.
 
     Args:
-        config: the run.
+        program: of the run.
         inputs: give the first weights of a fresh state, if not the seed alone.
         checkpoints: of the workdir; those that a rollback has rejected or that are damaged are set aside.
         decisions: of the run; what its file has lost comes back from a checkpoint's copy.
-        init_state: makes a fresh state.
-        mesh: the devices.
         before: take a checkpoint of a step below this one; None: any.
 
     Raises:
         DamagedCheckpoint: there are checkpoints, but none is good, or its arrays do not fit.
         ValueError: decisions and checkpoints contradict each other.
     """
-
-    def init() -> TrainState:
-        return init_state(jax.random.key(config.seed))
-
-    abstract = jax.eval_shape(init)
-    shardings = sharding.state_shardings(mesh, abstract, STATE_RULES)
     _apply(decisions, checkpoints)
     steps = None if before is None else [step for step in checkpoints.steps() if step < before]
     newest = checkpoints.newest_verified(steps)
     if newest is not None:
-        return _restore(checkpoints, newest, sharding.with_shardings(abstract, shardings), mesh)
-    state = jax.jit(init, out_shardings=shardings)()
+        return _restore(checkpoints, newest, program.abstract_state, program.mesh)
+    state = program.fresh_state()
     if inputs.init_checkpoint is not None:
-        state = _take_params(state, inputs.init_checkpoint, config, mesh)
+        state = _take_params(state, inputs.init_checkpoint, program.config, program.mesh)
     return state, Position()
 
 

@@ -294,9 +294,7 @@ def build(session: Session) -> Iterator[Run]:
         with session.phase("initialisation", "the start"):
             checkpoints = _open_checkpoints(session, teller)
             stack.callback(_close, checkpoints, session)
-            state, start = start_state(
-                config, inputs, checkpoints, session.decisions, session.program.init_state, session.mesh
-            )
+            state, start = start_state(session.program, inputs, checkpoints, session.decisions)
         logger = RunLogger(
             config,
             workdir,

@@ -60,14 +60,14 @@ class Session:
     @functools.cached_property
     def step(self) -> Any:
         """The jitted step: `TrainStep.__call__`, compiled once."""
-        return self.program.jit(self.program.abstract_state())
+        return self.program.jit(self.program.abstract_state)
 
     @functools.cached_property
     def replicas(self) -> ReplicaCheck | None:
         """The check of the copies of the state on several devices; None: it is off, or there are no copies."""
         if self.checked.config.recovery.replica_check_examples is None:
             return None
-        check = ReplicaCheck(self.mesh, self.program.abstract_state())
+        check = ReplicaCheck(self.mesh, self.program.abstract_state)
         process_log.info(f"arrays without copies to compare: {', '.join(check.not_covered) or 'none'}")
         return check
 

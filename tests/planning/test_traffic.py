@@ -113,7 +113,7 @@ def test_a_steps_gradients_are_no_less_than_the_least():
     mesh = sharding.make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         program = build_program(config, mesh, num_samples=1000)
-        state = program.abstract_state()
+        state = program.abstract_state
         text = program.jit(state).lower(state, program.abstract_batch(), None).compile().as_text()
     least = traffic.min_traffic_bytes(config, state.params, mesh)
     sent = sum(one.bytes for one in traffic.collectives(hlo.parse(text), mesh, CHIPS["h100"]))

@@ -92,7 +92,7 @@ def setting(variant: str) -> Setting:
             program,
             train_step=dataclasses.replace(program.train_step, gradients=faulty),  # type: ignore[arg-type]
         )
-        abstract = program.abstract_state()
+        abstract = program.abstract_state
         shardings = sharding.state_shardings(mesh, abstract, STATE_RULES)
         init_state = jax.jit(program.init_state)  # on one device: that compiles in half the time
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in make_batch(variant).items()}

@@ -33,7 +33,7 @@ def restore(abstract) -> dict:
 def test_the_state_of_format_1_becomes_one_of_today():
     config = from_dict(json.loads((OLD / "config" / "metadata").read_text()))
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    abstract = build_program(config, mesh, num_samples=64).abstract_state()
+    abstract = build_program(config, mesh, num_samples=64).abstract_state
     newest = to_items(abstract)
     old = restore(abstract_items(1, newest))
     assert any(name.endswith("2/count") for name in leaf_paths(old["train"]["opt_state"]))
@@ -51,7 +51,7 @@ def test_the_newest_format_stays_as_it_is_and_frozen_parameters_migrate():
     config = from_dict(json.loads((OLD / "config" / "metadata").read_text()))
     config.optim.freeze = ("image/.*",)
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    items = to_items(build_program(config, mesh, num_samples=64).abstract_state())
+    items = to_items(build_program(config, mesh, num_samples=64).abstract_state)
     assert abstract_items(FORMAT, items) is items
     assert migrate(FORMAT, items, init_health()) is items
     again = migrate(1, abstract_items(1, items), dataclasses.replace(init_health()))

@@ -119,14 +119,14 @@ def test_a_state_of_8_devices_goes_on_with_1_2_and_4_and_on_other_axes(tmp_path)
         mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
         with jax.set_mesh(mesh):
             program = build_program(config, mesh, num_samples=1)
-            abstract = to_items(program.abstract_state())
+            abstract = to_items(program.abstract_state)
             with ocp.StandardCheckpointer() as checkpointer:
                 restored = from_items(checkpointer.restore(tmp_path / "saved", abstract))
             names = leaf_paths(restored)
             for name, ours, asked in zip(
                 names,
                 jax.tree.leaves(restored),
-                jax.tree.leaves(sharding.state_shardings(mesh, program.abstract_state(), STATE_RULES)),
+                jax.tree.leaves(sharding.state_shardings(mesh, program.abstract_state, STATE_RULES)),
                 strict=True,
             ):
                 assert ours.sharding.is_equivalent_to(asked, ours.ndim), name
