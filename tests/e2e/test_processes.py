@@ -160,6 +160,7 @@ def test_two_processes_train_as_one_with_two_devices(finished, alone):
     assert_same_run(finished, alone, 2)
 
 
+@pytest.mark.slow
 def test_four_processes_train_as_one_with_two_devices(four, alone):
     assert_same_run(four, alone, 4)
 
@@ -208,6 +209,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow  # tests/monitoring names the slow, too
 def test_a_process_that_reads_slowly_is_named(tiny_config, tmp_path, cache):
     config = tmp_path / "config.py"
     config.write_text(SLOW.replace("CONFIG", repr(str(tiny_config))))
@@ -237,18 +239,20 @@ for path in sys.argv[1].split(","):
 """
 
 
-def test_four_processes_save_what_one_restores_and_back(tiny_config, four, tmp_path, cache):
-    shutil.copytree(four, tmp_path / "run")
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_save_what_one_restores_and_back(request, tiny_config, tmp_path, cache, count):
+    several = request.getfixturevalue("finished" if count == 2 else "four")
+    shutil.copytree(several, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(LAST_STEP))
     (tmp_path / "run" / "results.json").unlink()
-    output = run(*train_arguments(tiny_config, tmp_path / "run"), **devices(4), **cache)
+    output = run(*train_arguments(tiny_config, tmp_path / "run"), **devices(count), **cache)
     assert f"step 9 of {LAST_STEP}" in output
-    ours, theirs = losses(tmp_path / "run"), losses(four)
+    ours, theirs = losses(tmp_path / "run"), losses(several)
     assert [ours[step] for step in range(1, 10)] == [theirs[step] for step in range(1, 10)]
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=2e-3)  # Adam and roundings, as above
-    # The bits of what four processes saved, and of what one did, read by one and by four.
+    # The bits of what several processes saved, and of what one did, read by one and by several.
     (tmp_path / "restore.py").write_text(RESTORE)
-    paths = f"{four},{tmp_path / 'run'}"
+    paths = f"{several},{tmp_path / 'run'}"
     script = (sys.executable, str(tmp_path / "restore.py"), paths)
     one = subprocess.run(script, env={**os.environ, **devices(1), **cache}, capture_output=True, text=True, check=True)
     digests = re.findall("restored 1 ([0-9a-f]{64})", one.stdout)
@@ -256,16 +260,16 @@ def test_four_processes_save_what_one_restores_and_back(tiny_config, four, tmp_p
     address = f"localhost:{free_port()}"
     started = [
         subprocess.Popen(
-            (*script, f"--coordinator={address}", "--num_processes=4", f"--process_id={index}"),
+            (*script, f"--coordinator={address}", f"--num_processes={count}", f"--process_id={index}"),
             env={**os.environ, **devices(1), **cache},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for index in range(4)
+        for index in range(count)
     ]
     for text in outputs(started, expect=0):
-        assert re.findall("restored 4 ([0-9a-f]{64})", text) == digests
+        assert re.findall(rf"restored {count} ([0-9a-f]{{64}})", text) == digests
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -342,6 +346,7 @@ def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tiny_config, finish
     assert (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow  # test_run stops on bad data, too
 def test_bad_data_of_one_process_stops_both_and_is_counted_over_both(tiny_config, tmp_path, cache):
     make_tar(tmp_path / "pairs.tar", corrupt=1)  # one process meets it in each epoch
     arguments = (

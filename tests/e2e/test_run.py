@@ -114,11 +114,13 @@ def kill_after_lines(process, workdir: pathlib.Path, seen: int) -> None:
 @pytest.mark.newest
 @pytest.mark.parametrize("seen", [pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.process
-def test_killed_with_sigkill_and_started_again_equals_the_undisturbed_run(tiny_config, finished, tmp_path, seen):
-    """What it compiles, it compiles anew each time."""
+def test_killed_with_sigkill_and_started_again_equals_the_undisturbed_run(tiny_config, finished, tmp_path, cache, seen):
+    """The slow ones compile anew what they compile."""
+    if seen != 5:
+        cache = {}
     began = time.time()
-    kill_after_lines(start(*train_arguments(tiny_config, tmp_path)), tmp_path, seen)
-    output = run(*train_arguments(tiny_config, tmp_path))
+    kill_after_lines(start(*train_arguments(tiny_config, tmp_path), **cache), tmp_path, seen)
+    output = run(*train_arguments(tiny_config, tmp_path), **cache)
     assert_same_run(tmp_path, finished)
     assert_time_adds_up(tmp_path, began)
     assert "waiting for data" in output
@@ -213,7 +215,7 @@ def test_a_teacher_with_other_inputs_is_refused(refusal, finished, tmp_path):
     assert "model.image.image_size=32 (teacher: 16), model.text.context_length=40 (teacher: 32)" in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @pytest.mark.process
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(tiny_config, finished, tmp_path, cache, number):
     process = start(*train_arguments(tiny_config, tmp_path), **cache)
@@ -311,6 +313,7 @@ def test_mesh_of_simulated_devices_gives_the_same_loss(tiny_config, finished, tm
     assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
 
 
+@pytest.mark.slow  # tests/training restores on other meshes, too
 @pytest.mark.process
 def test_a_checkpoint_goes_on_with_another_mesh(tiny_config, finished, tmp_path, cache):
     shutil.copytree(finished, tmp_path / "run")

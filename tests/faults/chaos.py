@@ -8,14 +8,17 @@ soon as it is there, and a unit that is there already is not done again, so the 
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import logging
+import os
 import pathlib
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import machine
@@ -98,6 +101,17 @@ def read_results() -> dict[str, Any]:
     return json.loads(RESULTS.read_text())["units"] if RESULTS.exists() else {}
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Keep other parts, which may run at the same time, from the results."""
+    folder = os.open(RESULTS.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def run_units(part: int, parts: int, only: str) -> None:
     """Do what is not done yet of a part of the units."""
     wanted = [name for i, name in enumerate(make_units()) if i % parts == part and name.startswith(only)]
@@ -110,8 +124,9 @@ def run_units(part: int, parts: int, only: str) -> None:
             outcome = make_units()[name](bench)
             outcome["seconds"] = round(time.monotonic() - start, 1)
             about = {**machine.describe(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
-            units = read_results() | {name: {**outcome, "machine": about["processor"], "date": about["date"]}}
-            write_atomic(RESULTS, json.dumps({"about": about, "units": units}, indent=1) + "\n")
+            with _alone():
+                units = read_results() | {name: {**outcome, "machine": about["processor"], "date": about["date"]}}
+                write_atomic(RESULTS, json.dumps({"about": about, "units": units}, indent=1) + "\n")
             state = "WRONG" if outcome["wrong"] else "ok"
             print(f"{number} of {len(wanted)}: {name}: {state}, {outcome['seconds']} s", flush=True)
             for line in outcome["wrong"]:

@@ -23,6 +23,7 @@ from tests.faults.signals import worker_pids
 from tests.faults.tiny_run import TinyRun, ended, wait_until, write_pairs
 
 SHORT = ("--config.total_examples=160",)
+SAVES = ("--config.checkpoint.every_examples=80",)
 WORKERS = ("--config.data.num_workers=2",)
 _SHOWN = ("error", "warning", "not saved", "worker", "signal", "stopped", "going on", "step 0 of", "done:", "rollback")
 
@@ -150,7 +151,7 @@ def main() -> int:
         print(f"unknown: {', '.join(unknown)}; rows are {', '.join(rows)}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        run = TinyRun(pathlib.Path(folder))
+        run = TinyRun(pathlib.Path(folder), SAVES)
         run.write()
         for name in chosen:
             row: Callable[[], None] = getattr(Rows(run), name)

@@ -21,12 +21,12 @@ from PIL import Image
 from tests.commands import QUICK_COMPILE
 
 ROOT = pathlib.Path(__file__).parents[2]
-LAST_STEP, SAVE_EVERY = 200, 10
+LAST_STEP, SAVE_EVERY = 200, 20
 TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "goodput", "ranks")
 """Fields of `metrics.jsonl` that depend on the clock."""
 
 CONFIG = '''
-"""A run of 200 steps with a save every 10, a moving average, and an evaluation in the middle and at the end."""
+"""A run of 200 steps with a save every 20, a moving average, and an evaluation in the middle and at the end."""
 from clipjax.config import *
 
 def get_config():
@@ -49,7 +49,7 @@ def get_config():
             batch_size=8,
             tasks={"pairs": TaskConfig(kind=TaskKind.RETRIEVAL, source=TRAIN, max_examples=16)},
         ),
-        checkpoint=CheckpointConfig(every_examples=80, keep_last=2),
+        checkpoint=CheckpointConfig(every_examples=160, keep_last=2),
         log=LogConfig(every_examples=8, tensorboard=False),
     )
 '''
