@@ -4,7 +4,7 @@
 
 72 hours are `--minutes=4320`; the workdir then takes about 3 GB, below `--folder` if that is given.
 
-A small run with two loader workers, a save every 100 steps and an evaluation every 200 trains in a process of its own.
+A small run with two loader workers, a save every 1,000 steps and an evaluation every 2,000 trains in a process of its own.
 Every few seconds its memory, descriptors and threads are counted, and those of its workers. The growth of memory is the
 least-squares slope over the second half of the time: in the first, allocators and caches fill, which takes longer than
 a few minutes; fewer than 30 only try this program out. The first evaluation may compile its own programs. Exit code 1:
@@ -31,7 +31,7 @@ from benchmarks import machine
 from tests.faults.tiny_run import TinyRun, ended
 
 SAMPLE_SECONDS, KEPT_SAMPLES = 2.0, 200
-BATCH, SAVE_STEPS, EVAL_STEPS = 32, 100, 200
+BATCH, SAVE_STEPS, EVAL_STEPS = 32, 1000, 2000
 LARGEST_SLOPE = 20.0
 """Growth of memory in MB per hour; a run of few minutes shows more, as its slope is noise."""
 SLACK = 2

@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import pathlib
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,11 +30,18 @@ from clipjax.runtime.terminal import format_table
 from tests.faults.checkpoint_damage import damage_run
 from tests.faults.crash import UNDISTURBED, crash_run
 from tests.faults.fuzz import FUZZERS, fuzz
-from tests.faults.signals import kill_workers_run, stop_run
-from tests.faults.tiny_run import LAST_STEP, TinyRun
+from tests.faults.signals import hang_workers_run, kill_workers_run, stop_run
+from tests.faults.tiny_run import LAST_STEP, ROOT, TinyRun
 
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "chaos.json"
 WORKERS = ("--config.data.num_workers=2",)
+SLOW_TESTS = {
+    "ranks killed, stopped, signalled, failing": "tests/e2e/test_processes.py",
+    "one process killed, signalled, on other meshes": "tests/e2e/test_run.py",
+    "updates not finite, spikes, replays": "tests/faults/test_rollback.py",
+    "ranks killed under the launchers": "tests/launch",
+}
+"""Those of the same faults that `make test` has no time for."""
 
 
 class Bench:
@@ -59,9 +68,7 @@ def make_units() -> dict[str, Unit]:
     """Return every unit by `FAULT/NUMBER`."""
     units: dict[str, Unit] = {}
     for seed in range(50):
-        options = WORKERS if seed % 2 else ()
-        kind = "kill -9, with loader workers" if seed % 2 else "kill -9"
-        units[f"{kind}/{seed}"] = _broken(crash_run, f"crash{seed}", seed, 10, options)
+        units[f"kill -9, every other start with loader workers/{seed}"] = _killed(seed)
     for seed in range(10):
         options = WORKERS if seed % 2 else ()
         kind = "SIGTERM, with loader workers" if seed % 2 else "SIGTERM"
@@ -71,6 +78,9 @@ def make_units() -> dict[str, Unit]:
         units[f"kill -9 of a loader worker/{seed}"] = _broken(
             kill_workers_run, f"workers{seed}", seed, 8, (*WORKERS, limit)
         )
+        units[f"loader workers that hang/{seed}"] = _broken(hang_workers_run, f"hang{seed}", seed, 3, WORKERS)
+    for fault, path in SLOW_TESTS.items():
+        units[f"{fault}/0"] = _slow_tests(path)
     for part in range(20):
         units[f"checkpoint damaged/{part}"] = _damaged(part)
     for name in FUZZERS:
@@ -79,8 +89,25 @@ def make_units() -> dict[str, Unit]:
     return units
 
 
+def _killed(seed: int) -> Unit:
+    return lambda bench: crash_run(bench.run(), f"crash{seed}", seed=seed, count=10, every_other=WORKERS).record()
+
+
 def _broken(work: Callable[..., Any], name: str, seed: int, count: int, options: tuple[str, ...]) -> Unit:
     return lambda bench: work(bench.run(), name, seed=seed, count=count, options=options).record()
+
+
+def _slow_tests(path: str) -> Unit:
+    def work(bench: Bench) -> dict[str, Any]:
+        command = (sys.executable, "-m", "pytest", "-q", "-m", "slow", "--tb=line", "-rfE", "-p", "no:cacheprovider", path)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        passed = re.search(r"(\d+) passed", done.stdout)
+        wrong = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        if done.returncode and not wrong:
+            wrong = [f"pytest left with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}"]
+        return {"tries": int(passed[1]) + len(wrong) if passed else len(wrong), "wrong": wrong}
+
+    return work
 
 
 def _damaged(part: int) -> Unit:

@@ -52,11 +52,20 @@ def draw_kills(rng: random.Random, count: int) -> list[tuple[str, int]]:
     return kills
 
 
-def crash_run(run: TinyRun, name: str, *, seed: int, count: int, options: tuple[str, ...] = ()) -> Outcome:
-    """Train in a workdir with so many kills on the way, and compare the end with the undisturbed run."""
+def crash_run(run: TinyRun, name: str, *, seed: int, count: int, every_other: tuple[str, ...] = ()) -> Outcome:
+    """Train in a workdir with so many kills on the way, and compare the end with the undisturbed run.
+
+    Args:
+        run: its files.
+        name: of the workdir.
+        seed: of the moments.
+        count: of kills.
+        every_other: options of the second start, the fourth, and so on.
+    """
     rng = random.Random(seed)
     outcome = Outcome()
-    for point, number in draw_kills(rng, count):
+    for start, (point, number) in enumerate(draw_kills(rng, count)):
+        options = every_other if start % 2 else ()
         killed_at = _start_and_kill(run, name, point, number, options, rng)
         if killed_at is None:  # it came to its end before
             break
@@ -67,7 +76,7 @@ def crash_run(run: TinyRun, name: str, *, seed: int, count: int, options: tuple[
         # are left out, which is told, those steps too.
         if killed_at - newest > (2 + _left_out(run, name, newest)) * SAVE_EVERY:
             outcome.wrong.append(f"killed at step {killed_at}, but the newest checkpoint is that of {newest}")
-    run.finish(name, *options)
+    run.finish(name)
     starts = run.first_steps(name)
     if any(later < earlier for earlier, later in itertools.pairwise(starts)):
         outcome.wrong.append(f"a start went on from an earlier step than the one before: {starts}")
@@ -89,6 +98,7 @@ def _start_and_kill(
     """Start it, and kill it at a moment; return the last step in its log, or None if it ended by itself."""
     before = run.logged_step(name)
     if point in POINTS:
+        number = max(1, min(number, (LAST_STEP - before) // SAVE_EVERY // 2))  # the run must not end before
         process = run.start(name, *options, prefix=("-m", "tests.faults.kill_points", point, str(number)))
         with ended(process):
             process.wait(300)

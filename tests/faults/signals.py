@@ -1,4 +1,4 @@
-"""Signals at random moments: to the process or its group, once or twice; and loader workers that are killed."""
+"""Signals at random moments: to the process or its group, once or twice; loader workers that are killed, or hang."""
 
 import os
 import pathlib
@@ -12,6 +12,8 @@ from tests.faults.tiny_run import LAST_STEP, TinyRun, complete_steps, difference
 
 PROMISED_SECONDS = 30.0
 """Time to save and leave at test size."""
+
+STUCK_SECONDS = 8.0
 
 
 def stop_run(run: TinyRun, name: str, *, seed: int, count: int, options: tuple[str, ...] = ()) -> Outcome:
@@ -74,6 +76,33 @@ def kill_workers_run(run: TinyRun, name: str, *, seed: int, count: int, options:
     if code:
         outcome.wrong.append(f"exit code {code}\n{run.output(name)[-2000:]}")
         return outcome
+    outcome.wrong += differences(run, name, UNDISTURBED)
+    return outcome
+
+
+def hang_workers_run(run: TinyRun, name: str, *, seed: int, count: int, options: tuple[str, ...] = ()) -> Outcome:
+    """Train while all loader workers stop working again and again, and compare the end with the undisturbed run."""
+    rng = random.Random(f"hang {seed}")
+    outcome = Outcome()
+    for number in range(1, count + 1):
+        process = run.start(name, *options, f"--config.recovery.stuck_seconds={STUCK_SECONDS}")
+        with ended(process):
+            target = run.logged_step(name) + rng.randint(1, LAST_STEP // (2 * count))
+            if not wait_until(lambda target=target: run.logged_step(name) >= target, seconds=240, process=process):
+                break
+            for pid in worker_pids(process.pid):
+                os.kill(pid, signal.SIGSTOP)
+            start = time.monotonic()
+            code = process.wait(240)
+            seconds = time.monotonic() - start
+        outcome.kills.append(f"all loader workers hang after step {target}")
+        newest = max(complete_steps(run.workdir(name)), default=0)
+        outcome.lost_steps.append(max(0, run.logged_step(name) - newest))
+        if code != 1 or run.output(name).count("is stuck after step") != number:
+            outcome.wrong.append(f"exit code {code}\n{run.output(name)[-2000:]}")
+        if seconds > STUCK_SECONDS + PROMISED_SECONDS:
+            outcome.wrong.append(f"ended after {seconds:.1f} s")
+    run.finish(name, *options)
     outcome.wrong += differences(run, name, UNDISTURBED)
     return outcome
 
