@@ -100,10 +100,15 @@ class Checkpoints:
             with contextlib.suppress(OSError):  # without the mark the step is kept for longer, that is all
                 (self._folder / str(step) / GOOD).touch()
 
+    def settle(self) -> None:
+        """Wait for the save in progress as long as it writes, so that `steps` knows it."""
+        if self._join(STALLED_SECONDS, patient=True):
+            self._settle()
+
     def set_aside(self, step: int, reason: Aside) -> None:
         """Rename a step so that nothing restores it."""
-        if self._save is not None and self._save.step == step and self._join(STALLED_SECONDS, patient=True):
-            self._settle()
+        if self._save is not None and self._save.step == step:
+            self.settle()
         if processes.is_first():
             folder.set_aside(self._folder, step, reason)
         self._steps.pop(step, None)
@@ -235,16 +240,20 @@ class Checkpoints:
                 found.append((best[1], step))
         return max(found)[1] if found else None
 
-    def read_data(self, name: str) -> dict[int, Any]:
-        """Return a field of the `data` record of every step that can be read and has it, as process 0 sees them."""
+    def read_data(self, name: str, default: Any) -> dict[int, Any]:
+        """Return a field of the `data` record of every step whose records are unchanged, as process 0 sees them.
+
+        Args:
+            name: of the field.
+            default: for a record without it.
+        """
 
         def read() -> list[Any]:
             found = []
             for step in self.steps():
                 with contextlib.suppress(OSError, ValueError):  # damaged: that is found when it is verified
-                    data = read_record(self.path(step), "data")
-                    if isinstance(data, dict) and name in data:
-                        found.append([step, data[name]])
+                    if examine(self._folder / str(step), step=step, contents=False).usable:
+                        found.append([step, dict(read_record(self.path(step), "data")).get(name, default)])
             return found
 
         return dict(exchange.publish(f"{next(self._keys)}/data", read))

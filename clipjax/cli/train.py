@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with processes.abort_on_error(), process_log.session():
         with refusals(PROGRAM):
             processes.start(arguments.launch_options(argv))
-            checked = preflight.check(lambda: _parse(argv))
+            replays = any(word.partition("=")[0] == "--replay" for word in argv)
+            checked = preflight.check(lambda: _parse(argv), replays=replays)
             options = _parser().read(argv).options
         if processes.is_first():
             print(processes.describe_devices(), flush=True)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from clipjax.checkpoints import exchange
-from clipjax.runtime import processes
+from clipjax.runtime import process_log, processes
 from clipjax.runtime.files import read_bounded, write_atomic
 
 FILE = "decisions.jsonl"
@@ -69,15 +69,19 @@ def to_record(decision: Rollback) -> dict[str, Any]:
 class Decisions:
     """The decisions of a run, in order. Every process has the same.
 
+    Attributes:
+        path: of the file.
+        taken: the decisions.
+
     Raises:
         ValueError: the file is damaged.
     """
 
     def __init__(self, workdir: pathlib.Path) -> None:
-        self._path = workdir / FILE
+        self.path = workdir / FILE
         self.taken: list[Rollback] = []
         try:
-            content = read_bounded(self._path, _MAX_BYTES)
+            content = read_bounded(self.path, _MAX_BYTES)
         except FileNotFoundError:
             return
         for number, line in enumerate(content.splitlines(keepends=True), 1):
@@ -87,7 +91,7 @@ class Decisions:
                 self.taken.append(parse(json.loads(line)))
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{self._path}, line {number}: {error}; bring back the file, or copy the decisions of the newest "
+                    f"{self.path}, line {number}: {error}; bring back the file, or copy the decisions of the newest "
                     "checkpoint (its record data/metadata) into it"
                 ) from error
 
@@ -109,17 +113,17 @@ class Decisions:
 
         Args:
             decide: gives a decision, or the reason why there is none. Every process calls `take` at the same step, but
-                only the first calls this.
-
-        Raises:
-            OSError: the first process cannot write it.
+                only the first calls this. One that cannot be written is such a reason, too.
         """
 
         def decide_and_write() -> dict[str, Any] | str:
             verdict = decide()
             if isinstance(verdict, str):
                 return verdict
-            self._write([*self.taken, verdict])
+            try:
+                self._write([*self.taken, verdict])
+            except OSError as error:
+                return f"a rollback cannot be recorded in {self.path} ({error.strerror})"
             return to_record(verdict)
 
         record = exchange.publish(f"decisions/{len(self.taken)}", decide_and_write)
@@ -138,12 +142,15 @@ class Decisions:
         shared = min(len(copy), len(self.taken))
         if copy[:shared] != self.taken[:shared]:
             raise ValueError(
-                f"{self._path} and the checkpoint's copy contradict each other; bring back the file of this run"
+                f"{self.path} and the checkpoint's copy contradict each other; bring back the file of this run"
             )
         if len(copy) > len(self.taken):
             self.taken = copy
             if processes.is_first():
-                self._write(copy)
+                try:
+                    self._write(copy)
+                except OSError as error:  # the checkpoints still hold it
+                    process_log.info(f"{self.path} cannot be written: {error.strerror}")
 
     def is_current(self, step: int, num_known: int) -> bool:
         """Return True if a checkpoint belongs to the run that the decisions have left: none went back behind it.
@@ -156,7 +163,7 @@ class Decisions:
 
     def _write(self, decisions: Sequence[Rollback]) -> None:
         lines = [json.dumps(to_record(each)) + "\n" for each in decisions]
-        write_atomic(self._path, "".join(lines), sync=True)
+        write_atomic(self.path, "".join(lines), sync=True)
 
 
 def rollbacks_to(taken: Sequence[Rollback], step: int) -> int:

@@ -8,6 +8,7 @@ from clipjax.training.preflight import Checked
 from clipjax.training.recovery import RollBack, RunStopped
 from clipjax.training.run import Run, build
 from clipjax.training.session import open_session
+from clipjax.training.step import TrainState
 
 
 def train(checked: Checked) -> int | None:
@@ -52,13 +53,14 @@ def _train(run: Run) -> int | None:
         if step % log_every == 0 or step == last:
             logger.log_step(step, metrics, run.stream.wait_seconds)
         stop = step < last and run.signal.due()
-        if step == last:
-            run.settle()
-        if step == last or (step % eval_every == 0 and not stop):
+        evaluates = step == last or (step % eval_every == 0 and not stop)
+        saves = evaluates or stop or step % save_every == 0
+        if saves:  # else a restart would never judge the updates before it
+            _settle(run, state, step)
+        if evaluates:
             evaluation = run.evaluate(state, step)
-            run.save(state, step, evaluation)
-        elif stop or step % save_every == 0:
-            run.save(state, step, last=stop)
+        if saves:
+            run.save(state, step, evaluation if evaluates else None, last=stop)
         if stop:
             run.wait_for_saves()
             if run.signal.error is not None:
@@ -68,3 +70,12 @@ def _train(run: Run) -> int | None:
             return number
     run.finish(state, last, evaluation)
     return None
+
+
+def _settle(run: Run, state: TrainState, step: int) -> None:
+    """Judge all updates up to a step; where too much of the data is unusable, save the state before that is raised."""
+    try:
+        run.settle()
+    except TooManyBadSamples:
+        run.save(state, step, last=True)
+        raise

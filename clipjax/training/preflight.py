@@ -22,6 +22,7 @@ from clipjax.runtime.compilation import compiler_options
 from clipjax.runtime.consistency import Fingerprint
 from clipjax.runtime.processes import announce, is_first
 from clipjax.training import fingerprints, optimizer
+from clipjax.training.decisions import Decisions
 from clipjax.training.inputs import Inputs, open_inputs
 from clipjax.training.resume import check_same_run
 
@@ -37,6 +38,7 @@ class Checked:
         workdir: the folder of its files.
         inputs: data, tokenizer, tasks, first weights.
         tx: the optimizer.
+        decisions: that the run has taken.
         exporter: the server of metrics on this process, if there is one.
     """
 
@@ -44,16 +46,18 @@ class Checked:
     workdir: Path
     inputs: Inputs
     tx: optax.GradientTransformationExtraArgs
+    decisions: Decisions
     exporter: Exporter | None
 
 
-def check(parse: Callable[[], tuple[Config, Path]]) -> Checked:
+def check(parse: Callable[[], tuple[Config, Path]], *, replays: bool = False) -> Checked:
     """Open and check everything, on all processes; they go on only if all of them can, and would do the same.
 
     A start that is refused deletes the files that it made.
 
     Args:
         parse: gives the config and the workdir of the command line.
+        replays: this start trains nothing; it is not recorded, and needs no checkpoint.
 
     Raises:
         ValueError: for the user, on every process: with field, value, rule and remedy.
@@ -61,12 +65,12 @@ def check(parse: Callable[[], tuple[Config, Path]]) -> Checked:
     made: list[Path] = []
     try:
         (config, workdir, warning), _ = consistency.run_on_all("owner", lambda: (_claim(parse, made), {}))
-        opened, facts = consistency.run_on_all("train", lambda: _open_here(config, workdir, warning, made))
+        opened, facts = consistency.run_on_all("train", lambda: _open_here(config, workdir, warning, made, replays))
         consistency.check_shared(workdir)
     except (ValueError, OSError):
         _delete(made)
         raise
-    if is_first():
+    if is_first() and not replays:
         record_start(opened.workdir, facts)
     return opened
 
@@ -109,7 +113,9 @@ def _is_deleted(path: Path) -> bool:
     return False
 
 
-def _open_here(config: Config, workdir: Path, warning: str, made: list[Path]) -> tuple[Checked, Fingerprint]:
+def _open_here(
+    config: Config, workdir: Path, warning: str, made: list[Path], replays: bool
+) -> tuple[Checked, Fingerprint]:
     """Check this process's part."""
     files.require_writable(workdir)
     log = process_log.path_of(workdir, jax.process_index())
@@ -118,7 +124,8 @@ def _open_here(config: Config, workdir: Path, warning: str, made: list[Path]) ->
     if warning:
         announce(f"warning: {warning}")
     compilation.enable(config.compile_cache)
-    saved = _open_newest(workdir)
+    decisions = Decisions(workdir)
+    saved = newest_checkpoint(workdir) if replays else _open_newest(workdir, decisions)
     inputs = open_inputs(config, saved)
     if config.checkpoint.best_metric is not None:
         check_metric(config.checkpoint.best_metric, inputs.tasks)
@@ -142,14 +149,14 @@ def _open_here(config: Config, workdir: Path, warning: str, made: list[Path]) ->
         "data": fingerprints.data_fingerprint(inputs.sources, inputs.tokenizer, checkpoints),
     }
     exporter = Exporter(config.log) if is_first() and config.log.prometheus_port is not None else None
-    return Checked(config, workdir, inputs, tx, exporter), facts
+    return Checked(config, workdir, inputs, tx, decisions, exporter), facts
 
 
-def _open_newest(workdir: Path) -> SavedCheckpoint | None:
+def _open_newest(workdir: Path, decisions: Decisions) -> SavedCheckpoint | None:
     """Return the newest checkpoint, or None in a workdir that has never had one.
 
     Raises:
-        ValueError: the checkpoints cannot be read, or are gone although `run.json` records one.
+        ValueError: the checkpoints cannot be read, or are gone although `run.json` or decisions tell of some.
     """
     folder = workdir / FOLDER
     try:
@@ -164,7 +171,8 @@ def _open_newest(workdir: Path) -> SavedCheckpoint | None:
     saved = newest_checkpoint(workdir)
     if saved is not None:
         return saved
-    start_anew = f"or start anew, in another workdir or by removing {workdir / run_record.FILE} knowingly"
+    signs = [path for path in (workdir / run_record.FILE, decisions.path) if path.exists()]
+    start_anew = f"or start anew, in another workdir or by removing {' and '.join(map(str, signs))} knowingly"
     try:
         step = run_record.read(workdir).get("committed_step", 0)
     except run_record.DamagedRecord as error:
@@ -172,12 +180,16 @@ def _open_newest(workdir: Path) -> SavedCheckpoint | None:
             f"{error}; whether this workdir once had checkpoints cannot be known, and it has none: bring them back, "
             f"{start_anew}"
         ) from error
-    if step:
+    if step or decisions.taken:
+        told = (
+            f"{run_record.FILE} records a checkpoint at step {step}"
+            if step
+            else f"{decisions.path.name} holds rollbacks"
+        )
         aside = [name for name in names if name.endswith((".rejected", ".damaged"))]
         raise ValueError(
-            f"--workdir={workdir}: {run_record.FILE} records a checkpoint at step {step}, but {folder} holds none that "
-            f"can be used; bring the checkpoints back, {start_anew}"
-            + (f"; set aside there: {', '.join(aside)}" if aside else "")
+            f"--workdir={workdir}: {told}, but {folder} holds no checkpoint that can be used; bring the checkpoints "
+            f"back, {start_anew}" + (f"; set aside there: {', '.join(aside)}" if aside else "")
         )
     return None
 

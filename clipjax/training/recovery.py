@@ -1,11 +1,11 @@
-"""Judgement of a run's updates, a fixed two steps late, and the way back after trouble.
+"""Judgement of a run's updates, two steps late or before they are saved, and the way back after trouble.
 
 The step skips an update that is not finite by itself (`training.step`). `Recovery` sees its counters: it tells which
 checkpoints are good, and ends the run's current part with `RollBack` after too many skips in a row or a loss spike. All
 processes see the same numbers at the same step, so all decide alike and no device waits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from clipjax.checkpoints.manager import Checkpoints
@@ -42,13 +42,22 @@ class Recovery:
         decisions: taken so far.
         events: gets skipped updates and rollbacks.
         start_step: completed updates.
+        settle: waits for the save in progress, so that `checkpoints` knows it.
     """
 
     def __init__(
-        self, config: Config, *, checkpoints: Checkpoints, decisions: Decisions, events: Events, start_step: int
+        self,
+        config: Config,
+        *,
+        checkpoints: Checkpoints,
+        decisions: Decisions,
+        events: Events,
+        start_step: int,
+        settle: Callable[[], None],
     ) -> None:
         self._limits = config.recovery
         self._checkpoints, self._decisions, self._events = checkpoints, decisions, events
+        self._settle = settle
         self._finite_since = start_step  # every update after this step was finite
         self._equal_at = start_step  # the last step at which all copies of the state were equal
 
@@ -98,6 +107,7 @@ class Recovery:
         if difference is None:
             self._equal_at = step
             return
+        self._settle()  # or the next start would find the save that has just begun
         steps = self._checkpoints.steps()
         if any(each <= self._equal_at for each in steps):
             for each in steps:
@@ -133,6 +143,7 @@ class Recovery:
             facts = to_record(verdict)
             self._events.add(facts.pop("decision"), **facts)
             raise RollBack(verdict)
+        self._settle()
         for step in self._checkpoints.steps():
             if step >= cause and step not in self._checkpoints.good_steps():
                 self._checkpoints.set_aside(step, "rejected")

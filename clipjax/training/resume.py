@@ -22,6 +22,7 @@ from clipjax.training.decisions import Decisions
 from clipjax.training.health import init_health
 from clipjax.training.inputs import Inputs, comes_from_init
 from clipjax.training.program import Program
+from clipjax.training.recovery import RunStopped
 from clipjax.training.step import TrainState, from_items, to_items
 
 RESUMABLE = (
@@ -147,13 +148,18 @@ def start_state(
 
     Raises:
         DamagedCheckpoint: there are checkpoints, but none is good, or its arrays do not fit.
-        ValueError: decisions and checkpoints contradict each other.
+        RunStopped: decisions and checkpoints contradict each other, or there are decisions alone.
     """
     _apply(decisions, checkpoints)
     steps = None if before is None else [step for step in checkpoints.steps() if step < before]
     newest = checkpoints.newest_verified(steps)
     if newest is not None:
         return _restore(checkpoints, newest, program.abstract_state, program.mesh)
+    if decisions.taken and before is None:
+        raise RunStopped(
+            f"{decisions.path} holds {len(decisions.taken)} rollbacks, but no checkpoint from before or after them is "
+            "left; bring the checkpoints back, or start anew in another workdir"
+        )
     state = program.fresh_state()
     if inputs.init_checkpoint is not None:
         state = _take_params(state, inputs.init_checkpoint, program.config, program.mesh)
@@ -161,11 +167,18 @@ def start_state(
 
 
 def _apply(decisions: Decisions, checkpoints: Checkpoints) -> None:
-    """Set aside the checkpoints behind which the run has gone back."""
-    copies = checkpoints.read_data("decisions")
-    decisions.adopt(max(copies.values(), key=len, default=[]))
-    for step in checkpoints.steps():
-        if not decisions.is_current(step, len(copies.get(step, []))):
+    """Set aside the checkpoints behind which the run has gone back; those that are damaged are judged later.
+
+    Raises:
+        RunStopped: decisions and checkpoints contradict each other.
+    """
+    copies = checkpoints.read_data("decisions", [])
+    try:
+        decisions.adopt(max(copies.values(), key=len, default=[]))
+    except ValueError as error:
+        raise RunStopped(str(error)) from error
+    for step, copy in copies.items():
+        if not decisions.is_current(step, len(copy)):
             checkpoints.set_aside(step, "rejected")
 
 

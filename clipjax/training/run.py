@@ -112,9 +112,7 @@ class Run:
         self.session.goodput.step(step)
         self.session.watchdog.beat(step)
         while len(self._in_flight) >= STEPS_IN_FLIGHT:
-            judged, values = self._judge_oldest()
-            if judged % steps_of(self.config.log.every_examples, self.config) == 0:
-                self.limit.check(judged, values["samples_skipped"].tolist(), self.stream.latest_bad())
+            self._count_bad(*self._judge_oldest())
         with self.session.goodput.phase("waiting_for_data"):
             batch = self._read()
         self.logger.count_samples(batch["index"])
@@ -161,11 +159,17 @@ class Run:
         """Judge all updates that are in flight.
 
         Raises:
+            TooManyBadSamples: the data is unusable beyond the configured share.
             RollBack: the last ones were not finite; the run goes on from an earlier checkpoint.
             RunStopped: there is no such checkpoint.
         """
-        while self._in_flight:
-            self._judge_oldest()
+        for each in [self._judge_oldest() for _ in range(len(self._in_flight))]:
+            self._count_bad(*each)
+
+    def _count_bad(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Compare the bad samples up to a step with the limit, as often as the log counts them."""
+        if step % steps_of(self.config.log.every_examples, self.config) == 0 or step == total_steps(self.config):
+            self.limit.check(step, values["samples_skipped"].tolist(), self.stream.latest_bad())
 
     def _encoder(self, state: TrainState) -> Encoder:
         clip = self.session.program.clip
@@ -293,7 +297,7 @@ def build(session: Session) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         with session.phase("initialisation", "the start"):
             checkpoints = _open_checkpoints(session, teller)
-            stack.callback(_close, checkpoints, session)
+            stack.callback(_wait_for_save, checkpoints.close, session)
             state, start = start_state(session.program, inputs, checkpoints, session.decisions)
         logger = RunLogger(
             config,
@@ -328,6 +332,7 @@ def build(session: Session) -> Iterator[Run]:
                 decisions=session.decisions,
                 events=session.events,
                 start_step=start.step,
+                settle=lambda: _wait_for_save(checkpoints.settle, session),
             ),
             recent=RecentBatches(config.recovery.max_skipped_in_a_row + STEPS_IN_FLIGHT + 2),
             logger=logger,
@@ -364,7 +369,7 @@ def open_stream(
     )
 
 
-def _close(checkpoints: Checkpoints, session: Session) -> None:
-    """Wait until everything saved is on disk; after a signal this takes a while."""
+def _wait_for_save(wait: Callable[[], None], session: Session) -> None:
+    """Wait for the save in progress; after a signal this takes a while."""
     with session.phase("saving", "the last save"):
-        checkpoints.close()
+        wait()

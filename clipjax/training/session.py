@@ -129,7 +129,7 @@ def open_session(checked: Checked, *, record: bool = True) -> Iterator[Session]:
                 tx=checked.tx,
                 teacher=None if teacher is None else teacher.config,
             ),
-            decisions=Decisions(workdir),
+            decisions=checked.decisions,
             events=events,
             goodput=goodput,
             signal=signal,

@@ -42,7 +42,7 @@ checkpoints.save(20, arrays, records)
 try:
     checkpoints.wait()
 except SavesFail as error:
-    found["wait"] = str(error).partition(" OUT_OF_RANGE")[0]
+    found["wait"] = str(error).partition(": /")[0]
 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 for step in (30, 40):
     checkpoints.save(step, arrays, records)
@@ -77,7 +77,7 @@ def test_two_processes_agree_on_every_outcome(tmp_path):
     (first, second), errors = run_two(tmp_path, PROGRAM)
     assert first == second
     assert first == {
-        "wait": "the last checkpoint is not saved; step 20: process 1:",
+        "wait": "the last checkpoint is not saved; step 20: process 1: File too large",
         "told": [[20, "process 1:"]],
         "steps": [10, 30, 40],
         "good": 10,

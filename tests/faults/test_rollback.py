@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import pathlib
+import re
 import signal
 import socket
 
@@ -101,15 +103,21 @@ def test_a_kill_behind_the_rollback_changes_nothing(run, rolled_back):
     assert [path for path in theirs if ours[path].tobytes() != theirs[path].tobytes()] == []
 
 
+def files_of(workdir: pathlib.Path) -> dict[str, bytes]:
+    """Every file of a run but the logs of its processes."""
+    files = (path for path in workdir.rglob("*") if path.is_file() and path.parent.name != "logs")
+    return {str(path): path.read_bytes() for path in files if path.name != ".owner"}
+
+
 def test_a_replay_tells_the_sample_and_writes_nothing(run, rolled_back):
-    before = sorted(path.name for path in run.workdir(rolled_back).rglob("*"))
+    before = files_of(run.workdir(rolled_back))
     assert train(run, rolled_back, THREE, "--replay=61", "--rollback=1") == 0
     output = run.output(rolled_back)
     assert "step 61: loss nan, the update is skipped" in output
     assert "image embeddings: 1 of 8 not finite: shard" in output and "parameters: all" in output
     assert train(run, rolled_back, THREE, "--replay=61", "--rollback=2") == 2
     assert "must be one of the run's 1 rollbacks" in run.output(rolled_back)
-    assert sorted(path.name for path in run.workdir(rolled_back).rglob("*")) == before, "a replay writes nothing"
+    assert files_of(run.workdir(rolled_back)) == before, "a replay writes nothing"
 
 
 @pytest.mark.slow
@@ -130,3 +138,10 @@ def test_blown_up_from_the_start_there_is_no_way_back(run):
     code = train(run, "blown", ("-m", "clipjax"), "--config.optim.learning_rate=1e30", "--config.warmup_examples=0")
     assert code == 3
     assert "no good checkpoint" in run.output("blown") and not (run.workdir("blown") / "results.json").exists()
+    told = re.search(r"--replay=\d+", run.output("blown"))
+    assert told
+    before = files_of(run.workdir("blown"))
+    options = ("--config.optim.learning_rate=1e30", "--config.warmup_examples=0", told[0])
+    assert train(run, "blown", ("-m", "clipjax"), *options) == 0
+    assert "from step 0, " in run.output("blown") and "the update is skipped" in run.output("blown")
+    assert files_of(run.workdir("blown")) == before, "a replay writes nothing"

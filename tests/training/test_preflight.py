@@ -31,6 +31,7 @@ from clipjax.evals.runner import build_tasks, check_metric
 from clipjax.monitoring import run_record
 from clipjax.runtime import owner, process_log
 from clipjax.training import preflight
+from clipjax.training.decisions import Decisions, Rollback
 from clipjax.training.inputs import open_inputs
 from clipjax.training.resume import check_same_run
 from tests.data.test_webdataset import pair, write
@@ -150,7 +151,7 @@ def test_a_workdir_that_has_lost_its_checkpoints_is_refused(tmp_path):
     (workdir / "metrics.jsonl").write_text("{}")
     (workdir / "checkpoints" / "8.damaged").mkdir(parents=True)
     lost = (
-        r"run.json records a checkpoint at step 8, but .*checkpoints holds none that can be used; bring the "
+        r"run.json records a checkpoint at step 8, but .*checkpoints holds no checkpoint that can be used; bring the "
         r"checkpoints back, or start anew, in another workdir or by removing .*run.json knowingly; set aside there: 8"
     )
     with pytest.raises(ValueError, match=lost):
@@ -159,6 +160,17 @@ def test_a_workdir_that_has_lost_its_checkpoints_is_refused(tmp_path):
     (workdir / "run.json").write_text("{")
     with pytest.raises(ValueError, match="run.json is damaged: .* whether this workdir once had checkpoints cannot be"):
         check(config, workdir)
+    (workdir / "run.json").unlink()
+    decision = Rollback(to_step=2, first_step=3, last_step=4, first_batch=2, last_batch=3, reason="not finite")
+    Decisions(workdir).take(lambda: decision)
+    with pytest.raises(ValueError, match=r"decisions.jsonl holds rollbacks, but .* by removing .*decisions.jsonl know"):
+        check(config, workdir)
+    (workdir / "decisions.jsonl").write_text("{")
+    check(config, workdir)  # half a line has not taken effect
+    (workdir / "decisions.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match="decisions.jsonl, line 1: .*bring back the file"):
+        check(config, workdir)
+    (workdir / "decisions.jsonl").unlink()
     (workdir / "run.json").unlink()
     check(config, workdir)
     (workdir / "checkpoints").rename(workdir / "elsewhere")

@@ -1,12 +1,15 @@
 """Decisions on disk, and the judgement that takes them: goodness, rollbacks, and when there is no way back."""
 
+import errno
 import json
+import os
 
 import pytest
 
 from clipjax.config import Config
 from clipjax.monitoring import events
 from clipjax.monitoring.events import Events
+from clipjax.training import decisions as decisions_module
 from clipjax.training.decisions import Decisions, Rollback, to_record
 from clipjax.training.recovery import GOOD_AFTER, Recovery, RollBack, RunStopped
 
@@ -20,6 +23,11 @@ class Marks:
 
     def __init__(self, *steps: int, good: tuple[int, ...] = ()) -> None:
         self.saved, self.good, self.aside = list(steps), set(good), {}
+        self.being_saved: list[int] = []
+
+    def settle(self):
+        self.saved += self.being_saved
+        self.being_saved = []
 
     def steps(self):
         return sorted(self.saved)
@@ -45,6 +53,7 @@ def make(tmp_path, marks, start=0, **limits):
         decisions=Decisions(tmp_path),
         events=Events(tmp_path, enabled=True),
         start_step=start,
+        settle=marks.settle,
     )
 
 
@@ -152,6 +161,35 @@ def test_no_good_checkpoint_is_no_way_back_and_the_spoilt_ones_are_set_aside(tmp
         recovery.judge(4, metrics(skipped=3))
     assert marks.aside == {1: "rejected", 2: "rejected", 3: "rejected"}
     assert not Decisions(tmp_path).taken
+
+
+def test_a_decision_that_cannot_be_written_takes_no_effect(tmp_path, monkeypatch):
+    marks = Marks(10, 20, good=(10,))
+    recovery = make(tmp_path, marks)
+
+    def fail(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(decisions_module, "write_atomic", fail)
+    with pytest.raises(RunStopped, match=r"a rollback cannot be recorded in .*decisions.jsonl .No space left"):
+        recovery.judge(25, metrics(skipped=10))
+    assert not Decisions(tmp_path).taken and 10 in marks.saved
+
+
+def test_a_save_in_progress_is_set_aside_with_those_before_it(tmp_path):
+    """Else it would be complete once the run has ended, and be what the next start goes on from."""
+    marks = Marks(10)
+    marks.being_saved = [20]
+    recovery = make(tmp_path, marks)
+    recovery.judge_replicas(10, None)
+    with pytest.raises(RunStopped, match="device 1 .* after step 20; all copies were equal at step 10"):
+        recovery.judge_replicas(20, "device 1 differs")
+    assert marks.aside == {20: "rejected"} and marks.saved == [10]
+    marks = Marks()
+    marks.being_saved = [20]
+    with pytest.raises(RunStopped, match="no good checkpoint"):
+        make(tmp_path, marks).judge(21, metrics(spike=1))
+    assert marks.aside == {20: "rejected"}
 
 
 def test_going_back_twice_without_progress_is_no_way_back_and_keeps_the_good_one(tmp_path):

@@ -1,0 +1,81 @@
+"""The order of things in the loop: nothing is saved before the updates in it have been judged."""
+
+import pathlib
+import types
+
+from clipjax.config import CheckpointConfig, Config, EvalConfig, LogConfig
+from clipjax.training import loop
+
+
+class Recorded:
+    """A run that computes nothing and records what the loop asks of it."""
+
+    def __init__(self, *, stop_at: int | None) -> None:
+        self.config = Config(
+            total_examples=6,
+            warmup_examples=0,
+            global_batch_size=1,
+            checkpoint=CheckpointConfig(every_examples=2),
+            eval=EvalConfig(every_examples=3),
+            log=LogConfig(every_examples=1),
+        )
+        self.asked: list[tuple] = []
+        self.workdir, self.state, self.start = pathlib.Path("run"), 0, types.SimpleNamespace(step=0, evaluated=False)
+        nothing = types.SimpleNamespace(wait_seconds=0.0)
+        self.logger = types.SimpleNamespace(message=print, flush=int, log_step=lambda *_: None)
+        self.stream, self.signal = nothing, types.SimpleNamespace(due=self.due, error=None, number=15)
+        self._step, self._stop_at = 0, stop_at
+
+    def due(self) -> bool:
+        return self._step == self._stop_at
+
+    def next_batch(self, step: int) -> int:
+        self._step = step
+        return step
+
+    def train_step(self, state: int, batch: int) -> tuple[int, None]:
+        return batch, None
+
+    def follow(self, step: int, state: int, metrics: None) -> None:
+        self.asked.append(("follow", step))
+
+    def settle(self) -> None:
+        self.asked.append(("settle", self._step))
+
+    def evaluate(self, state: int, step: int) -> str:
+        self.asked.append(("evaluate", step))
+        return f"of {step}"
+
+    def save(self, state: int, step: int, evaluation: str | None = None, *, last: bool = False) -> None:
+        assert state == step
+        self.asked.append(("save", step, evaluation, last))
+
+    def wait_for_saves(self) -> None:
+        pass
+
+    def finish(self, state: int, last: int, evaluation: str) -> None:
+        self.asked.append(("finish", last, evaluation))
+
+
+def test_what_is_saved_was_judged_before():
+    run = Recorded(stop_at=None)
+    assert loop._train(run) is None
+    assert [each for each in run.asked if each[0] != "follow"] == [
+        ("settle", 2),
+        ("save", 2, None, False),
+        ("settle", 3),
+        ("evaluate", 3),
+        ("save", 3, "of 3", False),
+        ("settle", 4),
+        ("save", 4, None, False),
+        ("settle", 6),
+        ("evaluate", 6),
+        ("save", 6, "of 6", False),
+        ("finish", 6, "of 6"),
+    ]
+
+
+def test_a_stop_saves_what_was_judged_and_leaves_the_evaluation_to_the_next_start():
+    run = Recorded(stop_at=3)
+    assert loop._train(run) == 15
+    assert run.asked[-3:] == [("follow", 3), ("settle", 3), ("save", 3, None, True)]
