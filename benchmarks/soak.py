@@ -4,11 +4,11 @@
 
 72 hours are `--minutes=4320`; the workdir then takes about 3 GB, below `--folder` if that is given.
 
-A small run with two loader workers, a save every 1,000 steps and an evaluation every 2,000 trains in a process of its own.
-Every few seconds its memory, descriptors and threads are counted, and those of its workers. The growth of memory is the
-least-squares slope over the second half of the time: in the first, allocators and caches fill, which takes longer than
-a few minutes; fewer than 30 only try this program out. The first evaluation may compile its own programs. Exit code 1:
-a bound is broken.
+A small run with two loader workers, a save every 1,000 steps and an evaluation every 2,000 trains in a process of its
+own. Every few seconds its memory, descriptors and threads are counted, and those of its workers. The growth of memory
+is the least-squares slope over the second half of the time: in the first, allocators and caches fill, which takes
+longer than a few minutes; fewer than 30 only try this program out. The first evaluation may compile its own programs.
+Exit code 1: a bound is broken.
 """
 
 import argparse

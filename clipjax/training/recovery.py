@@ -59,6 +59,7 @@ class Recovery:
         self._checkpoints, self._decisions, self._events = checkpoints, decisions, events
         self._settle = settle
         self._finite_since = start_step  # every update after this step was finite
+        self._good_up_to = -1  # checkpoints up to this step are good, also those that are still being written
         self._equal_at = start_step  # the last step at which all copies of the state were equal
 
     def judge(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -80,7 +81,9 @@ class Recovery:
             self._go_back(step - in_a_row + 1, step, f"{in_a_row} updates in a row, up to step {step}, were not finite")
         if int(metrics["loss_spike"]):
             self._go_back(step, step, f"the loss jumped to {float(metrics['loss']):.4g} at step {step}")
-        self._mark(step - GOOD_AFTER)
+        if step - GOOD_AFTER >= self._finite_since:
+            self._good_up_to = step - GOOD_AFTER
+        self._mark()
 
     def end(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Judge the last update of a run: one that ends in the middle of skipped updates has not ended well.
@@ -121,15 +124,14 @@ class Recovery:
 
     def mark_all(self) -> None:
         """Mark every checkpoint as good: the run has ended well."""
-        self._mark(self._checkpoints.steps()[-1] if self._checkpoints.steps() else 0, at_end=True)
+        self._good_up_to = max(self._checkpoints.steps(), default=-1)
+        self._mark()
 
-    def _mark(self, step: int, *, at_end: bool = False) -> None:
-        """Mark the checkpoints up to a step as good, if all updates since have been finite."""
-        if step < self._finite_since and not at_end:
-            return
+    def _mark(self) -> None:
+        """Mark the checkpoints that are good."""
         good = set(self._checkpoints.good_steps())
         for each in self._checkpoints.steps():
-            if each <= step and each not in good:
+            if each <= self._good_up_to and each not in good:
                 self._checkpoints.mark_good(each)
 
     def _go_back(self, first_step: int, last_step: int, trouble: str) -> None:
@@ -137,13 +139,14 @@ class Recovery:
 
         The batch before the trouble is left out, too: its update may be what broke the parameters.
         """
+        self._settle()  # where the run goes back to does not depend on how long a save takes
+        self._mark()
         cause = max(1, first_step - 1)
         verdict = self._decisions.take(lambda: self._decide(cause, last_step, trouble))
         if isinstance(verdict, Rollback):
             facts = to_record(verdict)
             self._events.add(facts.pop("decision"), **facts)
             raise RollBack(verdict)
-        self._settle()
         for step in self._checkpoints.steps():
             if step >= cause and step not in self._checkpoints.good_steps():
                 self._checkpoints.set_aside(step, "rejected")

@@ -117,6 +117,16 @@ def test_a_checkpoint_is_good_once_ten_finite_updates_have_followed(tmp_path):
     assert marks.good == {5}
 
 
+def test_a_good_checkpoint_may_be_written_late(tmp_path):
+    marks = Marks(10, good=(10,))
+    recovery = make(tmp_path, marks, start=10)
+    for step in range(11, 41):
+        recovery.judge(step, metrics())
+    marks.being_saved = [20]
+    with pytest.raises(RollBack, match="back to the checkpoint of step 20"):
+        recovery.judge(41, metrics(spike=1))
+
+
 def test_a_skipped_update_puts_goodness_off_and_is_an_event(tmp_path):
     marks = Marks(5)
     recovery = make(tmp_path, marks)
