@@ -115,7 +115,7 @@ class Run:
             judged, values = self._judge_oldest()
             if judged % steps_of(self.config.log.every_examples, self.config) == 0:
                 self.limit.check(judged, values["samples_skipped"].tolist(), self.stream.latest_bad())
-        with self.session.goodput.phase("waiting_for_data"):
+        with self.session.goodput.phase("waiting_for_data"), self.session.watchdog.reading():
             batch = self._read()
         self.logger.count_samples(batch["index"])
         self.recent.add(batch_number(step - 1, self.session.decisions.left_out), batch["index"])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from clipjax.cli import data, main
+from clipjax.cli import data, errors, main
 from tests.commands import exit_code
 
 pytestmark = pytest.mark.newest
@@ -74,6 +74,21 @@ def test_a_command_ends_quietly_where_nobody_reads_on(capfd, monkeypatch):
     monkeypatch.setattr(data, "_show", show_samples)
     assert run_with_closed_pipe(monkeypatch, ["data", "show", "--source=a.tar"]) == 128 + signal.SIGPIPE
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("code", [0, 143])
+def test_a_standard_error_that_nobody_reads_keeps_the_exit_code(monkeypatch, code):
+    def complain(options) -> int:
+        errors.print_error("clipjax data", ValueError("a line for nobody"))
+        return code
+
+    monkeypatch.setattr(data, "_show", complain)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert main.main(["data", "show", "--source=a.tar"]) == code
+        stream.flush()  # as Python does at its end
 
 
 def test_a_folder_as_output_is_refused_before_a_tokenizer_is_trained(capsys, monkeypatch, tmp_path):
