@@ -94,7 +94,7 @@ def test_the_exit_code_is_that_of_the_signal(monkeypatch, number, code):
     monkeypatch.setattr(command.processes, "start", lambda _: None)
     monkeypatch.setattr(command.preflight, "check", lambda _: None)
     monkeypatch.setattr(command.replay, "replay", lambda *_, **__: number)
-    assert command.main(["--replay=3"]) == code
+    assert command.main(["--config=c.py", "--workdir=run", "--replay=3"]) == code
 
 
 def test_samples_beyond_those_shown_are_counted(monkeypatch):
