@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from clipjax import __version__
-from clipjax.cli.output import close_broken_errors, close_output, show
+from clipjax.cli.output import close_output, show
 
 HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
 
@@ -57,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         close_output()
         return 128 + signal.SIGPIPE
-    finally:
-        close_broken_errors()
 
 
 def _run(command: str, rest: list[str]) -> int:
