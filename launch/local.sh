@@ -5,8 +5,8 @@
 #
 #   N             how many processes; with NVIDIA GPUs each gets one of its own, so N may not exceed their number
 #   --devices=M   simulate M CPU devices in each process
-#   --restarts=R  start all again, at most R times, after a failure that needs no person (not after codes 2 and 3, nor
-#                 after a signal to this script); the run goes on from its newest checkpoint
+#   --restarts=R  start all again, at most R times, after a failure that needs no person: not after codes 2 and 3, nor
+#                 after SIGTERM or Ctrl-C (143, 130); the run goes on from its newest checkpoint
 #   --dry-run     print what would be run, and run nothing
 #
 # Process 0 writes to this terminal; lines of the others begin with "[rank I]". SIGTERM and Ctrl-C reach all processes:
@@ -114,7 +114,8 @@ run_all() {  # all ranks once; the exit code in "code"
 
 for ((try = 0; ; try++)); do
   run_all
-  if [[ $code -eq 0 || $code -eq 2 || $code -eq 3 || -n $passed || $try -ge $restarts ]]; then exit "$code"; fi
+  case $code in 0|2|3|130|143) exit "$code" ;; esac
+  if [[ -n $passed || $try -ge $restarts ]]; then exit "$code"; fi
   printf 'launch/local.sh: starting all ranks again after exit code %s (restart %s of %s)\n' \
     "$code" "$((try + 1))" "$restarts" >&2
 done

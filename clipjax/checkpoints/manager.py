@@ -70,6 +70,7 @@ class Checkpoints:
         self._good = {step for step in complete if (self._folder / str(step) / GOOD).exists()}
         self._save: Save | None = None
         self._failures, self._unsaved, self._seen_bytes = 0, "", 0
+        self._stalled = False  # the save in progress was given up
         self._verified: int | None = None
         self._keys = (f"checkpoints/{number}/{i}" for number in [next(_instances)] for i in itertools.count())
         self._spent_keys: list[str] = []
@@ -329,10 +330,13 @@ class Checkpoints:
             raise SavesFail(f"the last checkpoint is not saved; {self._unsaved}")
 
     def close(self) -> None:
-        """Wait, and delete what is no longer to be kept; raise nothing."""
-        if not self._join(STALLED_SECONDS, patient=True):
+        """Wait, and delete what is no longer to be kept; raise nothing. Storage that was given up gets no more time."""
+        given_up = self._failures >= self._max_failed_saves or self._stalled
+        if not self._join(0.0 if given_up else STALLED_SECONDS, patient=not given_up):
             assert self._save is not None
-            self._unsaved = f"step {self._save.step}: nothing was written for {STALLED_SECONDS:.0f} seconds"
+            if not given_up:
+                self._stalled = True
+                self._unsaved = f"step {self._save.step}: nothing was written for {STALLED_SECONDS:.0f} seconds"
             return
         self._settle()
         for step in self._take_doomed():

@@ -18,7 +18,8 @@ FORMAT = 2
 
 RECORDS = ("config", "data", "tokenizer", "preprocessing")
 RECORD_FILE = "metadata"
-_MAX_BYTES = 1 << 30  # of a record; a tokenizer takes a few MiB
+_MAX_BYTES = 64 * 2**20  # of a record; JSON takes twenty times its size in memory, and 100,000 shards 20 MiB
+_MAX_TOKENIZER_BYTES = 256 * 2**20  # its files have at most 64 MiB each, and base64 adds a third
 
 
 def read_record(directory: pathlib.Path, name: str) -> Any:
@@ -26,18 +27,30 @@ def read_record(directory: pathlib.Path, name: str) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON.
+        ValueError: it is no JSON, or too large.
     """
     try:
-        return json.loads(read_bounded(directory / name / RECORD_FILE, _MAX_BYTES))
+        return json.loads(read_bounded(directory / name / RECORD_FILE, _limit(name)))
     except RecursionError as error:
         raise ValueError(f"record {name} is nested too deeply") from error
 
 
 def write_record(directory: pathlib.Path, name: str, record: Any) -> None:
-    """Write a JSON record into a step directory."""
+    """Write a JSON record into a step directory.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: it is so large that it would not be read back.
+    """
+    content = json.dumps(record).encode()
+    if len(content) > _limit(name):
+        raise ValueError(f"record {name} has {len(content)} bytes; at most {_limit(name)} would be read back")
     (directory / name).mkdir(parents=True)
-    (directory / name / RECORD_FILE).write_text(json.dumps(record), encoding="utf-8")
+    (directory / name / RECORD_FILE).write_bytes(content)
+
+
+def _limit(name: str) -> int:
+    return _MAX_TOKENIZER_BYTES if name == "tokenizer" else _MAX_BYTES
 
 
 def pack_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:

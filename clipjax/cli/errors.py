@@ -81,5 +81,6 @@ def stops(program: str) -> Iterator[None]:
 def print_error(program: str, error: Exception) -> None:
     """Print an error's message for a person, a line per finding."""
     for line in str(error).splitlines() or [repr(error)]:
-        print(f"{program}: error: {printable(line)}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # a broken pipe must not change the exit code
+            print(f"{program}: error: {printable(line)}", file=sys.stderr)
         process_log.info(f"error: {line}")

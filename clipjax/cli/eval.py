@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 
+from clipjax.checkpoints.manifest import DamagedCheckpoint
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.cli import arguments
 from clipjax.cli.errors import UNUSABLE_DATA, print_error, refusals, stops
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with processes.abort_on_error():
         with refusals(PROGRAM):
             processes.start(arguments.launch_options(argv))
-            opened, _ = consistency.run_on_all("eval", lambda: _open_here(argv))
+            opened, _ = consistency.run_on_all("eval", lambda: _open_here(argv), kinds=(DamagedCheckpoint,))
         if processes.is_first():
             print("\n".join([processes.describe_devices(), *opened.changed]), flush=True)
         with stops(PROGRAM):

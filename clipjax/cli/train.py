@@ -44,19 +44,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if processes.is_first():
             print(processes.describe_devices(), flush=True)
         with stops(PROGRAM):
-            if options.replay is not None:
-                return _replay(checked, options.replay, options.rollback)
-            number = loop.train(checked)
+            if options.replay is None:
+                number = loop.train(checked)
+            else:
+                number = _replay(checked, options.replay, options.rollback)
     return 0 if number is None else SIGNAL + number
 
 
-def _replay(checked: preflight.Checked, step: int, rollback: int | None) -> int:
-    """Compute a step again, and show what is found."""
+def _replay(checked: preflight.Checked, step: int, rollback: int | None) -> int | None:
+    """Compute a step again, and show what is found; return the number of the signal that has stopped it."""
+
+    def show_line(line: str) -> None:
+        if processes.is_first():
+            print(line, flush=True)
+
     with refusals(PROGRAM):
-        for line in replay.replay(checked, step, rollback):
-            if processes.is_first():
-                print(line, flush=True)
-    return 0
+        return replay.replay(checked, step, rollback, show=show_line)
 
 
 def _parser() -> arguments.Parser:

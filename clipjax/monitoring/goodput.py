@@ -25,6 +25,7 @@ CAUSES = ("initialisation", "compile", "steps", "waiting_for_data", "saving", "e
 last ledger to its last event."""
 
 _OFFSET = time.time() - time.monotonic()
+_TOO_LARGE = 1e12  # for seconds since 1970, a step or devices
 
 
 def wall_clock() -> float:
@@ -195,9 +196,9 @@ def goodput_table(seconds: Mapping[str, float], *, pairs: int, price: float | No
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    """Return a recorded time or count; None if it is none, or one that only a damaged file can hold."""
+    plausible = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
+    return float(value) if plausible else None
 
 
 def _causes(seconds: Any) -> dict[str, float]:

@@ -71,7 +71,10 @@ class Exporter(Collector):
     def collect(self) -> Iterable[Metric]:
         """Return everything that is known now; a thread of the server calls it."""
         found: list[Metric] = []
-        for name, value in self._values.items():
+        logged = dict(self._values)
+        if self._goodput is not None:
+            logged.pop("goodput", None)  # that of this moment comes from the ledger
+        for name, value in logged.items():
             found.append(GaugeMetricFamily(f"clipjax_{name}", f"{name} at the last logged step", value=float(value)))
         if self._goodput is not None:
             seconds = self._goodput.seconds()

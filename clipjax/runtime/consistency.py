@@ -11,7 +11,7 @@ import pathlib
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -36,19 +36,23 @@ _SHOWN = 8  # differences of a section in a message
 _SHARED_SECONDS = 15.0  # file systems of several machines may show a new file late
 
 
-def run_on_all(name: str, work: Callable[[], tuple[Result, Fingerprint]]) -> tuple[Result, Fingerprint]:
+def run_on_all(
+    name: str, work: Callable[[], tuple[Result, Fingerprint]], *, kinds: Sequence[type[ValueError]] = ()
+) -> tuple[Result, Fingerprint]:
     """Do this process's part of a preparation, and go on only if all processes can and agree.
 
     Args:
         name: name of this preparation, used once per program.
         work: the preparation; returns its result, and the fingerprint that must be the same everywhere. It may not wait
             for other processes: one that fails would leave them waiting.
+        kinds: errors that keep their class on the way between processes.
 
     Returns:
         Result and fingerprint of this process.
 
     Raises:
-        ValueError: on every process: one of them failed, or its fingerprint differs from that of process 0.
+        ValueError: on every process: one of them failed, or its fingerprint differs from that of process 0. It is one
+            of `kinds` if the errors of all processes that failed are.
     """
     if jax.process_count() == 1:
         return work()
@@ -60,28 +64,32 @@ def run_on_all(name: str, work: Callable[[], tuple[Result, Fingerprint]]) -> tup
         report["facts"] = done[1]
     except (ValueError, OSError) as error:
         report["error"] = str(error) or repr(error)
+        report["kind"] = next((kind.__name__ for kind in kinds if isinstance(error, kind)), "")
     except Exception as error:  # a defect: it is shown in full here, and the others end too
         failure, report["error"] = error, repr(error)
     processes.kv_set(f"{name}/report/{jax.process_index()}", json.dumps(report))
-    verdict = _verdict(name)
+    verdict, found_kind = _verdict(name)
     if failure is not None:
         raise failure
     if verdict:
-        raise ValueError(verdict)
+        raise next((kind for kind in kinds if kind.__name__ == found_kind), ValueError)(verdict)
     assert done is not None
     return done
 
 
-def _verdict(name: str) -> str:
-    """Return the verdict of process 0 on all reports; empty if all is well."""
+def _verdict(name: str) -> tuple[str, str]:
+    """Return the verdict of process 0 on all reports, and the kind of all errors; empty if all is well."""
     try:
         if processes.is_first():
             reports = [
                 json.loads(processes.kv_get(f"{name}/report/{rank}", timeout_seconds=WAIT_SECONDS))
                 for rank in range(jax.process_count())
             ]
-            processes.kv_set(f"{name}/verdict", "\n".join(find_differences(reports)))
-        return processes.kv_get(f"{name}/verdict", timeout_seconds=2 * WAIT_SECONDS)
+            found = {report.get("kind", "") for report in reports if "error" in report}
+            verdict = ["\n".join(find_differences(reports)), found.pop() if len(found) == 1 else ""]
+            processes.kv_set(f"{name}/verdict", json.dumps(verdict))
+        text, kind = json.loads(processes.kv_get(f"{name}/verdict", timeout_seconds=2 * WAIT_SECONDS))
+        return text, kind
     except TimeoutError as error:
         raise ValueError(f"{error}; its log is logs/rank-*.log in its workdir") from error
 

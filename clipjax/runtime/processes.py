@@ -198,7 +198,7 @@ def _announced(launch: Launch) -> Iterator[None]:
     others = f"{launch.num_processes or 'the other'} processes at {launch.coordinator or 'the address JAX finds'}"
 
     def say(text: str) -> None:
-        print(f"clipjax: {number}{text}", file=sys.stderr, flush=True)
+        show(f"{number}{text}")
 
     def remind() -> None:
         say(
@@ -227,7 +227,7 @@ def _failure_shared(name: str) -> Iterator[None]:
             if done.wait(1.0):
                 return
         for text in failures:
-            print(f"clipjax: error: {text}", file=sys.stderr, flush=True)
+            show(f"error: {text}")
         done.wait(_LAST_SECONDS)
         os._exit(2)
 
@@ -254,8 +254,13 @@ def announce(text: str) -> None:
     """Write a line to the log of this process; the first one also shows it on standard error."""
     process_log.info(text)
     if is_first():
-        with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed stream
-            print(f"clipjax: {printable(text)}", file=sys.stderr, flush=True)
+        show(text)
+
+
+def show(text: str) -> None:
+    """Show a line on standard error, if anybody reads it."""
+    with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed stream
+        print(f"clipjax: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def kv_set(key: str, value: str, *, overwrite: bool = False) -> None:
@@ -320,8 +325,9 @@ def abort(exit_code: int = 1) -> int:
     At an ordinary exit JAX waits for the others, which wait for this one.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed stream
+                stream.flush()
         os._exit(exit_code)
     return exit_code
 
@@ -333,6 +339,7 @@ def abort_on_error() -> Iterator[None]:
         yield
     except Exception:
         if jax.distributed.is_initialized() and jax.process_count() > 1:
-            traceback.print_exc()
+            with contextlib.suppress(OSError, ValueError):
+                traceback.print_exc()
             abort()
         raise

@@ -39,18 +39,19 @@ class Shutdown:
 
     Args:
         log: file for the stacks of all threads, which SIGUSR1 writes at once; None: standard error.
+        effect: of the first signal, for its message.
 
     Attributes:
         number: the signal that stops the run, on all processes the same; None: none does.
         error: the reason given to `request`, on all processes the same; None: none was.
     """
 
-    def __init__(self, log: TextIO | None = None) -> None:
+    def __init__(self, log: TextIO | None = None, *, effect: str = "the run saves and leaves") -> None:
         self.number: int | None = None
         self.error: str | None = None
         self._agreement = _Agreement(self) if jax.process_count() > 1 else None
         self._profile = threading.Event()
-        self._count, self._latest = 0, 0.0
+        self._count, self._latest, self._effect = 0, 0.0, effect
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         self._write = write
@@ -74,10 +75,10 @@ class Shutdown:
             os._exit(128 + number)
         self._latest = now
         if self._count == 1:
-            text = f"signal {number}: the run saves and leaves; a third within {INSIST_SECONDS:.0f} s ends it unsaved"
-            process_log.info(text)
-            print(f"clipjax: {text}", file=sys.stderr, flush=True)
             self._request(number, None)
+            text = f"signal {number}: {self._effect}; a third within {INSIST_SECONDS:.0f} s ends it at once"
+            # In a thread of its own: a file system or a terminal may block, and this one waits for the next signal.
+            threading.Thread(target=_tell, args=(text,), daemon=True, name="message").start()
 
     def request(self, error: str) -> None:
         """Ask all processes to save and stop, because of trouble of this one; the first request counts."""
@@ -131,6 +132,11 @@ class Shutdown:
 
 def _wake(number: int, frame: types.FrameType | None) -> None:
     """Do nothing: the thread that reads the pipe acts on the signal."""
+
+
+def _tell(text: str) -> None:
+    processes.show(text)
+    process_log.info(text)
 
 
 class _Agreement:

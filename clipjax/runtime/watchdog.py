@@ -1,97 +1,47 @@
 """The watchdog: ends all processes of a run that makes no progress, with the stacks of each in its log.
 
-Reading order: `Watchdog` (the thread that watches), `Deadline` (the rule, free of clocks), `Peers` (several processes).
+Reading order: `Watchdog` (the thread that watches), `Peers` (several processes); `deadline.py` has the rule. A sign of
+work is processor time or bytes of files, of this process, its loader workers, or another process in a phase that may
+take any time.
 
-The rule: between two steps no more than the limit may pass, `stuck_seconds` or ten median steps if that is longer. In
-a phase that may take any time (the first steps with their compiling, an evaluation, a save) the limit counts from the
-last sign of work: processor time or bytes of files, of this process, its loader workers, or another process in such a
-phase. Time in which the whole machine was paused does not count.
+A file system that blocks may be what the run is stuck in, so nothing that the watchdog does waits for one: messages
+are written by threads of their own, and a timer of the kernel ends the process if even Python itself is held up.
 """
 
-import collections
 import contextlib
 import faulthandler
 import json
 import multiprocessing
 import os
 import pathlib
+import signal
 import socket
-import statistics
 import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn, Self, TextIO
 
 import jax
 
 from clipjax.runtime import process_log, processes
+from clipjax.runtime.deadline import MEDIAN_STEPS, READING, Deadline
 
 TICK_SECONDS = 2.0
 """Time between two looks of the watchdog, and between two signs of life of a process."""
 
-MEDIAN_STEPS = 10
-"""The limit in median steps, if that is longer than `stuck_seconds`."""
-
 SILENT_SECONDS = 20.0
 """Silence of another process before it is named; JAX ends the run after `processes.HEARTBEAT_SECONDS`."""
 
-_START = "the first steps"
+END_SECONDS = 30.0
+"""Time to tell why and to end; then SIGALRM ends the process, whatever it is held up by."""
+
+_SAY_SECONDS = 3.0  # for a message to be written
 _WORK_SHARE = 0.05  # of a core: what idle threads take together is far below
 _WORK_BYTES = 4096  # of files in a tick
 _PAUSE_SECONDS = 2.0  # a sleep that is longer by this much was a pause of the machine
 _GRACE_TICKS = 3  # for the other processes to write their stacks, and to show which of them is silent
-
-
-class Deadline:
-    """The time of the last progress and the limit from there; every method gets the time as `now`."""
-
-    def __init__(self, stuck_seconds: float, now: float) -> None:
-        self._stuck_seconds = stuck_seconds
-        self._since = now
-        self._steps = 0
-        self._clean = False  # no phase lay between the last step and now
-        self._seconds: collections.deque[float] = collections.deque(maxlen=64)
-        self.phases = [_START]
-
-    @property
-    def limit(self) -> float:
-        """Seconds without progress after which the run counts as stuck."""
-        median = statistics.median(self._seconds) if self._seconds else 0.0
-        return max(self._stuck_seconds, MEDIAN_STEPS * median)
-
-    def beat(self, now: float) -> None:
-        """Count a step."""
-        self._steps += 1
-        if self._steps == 2:  # the second one may compile too
-            self.phases.remove(_START)
-        elif self._steps > 2 and self._clean:
-            self._seconds.append(now - self._since)
-        self._since, self._clean = now, True
-
-    def enter(self, phase: str, now: float) -> None:
-        """Begin a phase that may take any time as long as somebody works."""
-        self.phases.append(phase)
-        self._since, self._clean = now, False
-
-    def leave(self, now: float) -> None:
-        """End the latest phase."""
-        self.phases.pop()
-        self._since, self._clean = now, False
-
-    def worked(self, now: float) -> None:
-        """Count a sign of work in a phase."""
-        self._since = now
-        self._clean = False
-
-    def shift(self, seconds: float) -> None:
-        """Leave out a pause of the machine."""
-        self._since += seconds
-
-    def waited(self, now: float) -> float:
-        """Return the seconds since the last progress."""
-        return now - self._since
 
 
 class Watchdog:
@@ -149,6 +99,10 @@ class Watchdog:
             with self._lock:
                 self._deadline.leave(time.monotonic())
 
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Give the reading of data in the `with` block no more time in the first steps than in later ones."""
+        return self.paused(READING) if self._deadline.starting else contextlib.nullcontext()
+
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Name the process whose death made an operation of all processes fail in the `with` block.
@@ -205,14 +159,15 @@ class Watchdog:
         )
 
     def _end(self, text: str) -> NoReturn:
-        _say(text)
-        log = self._log or sys.__stderr__
-        if log is not None:
-            with contextlib.suppress(OSError, ValueError):
-                log.flush()
-                faulthandler.dump_traceback(log, all_threads=True)
+        # A write that blocks below holds up all of Python. Without a handler SIGALRM ends the process with its threads.
+        signal.setitimer(signal.ITIMER_REAL, END_SECONDS)
         if self._peers is not None:
             self._peers.announce(text)
+        log = self._log if _say(text) else None  # a log that blocks gets no stacks
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            # By its number: the stream itself may be locked by the thread that hangs.
+            faulthandler.dump_traceback((log or sys.__stderr__).fileno(), all_threads=True)  # pyright: ignore
+        if self._peers is not None:
             time.sleep(_GRACE_TICKS * self._tick)
             for line in self._peers.silent_lines():
                 _say(line)
@@ -343,7 +298,7 @@ def _work() -> tuple[float, int]:
     times = os.times()
     seconds, size = times.user + times.system, 0
     for pid in ("self", *(child.pid for child in multiprocessing.active_children())):
-        with contextlib.suppress(OSError):  # not on Linux, or it has just ended
+        with contextlib.suppress(OSError, ValueError, IndexError):  # not on Linux, or it has just ended
             lines = pathlib.Path(f"/proc/{pid}/io").read_text().splitlines()
             size += sum(int(line.split()[1]) for line in lines if line.startswith(("rchar", "wchar")))
             if pid != "self":
@@ -368,6 +323,16 @@ def _place() -> str:
     return f"{path}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
-def _say(text: str) -> None:
-    process_log.info(text)
-    print(f"clipjax: {text}", file=sys.stderr, flush=True)
+def _say(text: str) -> bool:
+    """Write a line to the log and to standard error; return False if the log blocks."""
+    written = _in_time(lambda: process_log.info(text))
+    _in_time(lambda: processes.show(text))
+    return written
+
+
+def _in_time(work: Callable[[], None]) -> bool:
+    """Do work in a thread of its own; return False if it takes longer than a message may."""
+    thread = threading.Thread(target=work, daemon=True, name="message")
+    thread.start()
+    thread.join(_SAY_SECONDS)
+    return not thread.is_alive()

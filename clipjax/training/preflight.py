@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import optax
 
+from clipjax.checkpoints.manifest import DamagedCheckpoint
 from clipjax.checkpoints.records import FOLDER
 from clipjax.checkpoints.saved import SavedCheckpoint, newest_checkpoint
 from clipjax.config import Config
@@ -61,11 +62,14 @@ def check(parse: Callable[[], tuple[Config, Path]], *, replays: bool = False) ->
 
     Raises:
         ValueError: for the user, on every process: with field, value, rule and remedy.
+        DamagedCheckpoint: on every process: checkpoints are damaged, and nothing else is wrong.
     """
     made: list[Path] = []
     try:
         (config, workdir, warning), _ = consistency.run_on_all("owner", lambda: (_claim(parse, made), {}))
-        opened, facts = consistency.run_on_all("train", lambda: _open_here(config, workdir, warning, made, replays))
+        opened, facts = consistency.run_on_all(
+            "train", lambda: _open_here(config, workdir, warning, made, replays), kinds=(DamagedCheckpoint,)
+        )
         consistency.check_shared(workdir)
     except (ValueError, OSError):
         _delete(made)

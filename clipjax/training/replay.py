@@ -4,8 +4,9 @@ Nothing is logged or saved. The order in which a step computes is the order in w
 embeddings of each sample, gradients.
 """
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,13 +28,17 @@ METRICS = "metrics.jsonl"
 _SHOWN = 8
 
 
-def replay(checked: Checked, step: int, rollback: int | None = None) -> Iterator[str]:
-    """Compute a step again from the nearest checkpoint before it; yield what it finds, a line at a time.
+def replay(checked: Checked, step: int, rollback: int | None = None, *, show: Callable[[str], None]) -> int | None:
+    """Compute a step again from the nearest checkpoint before it, and show what is found.
 
     Args:
         checked: the run; nobody else may hold its workdir.
         step: to compute again.
         rollback: number of the rollback, from 1, before which the step was; None: the step as the run has it now.
+        show: gets the findings, a line at a time.
+
+    Returns:
+        The number of the signal that has stopped it before the step; None if none has.
 
     Raises:
         ValueError: there is no such rollback, or the step lies behind it.
@@ -52,25 +57,35 @@ def replay(checked: Checked, step: int, rollback: int | None = None) -> Iterator
         if rollback is not None:
             decisions.forget_from(rollback - 1)
         if start.step:
-            yield f"from the checkpoint of step {start.step}: {step - start.step} steps"
+            show(f"from the checkpoint of step {start.step}: {step - start.step} steps")
         else:
-            yield f"no checkpoint before step {step} is kept: from step 0, {step} steps"
+            show(f"no checkpoint before step {step} is kept: from step 0, {step} steps")
         stream = open_stream(session, start.step)
         try:
-            for _ in range(start.step + 1, step):
-                batch = device_batch(config, session.mesh, next(stream))
+            for current in range(start.step + 1, step):
+                batch = device_batch(config, session.mesh, _read(session, stream, current))
                 state, metrics = session.step(state, batch, session.teacher)
                 jax.block_until_ready(metrics["loss"])
-                session.watchdog.beat(step)
-            host = next(stream)
+                if session.signal.due():
+                    show(f"stopped by signal {session.signal.number} after step {current}; nothing of it is kept")
+                    return session.signal.number
+            host = _read(session, stream, step)
             batch = device_batch(config, session.mesh, host)
             with session.watchdog.paused("the search"):
-                found = list(_search(session, state, batch, host["index"]))
+                for line in _search(session, state, batch, host["index"]):
+                    show(line)
             state, metrics = session.step(state, batch, session.teacher)
-            yield _compare(step, jax.device_get(dict(metrics)), _logged(checked, step) if rollback is None else None)
-            yield from found
+            show(_compare(step, jax.device_get(dict(metrics)), _logged(checked, step) if rollback is None else None))
         finally:
             stream.close()
+    return None
+
+
+def _read(session: Session, stream: Iterator[Mapping[str, np.ndarray]], step: int) -> Mapping[str, np.ndarray]:
+    """Return this process's part of the batch of a step."""
+    session.watchdog.beat(step)
+    with session.watchdog.reading():
+        return next(stream)
 
 
 def _first_changed(taken: Sequence[Rollback], step: int, rollback: int | None) -> int:
@@ -99,9 +114,10 @@ def _logged(checked: Checked, step: int) -> Mapping[str, Any] | None:
     except OSError:
         return None
     for line in lines:
-        values = json.loads(line)
-        if values.get("step") == step and "loss" in values:
-            return values
+        with contextlib.suppress(ValueError, RecursionError):  # cut off by a kill
+            values = json.loads(line)
+            if isinstance(values, dict) and values.get("step") == step and "loss" in values:
+                return values
     return None
 
 
@@ -139,8 +155,9 @@ def _search(session: Session, state: TrainState, batch: Batch, index: np.ndarray
             yield f"{side} embeddings: all {len(finite)} finite"
             continue
         places = [session.checked.inputs.source.location(int(index[i - own.start])) for i in bad if i in own]
-        more = f" and {len(bad) - len(places)} more" if len(bad) > len(places[:_SHOWN]) else ""
-        yield f"{side} embeddings: {len(bad)} of {len(finite)} not finite: {'; '.join(places[:_SHOWN])}{more}"
+        shown = places[:_SHOWN]
+        more = f" and {len(bad) - len(shown)} more" if len(bad) > len(shown) else ""
+        yield f"{side} embeddings: {len(bad)} of {len(finite)} not finite: {'; '.join(shown)}{more}"
     yield _leaves("gradients", [name for name, finite in zip(names, grads, strict=True) if not finite], len(names))
 
 

@@ -113,7 +113,7 @@ class Run:
         self.session.watchdog.beat(step)
         while len(self._in_flight) >= STEPS_IN_FLIGHT:
             self._count_bad(*self._judge_oldest())
-        with self.session.goodput.phase("waiting_for_data"):
+        with self.session.goodput.phase("waiting_for_data"), self.session.watchdog.reading():
             batch = self._read()
         self.logger.count_samples(batch["index"])
         self.recent.add(batch_number(step - 1, self.session.decisions.left_out), batch["index"])

@@ -107,7 +107,8 @@ def open_session(checked: Checked, *, record: bool = True) -> Iterator[Session]:
         events = Events(workdir, enabled=record and processes.is_first(), clock=wall_clock)
         goodput = stack.enter_context(_ledger(checked, events))
         log = process_log.open_file()
-        signal = Shutdown(log)
+        effect = "the run saves and leaves" if record else "nothing is saved; it leaves after the step that it computes"
+        signal = Shutdown(log, effect=effect)
         stack.callback(signal.close)
         watchdog = stack.enter_context(Watchdog(config.recovery.stuck_seconds, log=log))
         mesh = sharding.make_mesh(config.mesh)

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -226,10 +227,28 @@ def test_a_disk_that_hangs_ends_the_run(run, monkeypatch):
     run.save(30)  # bytes have come since the save began
     run.save(40)
     run.save(50)
+    started = time.monotonic()
     with pytest.raises(SavesFail, match="3 saves in a row have failed, the last one of step 60: left out"):
         run.save(60)
-    with pytest.raises(SavesFail, match="step 20: nothing was written"):
+    monkeypatch.setattr(manager, "STALLED_SECONDS", 60.0)
+    run.checkpoints.close()  # storage that was given up gets no more time: the watchdog would end the run
+    with pytest.raises(SavesFail, match="step 60: left out, since step 20 is still being written"):
         run.checkpoints.wait()
+    assert time.monotonic() - started < 30
+    slow.go.set()
+    run.checkpoints._join(60)
+
+
+def test_a_last_save_that_hangs_is_given_up_once(run, monkeypatch):
+    slow = Slow(monkeypatch)
+    monkeypatch.setattr(manager, "STALLED_SECONDS", 0.2)
+    run.save(20, last=True)
+    with pytest.raises(SavesFail, match="step 20: nothing was written for"):
+        run.checkpoints.wait()
+    monkeypatch.setattr(manager, "STALLED_SECONDS", 60.0)
+    started = time.monotonic()
+    run.checkpoints.close()
+    assert time.monotonic() - started < 30
     slow.go.set()
     run.checkpoints._join(60)
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from clipjax.cli import data, main
+from clipjax.cli import data, errors, main
 from tests.commands import exit_code
 
 pytestmark = pytest.mark.newest
@@ -74,6 +74,20 @@ def test_a_command_ends_quietly_where_nobody_reads_on(capfd, monkeypatch):
     monkeypatch.setattr(data, "_show", show_samples)
     assert run_with_closed_pipe(monkeypatch, ["data", "show", "--source=a.tar"]) == 128 + signal.SIGPIPE
     assert capfd.readouterr().err == ""
+
+
+class Gone:
+    """A terminal that is gone."""
+
+    def write(self, text: str) -> None:
+        raise BrokenPipeError
+
+
+def test_an_error_that_nobody_reads_keeps_its_exit_code(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with pytest.raises(SystemExit) as left, errors.refusals("clipjax train"):
+        raise ValueError("a line for nobody")
+    assert left.value.code == 2
 
 
 def test_a_folder_as_output_is_refused_before_a_tokenizer_is_trained(capsys, monkeypatch, tmp_path):

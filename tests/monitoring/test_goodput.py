@@ -128,6 +128,9 @@ def test_many_starts_add_up_to_wall_clock(tmp_path):
         {"time": 1005, "event": "ledger", "seconds": [1], "step": "x"},
         {"time": 1005, "event": "ledger", "seconds": {"steps": -3, "lost": "a"}},
         {"time": float("nan"), "event": "start"},
+        {"time": 10**400, "event": "ledger"},
+        {"time": -1e300, "event": "start"},
+        {"time": 1005, "event": "ledger", "seconds": {"steps": 10**400, "lost": 1e308}, "step": 10**400},
     ],
 )
 def test_damaged_events_never_stop_a_start(damaged):

@@ -37,11 +37,15 @@ def scrape(port: int) -> dict[tuple[str, ...], float]:
     """Values by name and label."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
-    return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
+    samples = [((one.name, *one.labels.values()), one.value) for family in families for one in family.samples]
+    assert len(dict(samples)) == len(samples), "each is served once"
+    return dict(samples)
 
 
 def test_a_scrape_shows_the_last_step_the_times_and_the_events(exporter, tmp_path):
     assert scrape(exporter.port) == {}  # nothing is known yet
+    exporter.update(1, VALUES)
+    assert scrape(exporter.port)["clipjax_goodput",] == 0.5  # as it was logged: nobody keeps a ledger yet
     assert exporter.url == f"http://127.0.0.1:{exporter.port}/metrics"
     now = 1000.0
     events = Events(tmp_path, enabled=True)

@@ -115,6 +115,26 @@ def test_one_that_fails_or_differs_makes_all_refuse_alike(monkeypatch):
     assert all("has another code than process 0" in str(error) for error in outcomes)
 
 
+class Damaged(ValueError):
+    """An error with an exit code of its own."""
+
+
+def test_errors_of_one_kind_keep_it_and_mixed_ones_do_not(monkeypatch):
+    def work(error: Exception | None):
+        def fail() -> tuple:
+            if error is None:
+                return None, {}
+            raise error
+
+        return lambda: consistency.run_on_all("it", fail, kinds=(Damaged,))
+
+    damaged, other = Damaged("step 3 is damaged"), ValueError("no config")
+    for errors, kind in (((None, damaged), Damaged), ((damaged, damaged), Damaged), ((damaged, other), ValueError)):
+        outcomes = run_processes(monkeypatch, [work(error) for error in errors])
+        assert [type(outcome) for outcome in outcomes] == [kind] * 2
+        assert all("step 3 is damaged" in str(outcome) for outcome in outcomes)
+
+
 def test_a_defect_keeps_its_traceback_and_the_others_end_too(monkeypatch):
     def fail() -> tuple:
         raise KeyError("defect")

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import sys
 import threading
 import time
 
@@ -51,6 +52,40 @@ def test_the_first_signal_counts_the_second_changes_nothing_and_the_third_ends_t
     signal.raise_signal(signal.SIGINT)  # while the process leaves
     wait_for(lambda: ended)
     assert ended == [130]
+
+
+class Gone:
+    """A terminal that is gone."""
+
+    def write(self, text: str) -> None:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_a_terminal_that_is_gone_and_a_log_that_blocks_lose_no_signal(handlers, ended, monkeypatch):
+    blocked = threading.Event()
+    monkeypatch.setattr(shutdown.process_log, "info", lambda text: blocked.wait(20))
+    monkeypatch.setattr(sys, "stderr", Gone())
+    asked = Shutdown()
+    signal.raise_signal(signal.SIGTERM)
+    wait_for(asked.due)
+    for count in (2, 3):
+        signal.raise_signal(signal.SIGTERM)
+        wait_for(lambda count=count: asked._count == count)
+    wait_for(lambda: ended)
+    assert ended == [143]
+    blocked.set()
+
+
+def test_the_first_signal_tells_its_effect(handlers, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(shutdown.processes, "show", said.append)
+    Shutdown(effect="nothing is saved")
+    signal.raise_signal(signal.SIGTERM)
+    wait_for(lambda: said)
+    assert said == ["signal 15: nothing is saved; a third within 5 s ends it at once"]
 
 
 def test_a_third_signal_that_comes_late_changes_nothing(handlers, ended, monkeypatch):

@@ -1,6 +1,8 @@
 """When the watchdog ends a process, and when not."""
 
+import errno
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,53 +12,9 @@ import jax
 import pytest
 
 from clipjax.runtime import watchdog
-from clipjax.runtime.watchdog import Deadline, Watchdog
+from clipjax.runtime.watchdog import Watchdog
 
 pytestmark = pytest.mark.newest
-
-
-def running(stuck_seconds: float = 60.0, step: float = 1.0) -> tuple[Deadline, float]:
-    """A deadline after ten steps, and the time."""
-    deadline, now = Deadline(stuck_seconds, 0.0), 0.0
-    for _ in range(10):
-        now += step
-        deadline.beat(now)
-    return deadline, now
-
-
-def test_the_limit_is_ten_median_steps_if_those_are_longer():
-    assert running(step=1.0)[0].limit == 60
-    deadline, now = running(step=20.0)
-    assert deadline.limit == 200
-    deadline.beat(now + 190)  # one slow step
-    assert deadline.limit == 200
-
-
-def test_the_first_steps_may_compile():
-    deadline = Deadline(5.0, 0.0)
-    deadline.worked(100.0)
-    assert deadline.phases and deadline.waited(101.0) == 1
-    deadline.beat(150.0)
-    assert deadline.phases
-    deadline.beat(250.0)
-    assert not deadline.phases and deadline.limit == 5  # their time is no step's
-
-
-def test_phases_do_not_count_as_steps_and_wait_for_the_last_sign_of_work():
-    deadline, now = running()
-    deadline.enter("evaluation", now)
-    deadline.worked(now + 1000)
-    assert deadline.phases == ["evaluation"] and deadline.waited(now + 1059) == 59
-    deadline.leave(now + 1100)
-    assert not deadline.phases and deadline.waited(now + 1100) == 0
-    deadline.beat(now + 1130)
-    assert deadline.limit == 60
-
-
-def test_a_pause_of_the_machine_does_not_count():
-    deadline, now = running(stuck_seconds=15)
-    deadline.shift(20.0)
-    assert deadline.waited(now + 21) == 1
 
 
 class Clock:
@@ -153,6 +111,80 @@ def test_a_stuck_process_leaves_with_1_and_its_stacks(tmp_path):
     assert done.returncode == 1, done.stderr
     assert "is stuck after step 19" in done.stderr and time.monotonic() - start < 100
     assert "in hang" in (tmp_path / "log").read_text()
+
+
+BLOCKED = """
+import logging, os, sys, threading
+from clipjax.runtime import process_log, watchdog
+
+watchdog._SAY_SECONDS, watchdog.END_SECONDS = 0.3, 3.0
+blocked = {name: threading.Event() for name in sys.argv[1:]}
+
+class File(logging.Handler):
+    def emit(self, record):
+        "log" in blocked and blocked["log"].wait()
+
+process_log._logger.addHandler(File())
+process_log._logger.setLevel(logging.INFO)
+read, write = os.pipe()  # nobody reads it: as full as a file system that hangs
+os.set_blocking(write, False)
+try:
+    while os.write(write, bytes(65536)): pass
+except BlockingIOError:
+    os.set_blocking(write, True)
+if "terminal" in blocked:
+    os.dup2(write, 2)
+with open(write, "w") as log, watchdog.Watchdog(0.5, log=log, tick_seconds=0.1) as watched:
+    for step in range(20):
+        watched.beat(step)
+    def hang():
+        threading.Event().wait()
+    hang()
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("blocked", "code"), [(["log"], 1), (["log", "terminal"], -signal.SIGALRM)])
+def test_a_file_system_that_blocks_keeps_no_process(blocked, code):
+    command = [sys.executable, "-c", BLOCKED, *blocked]
+    done = subprocess.run(
+        command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code, done.stderr
+    if code == 1:
+        assert "is stuck after step 19" in done.stderr and "in hang" in done.stderr
+
+
+def test_the_others_are_told_before_anything_is_written_and_a_broken_terminal_is_no_matter(monkeypatch, tmp_path):
+    order: list[str] = []
+
+    class Others:
+        def announce(self, text: str) -> None:
+            order.append("others")
+
+        def silent_lines(self) -> list[str]:
+            return []
+
+    monkeypatch.setattr(watchdog.process_log, "info", lambda text: order.append("log"))
+    monkeypatch.setattr(watchdog.signal, "setitimer", lambda *_: order.append("timer"))
+    monkeypatch.setattr(os, "_exit", lambda code: order.append(f"exit {code}"))
+    monkeypatch.setattr(sys, "stderr", Broken())
+    with (tmp_path / "log").open("w") as log:
+        watched = Watchdog(1.0, log=log, tick_seconds=0.0)
+        watched._peers = Others()
+        watched._end("stuck")
+    assert order == ["timer", "others", "log", "exit 1"]
+    assert "most recent call first" in (tmp_path / "log").read_text()
+
+
+class Broken:
+    """A terminal that is gone."""
+
+    def write(self, text: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def flush(self) -> None:
+        raise BrokenPipeError
 
 
 class Store:
