@@ -14,6 +14,7 @@ from clipjax.cli.output import show
 from clipjax.cli.overrides import describe_fields
 from clipjax.config import Config
 from clipjax.runtime import process_log, processes
+from clipjax.runtime.terminal import printable
 from clipjax.training import loop, preflight, replay
 
 PROGRAM = "clipjax train"
@@ -54,7 +55,7 @@ def _replay(checked: preflight.Checked, step: int, rollback: int | None) -> int:
     with refusals(PROGRAM):
         for line in replay.replay(checked, step, rollback):
             if processes.is_first():
-                print(line, flush=True)
+                print(printable(line), flush=True)
     return 0
 
 

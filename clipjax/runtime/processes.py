@@ -12,6 +12,7 @@ import pathlib
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -322,6 +323,9 @@ def abort(exit_code: int = 1) -> int:
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
+        if exit_code != 1 and is_first():
+            # The others may be about to leave with the same code, and the end of process 0 would give them another.
+            time.sleep(_LAST_SECONDS)
         os._exit(exit_code)
     return exit_code
 

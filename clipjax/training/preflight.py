@@ -117,7 +117,8 @@ def _open_here(config: Config, workdir: Path, warning: str, made: list[Path]) ->
     process_log.open_log(workdir, rank=jax.process_index(), header=run_record.describe_start())
     if warning:
         announce(f"warning: {warning}")
-    compilation.enable(config.compile_cache)
+    others = (config.init_from, config.loss.distill_from, config.data.tfds_dir)
+    compilation.enable(config.compile_cache, outside=[workdir, *(Path(each) for each in others if each)])
     saved = _open_newest(workdir)
     inputs = open_inputs(config, saved)
     if config.checkpoint.best_metric is not None:
