@@ -301,7 +301,7 @@ def test_a_task_is_left_out_if_the_devices_of_all_processes_lack_memory(monkeypa
     def kv_get(key: str, *, timeout_seconds: float) -> str:
         if key.endswith("/1") and not all_lack_it:
             raise TimeoutError
-        return told[key.replace("/1", "/0")]
+        return told[f"{key.rpartition('/')[0]}/0"]
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr("clipjax.runtime.processes.kv_set", lambda key, value: told.update({key: value}))

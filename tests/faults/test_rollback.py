@@ -77,6 +77,7 @@ def train_two(run: TinyRun, name: str, prefix: tuple[str, ...]) -> list[int]:
         return [process.wait(300) for process in both]
 
 
+@pytest.mark.slow
 def test_data_that_one_of_two_processes_cannot_use_ends_both_and_is_named(run):
     first, second = train_two(run, "unusable", ("-m", "tests.faults.poison", "unusable", "25"))
     output = run.output("unusable")

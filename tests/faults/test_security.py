@@ -248,6 +248,7 @@ def test_tables_messages_and_logs_show_names_of_others_escaped(tmp_path, caplog)
         assert "\\x1b[2J red" in shown and not any(c in shown for c in ESCAPES), ascii(shown)
     assert stream.getvalue().startswith("first\n") and len(table.splitlines()) == 3
 
+    caplog.clear()
     (tmp_path / "\x1b[2J.tar").write_bytes(tarfile.TarInfo("a.txt").tobuf() + b"cut")
     index_shard(str(tmp_path / "\x1b[2J.tar"))
     assert "\\x1b[2J.tar: the archive ends" in caplog.text and "\x1b" not in caplog.text
