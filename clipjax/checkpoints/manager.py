@@ -23,6 +23,7 @@ from clipjax.checkpoints.manifest import DamagedCheckpoint, Manifest, State, Ver
 from clipjax.checkpoints.reading import restore_arrays
 from clipjax.checkpoints.records import FOLDER, RECORDS, read_record
 from clipjax.checkpoints.saving import OnCommit, OnFailure, Save, describe, silence_orbax, temporary_path
+from clipjax.checkpoints.verdicts import all_damaged, going_on, refuse_damaged, refuse_undecided, warn
 from clipjax.config import CheckpointConfig
 from clipjax.runtime import processes
 
@@ -270,6 +271,7 @@ class Checkpoints:
 
         Raises:
             DamagedCheckpoint: there are some, and all of them are damaged; none is set aside.
+            UndecidedCheckpoint: the storage does not give one, or it is of a newer format; none is set aside.
         """
         key = next(self._keys)
         known = exchange.publish(
@@ -282,8 +284,10 @@ class Checkpoints:
             verdict = self._examine(step)
             if verdict.usable:
                 self._set_aside_all(bad, step)
+                refuse_damaged(self.path(step), verdict)  # warns of one that is not verified
                 self._verified = step
                 return step
+            refuse_undecided(self.path(step), verdict)
             bad[step] = verdict
         if bad:
             raise DamagedCheckpoint(all_damaged(self._workdir / FOLDER, bad))
@@ -300,6 +304,7 @@ class Checkpoints:
         own = examine(self._folder / str(step), step=step, part=(rank, count))
         parts = exchange.gather(f"{key}/parts", [own.state.value, own.fault])
         verdicts = [Verdict(State(state), fault) for state, fault in parts]
+        verdicts.sort(key=lambda verdict: not verdict.undecided)  # one that cannot read speaks for all
         worst = next((verdict for verdict in verdicts if not verdict.usable), own)
         state, fault = exchange.publish(f"{key}/verdict", lambda: [worst.state.value, worst.fault])
         return Verdict(State(state), fault)
@@ -343,36 +348,6 @@ class Checkpoints:
             if processes.is_first():
                 with contextlib.suppress(OSError):
                     folder.delete(self._folder, step)
-
-
-def refuse_damaged(path: pathlib.Path, verdict: Verdict) -> None:
-    """Refuse a checkpoint with a fault, and warn of one that cannot be verified.
-
-    Raises:
-        DamagedCheckpoint: it is damaged or incomplete; with the file.
-    """
-    if verdict.state is State.UNVERIFIED:
-        warn(f"checkpoint {path} is of an older format, without checksums: its content is not verified")
-    elif not verdict.usable:
-        raise DamagedCheckpoint(
-            f"checkpoint {path} is {verdict.state}: {verdict.fault}; bring back a good copy, or name another step"
-        )
-
-
-def going_on(bad: pathlib.Path, verdict: Verdict, good: pathlib.Path) -> str:
-    """Return the warning that one checkpoint is taken instead of another."""
-    return f"checkpoint {bad} is {verdict.state} ({verdict.fault}); going on from {good}"
-
-
-def all_damaged(place: pathlib.Path, bad: Mapping[int, Verdict]) -> str:
-    """Return the message that no checkpoint of a folder is good."""
-    found = ", ".join(f"{step} ({verdict.state}: {verdict.fault})" for step, verdict in bad.items())
-    return f"no checkpoint in {place} is good: {found}; bring back a good copy of one, or take another workdir"
-
-
-def warn(text: str) -> None:
-    """Tell a person; every process logs it."""
-    processes.announce(f"warning: {text}")
 
 
 def _tell_failure(step: int, reason: str) -> None:

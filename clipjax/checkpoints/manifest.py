@@ -1,18 +1,21 @@
 """The manifest of a checkpoint: size and checksum of each of its files, so that no changed byte goes unnoticed.
 
 `manifest.json` is the last file that a save writes into a step directory. It covers every other file but the marker
-`good`, and itself by a digest. A directory without one is incomplete, unless its `data` record has no `format`: then it
-is of an older version of clipjax, complete but unverified.
+`good`, and itself by a digest, in later formats too. A directory without one is incomplete, unless its `data` record
+has no `format`: then it is of an older version of clipjax, complete but unverified.
+
+A file that the storage does not give is no damage: it is asked for again, and then the checkpoint is unreadable.
 """
 
 import enum
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -20,16 +23,32 @@ from clipjax.checkpoints.records import FORMAT, read_record
 from clipjax.runtime.files import read_bounded, write_atomic
 
 FILE = "manifest.json"
+FIRST_FORMAT = 2
+"""The first format with a manifest."""
+
+RETRY_SECONDS = (0.1, 0.5, 1.5)
+"""Waits between tries to read a file that the storage does not give."""
+
 _MAX_BYTES = 256 * 2**20
 _CHUNK_BYTES = 4 * 2**20
 _WORKERS = 8  # one for each file; reading and hashing leave Python's lock
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
+T = TypeVar("T")
 Files = Mapping[str, tuple[int, str]]
 """Bytes and xxh3_128 by path inside the step directory."""
 
 
-class DamagedCheckpoint(ValueError):
+class UnusableCheckpoint(ValueError):
+    """A checkpoint that cannot be used, for whatever reason: a person has to look."""
+
+
+class DamagedCheckpoint(UnusableCheckpoint):
     """A checkpoint is incomplete, changed since it was written, or cannot be restored."""
+
+
+class UndecidedCheckpoint(UnusableCheckpoint):
+    """A checkpoint that may be good: its storage gives an error, or it needs a newer version of clipjax."""
 
 
 class State(enum.StrEnum):
@@ -39,6 +58,8 @@ class State(enum.StrEnum):
     UNVERIFIED = "unverified: older format"
     DAMAGED = "damaged"
     INCOMPLETE = "incomplete"
+    UNREADABLE = "unreadable"
+    NEWER = "of a newer format"
 
 
 @dataclass(frozen=True)
@@ -73,13 +94,43 @@ class Verdict:
         """True if the checkpoint may be restored."""
         return self.state in (State.VERIFIED, State.UNVERIFIED)
 
+    @property
+    def undecided(self) -> bool:
+        """True if it may be good all the same."""
+        return self.state in (State.UNREADABLE, State.NEWER)
+
 
 def hash_files(directory: pathlib.Path, paths: Iterable[str], *, sync: bool = False) -> dict[str, tuple[int, str]]:
-    """Return size and checksum of files, a thread for each; with `sync`, once they are on the disk."""
+    """Return size and checksum of files, a thread for each; with `sync`, once they are on the disk.
+
+    Raises:
+        OSError: a file cannot be read; without `sync`, after several tries.
+    """
+
+    def read(path: str) -> tuple[int, str]:
+        try:
+            if sync:
+                return _hash_file(directory / path, sync=True)
+            return _patiently(lambda: _hash_file(directory / path, sync=False))
+        except OSError as error:
+            error.filename = error.filename or str(directory / path)  # a read names none
+            raise
+
     paths = list(paths)
     with ThreadPoolExecutor(_WORKERS) as pool:
-        found = pool.map(lambda path: _hash_file(directory / path, sync=sync), paths)
-        return dict(zip(paths, found, strict=True))
+        return dict(zip(paths, pool.map(read, paths), strict=True))
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """Return what `read` returns; after an error of the storage, try again: many pass."""
+    for seconds in RETRY_SECONDS:
+        try:
+            return read()
+        except _GONE:
+            raise
+        except OSError:
+            time.sleep(seconds)
+    return read()
 
 
 def _hash_file(path: pathlib.Path, *, sync: bool) -> tuple[int, str]:
@@ -102,16 +153,18 @@ def list_files(directory: pathlib.Path) -> list[str]:
 
 def write(directory: pathlib.Path, manifest: Manifest) -> None:
     """Write `manifest.json`, whole or not at all, and wait until it is on the disk."""
-    write_atomic(directory / FILE, _encode(manifest), sync=True)
-
-
-def _encode(manifest: Manifest) -> bytes:
     record = {
         "format": FORMAT,
         "step": manifest.step,
         "best": None if manifest.best is None else list(manifest.best),
         "files": {path: list(manifest.files[path]) for path in sorted(manifest.files)},
     }
+    write_atomic(directory / FILE, _encode(record), sync=True)
+
+
+def _encode(record: Mapping[str, Any]) -> bytes:
+    """Return a record of any format as the bytes of its file, with its digest last."""
+    record = {name: value for name, value in record.items() if name != "digest"}
     digest = xxhash.xxh3_128_hexdigest(_compact(record))
     return _compact(record | {"digest": digest}) + b"\n"
 
@@ -125,24 +178,37 @@ def read(directory: pathlib.Path) -> Manifest:
 
     Raises:
         FileNotFoundError: it has none.
+        OSError: it cannot be read.
         DamagedCheckpoint: the manifest itself is damaged.
+        UndecidedCheckpoint: it is of a newer format.
     """
     try:
-        content = read_bounded(directory / FILE, _MAX_BYTES)
+        content = _patiently(lambda: read_bounded(directory / FILE, _MAX_BYTES))
         record = json.loads(content)
+        is_whole, format_ = content == _encode(record), record.get("format")
+        if is_whole and _is_newer(format_):
+            raise UndecidedCheckpoint(_needs(FILE, format_))
         best = record["best"]
         manifest = Manifest(
             int(record["step"]),
             None if best is None else (str(best[0]), float(best[1])),
             {_inside(path): (int(size), str(checksum)) for path, (size, checksum) in record["files"].items()},
         )
-    except FileNotFoundError:
+    except (UndecidedCheckpoint, OSError):
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DamagedCheckpoint(f"checkpoint {directory} is damaged: {FILE}: cannot be read ({error!r})") from error
-    if record.get("format") != FORMAT or content != _encode(manifest):
+    if not is_whole or type(format_) is not int or format_ < FIRST_FORMAT:
         raise DamagedCheckpoint(f"checkpoint {directory} is damaged: {FILE}: another content")
     return manifest
+
+
+def _is_newer(format_: Any) -> bool:
+    return type(format_) is int and format_ > FORMAT
+
+
+def _needs(name: str, format_: int) -> str:
+    return f"{name}: format {format_}, and this version of clipjax knows up to {FORMAT}"
 
 
 def _inside(path: str) -> str:
@@ -167,15 +233,19 @@ def examine(
         manifest = read(directory)
     except DamagedCheckpoint as error:
         return Verdict(State.DAMAGED, str(error).partition("damaged: ")[2])
+    except UndecidedCheckpoint as error:
+        return Verdict(State.NEWER, str(error))
     except FileNotFoundError:
         return _without_manifest(directory)
+    except OSError as error:
+        return _not_given(FILE, error)
     if step not in (None, manifest.step):
         return Verdict(State.DAMAGED, f"{FILE}: it is that of step {manifest.step}")
     for path, (size, _) in manifest.files.items():
         try:
-            found = (directory / path).stat().st_size
+            found = _patiently((directory / path).stat).st_size
         except OSError as error:
-            return Verdict(State.DAMAGED, f"{path}: {_reason(error)}")
+            return _not_given(path, error)
         if found != size:
             return Verdict(State.DAMAGED, f"{path}: {found} bytes instead of {size}")
     chosen = [path for path in manifest.files if contents or path.endswith("/metadata")]
@@ -188,20 +258,28 @@ def _compare(directory: pathlib.Path, files: Files) -> Verdict:
     try:
         found = hash_files(directory, files)
     except OSError as error:
-        path = pathlib.Path(error.filename).relative_to(directory) if error.filename else directory.name
-        return Verdict(State.DAMAGED, f"{path}: {_reason(error)}")
+        return _not_given(str(pathlib.Path(error.filename).relative_to(directory)), error)
     changed = sorted(path for path in files if found[path] != files[path])
     return Verdict(State.DAMAGED, f"{changed[0]}: another content") if changed else Verdict(State.VERIFIED)
 
 
 def _without_manifest(directory: pathlib.Path) -> Verdict:
     try:
-        data = read_record(directory, "data")
+        data = _patiently(lambda: read_record(directory, "data"))
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and not isinstance(error, _GONE):
+            return _not_given("data", error)
         return Verdict(State.INCOMPLETE, f"{FILE}: missing; data: {_reason(error)}")
     if isinstance(data, dict) and "format" not in data:
         return Verdict(State.UNVERIFIED)
+    if isinstance(data, dict) and _is_newer(data["format"]):
+        return Verdict(State.NEWER, _needs("data", data["format"]))
     return Verdict(State.INCOMPLETE, f"{FILE}: missing")
+
+
+def _not_given(path: str, error: OSError) -> Verdict:
+    """Return the verdict on a file that cannot be read: it is gone, or the storage does not give it."""
+    return Verdict(State.DAMAGED if isinstance(error, _GONE) else State.UNREADABLE, f"{path}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
@@ -221,5 +299,5 @@ def best_of(directory: pathlib.Path) -> tuple[str, float] | None:
             return next(((str(name), float(value)) for name, value in metrics.items()), None)
         except (OSError, ValueError, AttributeError, TypeError):
             return None
-    except DamagedCheckpoint:
+    except (UnusableCheckpoint, OSError):
         return None

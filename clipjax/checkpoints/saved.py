@@ -6,10 +6,10 @@ from typing import Any
 from jax.sharding import Mesh
 
 from clipjax.checkpoints.folder import find_checkpoint, is_step, is_step_name, steps_in
-from clipjax.checkpoints.manager import all_damaged, going_on, refuse_damaged, warn
 from clipjax.checkpoints.manifest import DamagedCheckpoint, Verdict, examine
 from clipjax.checkpoints.reading import restore_arrays
 from clipjax.checkpoints.records import RECORDS, read_record, unpack_tokenizer
+from clipjax.checkpoints.verdicts import all_damaged, going_on, refuse_damaged, refuse_undecided, warn
 from clipjax.config import Config
 from clipjax.config.paths import expand
 from clipjax.config.serialization import from_dict
@@ -32,6 +32,7 @@ class SavedCheckpoint:
 
     Raises:
         DamagedCheckpoint: all steps are damaged, or the one that is named.
+        UndecidedCheckpoint: the storage does not give one, or it is of a newer format.
         ValueError: there is no checkpoint there, or it is not clipjax's.
     """
 
@@ -104,6 +105,7 @@ def _newest_good(folder: pathlib.Path) -> tuple[pathlib.Path, Verdict]:
             for worse, why in bad.items():
                 warn(going_on(folder / str(worse), why, path))
             return path, verdict
+        refuse_undecided(path, verdict)
         bad[step] = verdict
     raise DamagedCheckpoint(all_damaged(folder, bad))
 
@@ -125,6 +127,7 @@ def newest_checkpoint(workdir: pathlib.Path) -> SavedCheckpoint | None:
 
     Raises:
         DamagedCheckpoint: all of them are damaged.
+        UndecidedCheckpoint: one may be good, but cannot be read here.
         ValueError: the workdir is itself the directory of one step.
     """
     if is_step(workdir):
@@ -140,6 +143,7 @@ def newest_checkpoint(workdir: pathlib.Path) -> SavedCheckpoint | None:
         verdict = examine(folder / str(step), step=step, contents=False)
         if verdict.usable:
             return SavedCheckpoint(folder / str(step))
+        refuse_undecided(folder / str(step), verdict)
         bad[step] = verdict
     raise DamagedCheckpoint(all_damaged(folder, bad))
 

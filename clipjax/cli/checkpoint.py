@@ -14,18 +14,21 @@ from clipjax.checkpoints.manifest import State, best_of, examine, list_files
 from clipjax.cli import arguments
 from clipjax.cli.errors import UNUSABLE_DATA, refusals
 from clipjax.cli.output import show
-from clipjax.runtime.terminal import format_table, printable
+from clipjax.runtime.terminal import format_table
 
 PROGRAM = "clipjax checkpoint"
 VERIFY = "verify"
 ABOUT = """Compare every file of one or all checkpoints with the checksums of its save, and tell the state of each step.
 
-Exit code 0: all complete checkpoints are as they were written; 3: one is damaged or incomplete."""
+Exit code 0: all complete checkpoints are as they were written; 3: one is not."""
 _HELP = f"""Look at checkpoints.
 
   {PROGRAM} {VERIFY} WORKDIR_OR_STEP   compare every file with its checksum
 
 `{PROGRAM} COMMAND --help` tells more."""
+
+ASIDE = "set aside"
+FINE = (State.VERIFIED, State.UNVERIFIED, ASIDE)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(json.dumps([asdict(row) for row in rows], indent=1))
     else:
         show(_table(rows))
-    return UNUSABLE_DATA if any(row.state in (State.DAMAGED, State.INCOMPLETE) for row in rows) else 0
+    return UNUSABLE_DATA if any(row.state not in FINE for row in rows) else 0
 
 
 def _parser() -> arguments.Parser:
@@ -94,7 +97,7 @@ def verify(path: pathlib.Path) -> list[Row]:
 
 
 def _row(directory: pathlib.Path, step: int | None, *, aside: bool = False) -> Row:
-    state, fault = "set aside", ""
+    state, fault = ASIDE, ""
     if not aside:
         verdict = examine(directory, step=step)
         state, fault = verdict.state.value, verdict.fault
@@ -108,10 +111,10 @@ def _table(rows: Sequence[Row]) -> str:
     cells = [
         (
             row.step,
-            printable(f"{row.state}: {row.fault}" if row.fault else row.state),
+            f"{row.state}: {row.fault}" if row.fault else row.state,
             f"{row.bytes:,}",
             "yes" if row.good else "",
-            printable(row.best),
+            row.best,
         )
         for row in rows
     ]

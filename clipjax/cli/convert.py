@@ -16,6 +16,7 @@ from clipjax.convert import files, huggingface, open_clip_config
 from clipjax.convert.exporter import TARGETS, export
 from clipjax.convert.importer import SOURCES, read_peer, save
 from clipjax.runtime import processes
+from clipjax.runtime.terminal import printable
 
 CONVERT = "clipjax convert"
 EXPORT = "clipjax export"
@@ -86,7 +87,8 @@ def _convert(options: Namespace) -> int:
     files.check_new(output)
     peer = read_peer(source, path, model=options.model, tokenizer=options.tokenizer)
     save(peer, output)
-    print(f"{source} {path} -> {output}: {peer.num_params / 1e6:.1f} million parameters, {peer.describe_tokenizer()}")
+    size = f"{peer.num_params / 1e6:.1f} million parameters"
+    print(printable(f"{source} {path} -> {output}: {size}, {peer.describe_tokenizer()}"))
     return 0
 
 
@@ -102,5 +104,5 @@ def _export(options: Namespace) -> int:
     check_embeddings(saved.config)
     export(saved, target, output)
     without = ", both towers; not the decoder" if target == "stablehlo" and saved.config.model.caption else ""
-    print(f"{saved.path} ({saved.params_group}) -> {target} {output}{without}")
+    print(printable(f"{saved.path} ({saved.params_group}) -> {target} {output}{without}"))
     return 0

@@ -172,7 +172,7 @@ def _verify(options: Namespace) -> int:
     differing = [(word, file.shown) for word, files in find_differences(recorded, found).items() for file in files]
     for word, name in differing:
         print(f"{word}: {printable(name)}")
-    print(f"{options.source}: {len(found)} files, {len(differing) or 'none'} differing from {against}")
+    print(f"{printable(options.source)}: {len(found)} files, {len(differing) or 'none'} differing from {against}")
     return UNUSABLE_DATA if differing else 0
 
 

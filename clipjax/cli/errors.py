@@ -48,9 +48,9 @@ def refusals(program: str) -> Iterator[None]:
 
 def _code_of_refusal(error: Exception) -> int:
     """Return 3 for checkpoints of which none can be used, else 2."""
-    from clipjax.checkpoints.manifest import DamagedCheckpoint
+    from clipjax.checkpoints.manifest import UnusableCheckpoint
 
-    return UNUSABLE_DATA if isinstance(error, DamagedCheckpoint) else USAGE_ERROR
+    return UNUSABLE_DATA if isinstance(error, UnusableCheckpoint) else USAGE_ERROR
 
 
 @contextlib.contextmanager
@@ -58,24 +58,25 @@ def stops(program: str) -> Iterator[None]:
     """End with a message and exit code 3 where a person has to look at the run, its data or its machine.
 
     Raises:
-        SystemExit: it did. One of several processes whose checkpoint or device is at fault ends at once instead, since
-            the others may wait for it, or it for one that is missing.
+        SystemExit: it did. One of several processes whose data, checkpoint or device is at fault ends at once instead,
+            since the others may wait for it, or it for one that is missing.
     """
     # In here, so that commands that need no JAX do not wait for its import.
-    from clipjax.checkpoints.manager import DamagedCheckpoint, SavesFail
-    from clipjax.data.training_stream import TooManyBadSamples
+    from clipjax.checkpoints.manager import SavesFail
+    from clipjax.checkpoints.manifest import UnusableCheckpoint
+    from clipjax.data.training_stream import NoUsableSample, TooManyBadSamples
     from clipjax.runtime import processes
     from clipjax.runtime.device_check import BrokenDevice
     from clipjax.training.recovery import RunStopped
 
     try:
         yield
+    except (NoUsableSample, UnusableCheckpoint, BrokenDevice) as error:
+        print_error(program, error)
+        raise SystemExit(processes.abort(UNUSABLE_DATA)) from error
     except (TooManyBadSamples, RunStopped, SavesFail) as error:  # all processes meet it at one place
         print_error(program, error)
         raise SystemExit(UNUSABLE_DATA) from error
-    except (DamagedCheckpoint, BrokenDevice) as error:
-        print_error(program, error)
-        raise SystemExit(processes.abort(UNUSABLE_DATA)) from error
 
 
 def print_error(program: str, error: Exception) -> None:

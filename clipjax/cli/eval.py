@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import jax
 
-from clipjax.checkpoints.manifest import DamagedCheckpoint
+from clipjax.checkpoints.manifest import UnusableCheckpoint
+from clipjax.checkpoints.records import FOLDER
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.cli import arguments
 from clipjax.cli.errors import UNUSABLE_DATA, print_error, refusals, stops
@@ -30,6 +31,7 @@ from clipjax.evals.runner import Task, build_tasks, run_tasks, write_results
 from clipjax.models.clip import build_clip
 from clipjax.monitoring.run_logger import results_table
 from clipjax.runtime import compilation, consistency, files, processes, sharding
+from clipjax.runtime.terminal import printable
 from clipjax.training import fingerprints
 
 PROGRAM = "clipjax eval"
@@ -100,9 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with processes.abort_on_error():
         with refusals(PROGRAM):
             processes.start(arguments.launch_options(argv))
-            opened, _ = consistency.run_on_all("eval", lambda: _open_here(argv), kinds=(DamagedCheckpoint,))
+            opened, _ = consistency.run_on_all("eval", lambda: _open_here(argv), kinds=(UnusableCheckpoint,))
         if processes.is_first():
-            print("\n".join([processes.describe_devices(), *opened.changed]), flush=True)
+            print("\n".join([processes.describe_devices(), *map(printable, opened.changed)]), flush=True)
         with stops(PROGRAM):
             return _evaluate(opened)
 
@@ -142,7 +144,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
         files.require_writable(options.output.parent, "--output")
         files.require_file_writable(options.output, "--output")
     validate(config, batch_fields=("eval.batch_size",))
-    compilation.enable(config.compile_cache)
+    compilation.enable(config.compile_cache, outside=_folders(saved, options.checkpoint))
     _select_tasks(config, options.tasks, parsed.overrides)
     _refuse_unused_tfds(config, parsed.overrides)
     tokenizer = saved.tokenizer()
@@ -167,8 +169,12 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
 
 
 def _base_config(saved: Config, tasks_from: str | None) -> Config:
-    """The checkpoint's config, before overrides, without what only its training run could use."""
+    """The checkpoint's config, before overrides, without what only its training run could use.
+
+    Nor does a checkpoint, which others may have made, choose the compile cache: what lies there is executed.
+    """
     config = copy.deepcopy(saved)
+    config.compile_cache = Config().compile_cache
     config.mesh = MeshConfig()
     config.checkpoint = CheckpointConfig()  # its best_metric speaks of tasks that may not be run
     if tasks_from:
@@ -177,6 +183,12 @@ def _base_config(saved: Config, tasks_from: str | None) -> Config:
         for name in TASK_DATA:
             setattr(config.data, name, getattr(other.data, name))
     return config
+
+
+def _folders(saved: SavedCheckpoint, given: pathlib.Path) -> list[pathlib.Path]:
+    """Return the folders that came with a checkpoint: that of its workdir, or of the step alone, and the one given."""
+    parent = saved.path.parent
+    return [parent.parent if parent.name == FOLDER else saved.path, given]
 
 
 def _refuse_unread(overrides: Sequence[Override]) -> None:
@@ -242,11 +254,11 @@ def _evaluate(opened: Opened) -> int:
     if processes.is_first():
         if output is not None and evaluation.results:
             write_results(output, saved.path, evaluation)
-        print(f"checkpoint {saved.path} ({saved.params_group}), step {saved.step}")
+        print(f"checkpoint {printable(str(saved.path))} ({saved.params_group}), step {saved.step}")
         if evaluation.results:
             print(results_table(evaluation.results))
         if output is not None and evaluation.results:
-            print(f"results: {output}", flush=True)
+            print(f"results: {printable(str(output))}", flush=True)
         for name, reason in evaluation.failures.items():
             print_error(PROGRAM, ValueError(f"eval.tasks.{name} on {saved.path}: {reason}"))
     return UNUSABLE_DATA if evaluation.failures else 0

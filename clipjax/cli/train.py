@@ -14,6 +14,7 @@ from clipjax.cli.output import show
 from clipjax.cli.overrides import describe_fields
 from clipjax.config import Config
 from clipjax.runtime import process_log, processes
+from clipjax.runtime.terminal import printable
 from clipjax.training import loop, preflight, replay
 
 PROGRAM = "clipjax train"
@@ -56,7 +57,7 @@ def _replay(checked: preflight.Checked, step: int, rollback: int | None) -> int 
 
     def show_line(line: str) -> None:
         if processes.is_first():
-            print(line, flush=True)
+            print(printable(line), flush=True)
 
     with refusals(PROGRAM):
         return replay.replay(checked, step, rollback, show=show_line)

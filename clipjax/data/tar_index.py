@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clipjax.data.sample import REASONS, BadSample
+from clipjax.runtime.terminal import printable
 
 IMAGE, CAPTION, JSON, CLASS = range(4)
 """Columns of an index: kinds of members."""
@@ -108,7 +109,7 @@ def index_shard(path: str) -> ShardIndex:
             raise ValueError(f"{path} is not a tar file; an archive that is compressed must be decompressed") from None
         if row >= 0 and (offsets[row][IMAGE] < 0 or max(offsets[row][1:]) < 0):
             faults[row] = REASONS.index("truncated_tar")
-        logging.getLogger(__name__).warning("%s: %s; using the %d keys before", path, damage, len(rows))
+        logging.getLogger(__name__).warning("%s: %s; using the %d keys before", printable(path), damage, len(rows))
     return ShardIndex(
         keys=list(rows),
         offsets=np.array(offsets, np.int64).reshape(-1, 4),

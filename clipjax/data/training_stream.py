@@ -46,7 +46,11 @@ class _Pair:
 
 
 class TooManyBadSamples(ValueError):
-    """The error of data of which more is unusable than `data.max_bad_fraction` allows."""
+    """The error of data of which more is unusable than `data.max_bad_fraction` allows; all processes raise it."""
+
+
+class NoUsableSample(TooManyBadSamples):
+    """The error of one process that finds no sample to take the place of a bad one; the others may find one."""
 
 
 class _SubstitutedSamples:
@@ -79,7 +83,7 @@ class _SubstitutedSamples:
                 if first_reason == GOOD:
                     first_reason = REASONS.index(bad.reason)
                 failure = f"{bad.reason} in {self._source.location(probe)}"
-        raise TooManyBadSamples(
+        raise NoUsableSample(
             f"{min(size, _MAX_PROBES)} samples in a row are unusable, the last: {failure}; check data.train and that "
             "its image and caption keys name what the data holds"
         )
@@ -177,7 +181,7 @@ class TrainStream:
 
     Raises:
         ValueError: at construction: the batch does not divide, the source is too small, or a range is impossible.
-        TooManyBadSamples: from iteration: hardly anything is usable.
+        NoUsableSample: from iteration: hardly anything is usable.
         WorkersDie: from iteration: more deaths than `recovery.max_worker_restarts`; `read_here` goes on without them.
 
     Attributes:
@@ -358,7 +362,8 @@ class BadSampleLimit:
         seen = f"the latest: {'; '.join(latest)}" if latest else "other processes name them"
         raise TooManyBadSamples(
             f"data.max_bad_fraction={self._max_fraction}: {bad} of the {read} samples read are unusable, "
-            f"{bad / read:.1%} ({by_reason}); {seen}. Repair or remove them, or raise data.max_bad_fraction"
+            f"{bad / read:.1%} ({by_reason}); {seen}. Raise data.max_bad_fraction to go on without them, or repair or "
+            "remove them and start anew in another workdir: the run in this one goes on with the same data only"
         )
 
 

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import itertools
 import json
 import math
 import pathlib
@@ -27,7 +28,7 @@ from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
 from clipjax.evals.prompts import load_classes, load_templates
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
 from clipjax.evals.zero_shot import ZeroShot
-from clipjax.runtime import process_log
+from clipjax.runtime import process_log, processes
 from clipjax.runtime.files import write_atomic
 
 Results = dict[str, dict[str, float]]
@@ -36,6 +37,10 @@ Measure = ZeroShot | Retrieval | ImageRetrieval
 model, the larger the better."""
 
 
+AGREE_SECONDS = 30.0
+"""Time for the other processes to tell that their devices lack memory, too."""
+
+_evaluations = itertools.count()
 _FAILED = -2  # in place of skip reasons: this process could not read its part
 _LOOKED_AT = 16  # samples of a source that are read before the work
 
@@ -210,14 +215,14 @@ def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Evaluation:
     Raises:
         JaxRuntimeError: of several processes, one has lost its devices or its peers; the others may wait for it.
     """
-    evaluation = Evaluation({}, {})
-    for name, task in tasks.items():
+    evaluation, key = Evaluation({}, {}), f"evaluation/{next(_evaluations)}"
+    for number, (name, task) in enumerate(tasks.items()):
         metrics: dict[str, float] = {}
         error: Exception | None = None
         try:
             metrics = task(encoder)
         except Exception as failure:
-            if isinstance(failure, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            if isinstance(failure, jax.errors.JaxRuntimeError) and not _nobody_waits(failure, f"{key}/{number}"):
                 raise
             error = failure
             process_log.info(f"evaluation task {name} failed:\n{traceback.format_exc()}")
@@ -226,6 +231,24 @@ def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Evaluation:
         else:
             evaluation.results[name] = metrics
     return evaluation
+
+
+def _nobody_waits(failure: jax.errors.JaxRuntimeError, key: str) -> bool:
+    """Return True if no other process waits for this one: there is none, or the devices of all lack memory for a task.
+
+    The processes tell each other without their devices, in which one that has no such error may wait.
+    """
+    if jax.process_count() == 1:
+        return True
+    if "RESOURCE_EXHAUSTED" not in str(failure):
+        return False
+    processes.kv_set(f"{key}/{jax.process_index()}", str(failure))
+    try:
+        for rank in range(jax.process_count()):
+            processes.kv_get(f"{key}/{rank}", timeout_seconds=AGREE_SECONDS)
+    except TimeoutError:
+        return False
+    return True
 
 
 def _describe(error: Exception | None) -> str:

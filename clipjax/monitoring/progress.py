@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
-from clipjax.runtime.terminal import format_duration
+from clipjax.runtime.terminal import format_duration, printable
 
 
 class StepClock:
@@ -118,7 +118,8 @@ class Progress:
             self._emit(f"{text}\n")
 
     def message(self, text: str) -> None:
-        """Print a line of its own; on a terminal above the progress line."""
+        """Print lines of their own, without control characters of others; on a terminal above the progress line."""
+        text = "\n".join(map(printable, text.split("\n")))
         self._emit(f"\r\x1b[K{text}\n{self._line}" if self._in_place else f"{text}\n")
 
     def close(self) -> None:

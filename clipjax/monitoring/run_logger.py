@@ -32,6 +32,7 @@ class RunLogger:
         config: the run.
         workdir: the folder of the files.
         start_step: completed updates; later lines of an earlier try are dropped.
+        evaluated: the tasks were run at this step; if not, lines of their results at this step are dropped too.
         flops_per_pair: FLOPs of the model's forward pass, for MFU.
         skip_reasons: names of the counts in the metric `samples_skipped`.
         enabled: this process writes and prints; None: the first one does.
@@ -46,6 +47,7 @@ class RunLogger:
         workdir: pathlib.Path,
         *,
         start_step: int,
+        evaluated: bool = True,
         flops_per_pair: int,
         skip_reasons: Sequence[str],
         enabled: bool | None = None,
@@ -59,7 +61,9 @@ class RunLogger:
         chip = find_chip(jax.devices()[0].device_kind)
         self._peak_tflops = config.log.peak_tflops or (None if chip is None else chip.peak_tflops)
         self._writer = (
-            MetricsWriter(workdir, tensorboard=config.log.tensorboard, start_step=start_step) if enabled else None
+            MetricsWriter(workdir, tensorboard=config.log.tensorboard, start_step=start_step, evaluated=evaluated)
+            if enabled
+            else None
         )
         steps = total_steps(config)
         self._progress = Progress(steps, enabled=enabled)

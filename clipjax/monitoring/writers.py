@@ -80,18 +80,19 @@ class MetricsWriter:
     """The metric files of a run: `workdir/metrics.jsonl` and, if wanted, `workdir/tensorboard`. For one process only.
 
     A run that resumes at `start_step` first drops the lines after that step and any half-written one, so that its file
-    has the lines of an uninterrupted run. A write that fails later on (full disk) never stops training: it is counted
-    in `failures` and reported once on stderr.
+    has the lines of an uninterrupted run; if it is yet to be evaluated there (not `evaluated`), an evaluation of that
+    step too, which an earlier start has lost. A write that fails later on (full disk) never stops training: it is
+    counted in `failures` and reported once on stderr.
 
     Raises:
         OSError: the files cannot be created or trimmed at the start.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, start_step: int) -> None:
+    def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, start_step: int, evaluated: bool = True) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         if path.exists():
-            _trim(path, start_step)
+            _trim(path, start_step, evaluated=evaluated)
         self.failures = 0
         self._lines = _AppendOnlyFile(path)
         self._events = _TensorBoardFile(workdir / "tensorboard", start_step) if tensorboard else None
@@ -130,23 +131,29 @@ class MetricsWriter:
             self._events.close()
 
 
-def _trim(path: pathlib.Path, start_step: int) -> None:
-    """Keep only the whole lines up to `start_step`; atomic, and no write where there is nothing to drop."""
+def _trim(path: pathlib.Path, start_step: int, *, evaluated: bool) -> None:
+    """Keep only the whole lines up to `start_step`, none of an evaluation there if it is not `evaluated`.
+
+    Atomic, and no write where there is nothing to drop.
+    """
     content = path.read_bytes()
-    kept = b"".join(line for line in content.splitlines(keepends=True) if _is_kept(line, start_step))
+    lines = content.splitlines(keepends=True)
+    kept = b"".join(line for line in lines if _is_kept(line, start_step, evaluated=evaluated))
     if kept == content:
         return
     write_atomic(path, kept, sync=True)
 
 
-def _is_kept(line: bytes, start_step: int) -> bool:
+def _is_kept(line: bytes, start_step: int, *, evaluated: bool) -> bool:
     if not line.endswith(b"\n"):
         return False
     try:
-        step = json.loads(line)["step"]
+        values = json.loads(line)
+        step = values["step"]
+        lost = not evaluated and step == start_step and "eval" in values
     except (ValueError, LookupError, TypeError, RecursionError):
         return False
-    return isinstance(step, int) and step <= start_step
+    return isinstance(step, int) and step <= start_step and not lost
 
 
 def _json_ready(values: Mapping[str, Any], prefix: str, nonfinite: list[str]) -> dict[str, Any]:

@@ -21,7 +21,12 @@ _JAX_NAME = "JAX_COMPILATION_CACHE_DIR"
 _LEAST_TIME = "jax_persistent_cache_min_compile_time_secs"
 
 
-def enable(setting: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
+def enable(
+    setting: str | None,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    outside: Sequence[pathlib.Path] = (),
+) -> str | None:
     """Use the cache that a config's `compile_cache` asks for; call it before anything is compiled.
 
     Every program is kept, however soon it is compiled, unless `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` says
@@ -32,12 +37,13 @@ def enable(setting: str | None, environment: Mapping[str, str] = os.environ) -> 
         setting: a directory; `auto`, which is a directory of this user's on accelerators and none on CPUs, where
             compiling is quick and code that was compiled for another machine's instructions could be met; or None.
         environment: `JAX_COMPILATION_CACHE_DIR` beats `auto`: JAX reads it itself.
+        outside: folders of data and checkpoints, in which the cache must not lie: others may have made them.
 
     Returns:
         The directory in use, None without one.
 
     Raises:
-        ValueError: the directory is not safe, or one that was named cannot be made.
+        ValueError: the directory is not safe, or lies in a folder of `outside`, or one that was named cannot be made.
     """
     if setting == AUTO:
         if environment.get(_JAX_NAME):
@@ -48,6 +54,12 @@ def enable(setting: str | None, environment: Mapping[str, str] = os.environ) -> 
         jax.config.update("jax_enable_compilation_cache", False)
         return None
     folder = _default_folder(environment) if setting == AUTO else pathlib.Path(setting).expanduser()
+    for each in outside:
+        if folder.resolve().is_relative_to(each.resolve()):
+            raise ValueError(
+                f"compile_cache={setting!r} lies in {each}, a folder of data or checkpoints: what lies in a cache is "
+                "executed, and others may have made that folder; name a directory elsewhere, or none"
+            )
     try:
         _make_private(folder)
     except OSError as error:

@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
+from clipjax.runtime.terminal import printable
+
 FOLDER = "logs"
 
 _logger = logging.getLogger("clipjax.process_log")
@@ -109,9 +111,9 @@ class _LogFile(logging.FileHandler):
 
 
 class _LineFormatter(logging.Formatter):
-    """The time before every line."""
+    """The time before every line; a terminal that shows the file is steered by none."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage() if record.name == _logger.name else super().format(record)
         time = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
-        return "\n".join(f"{time}  {line}" for line in text.splitlines())
+        return "\n".join(f"{time}  {printable(line)}" for line in text.splitlines())

@@ -12,6 +12,7 @@ import pathlib
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -328,6 +329,9 @@ def abort(exit_code: int = 1) -> int:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed stream
                 stream.flush()
+        if exit_code != 1 and is_first():
+            # The others may be about to leave with the same code, and the end of process 0 would give them another.
+            time.sleep(_LAST_SECONDS)
         os._exit(exit_code)
     return exit_code
 

@@ -34,7 +34,11 @@ def format_duration(seconds: float) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """Return a table in plain text, without a final newline; columns that hold only numbers are right-aligned."""
+    """Return a table in plain text, without a final newline; columns that hold only numbers are right-aligned.
+
+    Cells may be text of others: they are made `printable`.
+    """
+    header, *rows = [list(map(printable, row)) for row in (header, *rows)]
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(cell_len, column)) for column in columns]
     numeric = [bool(rows) and all(map(_is_number, column[1:])) for column in columns]

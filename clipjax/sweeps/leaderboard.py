@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from clipjax.runtime.terminal import format_table
+from clipjax.runtime.terminal import format_table, printable
 from clipjax.sweeps.space import Choice, Grid, Sweep, format_value
 from clipjax.sweeps.trial import Trial, format_overrides, formatted
 
@@ -32,7 +32,7 @@ def write_leaderboard(sweep: Sweep, trials: Sequence[Trial], workdir: pathlib.Pa
     print(f"\n{format_table(table, header)}\n")
     for trial in trials:
         if trial.problem:
-            print(f"{trial.name}: {trial.problem}")
+            print(f"{trial.name}: {printable(trial.problem)}")
     with (workdir / "leaderboard.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *exact])
     plot_sweep(sweep, trials, workdir / "sweep.png")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from clipjax.runtime.terminal import format_duration
+from clipjax.runtime.terminal import format_duration, printable
 from clipjax.sweeps.trial import Trial, format_overrides
 
 
@@ -97,7 +97,7 @@ def _finish(trial: Trial, exit_code: int, *, metric: str, interrupted: bool) -> 
 
 
 def _say(trial: Trial, event: str, text: str) -> None:
-    print(f"{trial.name}  {event:<11}  {text}", flush=True)
+    print(f"{trial.name}  {event:<11}  {printable(text)}", flush=True)
 
 
 def _stop(processes: Iterable["subprocess.Popen[bytes]"], number: int) -> None:
@@ -115,5 +115,5 @@ def _last_line(path: pathlib.Path) -> str:
     with path.open("rb") as log:
         log.seek(max(0, path.stat().st_size - 8192))
         lines = log.read().decode(errors="replace").splitlines()
-    printable = ("".join(filter(str.isprintable, line)).strip() for line in reversed(lines))
-    return next(filter(None, printable), "")[:200]
+    shown = ("".join(filter(str.isprintable, line)).strip() for line in reversed(lines))
+    return next(filter(None, shown), "")[:200]

@@ -1,7 +1,9 @@
 """The loop: step after step; log, evaluate and save when due; after trouble back to a good checkpoint, and on."""
 
+import jax
+
 from clipjax.config import steps_of, total_steps
-from clipjax.data.training_stream import TooManyBadSamples
+from clipjax.data.training_stream import NoUsableSample, TooManyBadSamples
 from clipjax.evals.runner import Evaluation
 from clipjax.runtime import processes
 from clipjax.training.preflight import Checked
@@ -15,7 +17,7 @@ def train(checked: Checked) -> int | None:
     """Train to the end, or to the first signal; return that signal's number, or None at the end.
 
     Raises:
-        TooManyBadSamples: too much of the data is unusable; the state before is saved.
+        TooManyBadSamples: too much of the data is unusable; the state before is saved, if all processes find so.
         RunStopped: a person has to look at it: updates that are not finite, dead workers, differing replicas.
         SavesFail: the checkpoints cannot be written.
         DamagedCheckpoint: no checkpoint of the workdir can be restored.
@@ -44,8 +46,11 @@ def _train(run: Run) -> int | None:
     for step in range(start.step + 1, last + 1):
         try:
             batch = run.next_batch(step)
-        except TooManyBadSamples:
-            run.save(state, step - 1, last=True)
+        except TooManyBadSamples as error:
+            here_alone = isinstance(error, NoUsableSample) and jax.process_count() > 1  # nobody would join in a save
+            if step > 1 and not here_alone:  # a step 0 would only keep a corrected config from starting
+                _settle(run, state, step - 1)
+                run.save(state, step - 1, last=True)
             raise
         state, metrics = run.train_step(state, batch)
         run.follow(step, state, metrics)

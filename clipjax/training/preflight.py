@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import optax
 
-from clipjax.checkpoints.manifest import DamagedCheckpoint
+from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.checkpoints.records import FOLDER
 from clipjax.checkpoints.saved import SavedCheckpoint, newest_checkpoint
 from clipjax.config import Config
@@ -62,13 +62,13 @@ def check(parse: Callable[[], tuple[Config, Path]], *, replays: bool = False) ->
 
     Raises:
         ValueError: for the user, on every process: with field, value, rule and remedy.
-        DamagedCheckpoint: on every process: checkpoints are damaged, and nothing else is wrong.
+        UnusableCheckpoint: on every process: no checkpoint can be used, and nothing else is wrong.
     """
     made: list[Path] = []
     try:
         (config, workdir, warning), _ = consistency.run_on_all("owner", lambda: (_claim(parse, made), {}))
         opened, facts = consistency.run_on_all(
-            "train", lambda: _open_here(config, workdir, warning, made, replays), kinds=(DamagedCheckpoint,)
+            "train", lambda: _open_here(config, workdir, warning, made, replays), kinds=(UnusableCheckpoint,)
         )
         consistency.check_shared(workdir)
     except (ValueError, OSError):
@@ -127,7 +127,8 @@ def _open_here(
     process_log.open_log(workdir, rank=jax.process_index(), header=run_record.describe_start())
     if warning:
         announce(f"warning: {warning}")
-    compilation.enable(config.compile_cache)
+    others = (config.init_from, config.loss.distill_from, config.data.tfds_dir)
+    compilation.enable(config.compile_cache, outside=[workdir, *(Path(each) for each in others if each)])
     decisions = Decisions(workdir)
     saved = newest_checkpoint(workdir) if replays else _open_newest(workdir, decisions)
     inputs = open_inputs(config, saved)

@@ -303,6 +303,7 @@ def build(session: Session) -> Iterator[Run]:
             config,
             workdir,
             start_step=start.step,
+            evaluated=start.evaluated,
             flops_per_pair=config.model.flops(),
             skip_reasons=REASONS,
             times=rank_times(),

@@ -1,6 +1,8 @@
 """Every damage to a checkpoint is noticed, whatever byte it hits, before an array of it is handed out."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 
@@ -10,9 +12,10 @@ import pytest
 
 from clipjax.checkpoints import manifest
 from clipjax.checkpoints.manager import Checkpoints, DamagedCheckpoint
-from clipjax.checkpoints.manifest import State, examine
+from clipjax.checkpoints.manifest import State, UndecidedCheckpoint, examine
 from clipjax.checkpoints.records import make_records
 from clipjax.checkpoints.saved import SavedCheckpoint, newest_checkpoint
+from clipjax.cli.errors import refusals
 from clipjax.config import CheckpointConfig, Config
 from clipjax.data.tokenizers.build import build_tokenizer
 from tests.faults.checkpoint_damage import FAULTS, damage_run
@@ -154,3 +157,90 @@ def test_a_rollback_chooses_among_the_steps_that_it_names(copy):
 
 def test_nothing_is_no_step(tmp_path):
     assert Checkpoints(tmp_path, CheckpointConfig()).newest_verified() is None
+
+
+def break_reads(monkeypatch, number: int, *, times: int, name: str = "_METADATA") -> list[str]:
+    """Let the storage give an error for the next reads of the files of a name; return a list of them that grows."""
+    broken: list[str] = []
+    real = pathlib.Path.open
+
+    def open_file(path: pathlib.Path, *arguments, **options):
+        if path.name == name and len(broken) < times:
+            broken.append(str(path))
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(pathlib.Path, "open", open_file)
+    monkeypatch.setattr(manifest, "RETRY_SECONDS", (0.01,) * 3)
+    return broken
+
+
+@pytest.mark.parametrize("name", ["_METADATA", manifest.FILE])
+def test_an_error_of_the_storage_that_passes_is_nothing(copy, monkeypatch, name):
+    broken = break_reads(monkeypatch, errno.EIO, times=3, name=name)
+    assert examine(copy / "checkpoints" / "30").state is State.VERIFIED
+    assert len(broken) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("_METADATA", errno.EIO),
+        ("_METADATA", errno.EACCES),
+        (manifest.FILE, errno.ESTALE),
+        (manifest.FILE, errno.EMFILE),
+    ],
+)
+def test_a_checkpoint_that_the_storage_does_not_give_is_neither_damaged_nor_renamed(copy, monkeypatch, name, number):
+    folder = copy / "checkpoints"
+    (folder / "30" / "params" / "_sharding").unlink()  # what is damaged stays, too, as long as another may be good
+    checkpoints = Checkpoints(copy, CheckpointConfig())
+    break_reads(monkeypatch, number, times=10_000, name=name)
+    message = (
+        rf"checkpoints/[23]0 cannot be read: \S*{name}: {os.strerror(number)}; it may be whole: see to the storage"
+    )
+    for choose in (checkpoints.newest_verified, lambda: SavedCheckpoint(copy)):
+        with pytest.raises(UndecidedCheckpoint, match=message):
+            choose()
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "20", "30"]
+    with pytest.raises(SystemExit) as left, refusals("clipjax test"):
+        SavedCheckpoint(copy)
+    assert left.value.code == 3
+
+
+@pytest.mark.parametrize("of_record", [False, True])
+def test_a_checkpoint_of_a_newer_format_is_refused_by_name_and_never_set_aside(copy, of_record):
+    step = copy / "checkpoints" / "30"
+    if of_record:
+        (step / manifest.FILE).unlink()
+        (step / "data" / "metadata").write_text('{"format": 3}')
+    else:
+        (step / manifest.FILE).write_bytes(manifest._encode({"format": 3, "other": ["fields"]}))
+    for choose in (
+        Checkpoints(copy, CheckpointConfig()).newest_verified,
+        lambda: SavedCheckpoint(copy),
+        lambda: SavedCheckpoint(step),
+        lambda: newest_checkpoint(copy),
+    ):
+        with pytest.raises(UndecidedCheckpoint, match="format 3, .* knows up to 2; install the version that wrote it"):
+            choose()
+    assert step.is_dir()
+
+
+def test_a_format_below_the_newest_stays_readable_and_a_flipped_one_is_damage(copy, monkeypatch):
+    step = copy / "checkpoints" / "30"
+    monkeypatch.setattr(manifest, "FORMAT", 3)
+    assert examine(step).state is State.VERIFIED
+    monkeypatch.undo()
+    path = step / manifest.FILE
+    path.write_bytes(path.read_bytes().replace(b'"format":2', b'"format":3'))  # one bit
+    assert examine(step).state is State.DAMAGED
+
+
+def test_a_run_that_goes_on_from_an_older_format_is_warned_once(tmp_path, capsys):
+    golden = pathlib.Path(__file__).parents[1] / "golden" / "checkpoint_before_layout"
+    shutil.copytree(golden, tmp_path / "run")
+    assert newest_checkpoint(tmp_path / "run") is not None  # as preflight looks at it
+    assert Checkpoints(tmp_path / "run", CheckpointConfig()).newest_verified() == 9
+    err = capsys.readouterr().err
+    assert err.count("is of an older format, without checksums: its content is not verified") == 1

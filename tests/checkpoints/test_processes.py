@@ -5,8 +5,9 @@ import pytest
 from tests.checkpoints.conftest import run_two
 
 PROGRAM = """
-import json, pathlib, resource, sys
+import json, os, pathlib, resource, sys
 import jax, jax.numpy as jnp, numpy as np
+from clipjax.checkpoints import manifest
 from clipjax.checkpoints.manager import Checkpoints, DamagedCheckpoint, SavesFail
 from clipjax.config import CheckpointConfig, MeshConfig
 from clipjax.runtime import processes, sharding
@@ -50,6 +51,17 @@ for step in (30, 40):
 found["told"] = [(step, reason[:10]) for step, reason in told]
 found["steps"] = checkpoints.steps()
 together("saved")
+real = manifest._hash_file
+if rank == 1:  # its storage gives nothing
+    manifest.RETRY_SECONDS = ()
+    manifest._hash_file = lambda path, *, sync: os.close(-1)
+try:
+    checkpoints.newest_verified()
+except manifest.UndecidedCheckpoint as error:
+    found["undecided"] = "checkpoints/40 cannot be read" in str(error) and "Bad file descriptor" in str(error)
+found["untouched"] = names()
+manifest._hash_file = real
+together("undecided")
 if rank == 0:  # of the files that each process wrote and hashed, one is damaged
     for step, writer in ((40, 1), (30, 0)):
         data = sorted(folder.glob(f"{step}/params/ocdbt.process_{writer}/d/*"), key=lambda path: path.stat().st_size)
@@ -80,6 +92,8 @@ def test_two_processes_agree_on_every_outcome(tmp_path):
         "wait": "the last checkpoint is not saved; step 20: process 1: File too large",
         "told": [[20, "process 1:"]],
         "steps": [10, 30, 40],
+        "undecided": True,
+        "untouched": ["10", "30", "40"],
         "good": 10,
         "names": ["10", "30.damaged", "40.damaged"],
         "shape": True,

@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from clipjax.checkpoints.manager import DamagedCheckpoint
+from clipjax.checkpoints.manifest import DamagedCheckpoint, UndecidedCheckpoint
 from clipjax.cli import arguments, convert, data, plan, presets, sweep, train
 from clipjax.cli import eval as evaluate
 from clipjax.cli.errors import refusals, stops
 from clipjax.cli.overrides import describe_fields
 from clipjax.config import LossKind
-from clipjax.data.training_stream import TooManyBadSamples
+from clipjax.data.training_stream import NoUsableSample, TooManyBadSamples
 from tests.commands import exit_code
 
 CONFIG = """
@@ -129,11 +129,28 @@ def test_refusals_print_the_message_without_a_traceback(capsys):
 def test_stops_let_a_defect_through_and_end_with_3_on_unusable_data(capsys):
     with pytest.raises(ValueError, match="a defect"), stops("clipjax test"):
         raise ValueError("a defect")
-    for error in (TooManyBadSamples("bad data"), DamagedCheckpoint("bad arrays")):
+    for error in (TooManyBadSamples("bad data"), DamagedCheckpoint("bad arrays"), UndecidedCheckpoint("no arrays")):
         with pytest.raises(SystemExit) as left, stops("clipjax test"):
             raise error
         assert left.value.code == 3
         assert capsys.readouterr().err == f"clipjax test: error: {error}\n"
+
+
+def test_a_refusal_of_several_processes_because_of_a_checkpoint_ends_with_3():
+    with pytest.raises(SystemExit) as left, refusals("clipjax test"):
+        raise ValueError("process 0 and 1: no arrays") from UndecidedCheckpoint("no arrays")
+    assert left.value.code == 3
+
+
+def test_data_that_one_process_alone_cannot_use_ends_it_at_once(monkeypatch):
+    """At an ordinary exit JAX would wait for the others, which wait for this one."""
+    codes = []
+    monkeypatch.setattr("clipjax.runtime.processes.abort", lambda code: codes.append(code) or code)
+    for error, aborts in ((NoUsableSample("100 in a row"), [3]), (TooManyBadSamples("above the limit"), [])):
+        codes.clear()
+        with pytest.raises(SystemExit) as left, stops("clipjax test"):
+            raise error
+        assert (left.value.code, codes) == (3, aborts)
 
 
 def test_help_lists_every_field():

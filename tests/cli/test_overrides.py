@@ -121,6 +121,7 @@ class Saved:
 
     def __init__(self, config: Config) -> None:
         self.config, self.records, self.step = config, {}, 2
+        self.path = pathlib.Path("runs/x/checkpoints/2")
 
     def tokenizer(self) -> BytesTokenizer:
         return BytesTokenizer()
@@ -134,7 +135,9 @@ def opened(monkeypatch):
         noted: dict[str, Any] = {}
         monkeypatch.setattr(evaluate, "SavedCheckpoint", lambda path: Saved(copy.deepcopy(config)))
         monkeypatch.setattr(evaluate, "build_tasks", lambda config, _: noted.update(config=copy.deepcopy(config)) or {})
-        monkeypatch.setattr(evaluate.compilation, "enable", lambda setting: noted.update(cache=setting))
+        monkeypatch.setattr(
+            evaluate.compilation, "enable", lambda setting, outside: noted.update(cache=setting, outside=outside)
+        )
         return evaluate._open_here(["--checkpoint=runs/x", *argv])[0], noted
 
     return open_evaluation
@@ -159,6 +162,15 @@ def test_eval_takes_or_refuses_every_field(opened, path):
     assert field_value(noted["config"], path) == field_value(evaluation.config, path)
     assert noted["cache"] == evaluation.config.compile_cache
     assert any(path in line for line in evaluation.changed)
+
+
+def test_the_compile_cache_is_the_users_and_never_a_checkpoints(opened):
+    config = make_config()
+    config.compile_cache = "runs/x/xla"
+    evaluation, noted = opened(config)
+    assert noted["cache"] == evaluation.config.compile_cache == Config().compile_cache
+    assert pathlib.Path("runs/x") in noted["outside"]
+    assert opened(config, "--config.compile_cache=/mine")[1]["cache"] == "/mine"
 
 
 @pytest.mark.parametrize(

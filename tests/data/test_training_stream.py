@@ -274,7 +274,9 @@ def test_too_many_bad_samples_are_told_with_their_places():
         r"(truncated_tar|empty_caption|duplicate_key|missing_image) in shard s\.tar, key k(\d+)", str(caught.value)
     )
     assert len(places) == 3 and all(FLAWS[int(key)] == reason for reason, key in places)
-    assert "raise data.max_bad_fraction" in str(caught.value)
+    assert "Raise data.max_bad_fraction to go on without them, or repair or remove them and start anew" in str(
+        caught.value
+    )
     with pytest.raises(TooManyBadSamples, match="other processes name them"):
         make_limit(40).check(5, bad(1, 4), [])
 

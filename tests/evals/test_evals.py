@@ -285,6 +285,37 @@ def test_a_task_that_fails_is_named_and_the_others_go_on(tmp_path):
     assert "evaluation task unreadable failed:" in log and "Traceback" in log
 
 
+@pytest.mark.parametrize("all_lack_it", [True, False])
+def test_a_task_is_left_out_if_the_devices_of_all_processes_lack_memory(monkeypatch, all_lack_it):
+    """Where only this process tells so, the other one may wait for it in the task."""
+    told = {}
+
+    class TooLarge(ZeroShot):
+        def __call__(self, encoder, batches) -> dict[str, float]:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    class OneOfTwo(FakeEncoder):
+        def gather_json(self, value: str) -> list[str]:
+            return [value, value]
+
+    def kv_get(key: str, *, timeout_seconds: float) -> str:
+        if key.endswith("/1") and not all_lack_it:
+            raise TimeoutError
+        return told[f"{key.rpartition('/')[0]}/0"]
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("clipjax.runtime.processes.kv_set", lambda key, value: told.update({key: value}))
+    monkeypatch.setattr("clipjax.runtime.processes.kv_get", kv_get)
+    tasks = {"large": make_task(ArraySource(np.zeros((4, 1, 1, 3), np.uint8), ["a"] * 4), TooLarge(["a"], ["{}"]))}
+    encoder = OneOfTwo(np.eye(2, dtype=np.float32), {})
+    if all_lack_it:
+        assert run_tasks(tasks, encoder).failures == {"large": "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory"}
+    else:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+            run_tasks(tasks, encoder)
+    assert len(told) == 1
+
+
 def test_processes_agree_after_each_read(monkeypatch):
     """The other process cannot read its part of the second batch: this one stops there too, and says so."""
     source = ArraySource(np.zeros((6, 1, 1, 3), np.uint8), ["a"] * 6, labels=[0] * 6)

@@ -2,6 +2,8 @@
 
     python -m tests.faults.poison nan 60,61,62 train --config=... --workdir=...
 
+With `unusable` in place of `nan`, process 1 alone finds no sample that it could use there.
+
 The stream marks such a batch by its tokens, and the model answers to the mark. Batches are counted from 0, so the batch
 that a rollback leaves out stays out, however often the run is started.
 """
@@ -19,7 +21,7 @@ def install(kind: str, poisoned: frozenset[int]) -> None:
     """Mark the batches, and let the model answer."""
     import jax.numpy as jnp
 
-    from clipjax.data.training_stream import TrainStream, batch_number
+    from clipjax.data.training_stream import NoUsableSample, TrainStream, batch_number
     from clipjax.models.clip import Clip
 
     read, encode = TrainStream._read, Clip.encode_batch
@@ -27,6 +29,10 @@ def install(kind: str, poisoned: frozenset[int]) -> None:
     def read_marked(self: Any) -> Any:
         batch = read(self)
         if batch_number(self._position, self._share._source._left_out) in poisoned:
+            if kind == "unusable":
+                if self._process_index == 1:
+                    raise NoUsableSample("100 samples in a row are unusable")
+                return batch
             batch["tokens"] = np.full_like(np.asarray(batch["tokens"]), MARK)
         return batch
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from clipjax.monitoring import events
-from tests.faults.tiny_run import TinyRun, ended, final_arrays, losses, wait_until
+from tests.faults.tiny_run import TinyRun, complete_steps, ended, final_arrays, losses, wait_until
 
 pytestmark = pytest.mark.process
 ONE, THREE = ("-m", "tests.faults.poison", "nan", "60"), ("-m", "tests.faults.poison", "nan", "60,61,62")
@@ -66,16 +66,31 @@ def test_three_in_a_row_go_back_to_a_good_checkpoint_without_their_batches(run, 
     assert (workdir / "checkpoints" / "60.rejected").is_dir() and (workdir / "results.json").exists()
 
 
-def test_two_processes_go_back_together(run, rolled_back):
+def train_two(run: TinyRun, name: str, prefix: tuple[str, ...]) -> list[int]:
+    """Train with two processes; return their exit codes."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     many = ("--config.total_examples=800", f"--coordinator={address}", "--num_processes=2")
     with contextlib.ExitStack() as stack:
-        both = [run.start("two", *many, f"--process_id={rank}", prefix=THREE) for rank in range(2)]
+        both = [run.start(name, *many, f"--process_id={rank}", prefix=prefix) for rank in range(2)]
         for process in both:
             stack.enter_context(ended(process))
-        assert [process.wait(300) for process in both] == [0, 0], run.output("two")
+        return [process.wait(300) for process in both]
+
+
+@pytest.mark.slow
+def test_data_that_one_of_two_processes_cannot_use_ends_both_and_is_named(run):
+    first, second = train_two(run, "unusable", ("-m", "tests.faults.poison", "unusable", "25"))
+    output = run.output("unusable")
+    assert second == 3 and first != 0, output
+    assert "clipjax train: error: 100 samples in a row are unusable" in output
+    assert "ended with NoUsableSample(" in output and "is stuck" not in output
+    assert complete_steps(run.workdir("unusable")) == [20], "not saved: the other process is in the next step"
+
+
+def test_two_processes_go_back_together(run, rolled_back):
+    assert train_two(run, "two", THREE) == [0, 0], run.output("two")
     ours, theirs = ((run.workdir(name) / "decisions.jsonl").read_text() for name in ("two", rolled_back))
     (decision,) = [json.loads(line) for line in ours.splitlines()]
     (other,) = [json.loads(line) for line in theirs.splitlines()]

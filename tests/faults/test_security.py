@@ -1,6 +1,7 @@
 """The promises of SECURITY.md: nothing of others is executed, extracted or sent raw to a terminal."""
 
 import ast
+import contextlib
 import io
 import os
 import pathlib
@@ -223,3 +224,47 @@ def test_the_compile_cache_is_for_the_user_alone(tmp_path):
     with pytest.raises(ValueError, match="compile_cache"):
         compilation.enable(str(tmp_path / "open"))
     assert Config().compile_cache == "auto", "never a folder of data or checkpoints"
+
+
+ESCAPES = "\x1b\x07\x00\x9b\r\u202e"
+
+
+def test_tables_messages_and_logs_show_names_of_others_escaped(tmp_path, caplog):
+    """Task names of a checkpoint's config, names of step directories, values that an override replaces, shards."""
+    from clipjax.cli.checkpoint import main as checkpoint
+    from clipjax.data.tar_index import index_shard
+    from clipjax.monitoring.progress import Progress
+    from clipjax.monitoring.run_logger import results_table
+    from clipjax.runtime import process_log
+
+    stream = io.StringIO()
+    Progress(10, stream=stream).message(f"first\n{HOSTILE.encode('utf-8', 'replace').decode()}")
+    table = results_table({HOSTILE: {HOSTILE: 0.5}})
+    with process_log.session():
+        process_log.open_log(tmp_path, rank=0, header={})
+        process_log.info(HOSTILE)
+    log = process_log.path_of(tmp_path, 0).read_text()
+    for shown in (stream.getvalue(), table, log):
+        assert "\\x1b[2J red" in shown and not any(c in shown for c in ESCAPES), ascii(shown)
+    assert stream.getvalue().startswith("first\n") and len(table.splitlines()) == 3
+
+    caplog.clear()
+    (tmp_path / "\x1b[2J.tar").write_bytes(tarfile.TarInfo("a.txt").tobuf() + b"cut")
+    index_shard(str(tmp_path / "\x1b[2J.tar"))
+    assert "\\x1b[2J.tar: the archive ends" in caplog.text and "\x1b" not in caplog.text
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
+        (tmp_path / "run" / "checkpoints" / "20.damaged.\x1b]0;title").mkdir()
+        assert checkpoint(["verify", str(tmp_path / "run")]) == 3
+    assert "20.damaged.\\x1b]0;title" in out.getvalue() and "\x1b" not in out.getvalue()
+
+
+def test_what_an_override_replaces_is_shown_escaped(monkeypatch, capsys):
+    from clipjax.cli import eval as evaluate
+
+    opened = evaluate.Opened(None, None, None, {}, None, [f"--config.x=1 (was {HOSTILE})"])  # pyright: ignore
+    monkeypatch.setattr(evaluate, "_open_here", lambda argv: (opened, {}))
+    monkeypatch.setattr(evaluate, "_evaluate", lambda opened: 0)
+    assert evaluate.main(["--checkpoint=x"]) == 0
+    shown = capsys.readouterr().out
+    assert "(was \\x1b]0;title" in shown and not any(c in shown for c in ESCAPES)

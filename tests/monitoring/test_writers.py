@@ -79,6 +79,23 @@ def test_resumed_file_equals_uninterrupted(tmp_path, torn):
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["metrics.jsonl"]
 
 
+def test_an_evaluation_that_the_checkpoint_does_not_know_is_written_once(tmp_path):
+    """A signal came before the evaluation of step 4, the next start made it, and was killed before its next save."""
+
+    def go_on(*, evaluated: bool) -> list[dict]:
+        with MetricsWriter(tmp_path, tensorboard=False, start_step=4, evaluated=evaluated) as writer:
+            if not evaluated:
+                writer.write(4, {"eval": {"val": {"top1": 0.5}}})
+            writer.write(5, {"loss": 0.2})
+        return lines_of(tmp_path)
+
+    write_all(tmp_path, range(1, 5), start_step=0)
+    first = go_on(evaluated=False)
+    assert [(line["step"], "eval" in line) for line in first[-3:]] == [(4, False), (4, True), (5, False)]
+    assert go_on(evaluated=False) == first
+    assert go_on(evaluated=True) == first, "one that it knows stays"
+
+
 def test_resume_drops_garbage_and_keeps_a_clean_file_untouched(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\xff\xfe\n[1]\n{"loss": 1}\n{"step": "2"}\n\n{"step": 2}\n')

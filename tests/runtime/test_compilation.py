@@ -56,6 +56,17 @@ def test_a_named_directory_is_made_for_this_user_alone(tmp_path):
     assert jax.config.jax_compilation_cache_dir == str(folder)
 
 
+def test_one_inside_a_folder_of_others_is_refused_and_not_made(tmp_path):
+    theirs = tmp_path / "run"
+    theirs.mkdir()
+    (tmp_path / "link").symlink_to(theirs)
+    for folder in (theirs, theirs / "xla", theirs / "checkpoints" / "xla", tmp_path / "link" / "xla"):
+        with pytest.raises(ValueError, match=r"compile_cache='.*' lies in .*run, a folder of data or checkpoints"):
+            compilation.enable(str(folder), outside=[tmp_path / "elsewhere", theirs])
+    assert list(theirs.iterdir()) == []
+    assert compilation.enable(str(tmp_path / "runs"), outside=[theirs]) == str(tmp_path / "runs")
+
+
 def test_one_that_others_may_read_is_closed(tmp_path):
     tmp_path.chmod(0o755)
     compilation.enable(str(tmp_path))
