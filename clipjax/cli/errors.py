@@ -50,8 +50,7 @@ def _code_of_refusal(error: Exception) -> int:
     """Return 3 for checkpoints of which none can be used, else 2."""
     from clipjax.checkpoints.manifest import UnusableCheckpoint
 
-    found = (error, error.__cause__)  # of several processes, all raise a summary because of it
-    return UNUSABLE_DATA if any(isinstance(each, UnusableCheckpoint) for each in found) else USAGE_ERROR
+    return UNUSABLE_DATA if isinstance(error, UnusableCheckpoint) else USAGE_ERROR
 
 
 @contextlib.contextmanager
