@@ -48,18 +48,20 @@ def run_on_all(name: str, work: Callable[[], tuple[Result, Fingerprint]]) -> tup
         Result and fingerprint of this process.
 
     Raises:
-        ValueError: on every process: one of them failed, or its fingerprint differs from that of process 0.
+        ValueError: on every process: one of them failed, or its fingerprint differs from that of process 0; the cause
+            is the error of this process, if it has one.
     """
     if jax.process_count() == 1:
         return work()
     report: dict[str, Any] = {"host": socket.gethostname()}
     done: tuple[Result, Fingerprint] | None = None
+    refusal: Exception | None = None
     failure: Exception | None = None
     try:
         done = work()
         report["facts"] = done[1]
     except (ValueError, OSError) as error:
-        report["error"] = str(error) or repr(error)
+        refusal, report["error"] = error, str(error) or repr(error)
     except Exception as error:  # a defect: it is shown in full here, and the others end too
         failure, report["error"] = error, repr(error)
     processes.kv_set(f"{name}/report/{jax.process_index()}", json.dumps(report))
@@ -67,7 +69,7 @@ def run_on_all(name: str, work: Callable[[], tuple[Result, Fingerprint]]) -> tup
     if failure is not None:
         raise failure
     if verdict:
-        raise ValueError(verdict)
+        raise ValueError(verdict) from refusal
     assert done is not None
     return done
 
