@@ -233,7 +233,7 @@ def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Evaluation:
     return evaluation
 
 
-def _nobody_waits(failure: jax.errors.JaxRuntimeError, key: str) -> bool:
+def _nobody_waits(failure: Exception, key: str) -> bool:
     """Return True if no other process waits for this one: there is none, or the devices of all lack memory for a task.
 
     The processes tell each other without their devices, in which one that has no such error may wait.

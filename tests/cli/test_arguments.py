@@ -136,12 +136,6 @@ def test_stops_let_a_defect_through_and_end_with_3_on_unusable_data(capsys):
         assert capsys.readouterr().err == f"clipjax test: error: {error}\n"
 
 
-def test_a_refusal_of_several_processes_because_of_a_checkpoint_ends_with_3():
-    with pytest.raises(SystemExit) as left, refusals("clipjax test"):
-        raise ValueError("process 0 and 1: no arrays") from UndecidedCheckpoint("no arrays")
-    assert left.value.code == 3
-
-
 def test_data_that_one_process_alone_cannot_use_ends_it_at_once(monkeypatch):
     """At an ordinary exit JAX would wait for the others, which wait for this one."""
     codes = []
