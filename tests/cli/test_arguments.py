@@ -225,7 +225,7 @@ def test_data_needs_a_command(capsys):
 def test_processes_meet_before_the_rest_is_parsed_and_tell_each_other_what_is_wrong(monkeypatch, capsys, main, module):
     met, told = [], []
 
-    def run_on_all(name, work):
+    def run_on_all(name, work, **_):
         try:
             return work()
         except ValueError as error:

@@ -99,7 +99,19 @@ def _broken(work: Callable[..., Any], name: str, seed: int, count: int, options:
 
 def _slow_tests(path: str) -> Unit:
     def work(bench: Bench) -> dict[str, Any]:
-        command = (sys.executable, "-m", "pytest", "-q", "-m", "slow", "--tb=line", "-rfE", "-p", "no:cacheprovider", path)
+        command = (
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "slow",
+            "--tb=line",
+            "-rfE",
+            "-p",
+            "no:cacheprovider",
+            path,
+        )
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         passed = re.search(r"(\d+) passed", done.stdout)
         wrong = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

@@ -92,7 +92,7 @@ def test_damaged_lines_of_the_log_hide_no_step_and_no_finding(workdir):
 @pytest.mark.parametrize(("number", "code"), [(None, 0), (15, 143), (2, 130)])
 def test_the_exit_code_is_that_of_the_signal(monkeypatch, number, code):
     monkeypatch.setattr(command.processes, "start", lambda _: None)
-    monkeypatch.setattr(command.preflight, "check", lambda _: None)
+    monkeypatch.setattr(command.preflight, "check", lambda _, **options: None)
     monkeypatch.setattr(command.replay, "replay", lambda *_, **__: number)
     assert command.main(["--config=c.py", "--workdir=run", "--replay=3"]) == code
 
