@@ -13,11 +13,12 @@ import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 
-from clipjax.checkpoints import exchange, folder
+from clipjax.checkpoints import exchange, folder, manifest
 from clipjax.checkpoints.folder import GOOD, Aside
 from clipjax.checkpoints.manifest import DamagedCheckpoint, Manifest, State, Verdict, best_of, examine
 from clipjax.checkpoints.reading import restore_arrays
@@ -106,6 +107,17 @@ class Checkpoints:
         """Wait for the save in progress as long as it writes, so that `steps` knows it."""
         if self._join(STALLED_SECONDS, patient=True):
             self._settle()
+
+    def add_best(self, step: int, value: float | None) -> None:
+        """Note the metric that chooses the best step for one that was saved before it was measured."""
+        metric = self._config.best_metric
+        if metric is None or value is None or step not in self._steps:
+            return
+        self._steps[step] = (metric, float(value))
+        if processes.is_first():
+            directory = self._folder / str(step)
+            with contextlib.suppress(OSError, DamagedCheckpoint):  # the step may then be deleted, that is all
+                manifest.write(directory, replace(manifest.read(directory), best=self._steps[step]))
 
     def set_aside(self, step: int, reason: Aside) -> None:
         """Rename a step so that nothing restores it."""

@@ -43,6 +43,7 @@ def _train(run: Run) -> int | None:
     evaluation: Evaluation | None = None
     if start.step and start.step % eval_every == 0 and not start.evaluated:  # a signal came in between
         evaluation = run.evaluate(state, start.step)
+        run.add_evaluation(start.step, evaluation)
     for step in range(start.step + 1, last + 1):
         try:
             batch = run.next_batch(step)

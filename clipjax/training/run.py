@@ -212,16 +212,24 @@ class Run:
             decisions=self.session.decisions.records(),
         )
         records = make_records(self.config, self.inputs.tokenizer, asdict(position))
-        best_value = None
-        if self.config.checkpoint.best_metric is not None and evaluation is not None:
-            task, _, metric = self.config.checkpoint.best_metric.rpartition(":")
-            best_value = evaluation.results.get(task, {}).get(metric)  # the task may have failed
+        best_value = self._best_value(evaluation)
         with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
             jax.block_until_ready(state.step)
         with self.session.phase("saving", "a save"):
             ends = last or step == total_steps(self.config)
             self.checkpoints.save(step, to_items(state), records, best_value, last=ends)
         self.session.goodput.record()
+
+    def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Add the evaluation of a step that was saved before it was evaluated."""
+        self.checkpoints.add_best(step, self._best_value(evaluation))
+
+    def _best_value(self, evaluation: Evaluation | None) -> float | None:
+        """Return the metric that chooses the best step; the task may have failed."""
+        if self.config.checkpoint.best_metric is None or evaluation is None:
+            return None
+        task, _, metric = self.config.checkpoint.best_metric.rpartition(":")
+        return evaluation.results.get(task, {}).get(metric)
 
     def wait_for_saves(self) -> None:
         """Wait until everything saved is on disk.

@@ -297,3 +297,24 @@ def test_the_best_step_is_kept_by_its_manifest(tmp_path):
         checkpoints.mark_good(step)
         checkpoints.close()
     assert checkpoints.steps() == [2, 4]
+
+
+def test_a_step_that_was_saved_before_it_was_evaluated_may_be_the_best(tmp_path):
+    def opened() -> Checkpoints:
+        return Checkpoints(tmp_path, CheckpointConfig(keep_last=1, best_metric="val:top1"))
+
+    checkpoints = opened()
+    for step, best in ((1, 0.5), (2, None)):
+        checkpoints.save(step, ARRAYS, RECORDS, best)
+        checkpoints.mark_good(step)
+    checkpoints.wait()
+    checkpoints = opened()
+    checkpoints.add_best(2, 0.75)
+    checkpoints.add_best(3, 0.99)  # there is none
+    assert examine(tmp_path / "checkpoints" / "2").state is State.VERIFIED
+    checkpoints = opened()
+    for step in (3, 4):
+        checkpoints.save(step, ARRAYS, RECORDS, 0.6)
+        checkpoints.mark_good(step)
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 4]
