@@ -252,7 +252,7 @@ def test_a_run_on_bad_data_saves_stops_and_goes_on_once_that_is_allowed(tiny_con
     arguments = train_arguments(tiny_config, tmp_path / "run", f"--config.data.train={tmp_path}/pairs.tar")
     output = run(*arguments, expect=3, **cache)
     assert "data.max_bad_fraction=0.05" in output and "(corrupt_image " in output
-    assert "pairs.tar, key 00" in output and "raise data.max_bad_fraction" in output
+    assert "pairs.tar, key 00" in output and "Raise data.max_bad_fraction" in output
     assert "Traceback" not in output
     assert 0 < find_checkpoint(tmp_path / "run")[1] < 12
     run(*arguments, "--config.data.max_bad_fraction=0.2", **cache)

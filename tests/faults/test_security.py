@@ -238,11 +238,12 @@ def test_tables_messages_and_logs_show_names_of_others_escaped(tmp_path, caplog)
     from clipjax.runtime import process_log
 
     stream = io.StringIO()
-    Progress(10, stream=stream).message(f"first\n{HOSTILE.encode('utf-8', 'replace').decode()}")
+    text = HOSTILE.encode("utf-8", "replace").decode()  # pytest cannot report what is no text
+    Progress(10, stream=stream).message(f"first\n{text}")
     table = results_table({HOSTILE: {HOSTILE: 0.5}})
     with process_log.session():
         process_log.open_log(tmp_path, rank=0, header={})
-        process_log.info(HOSTILE)
+        process_log.info(text)
     log = process_log.path_of(tmp_path, 0).read_text()
     for shown in (stream.getvalue(), table, log):
         assert "\\x1b[2J red" in shown and not any(c in shown for c in ESCAPES), ascii(shown)
