@@ -20,7 +20,15 @@ import jax
 
 from clipjax.checkpoints import exchange, folder, manifest
 from clipjax.checkpoints.folder import GOOD, Aside
-from clipjax.checkpoints.manifest import DamagedCheckpoint, Manifest, State, Verdict, best_of, examine
+from clipjax.checkpoints.manifest import (
+    DamagedCheckpoint,
+    Manifest,
+    State,
+    UnusableCheckpoint,
+    Verdict,
+    best_of,
+    examine,
+)
 from clipjax.checkpoints.reading import restore_arrays
 from clipjax.checkpoints.records import FOLDER, RECORDS, read_record
 from clipjax.checkpoints.saving import OnCommit, OnFailure, Save, describe, silence_orbax, temporary_path
@@ -116,7 +124,7 @@ class Checkpoints:
         self._steps[step] = (metric, float(value))
         if processes.is_first():
             directory = self._folder / str(step)
-            with contextlib.suppress(OSError, DamagedCheckpoint):  # the step may then be deleted, that is all
+            with contextlib.suppress(OSError, UnusableCheckpoint):  # the step may then be deleted, that is all
                 manifest.write(directory, replace(manifest.read(directory), best=self._steps[step]))
 
     def set_aside(self, step: int, reason: Aside) -> None:

@@ -108,10 +108,11 @@ def hash_files(directory: pathlib.Path, paths: Iterable[str], *, sync: bool = Fa
     """
 
     def read(path: str) -> tuple[int, str]:
+        def attempt() -> tuple[int, str]:
+            return _hash_file(directory / path, sync=sync)
+
         try:
-            if sync:
-                return _hash_file(directory / path, sync=True)
-            return _patiently(lambda: _hash_file(directory / path, sync=False))
+            return attempt() if sync else _patiently(attempt)
         except OSError as error:
             error.filename = error.filename or str(directory / path)  # a read names none
             raise
