@@ -19,13 +19,14 @@ print_versions = import sys; from importlib.metadata import version; \
 # Large pages for the heap, as the console script asks for (clipjax/cli/main.py): training on CPUs is twice as fast.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help install install-test install-plan quickstart test test-fast test-all test-newest chaos lint format constraints locks audit clean
+.PHONY: help install install-test install-newest install-plan quickstart test test-fast test-all test-newest chaos lint format constraints locks audit clean
 
 help:  # this list
 	@sed -n 's/^\([a-z-]*\):.*  # /\1: /p' Makefile
 
 install: $(VENV)/.installed  # clipjax into .venv
 install-test: $(VENV)/.installed-test  # clipjax and what its tests need into .venv
+install-newest: $(NEWEST)/.installed  # the same into .venv-newest, with the newest Python and JAX
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipjax needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -61,7 +62,7 @@ test-all: install-test  # the slow ones too
 	$(BIN)/python $(PYTEST)
 
 # `make NEWEST_PYTHON=python3.12 test-newest` takes that Python, once .venv-newest is gone.
-test-newest: $(NEWEST)/.installed  # a part of the tests with the newest Python and JAX
+test-newest: install-newest  # a part of the tests with the newest Python and JAX
 	@$(NEWEST)/bin/python -c '$(print_versions)'
 	$(NEWEST)/bin/python $(PYTEST) -m "newest and not heavy and not slow"
 

@@ -5,9 +5,11 @@
 72 hours are `--minutes=4320`; the workdir then takes about 3 GB, below `--folder` if that is given.
 
 A small run with two loader workers, a save every 1,000 steps and an evaluation every 2,000 trains in a process of its
-own. Every few seconds its memory, descriptors and threads are counted, and those of its workers. The growth of memory
-is the least-squares slope over the second half of the time: in the first, allocators and caches fill, which takes
-longer than a few minutes; fewer than 30 only try this program out. The first evaluation may compile its own programs.
+own. Every few seconds its memory, descriptors and threads are counted, and those of its workers; and in the run itself
+what it has allocated and not freed: the C library's heap (`mallinfo2`, where it has it) and Python's blocks. The growth
+of memory is the least-squares slope over the second half of the time: in the first, allocators and caches fill, which
+takes longer than a few minutes; fewer than 30 only try this program out. The first evaluation may compile its own
+programs.
 Exit code 1: a bound is broken.
 """
 
@@ -52,8 +54,22 @@ OPTIONS = {
     "log.every_examples": BATCH,
 }
 DRIVER = """
-import json, sys, time
+import ctypes, json, sys, threading, time
 import jax
+
+class Mallinfo2(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+def count_held():
+    library = ctypes.CDLL(None)
+    library.mallinfo2.restype = Mallinfo2
+    while True:
+        heap = library.mallinfo2()
+        held = {"time": time.time(), "heap_mb": (heap.uordblks + heap.hblkhd) / 2**20, "free_mb": heap.fordblks / 2**20}
+        with open(HELD, "a") as file:
+            print(json.dumps({**held, "python_blocks": sys.getallocatedblocks()}), file=file)
+        time.sleep(SECONDS)
 
 def compiled(event, seconds, **about):
     if event.endswith("/backend_compile_duration"):
@@ -62,6 +78,7 @@ def compiled(event, seconds, **about):
 
 if __name__ == "__main__":  # and not in loader workers
     jax.monitoring.register_event_duration_secs_listener(compiled)
+    threading.Thread(target=count_held, daemon=True).start()
     from clipjax.cli.main import main
 
     sys.exit(main(sys.argv[1:]))
@@ -192,7 +209,12 @@ def soak(folder: pathlib.Path, minutes: float) -> dict[str, Any]:
     run = TinyRun(folder, tuple(f"--config.{name}={value}" for name, value in OPTIONS.items()))
     run.write()
     compiled, driver = folder / "compiled.jsonl", folder / "driver.py"
-    driver.write_text(DRIVER.replace("COMPILED", repr(str(compiled))))
+    held = folder / "held.jsonl"
+    places = {"COMPILED": repr(str(compiled)), "HELD": repr(str(held)), "SECONDS": str(SAMPLE_SECONDS)}
+    text = DRIVER
+    for name, place in places.items():
+        text = text.replace(name, place)
+    driver.write_text(text)
     process = run.start("run", prefix=(str(driver),))
     with ended(process):
         samples = _watch(process, 60 * minutes)

@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,10 +17,14 @@ import numpy as np
 import pytest
 
 import clipjax
+from clipjax.checkpoints import manifest
+from clipjax.cli.convert import main_convert
+from clipjax.cli.eval import main as evaluate
 from clipjax.config import Config
 from clipjax.data.sample import BadSample
 from clipjax.data.webdataset import TarSource
 from clipjax.runtime.terminal import printable
+from tests.commands import exit_code
 
 PACKAGE = pathlib.Path(clipjax.__file__).parent
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
@@ -143,35 +148,70 @@ def test_planted_pickles_in_shards_are_never_opened(tmp_path):
     assert marker.exists(), "the trap works where it is opened"
 
 
-@pytest.mark.parametrize("extension", ["npz", "pt", "bin", "ckpt", "safetensors"])
-def test_planted_pickles_in_weights_are_never_opened(tmp_path, extension):
-    from clipjax.cli.convert import main_convert
-    from tests.commands import exit_code
+WEIGHTS = {
+    "npz": "Object arrays cannot be loaded",
+    "pt": "a pickle can run any code",
+    "pth": "a pickle can run any code",
+    "bin": "a pickle can run any code",
+    "ckpt": "a pickle can run any code",
+    "pkl": "no safetensors file",
+    "npy": "no safetensors file",
+    "safetensors": "no safetensors file",
+}
+"""Kinds of files of weights that may hold a pickle, and why clipjax does not open it. PyTorch's restricted unpickler,
+where it is installed, is tried in tests/convert/test_pytorch.py."""
 
+
+@pytest.mark.parametrize("extension", WEIGHTS)
+@pytest.mark.parametrize("kind", ["open_clip", "openai", "huggingface", "big_vision"])
+def test_planted_pickles_in_weights_are_never_opened(tmp_path, monkeypatch, capsys, kind, extension):
+    monkeypatch.setitem(sys.modules, "torch", None)
     marker, path = tmp_path / "trapped", tmp_path / f"weights.{extension}"
     trap = trap_bytes(marker, 2)
     if extension == "npz":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("params.npy", object_array(trap))
     else:
-        path.write_bytes(trap if extension == "safetensors" else torch_archive(trap))
-    for kind in ("open_clip", "big_vision"):
-        arguments = [kind, str(path), str(tmp_path / "out"), "--model=ViT-B-32"]
-        assert exit_code(main_convert, arguments) == 2
-    assert not marker.exists() and not (tmp_path / "out" / "checkpoints").exists()
+        plain = {"safetensors": bytes, "pkl": bytes, "npy": object_array}
+        path.write_bytes(plain.get(extension, torch_archive)(trap))
+    model = "ViT-B/32-gelu" if kind == "open_clip" else "ViT-B/32"
+    arguments = [f"--from={kind}", f"--input={path}", f"--output={tmp_path / 'out'}", f"--model={model}"]
+    assert exit_code(main_convert, arguments) == 2
+    assert WEIGHTS[extension] in capsys.readouterr().err
+    assert not marker.exists() and not (tmp_path / "out").exists()
 
 
-def test_a_planted_pickle_beside_a_checkpoint_is_never_opened(tmp_path):
-    from clipjax.cli.eval import main as evaluate
-    from tests.commands import exit_code
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "checkpoint_format_2" / "checkpoints" / "9"
 
-    step = tmp_path / "checkpoints" / "5"
-    for record in ("config", "data", "tokenizer", "preprocessing", "params"):
-        (step / record).mkdir(parents=True)
-        for name in ("metadata", "metadata.pkl", "_METADATA", "array_metadatas"):
-            (step / record / name).write_bytes(trap_bytes(tmp_path / "trapped", 2))
-    assert exit_code(evaluate, [f"--checkpoint={tmp_path}"]) in (2, 3)
-    assert not (tmp_path / "trapped").exists()
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "config/metadata",
+        "data/metadata",
+        "preprocessing/metadata",
+        "tokenizer/metadata",
+        "ema/_METADATA",
+        "ema/_sharding",
+        "ema/array_metadatas/process_0",
+        "ema/manifest.ocdbt",
+        "ema/metadata.pkl",
+        "ema/checkpoint",
+        "_CHECKPOINT_METADATA",
+    ],
+)
+def test_pickles_in_a_checkpoint_whose_checksums_fit_are_never_opened(tmp_path, planted):
+    """Whoever can write a checkpoint can write its manifest, too."""
+    step, marker = tmp_path / "checkpoints" / "9", tmp_path / "trapped"
+    shutil.copytree(GOLDEN, step)
+    (step / planted).write_bytes(trap_bytes(marker, 2))
+    files = [path for path in manifest.list_files(step) if path != manifest.FILE]
+    manifest.write(step, manifest.Manifest(9, None, manifest.hash_files(step, files)))
+    assert manifest.examine(step).state is manifest.State.VERIFIED
+    with contextlib.suppress(ValueError):  # some of these files are not read
+        clipjax.load(tmp_path)
+    assert exit_code(evaluate, [f"--checkpoint={tmp_path}"]) in (0, 2, 3)
+    assert not marker.exists()
 
 
 HOSTILE = "\x1b]0;title\x07 \x1b[2J red\x00\x9b31m \u202eabc\r\n\ud800"
