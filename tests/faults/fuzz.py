@@ -133,26 +133,36 @@ def _tar(rng: random.Random) -> bytes:
     return content.getvalue()
 
 
-def _read_tar(rng: random.Random, folder: pathlib.Path) -> str:
+def read_tar(content: bytes, folder: pathlib.Path) -> str:
+    """Read a shard in a folder of its own."""
     path = folder / "fuzzed.tar"
-    path.write_bytes(break_bytes(_tar(rng), rng))
+    path.write_bytes(content)
     source = TarSource([str(path)], max_caption_bytes=DataConfig().max_caption_bytes, max_image_pixels=_MAX_PIXELS)
+    outcome = "read"
     for index in range(len(source)):
         source.location(index).encode()
         try:
             sample = source[index]
             decode(sample.image, max_pixels=_MAX_PIXELS)
-        except BadSample:
-            continue
+        except BadSample as bad:
+            outcome = f"left out: {bad.reason}"
     assert list(folder.iterdir()) == [path], "a file was written"
-    return "read"
+    return outcome
 
 
-def _read_picture(rng: random.Random, folder: pathlib.Path) -> str:
-    content = break_bytes(_picture(rng, rng.choice(("JPEG", "PNG", "WEBP"))), rng)
+def _break_tar(rng: random.Random, folder: pathlib.Path) -> str:
+    return read_tar(break_bytes(_tar(rng), rng), folder)
+
+
+def read_picture(content: bytes, folder: pathlib.Path) -> str:
+    """Decode a picture."""
     pixels = decode(content, max_pixels=_MAX_PIXELS)
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, pixels.shape
     return "read"
+
+
+def _break_picture(rng: random.Random, folder: pathlib.Path) -> str:
+    return read_picture(break_bytes(_picture(rng, rng.choice(("JPEG", "PNG", "WEBP"))), rng), folder)
 
 
 def _hostile_json(rng: random.Random) -> bytes:
@@ -185,9 +195,13 @@ def _hostile_json(rng: random.Random) -> bytes:
     return text.encode() if rng.random() < 0.5 else rng.choice(odd).encode()
 
 
-def _read_json(rng: random.Random, folder: pathlib.Path) -> str:
+def _break_json(rng: random.Random, folder: pathlib.Path) -> str:
     content = _hostile_json(rng)
-    content = break_bytes(content or b"{}", rng) if rng.random() < 0.5 else content
+    return read_json(break_bytes(content or b"{}", rng) if rng.random() < 0.5 else content, folder)
+
+
+def read_json(content: bytes, folder: pathlib.Path) -> str:
+    """Read a sample whose captions and label are in JSON."""
     path = folder / "json.tar"
     with tarfile.open(path, "w") as tar:
         for name, data in (("a.png", b"not decoded here"), ("a.json", content)):
@@ -289,9 +303,9 @@ def _read_override(rng: random.Random, folder: pathlib.Path) -> str:
 
 
 FUZZERS: dict[str, tuple[Callable[[random.Random, pathlib.Path], str], type[Exception]]] = {
-    "tar": (_read_tar, ValueError),
-    "picture": (_read_picture, BadSample),
-    "JSON of a sample": (_read_json, ValueError),
+    "tar": (_break_tar, ValueError),
+    "picture": (_break_picture, BadSample),
+    "JSON of a sample": (_break_json, ValueError),
     "config record of a checkpoint": (_read_record, ValueError),
     "config override": (_read_override, ValueError),
 }
