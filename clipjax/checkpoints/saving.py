@@ -13,8 +13,10 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,14 +47,33 @@ def array_handler() -> ocp.StandardCheckpointHandler:
 def silence_orbax() -> None:
     """Keep Orbax's tracebacks of failed writes off the terminal; `on_failure` tells in one line what they mean.
 
-    After the first array that fails Orbax waits for none of the others, so asyncio complains of each of those, too.
+    After the first array that fails Orbax waits for none of the others, so asyncio complains of each of those, and
+    TensorStore of each that ends when the loop that started it is gone.
     """
     logging.getLogger("absl").addFilter(_is_not_of_a_write)
     logging.getLogger("asyncio").addFilter(_is_not_of_a_write)
+    if isinstance(sys.unraisablehook, _WithoutClosedLoops):
+        return
+    sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
+
+
+class _WithoutClosedLoops:
+    """A hook for errors in threads of C++ that shows all but those of an asyncio loop that has gone."""
+
+    def __init__(self, show: Callable[[Any], Any]) -> None:
+        self._show = show
+
+    def __call__(self, found: Any) -> None:
+        files = {frame.filename for frame in traceback.extract_tb(found.exc_traceback)}
+        if not isinstance(found.exc_value, RuntimeError) or files != {asyncio.base_events.__file__}:
+            self._show(found)
 
 
 def _is_not_of_a_write(record: logging.LogRecord) -> bool:
-    return "orbax/checkpoint/_src/futures" not in record.pathname and TEMPORARY not in record.getMessage()
+    """False for what Orbax, or asyncio of a future of Orbax, logs about a write."""
+    trace = record.exc_info[2] if record.exc_info else None
+    files = [record.pathname, *(frame.filename for frame in traceback.extract_tb(trace))]
+    return TEMPORARY not in record.getMessage() and not any("orbax/checkpoint/_src/" in file for file in files)
 
 
 def temporary_path(folder: pathlib.Path, step: int) -> pathlib.Path:

@@ -7,6 +7,7 @@ import pytest
 from tests.faults.crash import UNDISTURBED, crash_run, draw_kills
 from tests.faults.kill_points import POINTS
 from tests.faults.signals import kill_workers_run, stop_run
+from tests.faults.storage import BrokenStorage, storage_run
 from tests.faults.tiny_run import TinyRun
 
 pytestmark = pytest.mark.process
@@ -40,6 +41,13 @@ def test_workers_that_are_killed(run):
     outcome = kill_workers_run(run, "workers-killed", seed=1, count=2, options=WORKERS)
     assert not outcome.wrong
     assert outcome.kills
+
+
+@pytest.mark.skipif(not BrokenStorage.is_possible(), reason="no C compiler is here, which faults of storage need")
+def test_a_disk_that_is_full_for_a_while(run):
+    outcome = storage_run(run, "full", seed=3, faults=("disk full",))
+    assert not outcome.wrong
+    assert outcome.kills and "not saved: No space left on device" in run.output("full")
 
 
 def test_moments_are_drawn_inside_and_outside_of_saves():

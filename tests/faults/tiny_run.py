@@ -11,7 +11,7 @@ import sys
 import tarfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,13 @@ class TinyRun:
         config, workdir = self.folder / "config.py", self.workdir(name)
         return ["train", f"--config={config}", f"--workdir={workdir}", *self.options, *options]
 
-    def start(self, name: str, *options: str, prefix: tuple[str, ...] = ("-m", "clipjax")) -> subprocess.Popen:
+    def start(
+        self,
+        name: str,
+        *options: str,
+        prefix: tuple[str, ...] = ("-m", "clipjax"),
+        environment: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen:
         """Start it in a session of its own, so that a signal to its group reaches it and its workers alone."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
         cache = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
@@ -106,7 +112,7 @@ class TinyRun:
         with (self.folder / f"{name}.out").open("ab") as output:
             return subprocess.Popen(
                 [sys.executable, *prefix, *self.command(name, *options)],
-                env={**kept, **cache, **fixed},
+                env={**kept, **cache, **fixed, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
