@@ -67,7 +67,7 @@ test-newest: install-newest  # a part of the tests with the newest Python and JA
 	$(NEWEST)/bin/python $(PYTEST) -m "newest and not heavy and not slow"
 
 chaos: install-test  # every fault many times, hours in all; `make chaos PART=2/5` does a part, and goes on where it was
-	$(BIN)/python -m tests.faults.chaos --part=$(or $(PART),1/1)
+	$(BIN)/python -m tests.faults.chaos --part=$(or $(PART),1/1) $(if $(AGAIN),--again)
 
 lint: install-test  # style, types, imports
 	$(BIN)/ruff check .

@@ -1,10 +1,11 @@
 """All faults, many times: `make chaos`, or a part of it by `make chaos PART=2/5`.
 
-    python -m tests.faults.chaos [--part=I/N] [--only=FAULT] [--table]
+    python -m tests.faults.chaos [--part=I/N] [--only=FAULT] [--again] [--table]
 
 The work is cut into units that take a minute or so. Each unit's outcome is added to `benchmarks/results/chaos.json` as
-soon as it is there, and a unit that is there already is not done again, so the command can be stopped and goes on.
-`--table` prints the table of all units so far; the exit code is 1 if anything was wrong.
+soon as it is there, with the commit, and a unit that is there already is not done again, so the command can be stopped
+and goes on; `--again` does those of other commits anew. `--table` prints the table of all units so far; the exit code
+is 1 if anything was wrong.
 """
 
 import argparse
@@ -14,13 +15,14 @@ import json
 import logging
 import os
 import pathlib
+import random
 import re
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import machine
@@ -31,17 +33,33 @@ from tests.faults.checkpoint_damage import damage_run
 from tests.faults.crash import UNDISTURBED, crash_run
 from tests.faults.fuzz import FUZZERS, fuzz
 from tests.faults.signals import hang_workers_run, kill_workers_run, stop_run
+from tests.faults.storage import FAULTS, storage_run
 from tests.faults.tiny_run import LAST_STEP, ROOT, TinyRun
 
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "chaos.json"
 WORKERS = ("--config.data.num_workers=2",)
-SLOW_TESTS = {
-    "ranks killed, stopped, signalled, failing": "tests/e2e/test_processes.py",
-    "one process killed, signalled, on other meshes": "tests/e2e/test_run.py",
-    "updates not finite, spikes, replays": "tests/faults/test_rollback.py",
-    "ranks killed under the launchers": "tests/launch",
+TESTS = {
+    "ranks killed, stopped, signalled, failing": ("slow", "tests/e2e/test_processes.py"),
+    "one process killed, signalled, on other meshes": ("slow", "tests/e2e/test_run.py"),
+    "updates not finite, spikes, replays": ("slow", "tests/faults/test_rollback.py"),
+    "ranks killed under the launchers": ("slow", "tests/launch"),
+    "each way to lose a run of the table above": ("slow", "tests/faults/test_rows.py"),
+    "saves and restores that fail in the middle": ("not slow", "tests/checkpoints"),
+    "NaN on one of 8 devices, copies that differ": (
+        "not slow",
+        "tests/training/test_skipping.py",
+        "tests/training/test_replicas.py",
+        "tests/training/test_recovery.py",
+    ),
+    "starts on other data, without checkpoints, on a full disk": (
+        "not slow",
+        "tests/training/test_resume.py",
+        "tests/training/test_preflight.py",
+        "tests/monitoring/test_writers.py",
+    ),
+    "processes that hang, second owners, ports, devices that compute wrongly": ("not slow", "tests/runtime"),
 }
-"""Those of the same faults that `make test` has no time for."""
+"""Tests that break one thing each: what they break, which of them, and where they are."""
 
 
 class Bench:
@@ -79,8 +97,10 @@ def make_units() -> dict[str, Unit]:
             kill_workers_run, f"workers{seed}", seed, 8, (*WORKERS, limit)
         )
         units[f"loader workers that hang/{seed}"] = _broken(hang_workers_run, f"hang{seed}", seed, 3, WORKERS)
-    for fault, path in SLOW_TESTS.items():
-        units[f"{fault}/0"] = _slow_tests(path)
+    for seed in range(12):
+        units[f"storage that fails or is slow for a while/{seed}"] = _stored(seed)
+    for fault, (marker, *paths) in TESTS.items():
+        units[f"{fault}/0"] = _tests(marker, paths)
     for part in range(20):
         units[f"checkpoint damaged/{part}"] = _damaged(part)
     for name in FUZZERS:
@@ -97,25 +117,18 @@ def _broken(work: Callable[..., Any], name: str, seed: int, count: int, options:
     return lambda bench: work(bench.run(), name, seed=seed, count=count, options=options).record()
 
 
-def _slow_tests(path: str) -> Unit:
+def _stored(seed: int) -> Unit:
+    faults = tuple(random.Random(seed).sample(sorted(FAULTS), 3))
+    return lambda bench: storage_run(bench.run(), f"storage{seed}", seed=seed, faults=faults).record()
+
+
+def _tests(marker: str, paths: Sequence[str]) -> Unit:
     def work(bench: Bench) -> dict[str, Any]:
-        command = (
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "slow",
-            "--tb=line",
-            "-rfE",
-            "-p",
-            "no:cacheprovider",
-            path,
-        )
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        pytest = (sys.executable, "-m", "pytest", "-q", "--tb=line", "-rfE", "-p", "no:cacheprovider")
+        done = subprocess.run((*pytest, "-m", marker, *paths), cwd=ROOT, capture_output=True, text=True)
         passed = re.search(r"(\d+) passed", done.stdout)
         wrong = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        if done.returncode and not wrong:
+        if (done.returncode or not passed) and not wrong:
             wrong = [f"pytest left with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}"]
         return {"tries": int(passed[1]) + len(wrong) if passed else len(wrong), "wrong": wrong}
 
@@ -151,20 +164,31 @@ def _alone() -> Iterator[None]:
         os.close(folder)
 
 
-def run_units(part: int, parts: int, only: str) -> None:
-    """Do what is not done yet of a part of the units."""
+def _commit() -> str:
+    """Return the commit of this checkout, with a "+" if files of the code have been changed since."""
+    git = ("git", "-C", str(ROOT))
+    head = subprocess.run((*git, "rev-parse", "--short=7", "HEAD"), capture_output=True, text=True, check=False)
+    changed = subprocess.run((*git, "status", "--porcelain", "clipjax", "tests"), capture_output=True, check=False)
+    return (head.stdout.strip() or "unknown") + "+" * bool(changed.stdout)
+
+
+def run_units(part: int, parts: int, only: str, *, again: bool) -> None:
+    """Do what is not done yet of a part of the units; with `again`, what this commit has not done."""
+    commit = _commit()
     wanted = [name for i, name in enumerate(make_units()) if i % parts == part and name.startswith(only)]
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(pathlib.Path(folder))
         for number, name in enumerate(wanted, 1):
-            if name in read_results():
+            done = read_results().get(name)
+            if done and (not again or done.get("commit") == commit):
                 continue
             start = time.monotonic()
             outcome = make_units()[name](bench)
             outcome["seconds"] = round(time.monotonic() - start, 1)
             about = {**machine.describe(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+            outcome |= {"machine": about["processor"], "date": about["date"], "commit": commit}
             with _alone():
-                units = read_results() | {name: {**outcome, "machine": about["processor"], "date": about["date"]}}
+                units = read_results() | {name: outcome}
                 write_atomic(RESULTS, json.dumps({"about": about, "units": units}, indent=1) + "\n")
             state = "WRONG" if outcome["wrong"] else "ok"
             print(f"{number} of {len(wanted)}: {name}: {state}, {outcome['seconds']} s", flush=True)
@@ -190,6 +214,7 @@ def main() -> int:
     parser.add_argument("--part", default="1/1")
     parser.add_argument("--only", default="", help="units whose name begins so")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--again", action="store_true", help="units that another commit has done, too")
     options = parser.parse_args()
     part, parts = map(int, options.part.split("/"))
     if not 1 <= part <= parts:
@@ -197,9 +222,11 @@ def main() -> int:
     warnings.simplefilter("ignore")
     logging.disable()
     if not options.table:
-        run_units(part - 1, parts, options.only)
+        run_units(part - 1, parts, options.only, again=options.again)
     units = read_results()
     print(table(units))
+    print(f"Done by the commits {', '.join(sorted({each.get('commit', 'unknown') for each in units.values()}))};")
+    print(f"this is {_commit()}. `make chaos AGAIN=1` does anew what another one has done.")
     return int(any(outcome["wrong"] for outcome in units.values()))
 
 

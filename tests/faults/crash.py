@@ -72,9 +72,10 @@ def crash_run(run: TinyRun, name: str, *, seed: int, count: int, every_other: tu
         newest = max(complete_steps(run.workdir(name)), default=0)
         outcome.kills.append(f"{point} {number}".strip())
         outcome.lost_steps.append(max(0, killed_at - newest))
-        # One interval, and the steps done while the next save was being written; where storage is so slow that saves
-        # are left out, which is told, those steps too.
-        if killed_at - newest > (2 + _left_out(run, name, newest)) * SAVE_EVERY:
+        # The save that had begun last need not be complete, but the one before is; where storage is so slow that saves
+        # are left out, which is told, one of those before.
+        begun = killed_at - killed_at % SAVE_EVERY
+        if newest < begun - (1 + _left_out(run, name, newest)) * SAVE_EVERY:
             outcome.wrong.append(f"killed at step {killed_at}, but the newest checkpoint is that of {newest}")
     run.finish(name)
     starts = run.first_steps(name)

@@ -97,9 +97,7 @@ def storage_run(run: TinyRun, name: str, *, seed: int, faults: tuple[str, ...]) 
     return outcome
 
 
-def _break(
-    run: TinyRun, name: str, storage: BrokenStorage, fault: str, steps: int, rng: random.Random
-) -> list[str]:
+def _break(run: TinyRun, name: str, storage: BrokenStorage, fault: str, steps: int, rng: random.Random) -> list[str]:
     """Start the run, let a fault happen for some steps, and return what was wrong."""
     wrong = []
     before = run.logged_step(name)
@@ -133,4 +131,3 @@ def _break(
         if not later:
             wrong.append(f"the checkpoint of step {newest} is gone, and none has taken its place")
     return wrong
-
