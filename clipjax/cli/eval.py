@@ -251,14 +251,20 @@ def _evaluate(opened: Opened) -> int:
     clip = build_clip(config.model, data=config.data)
     with jax.set_mesh(mesh):
         evaluation = run_tasks(opened.tasks, Encoder(config, clip, mesh, opened.tokenizer, load_params(saved, mesh)))
+    failures = [f"eval.tasks.{name} on {saved.path}: {reason}" for name, reason in evaluation.failures.items()]
     if processes.is_first():
-        if output is not None and evaluation.results:
-            write_results(output, saved.path, evaluation)
+        written = output is not None and bool(evaluation.results)
+        try:
+            if output is not None and written:
+                write_results(output, saved.path, evaluation)
+        except OSError as error:
+            written = False
+            failures.append(f"--output={output}: the results, which are shown, cannot be written there: {error}")
         print(f"checkpoint {printable(str(saved.path))} ({saved.params_group}), step {saved.step}")
         if evaluation.results:
             print(results_table(evaluation.results))
-        if output is not None and evaluation.results:
+        if written:
             print(f"results: {printable(str(output))}", flush=True)
-        for name, reason in evaluation.failures.items():
-            print_error(PROGRAM, ValueError(f"eval.tasks.{name} on {saved.path}: {reason}"))
-    return UNUSABLE_DATA if evaluation.failures else 0
+        for failure in failures:
+            print_error(PROGRAM, ValueError(failure))
+    return UNUSABLE_DATA if failures else 0

@@ -18,6 +18,7 @@ from clipjax.evals.runner import check_metric, check_samples
 from clipjax.models.clip import abstract_params
 from clipjax.monitoring import run_record
 from clipjax.monitoring.prometheus import Exporter
+from clipjax.monitoring.writers import METRICS_FILE
 from clipjax.runtime import compilation, consistency, files, owner, process_log, sharding
 from clipjax.runtime.compilation import compiler_options
 from clipjax.runtime.consistency import Fingerprint
@@ -122,6 +123,8 @@ def _open_here(
 ) -> tuple[Checked, Fingerprint]:
     """Check this process's part."""
     files.require_writable(workdir)
+    if is_first() and not replays:
+        files.require_file_writable(workdir / METRICS_FILE, "--workdir")
     log = process_log.path_of(workdir, jax.process_index())
     made += [path for path in (log.parent, log) if not path.exists()]
     process_log.open_log(workdir, rank=jax.process_index(), header=run_record.describe_start())

@@ -131,6 +131,14 @@ def test_a_refused_start_leaves_nothing(tmp_path, cause):
     assert (tmp_path / "mine").is_dir() and files_in(tmp_path) == before
 
 
+def test_a_log_of_metrics_that_cannot_be_written_is_refused(tmp_path):
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "gone" / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"--workdir=.*run/metrics.jsonl: cannot be written to .No such file"):
+        check(config, tmp_path / "run")
+
+
 def test_a_workdir_that_is_held_stays_as_it_is(tmp_path):
     config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
     check(config, tmp_path / "run")
