@@ -23,7 +23,7 @@ from clipjax.config.paths import expand_paths
 from clipjax.config.serialization import path_parts
 from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sample import Source
-from clipjax.data.sources import recording_sources
+from clipjax.data.sources import data_folders, recording_sources
 from clipjax.data.tfds import TFDS_PREFIX
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.evals.encoder import Encoder
@@ -144,7 +144,6 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
         files.require_writable(options.output.parent, "--output")
         files.require_file_writable(options.output, "--output")
     validate(config, batch_fields=("eval.batch_size",))
-    compilation.enable(config.compile_cache, outside=_folders(saved, options.checkpoint))
     _select_tasks(config, options.tasks, parsed.overrides)
     _refuse_unused_tfds(config, parsed.overrides)
     tokenizer = saved.tokenizer()
@@ -152,6 +151,8 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
         tokenizer.encode("a")  # of a checkpoint that was converted without one, this says so
     sources: dict[str, Source] = {}
     tasks = build_tasks(config, recording_sources(sources))
+    folders = [*_folders(saved, options.checkpoint), *data_folders(sources, config.data.tfds_dir)]
+    compilation.enable(config.compile_cache, outside=folders)
     validate_devices(
         config,
         num_devices=jax.device_count(),

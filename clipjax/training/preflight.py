@@ -14,6 +14,7 @@ from clipjax.checkpoints.records import FOLDER
 from clipjax.checkpoints.saved import SavedCheckpoint, newest_checkpoint
 from clipjax.config import Config
 from clipjax.config.validation import validate, validate_devices
+from clipjax.data.sources import data_folders
 from clipjax.evals.runner import check_metric, check_samples
 from clipjax.models.clip import abstract_params
 from clipjax.monitoring import run_record
@@ -130,11 +131,12 @@ def _open_here(
     process_log.open_log(workdir, rank=jax.process_index(), header=run_record.describe_start())
     if warning:
         announce(f"warning: {warning}")
-    others = (config.init_from, config.loss.distill_from, config.data.tfds_dir)
-    compilation.enable(config.compile_cache, outside=[workdir, *(Path(each) for each in others if each)])
     decisions = Decisions(workdir)
     saved = newest_checkpoint(workdir) if replays else _open_newest(workdir, decisions)
     inputs = open_inputs(config, saved)
+    folders = [workdir, *(Path(each) for each in (config.init_from, config.loss.distill_from) if each)]
+    folders += data_folders(inputs.sources, config.data.tfds_dir)
+    compilation.enable(config.compile_cache, outside=folders)
     if config.checkpoint.best_metric is not None:
         check_metric(config.checkpoint.best_metric, inputs.tasks)
     if saved is not None:

@@ -1,5 +1,7 @@
 """`clipjax eval`: what it does once everything is open."""
 
+import re
+import shutil
 from unittest import mock
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from clipjax.cli import eval as evaluate
 from clipjax.config import Config
 from clipjax.evals.runner import Evaluation
+from tests.golden.test_checkpoint import FOLDER, write_inputs
 
 
 @pytest.fixture
@@ -24,3 +27,14 @@ def test_results_that_cannot_be_written_are_shown_and_the_exit_code_is_3(no_mode
     shown = capsys.readouterr()
     assert "top1" in shown.out and "results: " not in shown.out
     assert shown.err.count("\n") == 1 and "results.json: the results, which are shown, cannot be written" in shown.err
+
+
+def test_a_compile_cache_in_a_folder_of_the_tasks_data_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    write_inputs(tmp_path / "data")
+    shutil.copytree(FOLDER / "checkpoint_format_2", tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "data")
+    refused = f"compile_cache='{tmp_path}/data/xla' lies in ., a folder of data or checkpoints"
+    with pytest.raises(ValueError, match=re.escape(refused)):
+        evaluate._open_here([f"--checkpoint={tmp_path}/run", f"--config.compile_cache={tmp_path}/data/xla"])
+    assert not (tmp_path / "data" / "xla").exists()

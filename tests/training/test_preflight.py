@@ -131,6 +131,32 @@ def test_a_refused_start_leaves_nothing(tmp_path, cause):
     assert (tmp_path / "mine").is_dir() and files_in(tmp_path) == before
 
 
+@pytest.mark.parametrize("place", ["train", "link", "source", "gallery", "relative"])
+def test_a_compile_cache_in_a_folder_of_data_is_refused(tmp_path, monkeypatch, place):
+    data, others = tmp_path / "data", tmp_path / "others"
+    data.mkdir()
+    others.mkdir()
+    (others / "link.tar").symlink_to(data / "pairs.tar")
+    write(others / "other.tar", [member for i in range(8) for member in pair(f"other{i}")])
+    config = dataclasses.replace(make_config(data), eval=EvalConfig(), compile_cache=str(data / "xla"))
+    config.data.train = other = str(others / "other.tar")
+    match place:
+        case "train":
+            config.data.train = f"{tmp_path}/{{others/o*,data/pairs}}.tar"
+        case "link":
+            config.data.train = f"{others}/l*.tar"
+        case "relative":
+            monkeypatch.chdir(data)
+            config.data.train, config.compile_cache = "pairs.tar", "../data/xla"
+        case _:
+            task = TaskConfig(kind=TaskKind.IMAGE_RETRIEVAL, source=other, gallery=other)
+            task = dataclasses.replace(task, **{place: str(data / "pairs.tar")})
+            config.eval = EvalConfig(batch_size=8, tasks={"same": task})
+    with pytest.raises(ValueError, match=r"compile_cache='.*xla' lies in .*, a folder of data or checkpoints"):
+        check(config, tmp_path / "run")
+    assert not (data / "xla").exists() and not (tmp_path / "run").exists()
+
+
 def test_a_log_of_metrics_that_cannot_be_written_is_refused(tmp_path):
     config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
     (tmp_path / "run").mkdir()
