@@ -153,6 +153,11 @@ class RunLogger:
         for line in slow:
             self.message(line)
 
+    def sync(self) -> None:
+        """Wait until all that is written is on the disk."""
+        if self._writer is not None:
+            self._writer.sync()
+
     def results(
         self, step: int, results: Mapping[str, Mapping[str, float]], failures: Mapping[str, str] | None = None
     ) -> None:

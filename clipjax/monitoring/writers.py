@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
-from clipjax.runtime.files import write_atomic
+from clipjax.runtime.files import sync_folder, write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,6 +35,9 @@ class _AppendOnlyFile:
             with contextlib.suppress(OSError):
                 self._file.truncate(start)
             raise
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -79,6 +82,9 @@ class _TensorBoardFile:
         header = struct.pack("<Q", len(data))
         checksums = [struct.pack("<I", self._checksum(part)) for part in (header, data)]
         self._file.append(header + checksums[0] + data + checksums[1])
+
+    def sync(self) -> None:
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()
@@ -145,6 +151,17 @@ class MetricsWriter:
         except OSError as error:
             self.failures += 1
             self._tell(f"cannot write metrics of step {step}: {error}; training goes on without them")
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk, so that a crash of the machine leaves those up to a checkpoint."""
+        try:
+            for file in (self._lines, self._events):
+                if file is not None:
+                    file.sync()
+            sync_folder(self._workdir)
+        except OSError as error:
+            self.failures += 1
+            self._tell(f"cannot bring the metric files of {self._workdir} to the disk: {error}; training goes on")
 
     def _tell(self, text: str) -> None:
         """Report the first failure."""

@@ -216,6 +216,8 @@ class Run:
         with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
             jax.block_until_ready(state.step)
         with self.session.phase("saving", "a save"):
+            self.logger.sync()  # a checkpoint on the disk is never ahead of its log, even if the power fails
+            self.session.events.sync()
             ends = last or step == total_steps(self.config)
             self.checkpoints.save(step, to_items(state), records, best_value, last=ends)
         self.session.goodput.record()

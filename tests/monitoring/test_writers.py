@@ -127,6 +127,21 @@ def test_a_full_disk_at_the_start_delays_the_trim_and_adds_nothing_before(tmp_pa
     assert error.count("\n") == 1 and f"cannot open the metric files of {tmp_path}" in error and "No space" in error
 
 
+def test_sync_brings_the_files_and_their_folder_to_the_disk(tmp_path, monkeypatch, capsys):
+    synced: list[str] = []
+    with MetricsWriter(tmp_path, tensorboard=True, start_step=0) as writer:
+        writer.write(1, {"loss": 1.0})
+        monkeypatch.setattr(
+            writers.os, "fsync", lambda file: synced.append(str(pathlib.Path(f"/proc/self/fd/{file}").readlink()))
+        )
+        writer.sync()
+        monkeypatch.setattr(writers.os, "fsync", full)
+        writer.sync()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert set(synced) == {str(tmp_path / "metrics.jsonl"), str(events), str(tmp_path)}
+    assert writer.failures == 1 and "to the disk: " in capsys.readouterr().err
+
+
 def test_lines_at_the_end_are_cut_off_without_room_for_a_copy(tmp_path, monkeypatch):
     write_all(tmp_path, range(1, 4), start_step=0)
     monkeypatch.setattr(writers, "write_atomic", full)

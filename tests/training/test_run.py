@@ -4,6 +4,7 @@ import errno
 import pathlib
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from clipjax.config import Config
@@ -11,6 +12,17 @@ from clipjax.evals.runner import Evaluation
 from clipjax.training import run as run_module
 from clipjax.training.recovery import RunStopped
 from clipjax.training.run import Run
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_is_saved(monkeypatch):
+    for name in ("make_records", "to_items", "Position", "asdict", "steps_of"):
+        monkeypatch.setattr(run_module, name, mock.MagicMock())
+    run = mock.MagicMock(config=Config())
+    Run.save(run, mock.MagicMock(step=np.int32(3)), 3)
+    order = [name for name, *_ in run.mock_calls]
+    saved = order.index("checkpoints.save")
+    assert order.index("logger.flush") < order.index("logger.sync") < saved
+    assert order.index("session.events.sync") < saved
 
 
 def test_a_full_disk_at_the_end_shows_the_results_and_names_what_is_missing(monkeypatch):
