@@ -1,6 +1,7 @@
 """The run logger: files and lines, the process that writes them, and the table of results."""
 
 import json
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +75,16 @@ def test_a_step_is_fetched_and_written_on_flush_only(tmp_path, capsys):
     logger.flush()
     logger.close()
     assert len(lines(tmp_path)) == 1
+
+
+def test_prometheus_gets_the_numbers_of_each_logged_step(tmp_path):
+    exporter, config = mock.Mock(), make_config()
+    logger = RunLogger(config, tmp_path, start_step=0, flops_per_pair=1, skip_reasons=REASONS, exporter=exporter)
+    logger.log_step(2, step_metrics(3.5), 0.0)
+    logger.flush()
+    logger.close()
+    ((step, values),) = [call.args for call in exporter.update.mock_calls]
+    assert step == 2 and values["loss"] == 3.5 and values["examples_seen"] == 64
 
 
 def test_going_on_counts_from_the_start_step(tmp_path):

@@ -12,6 +12,7 @@ from clipjax.config import CheckpointConfig, Config, EvalConfig, LogConfig
 from clipjax.data.training_stream import NoUsableSample, TooManyBadSamples
 from clipjax.runtime.shutdown import Shutdown
 from clipjax.training import loop
+from clipjax.training.recovery import RunStopped
 from clipjax.training.resume import Position
 from tests.launch.conftest import until
 from tests.runtime.test_shutdown import handlers  # noqa: F401
@@ -89,6 +90,15 @@ def test_a_stop_saves_what_was_judged_and_leaves_the_evaluation_to_the_next_star
     run = Recorded(stop_at=3)
     assert loop._train(run) == 15
     assert run.asked[-3:] == [("follow", 3), ("settle", 3), ("save", 3, None, True)]
+
+
+def test_trouble_of_a_process_saves_and_stops_all_with_its_reason():
+    run = Recorded(stop_at=3)
+    run.signal.error = "a loader worker died again"
+    run.wait_for_saves = lambda: run.asked.append(("wait",))
+    with pytest.raises(RunStopped, match="a loader worker died again"):
+        loop._train(run)
+    assert run.asked[-2:] == [("save", 3, None, True), ("wait",)]
 
 
 class Signalled(Recorded):

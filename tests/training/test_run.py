@@ -1,5 +1,6 @@
 """What the parts of a run do together, with parts that compute nothing."""
 
+import collections
 import errno
 import pathlib
 from unittest import mock
@@ -8,10 +9,54 @@ import numpy as np
 import pytest
 
 from clipjax.config import Config
+from clipjax.data.training_stream import WorkersDie
 from clipjax.evals.runner import Evaluation
 from clipjax.training import run as run_module
 from clipjax.training.recovery import RunStopped
 from clipjax.training.run import Run
+
+
+def test_a_request_for_a_profile_reaches_the_profiler_and_each_step_asks_it(monkeypatch):
+    monkeypatch.setattr(run_module, "device_batch", mock.Mock())
+    run = mock.MagicMock(_in_flight=collections.deque())
+    run.signal.take_profile_request.side_effect = [False, True]
+    run.session.replicas = None
+    for step in (1, 2):
+        Run.next_batch(run, step)
+        Run.follow(run, step, mock.Mock(), {"loss": step})
+        assert run.session.profile.request.called == (step == 2)
+    assert run.session.profile.maybe_start.mock_calls == [mock.call(1), mock.call(2)]
+    assert run.session.profile.maybe_stop.mock_calls == [mock.call(1, {"loss": 1}), mock.call(2, {"loss": 2})]
+
+
+def test_copies_are_compared_when_due_and_judged_with_their_step():
+    run = mock.MagicMock(_in_flight=collections.deque())
+    run.session.replica_check_every = 2
+    run.session.replicas.find_differing.return_value = "device 1 differs"
+    for step in (1, 2, 3):
+        Run.follow(run, step, f"state {step}", dict.fromkeys(run_module.JUDGED, np.float32(0)))
+    assert run.session.replicas.check.mock_calls == [mock.call("state 2")]
+    for _ in range(3):
+        Run._judge_oldest(run)
+    run.session.replicas.find_differing.assert_called_once_with(run.session.replicas.check.return_value)
+    assert run.recovery.judge_replicas.mock_calls == [mock.call(2, "device 1 differs")]
+
+
+def test_workers_that_die_too_often_stop_the_run_and_the_batches_up_to_then_are_read_without_them():
+    run, read = mock.MagicMock(), []
+
+    class Stream:
+        def __next__(self) -> str:
+            if not read:
+                raise WorkersDie("a loader worker died again")
+            return "batch"
+
+        def read_here(self) -> None:
+            read.append("here")
+
+    run.stream = Stream()
+    assert Run._read(run) == "batch" and read == ["here"]
+    run.signal.request.assert_called_once_with("a loader worker died again")
 
 
 def test_the_log_is_on_the_disk_before_a_checkpoint_is_saved(monkeypatch):
