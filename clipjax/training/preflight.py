@@ -20,7 +20,7 @@ from clipjax.models.clip import abstract_params
 from clipjax.monitoring import run_record
 from clipjax.monitoring.prometheus import Exporter
 from clipjax.monitoring.writers import METRICS_FILE
-from clipjax.runtime import compilation, consistency, files, owner, process_log, sharding
+from clipjax.runtime import compilation, consistency, device_counts, files, owner, process_log, sharding
 from clipjax.runtime.compilation import compiler_options
 from clipjax.runtime.consistency import Fingerprint
 from clipjax.runtime.processes import announce, is_first
@@ -69,8 +69,9 @@ def check(parse: Callable[[], tuple[Config, Path]], *, replays: bool = False) ->
     made: list[Path] = []
     try:
         (config, workdir, warning), _ = consistency.run_on_all("owner", lambda: (_claim(parse, made), {}))
+        warnings = [warning, *_missing_devices(workdir)] if is_first() else []
         opened, facts = consistency.run_on_all(
-            "train", lambda: _open_here(config, workdir, warning, made, replays), kinds=(UnusableCheckpoint,)
+            "train", lambda: _open_here(config, workdir, warnings, made, replays), kinds=(UnusableCheckpoint,)
         )
         consistency.check_shared(workdir)
     except (ValueError, OSError):
@@ -90,12 +91,21 @@ def _claim(parse: Callable[[], tuple[Config, Path]], made: list[Path]) -> tuple[
     """
     config, workdir = parse()
     validate(config)
+    device_counts.share()
     warning = ""
     if is_first():
         new = [path for path in (workdir / owner.FILE, workdir, *workdir.parents) if not path.exists()]
         made += reversed(new)
         warning = owner.take(workdir)
     return config, workdir, warning
+
+
+def _missing_devices(workdir: Path) -> list[str]:
+    """Return warnings on devices, for a person who reads of a mesh that does not fit, or of none and a smaller one."""
+    now, last = device_counts.by_host(), {}
+    with contextlib.suppress(run_record.DamagedRecord, OSError):  # others tell of it
+        last = next(iter(reversed(run_record.read(workdir).get("starts", []))), {})
+    return [device_counts.find_odd(now), device_counts.find_changes(now, last if isinstance(last, dict) else {})]
 
 
 def _delete(made: Sequence[Path]) -> None:
@@ -120,7 +130,7 @@ def _is_deleted(path: Path) -> bool:
 
 
 def _open_here(
-    config: Config, workdir: Path, warning: str, made: list[Path], replays: bool
+    config: Config, workdir: Path, warnings: Sequence[str], made: list[Path], replays: bool
 ) -> tuple[Checked, Fingerprint]:
     """Check this process's part."""
     files.require_writable(workdir)
@@ -129,7 +139,7 @@ def _open_here(
     log = process_log.path_of(workdir, jax.process_index())
     made += [path for path in (log.parent, log) if not path.exists()]
     process_log.open_log(workdir, rank=jax.process_index(), header=run_record.describe_start())
-    if warning:
+    for warning in filter(None, warnings):
         announce(f"warning: {warning}")
     decisions = Decisions(workdir)
     saved = newest_checkpoint(workdir) if replays else _open_newest(workdir, decisions)
@@ -210,6 +220,7 @@ def record_start(workdir: Path, facts: Mapping[str, Mapping[str, object]]) -> No
         **run_record.describe_start(),
         "compile_cache": jax.config.jax_compilation_cache_dir,  # pyright: ignore[reportAttributeAccessIssue]
         "compiler_options": compiler_options(jax.devices()),
+        "devices_by_host": device_counts.by_host(),
         "digests": fingerprints.digests(facts),
     }
     try:

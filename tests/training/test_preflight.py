@@ -10,6 +10,7 @@ import tarfile
 import types
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -174,6 +175,17 @@ def test_a_workdir_that_is_held_stays_as_it_is(tmp_path):
         with pytest.raises(ValueError, match=f"another run holds it: process {other.pid} "):
             check(config, tmp_path / "run")
         assert files_in(tmp_path / "run") == before
+
+
+def test_a_start_with_fewer_devices_than_the_last_warns_before_the_mesh_is_judged(tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
+    check(config, tmp_path / "run")
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr(jax, "local_device_count", lambda: 7)
+    monkeypatch.setattr(jax, "device_count", lambda: 7)
+    with pytest.raises(ValueError, match="7"):
+        check(config, tmp_path / "run")
+    assert "warning: 7 devices, 8 at the last start of this run: host " in capsys.readouterr().err
 
 
 def test_a_workdir_that_has_lost_its_checkpoints_is_refused(tmp_path):
