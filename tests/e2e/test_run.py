@@ -23,7 +23,7 @@ from clipjax.monitoring.goodput import History
 from tests.commands import exit_code
 from tests.e2e.conftest import run, start
 
-TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "goodput")
+TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "goodput", "wall_seconds")
 
 
 def train_arguments(config: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> tuple[str, ...]:

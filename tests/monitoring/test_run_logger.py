@@ -9,6 +9,8 @@ import pytest
 
 from clipjax.config import Config, LogConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.data.sample import REASONS
+from clipjax.monitoring.events import Events
+from clipjax.monitoring.goodput import CAUSES, Goodput
 from clipjax.monitoring.run_logger import RunLogger, results_table
 
 RESULTS = {"val": {"top1": 0.125, "num_examples": 64}, "pairs": {"image_to_text_r1": 0.5}}
@@ -85,6 +87,25 @@ def test_prometheus_gets_the_numbers_of_each_logged_step(tmp_path):
     logger.close()
     ((step, values),) = [call.args for call in exporter.update.mock_calls]
     assert step == 2 and values["loss"] == 3.5 and values["examples_seen"] == 64
+
+
+def test_lines_hold_the_times_of_the_run_by_cause(tmp_path):
+    now = [1000.0]
+    ledger = Goodput(Events(tmp_path, enabled=False), began=999.0, clock=lambda: now[0])
+    config = make_config()
+    logger = RunLogger(config, tmp_path, start_step=0, flops_per_pair=1, skip_reasons=REASONS, goodput=ledger)
+    ledger.step(1)
+    now[0] += 3
+    logger.log_step(1, step_metrics(3.5), 0.0)
+    with ledger.phase("evaluation"):
+        now[0] += 2
+    logger.flush()
+    logger.results(1, RESULTS)
+    logger.close()
+    step, evaluation = lines(tmp_path)
+    assert step["wall_seconds"] == dict.fromkeys(CAUSES, 0.0) | {"initialisation": 1.0, "steps": 3.0}
+    assert step["goodput"] == 0.75
+    assert evaluation["wall_seconds"] == step["wall_seconds"] | {"evaluation": 2.0} and evaluation["eval"] == RESULTS
 
 
 def test_going_on_counts_from_the_start_step(tmp_path):
