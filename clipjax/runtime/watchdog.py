@@ -49,7 +49,7 @@ class Watchdog:
 
     Args:
         stuck_seconds: limit of `recovery.stuck_seconds`; None: no limit, and only other processes are heard.
-        log: file for the stacks of all threads; None: standard error.
+        log: file for the stacks of all threads; None: the log of this process, once it is open, or standard error.
         tick_seconds: time between two looks.
     """
 
@@ -164,7 +164,7 @@ class Watchdog:
         signal.setitimer(signal.ITIMER_REAL, END_SECONDS)
         if self._peers is not None:
             self._peers.announce(text)
-        log = self._log if _say(text) else None  # a log that blocks gets no stacks
+        log = (self._log or process_log.open_file()) if _say(text) else None  # a log that blocks gets no stacks
         with contextlib.suppress(OSError, ValueError, AttributeError):
             # By its number: the stream itself may be locked by the thread that hangs.
             faulthandler.dump_traceback((log or sys.__stderr__).fileno(), all_threads=True)  # pyright: ignore

@@ -24,6 +24,7 @@ from clipjax.runtime import compilation, consistency, device_counts, files, owne
 from clipjax.runtime.compilation import compiler_options
 from clipjax.runtime.consistency import Fingerprint
 from clipjax.runtime.processes import announce, is_first
+from clipjax.runtime.watchdog import Watchdog
 from clipjax.training import fingerprints, optimizer
 from clipjax.training.decisions import Decisions
 from clipjax.training.inputs import Inputs, open_inputs
@@ -70,10 +71,11 @@ def check(parse: Callable[[], tuple[Config, Path]], *, replays: bool = False) ->
     try:
         (config, workdir, warning), _ = consistency.run_on_all("owner", lambda: (_claim(parse, made), {}))
         warnings = [warning, *_missing_devices(workdir)] if is_first() else []
-        opened, facts = consistency.run_on_all(
-            "train", lambda: _open_here(config, workdir, warnings, made, replays), kinds=(UnusableCheckpoint,)
-        )
-        consistency.check_shared(workdir)
+        with Watchdog(config.recovery.stuck_seconds) as watchdog, watchdog.paused("preflight"):
+            opened, facts = consistency.run_on_all(
+                "train", lambda: _open_here(config, workdir, warnings, made, replays), kinds=(UnusableCheckpoint,)
+            )
+            consistency.check_shared(workdir)
     except (ValueError, OSError):
         _delete(made)
         raise

@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import functools
 import io
 import json
 import pathlib
 import re
 import tarfile
+import threading
 import types
 from typing import Any
 
@@ -31,6 +33,7 @@ from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.evals.runner import build_tasks, check_metric
 from clipjax.monitoring import run_record
 from clipjax.runtime import owner, process_log
+from clipjax.runtime.watchdog import Watchdog
 from clipjax.training import preflight
 from clipjax.training.decisions import Decisions, Rollback
 from clipjax.training.inputs import open_inputs
@@ -186,6 +189,29 @@ def test_a_start_with_fewer_devices_than_the_last_warns_before_the_mesh_is_judge
     with pytest.raises(ValueError, match="7"):
         check(config, tmp_path / "run")
     assert "warning: 7 devices, 8 at the last start of this run: host " in capsys.readouterr().err
+
+
+def test_a_hang_of_the_preflight_is_ended_with_the_place_where_it_waits(tmp_path, monkeypatch):
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
+    config.recovery.stuck_seconds = 1
+    ended: list[str] = []
+    over = threading.Event()
+
+    def hang(*_: object) -> None:
+        assert over.wait(60)
+        raise ValueError("over")
+
+    def end(self: Watchdog, text: str) -> None:
+        ended.append(text)
+        over.set()
+
+    monkeypatch.setattr(Watchdog, "_end", end)
+    monkeypatch.setattr(preflight, "Watchdog", functools.partial(Watchdog, tick_seconds=0.1))
+    monkeypatch.setattr(preflight, "open_inputs", hang)
+    with pytest.raises(ValueError, match="over"):
+        check(config, tmp_path / "run")
+    assert "is stuck after step 0 in preflight: no progress for 1 s" in ended[0]
+    assert "it waits in clipjax/training/preflight.py:" in ended[0] and "(_open_here)" in ended[0]
 
 
 def test_a_workdir_that_has_lost_its_checkpoints_is_refused(tmp_path):
