@@ -81,11 +81,12 @@ class _Start:
         self.is_first: bool | None = None
         self._store: tuple[Callable[[str, str], None], Callable[[str], Mapping[str, str]]] | None = None
         self._outcome = ""
-        self._deciding, self._leaving = threading.Lock(), threading.Lock()
+        self._deciding, self._leaving, self._passing = threading.Lock(), threading.Lock(), threading.Lock()
         self._count = 0
         self._late: list[int] = []
         self._receive: Callable[[int], None] = self._late.append
         self._closed = threading.Event()
+        self._follower: threading.Thread | None = None
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._previous = {number: signal.signal(number, _wake) for number in (*STOP_SIGNALS, STACKS_SIGNAL)}
@@ -96,7 +97,8 @@ class _Start:
     def connect(self, kv_set: Callable[[str, str], None], kv_list: Callable[[str], Mapping[str, str]]) -> None:
         """See `connected`."""
         self._store = kv_set, kv_list
-        threading.Thread(target=self._follow, daemon=True, name="start-outcome").start()
+        self._follower = threading.Thread(target=self._follow, daemon=True, name="start-outcome")
+        self._follower.start()
 
     def _listen(self) -> None:
         while (number := os.read(self._read, 1)[0]) != _END:
@@ -113,7 +115,8 @@ class _Start:
         outcome = self._decide(str(number))
         if outcome != _BEGUN:
             self._leave(int(outcome))
-        self._receive(number)
+        with self._passing:
+            self._receive(number)
 
     def _decide(self, proposal: str) -> str:
         """Return the outcome of the start, which is the proposal if there was none."""
@@ -142,9 +145,10 @@ class _Start:
         outcome = self._decide(_BEGUN)
         if outcome != _BEGUN:
             self._leave(int(outcome))
-        self._receive = receive
-        while self._late:
-            receive(self._late.pop(0))
+        with self._passing:
+            self._receive = receive
+            while self._late:
+                receive(self._late.pop(0))
 
     def _leave(self, number: int) -> None:
         """End this process."""
@@ -171,6 +175,8 @@ class _Start:
     def close(self) -> None:
         """Restore the handlers that were there before, unless those of `Shutdown` are to stay to the end."""
         self._closed.set()
+        if self._follower is not None:
+            self._follower.join(timeout=5)
         if signal.getsignal(STOP_SIGNALS[0]) is not _wake:
             return
         signal.set_wakeup_fd(self._previous_fd)
