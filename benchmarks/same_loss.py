@@ -36,7 +36,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 WORKING_TREE = "the working tree"
-TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "mfu", "goodput")
+TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "mfu", "goodput", "wall_seconds")
 """Metrics that depend on the clock."""
 SHOW_ORIGIN = (
     "import runpy, clipjax; print('clipjax is', clipjax.__file__, flush=True); "

@@ -23,7 +23,7 @@ from clipjax.config.paths import expand_paths
 from clipjax.config.serialization import path_parts
 from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sample import Source
-from clipjax.data.sources import recording_sources
+from clipjax.data.sources import data_folders, recording_sources
 from clipjax.data.tfds import TFDS_PREFIX
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.evals.encoder import Encoder
@@ -144,7 +144,6 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
         files.require_writable(options.output.parent, "--output")
         files.require_file_writable(options.output, "--output")
     validate(config, batch_fields=("eval.batch_size",))
-    compilation.enable(config.compile_cache, outside=_folders(saved, options.checkpoint))
     _select_tasks(config, options.tasks, parsed.overrides)
     _refuse_unused_tfds(config, parsed.overrides)
     tokenizer = saved.tokenizer()
@@ -152,6 +151,8 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
         tokenizer.encode("a")  # of a checkpoint that was converted without one, this says so
     sources: dict[str, Source] = {}
     tasks = build_tasks(config, recording_sources(sources))
+    folders = [*_folders(saved, options.checkpoint), *data_folders(sources, config.data.tfds_dir)]
+    compilation.enable(config.compile_cache, outside=folders)
     validate_devices(
         config,
         num_devices=jax.device_count(),
@@ -251,14 +252,20 @@ def _evaluate(opened: Opened) -> int:
     clip = build_clip(config.model, data=config.data)
     with jax.set_mesh(mesh):
         evaluation = run_tasks(opened.tasks, Encoder(config, clip, mesh, opened.tokenizer, load_params(saved, mesh)))
+    failures = [f"eval.tasks.{name} on {saved.path}: {reason}" for name, reason in evaluation.failures.items()]
     if processes.is_first():
-        if output is not None and evaluation.results:
-            write_results(output, saved.path, evaluation)
+        written = output is not None and bool(evaluation.results)
+        try:
+            if output is not None and written:
+                write_results(output, saved.path, evaluation)
+        except OSError as error:
+            written = False
+            failures.append(f"--output={output}: the results, which are shown, cannot be written there: {error}")
         print(f"checkpoint {printable(str(saved.path))} ({saved.params_group}), step {saved.step}")
         if evaluation.results:
             print(results_table(evaluation.results))
-        if output is not None and evaluation.results:
+        if written:
             print(f"results: {printable(str(output))}", flush=True)
-        for name, reason in evaluation.failures.items():
-            print_error(PROGRAM, ValueError(f"eval.tasks.{name} on {saved.path}: {reason}"))
-    return UNUSABLE_DATA if evaluation.failures else 0
+        for failure in failures:
+            print_error(PROGRAM, ValueError(failure))
+    return UNUSABLE_DATA if failures else 0

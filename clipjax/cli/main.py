@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, rest: list[str]) -> int:
     match command:
         case "train":
-            _refuse_held_workdir(rest)
-            from clipjax.cli.train import main as run
+            return _train(rest)
         case "eval":
             from clipjax.cli.eval import main as run
         case "plan":
@@ -93,6 +92,17 @@ def _run(command: str, rest: list[str]) -> int:
             print(f"clipjax: error: unknown command {command!r}; known: {known}{hint}", file=sys.stderr)
             return 2
     return run(rest)
+
+
+def _train(rest: list[str]) -> int:
+    """Train; signals are answered from here on, as importing JAX takes seconds."""
+    from clipjax.runtime import start_signals
+
+    with start_signals.session():
+        _refuse_held_workdir(rest)
+        from clipjax.cli.train import main
+
+        return main(rest)
 
 
 def _refuse_held_workdir(rest: list[str]) -> None:

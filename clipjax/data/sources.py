@@ -5,7 +5,7 @@ Reading order: `build_source`, `ArraySource`, `recording_sources`.
 
 import glob
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from clipjax.config import DataConfig
 from clipjax.config.paths import expand
 from clipjax.data.digests import ShardDigest, digest_samples
 from clipjax.data.sample import Sample, Source, clean_caption
-from clipjax.data.tfds import TFDS_PREFIX, TfdsSource
+from clipjax.data.tfds import TFDS_PREFIX, TfdsSource, data_folder
 from clipjax.data.webdataset import TarSource
 
 
@@ -140,3 +140,17 @@ def recording_sources(sources: dict[str, Source]) -> Callable[..., Source]:
         return sources[spec]
 
     return open_source
+
+
+def data_folders(sources: Mapping[str, Source], tfds_dir: str | None) -> list[pathlib.Path]:
+    """Return the folders that hold the files of open sources, also where those are links, and that of TFDS.
+
+    Args:
+        sources: by the string that names them in the config.
+        tfds_dir: of the config.
+    """
+    paths = [pathlib.Path(path) for source in sources.values() for path in source.files()]
+    folders = {path.parent for path in paths} | {path.resolve().parent for path in paths if path.is_symlink()}
+    if any(spec.startswith(TFDS_PREFIX) for spec in sources):
+        folders.add(pathlib.Path(data_folder(tfds_dir)))
+    return sorted(folders)

@@ -172,17 +172,23 @@ def _nested(tree: Any, path: str) -> Any:
     return tree
 
 
+def data_folder(data_dir: str | None) -> str:
+    """Return the folder of all prepared data: the one given, or TFDS's own default."""
+    from tensorflow_datasets.core import constants
+
+    return data_dir or os.fspath(constants.DATA_DIR)
+
+
 def _prepared_directory(name: str, data_dir: str | None) -> str:
     """Return the folder of prepared data on disk. `tfds.builder` would also look for it in a bucket."""
-    from tensorflow_datasets.core import DatasetNotFoundError, constants, read_only_builder
+    from tensorflow_datasets.core import DatasetNotFoundError, read_only_builder
 
     try:
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
     except (DatasetNotFoundError, ValueError, ImportError) as error:
         remedy = "run `clipjax data scenes`" if name == "scenes" else "prepare it with file_format='array_record'"
-        place = data_dir or constants.DATA_DIR
         raise ValueError(
-            f"source '{TFDS_PREFIX}{name}': no prepared data in {place} (data.tfds_dir); {remedy}, or name the "
-            f"config or version that is there ({name}/CONFIG, {name}:1.0.0)"
+            f"source '{TFDS_PREFIX}{name}': no prepared data in {data_folder(data_dir)} (data.tfds_dir); {remedy}, or "
+            f"name the config or version that is there ({name}/CONFIG, {name}:1.0.0)"
         ) from error
     return os.fspath(builder.data_dir)

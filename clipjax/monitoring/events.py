@@ -43,6 +43,16 @@ class Events:
         except OSError as error:
             process_log.info(f"{self._path} cannot be written: {error}")
 
+    def sync(self) -> None:
+        """Wait until all events are on the disk; one that is lost in a crash of the machine is never worth the run."""
+        if self._path is None:
+            return
+        try:
+            with self._path.open("ab") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            process_log.info(f"{self._path} cannot be written: {error}")
+
 
 def _line_end(file: Any) -> bytes:
     """Return the line end that a kill or a full disk has kept from the last line."""

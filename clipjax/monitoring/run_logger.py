@@ -98,9 +98,15 @@ class RunLogger:
         rates = self._clock.lap(step=step, examples_seen=step * self._batch, wait_seconds=wait_seconds)
         if self._goodput is not None:
             self._goodput.record()
-            rates["goodput"] = self._goodput.fraction()
-        self._pending = (step, metrics, rates)
+        self._pending = (step, metrics, rates | self._ledger())
         self._account(step, rates)
+
+    def _ledger(self) -> dict[str, Any]:
+        """Return the share of productive steps, and the seconds of the whole run by cause."""
+        if self._goodput is None:
+            return {}
+        seconds = {cause: round(value, 3) for cause, value in self._goodput.seconds().items()}
+        return {"goodput": self._goodput.fraction(), "wall_seconds": seconds}
 
     def _account(self, step: int, rates: Mapping[str, float]) -> None:
         """Log and send the times of this process since the last logged step."""
@@ -153,6 +159,11 @@ class RunLogger:
         for line in slow:
             self.message(line)
 
+    def sync(self) -> None:
+        """Wait until all that is written is on the disk."""
+        if self._writer is not None:
+            self._writer.sync()
+
     def results(
         self, step: int, results: Mapping[str, Mapping[str, float]], failures: Mapping[str, str] | None = None
     ) -> None:
@@ -161,7 +172,8 @@ class RunLogger:
             self.message(f"evaluation task {task} failed and is left out: {reason}")
         if self._writer is not None and (results or failures):
             failed = {"eval_failed": failures} if failures else {}
-            self._writer.write(step, {"examples_seen": step * self._batch, "eval": results, **failed})
+            line = {"examples_seen": step * self._batch, "eval": results, **failed, **self._ledger()}
+            self._writer.write(step, line)
             shown = (
                 f"{task} {name} {value:.3f}" for task, metrics in results.items() for name, value in metrics.items()
             )

@@ -15,7 +15,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
-from clipjax.runtime.files import write_atomic
+from clipjax.runtime.files import sync_folder, write_atomic
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class _AppendOnlyFile:
@@ -33,6 +35,9 @@ class _AppendOnlyFile:
             with contextlib.suppress(OSError):
                 self._file.truncate(start)
             raise
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -57,10 +62,16 @@ class _TensorBoardFile:
         folder.mkdir(parents=True, exist_ok=True)
         # The name's time orders the files of resumed runs; nanoseconds keep two starts within a second apart.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{time.time_ns()}"
-        self._file = _AppendOnlyFile(folder / name)
-        self._write(file_version="brain.Event:2")
-        # purge_step: TensorBoard hides what an earlier, killed run wrote at this step and later.
-        self._write(step=start_step + 1, session_log=self._session_log(status=self._session_log.START))
+        path = folder / name
+        self._file = _AppendOnlyFile(path)
+        try:
+            self._write(file_version="brain.Event:2")
+            # purge_step: TensorBoard hides what an earlier, killed run wrote at this step and later.
+            self._write(step=start_step + 1, session_log=self._session_log(status=self._session_log.START))
+        except OSError:
+            self.close()
+            path.unlink(missing_ok=True)
+            raise
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(values, "")]
@@ -72,6 +83,9 @@ class _TensorBoardFile:
         checksums = [struct.pack("<I", self._checksum(part)) for part in (header, data)]
         self._file.append(header + checksums[0] + data + checksums[1])
 
+    def sync(self) -> None:
+        self._file.sync()
+
     def close(self) -> None:
         self._file.close()
 
@@ -81,27 +95,43 @@ class MetricsWriter:
 
     A run that resumes at `start_step` first drops the lines after that step and any half-written one, so that its file
     has the lines of an uninterrupted run; if it is yet to be evaluated there (not `evaluated`), an evaluation of that
-    step too, which an earlier start has lost. A write that fails later on (full disk) never stops training: it is
-    counted in `failures` and reported once on stderr.
-
-    Raises:
-        OSError: the files cannot be created or trimmed at the start.
+    step too, which an earlier start has lost. A disk that is full never stops training, at the start or later: what is
+    not written is counted in `failures` and reported once on stderr. Files that could not be opened or trimmed are
+    tried again with every line; none is added before.
     """
 
     def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, start_step: int, evaluated: bool = True) -> None:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            _trim(path, start_step, evaluated=evaluated)
+        self._workdir, self._start_step, self._evaluated = workdir, start_step, evaluated
+        self._tensorboard = tensorboard
+        self._lines: _AppendOnlyFile | None = None
+        self._events: _TensorBoardFile | None = None
         self.failures = 0
-        self._lines = _AppendOnlyFile(path)
-        self._events = _TensorBoardFile(workdir / "tensorboard", start_step) if tensorboard else None
+        self._told = False
+        try:
+            self._open_lines()
+            self._open_events()
+        except OSError as error:
+            self._tell(f"cannot open the metric files of {workdir}: {error}; training goes on, and tries again")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _open_lines(self) -> _AppendOnlyFile:
+        if self._lines is None:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            path = self._workdir / METRICS_FILE
+            if path.exists():
+                _trim(path, self._start_step, evaluated=self._evaluated)
+            self._lines = _AppendOnlyFile(path)
+        return self._lines
+
+    def _open_events(self) -> _TensorBoardFile | None:
+        if self._events is None and self._tensorboard:
+            self._events = _TensorBoardFile(self._workdir / "tensorboard", self._start_step)
+        return self._events
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add one line: `step`, then `values` (numbers, strings, scalar arrays or dicts of them).
@@ -114,34 +144,59 @@ class MetricsWriter:
         if nonfinite:
             line["nonfinite"] = nonfinite
         try:
-            self._lines.append(json.dumps(line, allow_nan=False).encode() + b"\n")
-            if self._events is not None:
-                self._events.write(int(step), values)
+            self._open_lines().append(json.dumps(line, allow_nan=False).encode() + b"\n")
+            events = self._open_events()
+            if events is not None:
+                events.write(int(step), values)
         except OSError as error:
             self.failures += 1
-            if self.failures == 1:
-                message = f"clipjax: cannot write metrics of step {step}: {error}; training goes on without them"
-                with contextlib.suppress(OSError, ValueError):
-                    print(message, file=sys.stderr, flush=True)
+            self._tell(f"cannot write metrics of step {step}: {error}; training goes on without them")
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk, so that a crash of the machine leaves those up to a checkpoint."""
+        try:
+            for file in (self._lines, self._events):
+                if file is not None:
+                    file.sync()
+            sync_folder(self._workdir)
+        except OSError as error:
+            self.failures += 1
+            self._tell(f"cannot bring the metric files of {self._workdir} to the disk: {error}; training goes on")
+
+    def _tell(self, text: str) -> None:
+        """Report the first failure."""
+        if not self._told:
+            self._told = True
+            with contextlib.suppress(OSError, ValueError):
+                print(f"clipjax: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Close the files; every line is already written."""
-        self._lines.close()
-        if self._events is not None:
-            self._events.close()
+        for file in (self._lines, self._events):
+            if file is not None:
+                file.close()
 
 
 def _trim(path: pathlib.Path, start_step: int, *, evaluated: bool) -> None:
     """Keep only the whole lines up to `start_step`, none of an evaluation there if it is not `evaluated`.
 
-    Atomic, and no write where there is nothing to drop.
+    The file is the old or the new one at any time, and there is no write where there is nothing to drop. Lines at the
+    end are cut off in place, which a full disk allows.
+
+    Raises:
+        OSError: nothing may be added to the file yet.
     """
     content = path.read_bytes()
     lines = content.splitlines(keepends=True)
     kept = b"".join(line for line in lines if _is_kept(line, start_step, evaluated=evaluated))
     if kept == content:
         return
-    write_atomic(path, kept, sync=True)
+    if not content.startswith(kept):
+        write_atomic(path, kept, sync=True)
+        return
+    with path.open("r+b") as file:
+        file.truncate(len(kept))
+        os.fsync(file.fileno())
 
 
 def _is_kept(line: bytes, start_step: int, *, evaluated: bool) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from clipjax.runtime import processes
 from clipjax.runtime.chips import find_chip
 
 AUTO = "auto"
@@ -43,7 +44,7 @@ def enable(
         The directory in use, None without one.
 
     Raises:
-        ValueError: the directory is not safe, or lies in a folder of `outside`, or one that was named cannot be made.
+        ValueError: the directory is not safe, or one that was named lies in a folder of `outside` or cannot be made.
     """
     if setting == AUTO:
         if environment.get(_JAX_NAME):
@@ -56,6 +57,9 @@ def enable(
     folder = _default_folder(environment) if setting == AUTO else pathlib.Path(setting).expanduser()
     for each in outside:
         if folder.resolve().is_relative_to(each.resolve()):
+            if setting == AUTO:  # data that lies in the home itself is no reason to refuse
+                processes.announce(f"no compile cache: {folder} lies in {each}, a folder of data or checkpoints")
+                return None
             raise ValueError(
                 f"compile_cache={setting!r} lies in {each}, a folder of data or checkpoints: what lies in a cache is "
                 "executed, and others may have made that folder; name a directory elsewhere, or none"

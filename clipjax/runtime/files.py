@@ -17,12 +17,17 @@ def write_atomic(path: pathlib.Path, content: str | bytes, *, sync: bool = False
         OSError: it cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # what is left would only take space on a full disk
+            temporary.unlink()
+        raise
     if sync:
         sync_folder(path.parent)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from clipjax.runtime import process_log
+from clipjax.runtime import process_log, start_signals
 from clipjax.runtime.launchers import Launch, find_launch
 from clipjax.runtime.terminal import printable
 
@@ -77,10 +77,12 @@ def start(options: Mapping[str, str | None] | None = None, environment: Mapping[
                 f"{error}; is the port free, the address that of process 0, and every process started? "
                 "--coordinator=HOST:PORT --num_processes=N --process_id=I say all of it outright"
             ) from error
+        start_signals.connected(kv_set, kv_list)
         # Opening the devices waits for all processes: now, while all of them are sure to come.
         with _failure_shared(f"process {launch.process_id}" if launch.process_id is not None else socket.gethostname()):
             open_devices(environment)
         joined = jax.process_count()
+    start_signals.joined(first=is_first())
     if launch.num_processes not in (None, joined):
         raise ValueError(
             f"{launch.num_processes} processes were started ({launch.launcher}), but the devices know of {joined}; "

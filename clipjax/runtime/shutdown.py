@@ -1,6 +1,7 @@
 """Signals: SIGTERM and SIGINT ask for a stop at a step that all processes agree on, SIGUSR1 for stacks and a profile.
 
-Reading order: `Shutdown` (the signals), `_Agreement` (the step at which several processes stop).
+Reading order: `Shutdown` (the signals), `_Agreement` (the step at which several processes stop). Until a session has
+made a `Shutdown`, `start_signals` acts on them.
 
 Python's handlers run in the main thread, which may be compiling or waiting for a device. So a thread reads the signals
 from the pipe that Python writes their numbers to, and acts on them at once.
@@ -20,8 +21,8 @@ from typing import Any, TextIO
 import jax
 
 from clipjax.runtime import process_log, processes
+from clipjax.runtime.start_signals import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PROFILE_SIGNAL = signal.SIGUSR1
 
 INSIST_SECONDS = 5.0
@@ -66,9 +67,10 @@ class Shutdown:
             if number == PROFILE_SIGNAL:
                 self._profile.set()
             elif number in STOP_SIGNALS:
-                self._receive(number)
+                self.receive(number)
 
-    def _receive(self, number: int) -> None:
+    def receive(self, number: int) -> None:
+        """Act on a signal to stop."""
         now = time.monotonic()
         self._count += 1
         if self._count > 2 and now - self._latest <= INSIST_SECONDS:

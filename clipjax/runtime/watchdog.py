@@ -49,7 +49,7 @@ class Watchdog:
 
     Args:
         stuck_seconds: limit of `recovery.stuck_seconds`; None: no limit, and only other processes are heard.
-        log: file for the stacks of all threads; None: standard error.
+        log: file for the stacks of all threads; None: the log of this process, once it is open, or standard error.
         tick_seconds: time between two looks.
     """
 
@@ -124,13 +124,14 @@ class Watchdog:
                 self._deadline.enter("closing", time.monotonic())
 
     def _watch(self) -> None:
-        work = _work()
+        meter = _WorkMeter()
+        work = meter.read()
         while True:
             before = time.monotonic()
             if self._closed.wait(self._tick):
                 return
             now = time.monotonic()
-            took, done = now - before, _work()
+            took, done = now - before, meter.read()
             with self._lock:
                 if took > self._tick + _PAUSE_SECONDS:
                     self._deadline.shift(took - self._tick)
@@ -163,7 +164,7 @@ class Watchdog:
         signal.setitimer(signal.ITIMER_REAL, END_SECONDS)
         if self._peers is not None:
             self._peers.announce(text)
-        log = self._log if _say(text) else None  # a log that blocks gets no stacks
+        log = (self._log or process_log.open_file()) if _say(text) else None  # a log that blocks gets no stacks
         with contextlib.suppress(OSError, ValueError, AttributeError):
             # By its number: the stream itself may be locked by the thread that hangs.
             faulthandler.dump_traceback((log or sys.__stderr__).fileno(), all_threads=True)  # pyright: ignore
@@ -293,18 +294,29 @@ class Peers:
         self._thread.join(timeout=5)
 
 
-def _work() -> tuple[float, int]:
-    """Return the processor seconds, and the bytes read and written, of this process and its loader workers."""
-    times = os.times()
-    seconds, size = times.user + times.system, 0
-    for pid in ("self", *(child.pid for child in multiprocessing.active_children())):
-        with contextlib.suppress(OSError, ValueError, IndexError):  # not on Linux, or it has just ended
-            lines = pathlib.Path(f"/proc/{pid}/io").read_text().splitlines()
-            size += sum(int(line.split()[1]) for line in lines if line.startswith(("rchar", "wchar")))
-            if pid != "self":
-                fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return seconds, size
+class _WorkMeter:
+    """Work of this process and its loader workers so far, without that of looking for it."""
+
+    def __init__(self) -> None:
+        self._looked = 0  # bytes that the looks themselves have read, which the kernel counts as this process's
+
+    def read(self) -> tuple[float, int]:
+        """Return the processor seconds, and the bytes read and written."""
+        times = os.times()
+        seconds, size = times.user + times.system, -self._looked
+        for pid in ("self", *(child.pid for child in multiprocessing.active_children())):
+            with contextlib.suppress(OSError, ValueError, IndexError):  # not on Linux, or it has just ended
+                lines = self._look(f"/proc/{pid}/io").splitlines()
+                size += sum(int(line.split()[1]) for line in lines if line.startswith(("rchar", "wchar")))
+                if pid != "self":
+                    fields = self._look(f"/proc/{pid}/stat").rpartition(")")[2].split()
+                    seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return seconds, size
+
+    def _look(self, path: str) -> str:
+        content = pathlib.Path(path).read_bytes()
+        self._looked += len(content)
+        return content.decode(errors="replace")
 
 
 def _is_work(before: tuple[float, int], after: tuple[float, int], seconds: float) -> bool:

@@ -14,14 +14,17 @@ from clipjax.checkpoints.records import FOLDER
 from clipjax.checkpoints.saved import SavedCheckpoint, newest_checkpoint
 from clipjax.config import Config
 from clipjax.config.validation import validate, validate_devices
+from clipjax.data.sources import data_folders
 from clipjax.evals.runner import check_metric, check_samples
 from clipjax.models.clip import abstract_params
 from clipjax.monitoring import run_record
 from clipjax.monitoring.prometheus import Exporter
-from clipjax.runtime import compilation, consistency, files, owner, process_log, sharding
+from clipjax.monitoring.writers import METRICS_FILE
+from clipjax.runtime import compilation, consistency, device_counts, files, owner, process_log, sharding
 from clipjax.runtime.compilation import compiler_options
 from clipjax.runtime.consistency import Fingerprint
 from clipjax.runtime.processes import announce, is_first
+from clipjax.runtime.watchdog import Watchdog
 from clipjax.training import fingerprints, optimizer
 from clipjax.training.decisions import Decisions
 from clipjax.training.inputs import Inputs, open_inputs
@@ -67,10 +70,12 @@ def check(parse: Callable[[], tuple[Config, Path]], *, replays: bool = False) ->
     made: list[Path] = []
     try:
         (config, workdir, warning), _ = consistency.run_on_all("owner", lambda: (_claim(parse, made), {}))
-        opened, facts = consistency.run_on_all(
-            "train", lambda: _open_here(config, workdir, warning, made, replays), kinds=(UnusableCheckpoint,)
-        )
-        consistency.check_shared(workdir)
+        warnings = [warning, *_missing_devices(workdir)] if is_first() else []
+        with Watchdog(config.recovery.stuck_seconds) as watchdog, watchdog.paused("preflight"):
+            opened, facts = consistency.run_on_all(
+                "train", lambda: _open_here(config, workdir, warnings, made, replays), kinds=(UnusableCheckpoint,)
+            )
+            consistency.check_shared(workdir)
     except (ValueError, OSError):
         _delete(made)
         raise
@@ -88,12 +93,21 @@ def _claim(parse: Callable[[], tuple[Config, Path]], made: list[Path]) -> tuple[
     """
     config, workdir = parse()
     validate(config)
+    device_counts.share()
     warning = ""
     if is_first():
         new = [path for path in (workdir / owner.FILE, workdir, *workdir.parents) if not path.exists()]
         made += reversed(new)
         warning = owner.take(workdir)
     return config, workdir, warning
+
+
+def _missing_devices(workdir: Path) -> list[str]:
+    """Return warnings on devices, for a person who reads of a mesh that does not fit, or of none and a smaller one."""
+    now, last = device_counts.by_host(), {}
+    with contextlib.suppress(run_record.DamagedRecord, OSError):  # others tell of it
+        last = next(iter(reversed(run_record.read(workdir).get("starts", []))), {})
+    return [device_counts.find_odd(now), device_counts.find_changes(now, last if isinstance(last, dict) else {})]
 
 
 def _delete(made: Sequence[Path]) -> None:
@@ -118,20 +132,23 @@ def _is_deleted(path: Path) -> bool:
 
 
 def _open_here(
-    config: Config, workdir: Path, warning: str, made: list[Path], replays: bool
+    config: Config, workdir: Path, warnings: Sequence[str], made: list[Path], replays: bool
 ) -> tuple[Checked, Fingerprint]:
     """Check this process's part."""
     files.require_writable(workdir)
+    if is_first() and not replays:
+        files.require_file_writable(workdir / METRICS_FILE, "--workdir")
     log = process_log.path_of(workdir, jax.process_index())
     made += [path for path in (log.parent, log) if not path.exists()]
     process_log.open_log(workdir, rank=jax.process_index(), header=run_record.describe_start())
-    if warning:
+    for warning in filter(None, warnings):
         announce(f"warning: {warning}")
-    others = (config.init_from, config.loss.distill_from, config.data.tfds_dir)
-    compilation.enable(config.compile_cache, outside=[workdir, *(Path(each) for each in others if each)])
     decisions = Decisions(workdir)
     saved = newest_checkpoint(workdir) if replays else _open_newest(workdir, decisions)
     inputs = open_inputs(config, saved)
+    folders = [workdir, *(Path(each) for each in (config.init_from, config.loss.distill_from) if each)]
+    folders += data_folders(inputs.sources, config.data.tfds_dir)
+    compilation.enable(config.compile_cache, outside=folders)
     if config.checkpoint.best_metric is not None:
         check_metric(config.checkpoint.best_metric, inputs.tasks)
     if saved is not None:
@@ -205,6 +222,7 @@ def record_start(workdir: Path, facts: Mapping[str, Mapping[str, object]]) -> No
         **run_record.describe_start(),
         "compile_cache": jax.config.jax_compilation_cache_dir,  # pyright: ignore[reportAttributeAccessIssue]
         "compiler_options": compiler_options(jax.devices()),
+        "devices_by_host": device_counts.by_host(),
         "digests": fingerprints.digests(facts),
     }
     try:

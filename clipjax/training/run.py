@@ -31,7 +31,7 @@ from clipjax.runtime import processes, sharding
 from clipjax.runtime.shutdown import Shutdown
 from clipjax.training.inputs import Inputs
 from clipjax.training.left_out import RecentBatches
-from clipjax.training.recovery import Recovery, RollBack
+from clipjax.training.recovery import Recovery, RollBack, RunStopped
 from clipjax.training.resume import Position, start_state
 from clipjax.training.session import Session
 from clipjax.training.step import TrainState, eval_params, to_items
@@ -216,6 +216,8 @@ class Run:
         with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
             jax.block_until_ready(state.step)
         with self.session.phase("saving", "a save"):
+            self.logger.sync()  # a checkpoint on the disk is never ahead of its log, even if the power fails
+            self.session.events.sync()
             ends = last or step == total_steps(self.config)
             self.checkpoints.save(step, to_items(state), records, best_value, last=ends)
         self.session.goodput.record()
@@ -245,6 +247,7 @@ class Run:
 
         Raises:
             SavesFail: the last checkpoint could not be saved.
+            RunStopped: only `results.json` could not be written; the results are shown before.
         """
         self.wait_for_saves()
         self.recovery.mark_all()
@@ -252,11 +255,20 @@ class Run:
         if evaluation is None:  # the run was complete before: its log is, but a kill may have come before results.json
             with self.session.phase("evaluation"):
                 evaluation = run_tasks(self.inputs.tasks, self._encoder(state))
-        if processes.is_first():
-            write_results(self.workdir / "results.json", self.checkpoints.path(last), evaluation)
+        path, failure = self.workdir / "results.json", None
+        try:
+            if processes.is_first():
+                write_results(path, self.checkpoints.path(last), evaluation)
+        except OSError as error:
+            failure = error
         self.logger.finish(last)
         if evaluation.results:
             self.logger.message(results_table(evaluation.results))
+        if failure is not None:
+            raise RunStopped(
+                f"all {last} steps are done and saved, but {path} cannot be written: {failure}; make room, and the "
+                "same command evaluates again and writes it"
+            )
         examples = last * self.config.global_batch_size
         self.logger.message(f"done: {last} steps, {examples} examples; all of it is in {self.workdir}")
 

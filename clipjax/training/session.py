@@ -19,7 +19,7 @@ from clipjax.monitoring import run_record
 from clipjax.monitoring.events import Events
 from clipjax.monitoring.goodput import Goodput, wall_clock
 from clipjax.monitoring.profile import ProfileOnRequest
-from clipjax.runtime import device_check, process_log, processes, sharding
+from clipjax.runtime import device_check, process_log, processes, sharding, start_signals
 from clipjax.runtime.shutdown import Shutdown
 from clipjax.runtime.watchdog import Watchdog
 from clipjax.training.decisions import Decisions
@@ -110,6 +110,7 @@ def open_session(checked: Checked, *, record: bool = True) -> Iterator[Session]:
         effect = "the run saves and leaves" if record else "nothing is saved; it leaves after the step that it computes"
         signal = Shutdown(log, effect=effect)
         stack.callback(signal.close)
+        start_signals.hand_over(signal.receive)
         watchdog = stack.enter_context(Watchdog(config.recovery.stuck_seconds, log=log))
         mesh = sharding.make_mesh(config.mesh)
         times = device_check.check_devices(mesh)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from clipjax.config import DataConfig
 from clipjax.data.sample import REASONS, BadSample, clean_caption
-from clipjax.data.sources import ArraySource, build_source
+from clipjax.data.sources import ArraySource, build_source, data_folders
 from clipjax.data.webdataset import TarSource
 from tests.conftest import SHARED
 
@@ -170,6 +170,13 @@ def test_tfds_source(prepared, no_network):
     assert by_label[5].captions == ("number 5", "Nummer 5")
     assert by_label[5].image == jpeg(50)
     assert source.location(4) == "tfds:pairs/train, record 4"
+
+
+def test_folders_of_data_are_those_of_files_and_all_of_tfds(prepared, tmp_path, no_network):
+    sources = {spec: build_source(spec, data=config(prepared)) for spec in ("tfds:pairs/train", "tfds:pairs/train[:2]")}
+    found = data_folders(sources, prepared)
+    assert pathlib.Path(prepared) in found and pathlib.Path(sources["tfds:pairs/train"].files()[0]).parent in found
+    assert data_folders({}, prepared) == []
 
 
 def test_tfds_source_travels_to_workers_without_its_readers(prepared, no_network):

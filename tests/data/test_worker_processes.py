@@ -55,6 +55,13 @@ def test_a_stream_that_an_error_leaves_open_ends_without_a_warning(tmp_path):
     assert error.startswith("Traceback") and error.endswith("KeyError: 'defect'\n")
 
 
+def test_a_worker_that_dies_while_the_program_ends_is_no_crash(tmp_path):
+    kill = "import multiprocessing\n    [os.kill(each.pid, 9) for each in multiprocessing.active_children()]"
+    process = start(tmp_path, f"del batch\n    import os, time\n    {kill}\n    time.sleep(0.5)\n    stream.close()")
+    output, error = process.communicate(timeout=100)
+    assert (process.returncode, output) == (0, "read\n") and "Traceback" not in error, error
+
+
 def test_workers_of_a_killed_process_end_with_it(tmp_path):
     process = start(tmp_path, "import time\n    time.sleep(1000)")
     assert process.stdout is not None and process.stdout.readline() == "read\n"

@@ -8,6 +8,7 @@ import signal
 import socket
 import tarfile
 import time
+import urllib.request
 from collections.abc import Callable
 
 import numpy as np
@@ -22,7 +23,7 @@ from clipjax.monitoring.goodput import History
 from tests.commands import exit_code
 from tests.e2e.conftest import run, start
 
-TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "goodput")
+TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "goodput", "wall_seconds")
 
 
 def train_arguments(config: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> tuple[str, ...]:
@@ -277,6 +278,22 @@ def test_a_port_that_is_taken_is_refused(refusal, tmp_path):
         output = refusal(tmp_path, f"--config.log.prometheus_port={port}")
     assert f"log.prometheus_port={port} cannot be used" in output and "choose a free port" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.process
+def test_a_run_is_seen_from_outside_and_profiled(tiny_config, tmp_path, cache):
+    """A scrape and SIGUSR1 before the first step."""
+    process = start(*train_arguments(tiny_config, tmp_path, "--config.log.prometheus_port=0"), **cache)
+    assert process.stdout is not None
+    url = next(line for line in process.stdout if "metrics for Prometheus: " in line).split()[-1]
+    process.send_signal(signal.SIGUSR1)
+    with urllib.request.urlopen(url, timeout=20) as reply:
+        scraped = reply.read().decode()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert 'clipjax_wall_seconds{cause="compile"}' in scraped and 'clipjax_events_total{event="start"} 1.0' in scraped
+    assert "Thread 0x" in (tmp_path / "logs" / "rank-00000.log").read_text()
+    assert any((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 @pytest.mark.process

@@ -22,7 +22,7 @@ from tests.commands import QUICK_COMPILE
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAST_STEP, SAVE_EVERY = 200, 20
-TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "goodput", "ranks")
+TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "goodput", "wall_seconds", "ranks")
 """Fields of `metrics.jsonl` that depend on the clock."""
 
 CONFIG = '''

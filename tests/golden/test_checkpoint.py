@@ -33,7 +33,7 @@ FOLDER = pathlib.Path(__file__).parent
 NAMES = ("checkpoint_before_layout", "checkpoint_format_2")
 TRAIN = ("train", "--config=config.py", "--workdir=run")
 EVAL = ("eval", "--checkpoint=run", "--output=evaluated.json")
-TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "goodput")
+TIMINGS = ("examples_per_second", "input_wait_fraction", "seconds_left", "goodput", "wall_seconds")
 STOP_AFTER = 7
 """Steps in the log when SIGTERM is sent."""
 XLA_FLAGS = "--xla_backend_optimization_level=0"

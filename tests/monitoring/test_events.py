@@ -1,6 +1,8 @@
 """Events of a run: lines that survive a kill in the middle of one, and a disk that cannot be written."""
 
 import json
+import os
+import pathlib
 
 from clipjax.monitoring import events
 from clipjax.monitoring.events import Events
@@ -26,6 +28,17 @@ def test_a_line_cut_off_by_a_kill_costs_itself_alone(tmp_path):
     Events(tmp_path, enabled=True).add("start")
     assert [event["event"] for event in events.read(tmp_path)] == ["start", "start"]
     assert b'{"time": 2, "ev\n{' in path.read_bytes()
+
+
+def test_sync_brings_the_lines_to_the_disk_and_never_fails(tmp_path, monkeypatch):
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(str(pathlib.Path(f"/proc/self/fd/{file}").readlink())))
+    found = Events(tmp_path, enabled=True)
+    found.add("start")
+    found.sync()
+    Events(tmp_path, enabled=False).sync()
+    Events(tmp_path / "gone", enabled=True).sync()
+    assert synced == [str(tmp_path / "events.jsonl")]
 
 
 def test_other_processes_and_full_disks_write_nothing_and_go_on(tmp_path):

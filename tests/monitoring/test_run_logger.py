@@ -1,6 +1,7 @@
 """The run logger: files and lines, the process that writes them, and the table of results."""
 
 import json
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 
 from clipjax.config import Config, LogConfig, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.data.sample import REASONS
+from clipjax.monitoring.events import Events
+from clipjax.monitoring.goodput import CAUSES, Goodput
 from clipjax.monitoring.run_logger import RunLogger, results_table
 
 RESULTS = {"val": {"top1": 0.125, "num_examples": 64}, "pairs": {"image_to_text_r1": 0.5}}
@@ -74,6 +77,35 @@ def test_a_step_is_fetched_and_written_on_flush_only(tmp_path, capsys):
     logger.flush()
     logger.close()
     assert len(lines(tmp_path)) == 1
+
+
+def test_prometheus_gets_the_numbers_of_each_logged_step(tmp_path):
+    exporter, config = mock.Mock(), make_config()
+    logger = RunLogger(config, tmp_path, start_step=0, flops_per_pair=1, skip_reasons=REASONS, exporter=exporter)
+    logger.log_step(2, step_metrics(3.5), 0.0)
+    logger.flush()
+    logger.close()
+    ((step, values),) = [call.args for call in exporter.update.mock_calls]
+    assert step == 2 and values["loss"] == 3.5 and values["examples_seen"] == 64
+
+
+def test_lines_hold_the_times_of_the_run_by_cause(tmp_path):
+    now = [1000.0]
+    ledger = Goodput(Events(tmp_path, enabled=False), began=999.0, clock=lambda: now[0])
+    config = make_config()
+    logger = RunLogger(config, tmp_path, start_step=0, flops_per_pair=1, skip_reasons=REASONS, goodput=ledger)
+    ledger.step(1)
+    now[0] += 3
+    logger.log_step(1, step_metrics(3.5), 0.0)
+    with ledger.phase("evaluation"):
+        now[0] += 2
+    logger.flush()
+    logger.results(1, RESULTS)
+    logger.close()
+    step, evaluation = lines(tmp_path)
+    assert step["wall_seconds"] == dict.fromkeys(CAUSES, 0.0) | {"initialisation": 1.0, "steps": 3.0}
+    assert step["goodput"] == 0.75
+    assert evaluation["wall_seconds"] == step["wall_seconds"] | {"evaluation": 2.0} and evaluation["eval"] == RESULTS
 
 
 def test_going_on_counts_from_the_start_step(tmp_path):

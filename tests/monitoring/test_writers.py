@@ -106,17 +106,60 @@ def test_resume_drops_garbage_and_keeps_a_clean_file_untouched(tmp_path):
     assert path.stat().st_ino == inode
 
 
-def test_failed_trim_leaves_the_old_file(tmp_path, monkeypatch):
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_at_the_start_delays_the_trim_and_adds_nothing_before(tmp_path, monkeypatch, capsys):
     write_all(tmp_path, range(1, 4), start_step=0)
-    before = (tmp_path / "metrics.jsonl").read_bytes()
+    path = tmp_path / "metrics.jsonl"
+    before = b'{"garbage": 0}\n' + path.read_bytes()  # so that cutting off the end is not enough
+    path.write_bytes(before)
+    with monkeypatch.context() as patch:
+        patch.setattr(writers.os, "fsync", full)
+        writer = MetricsWriter(tmp_path, tensorboard=False, start_step=1)
+        writer.write(2, {"loss": 2.0})
+        assert path.read_bytes() == before and writer.failures == 1
+    writer.write(3, {"loss": 3.0})  # there is room again
+    writer.close()
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 3]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"cannot open the metric files of {tmp_path}" in error and "No space" in error
 
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writers.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        MetricsWriter(tmp_path, tensorboard=False, start_step=1)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+def test_sync_brings_the_files_and_their_folder_to_the_disk(tmp_path, monkeypatch, capsys):
+    synced: list[str] = []
+    with MetricsWriter(tmp_path, tensorboard=True, start_step=0) as writer:
+        writer.write(1, {"loss": 1.0})
+        monkeypatch.setattr(
+            writers.os, "fsync", lambda file: synced.append(str(pathlib.Path(f"/proc/self/fd/{file}").readlink()))
+        )
+        writer.sync()
+        monkeypatch.setattr(writers.os, "fsync", full)
+        writer.sync()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert set(synced) == {str(tmp_path / "metrics.jsonl"), str(events), str(tmp_path)}
+    assert writer.failures == 1 and "to the disk: " in capsys.readouterr().err
+
+
+def test_lines_at_the_end_are_cut_off_without_room_for_a_copy(tmp_path, monkeypatch):
+    write_all(tmp_path, range(1, 4), start_step=0)
+    monkeypatch.setattr(writers, "write_atomic", full)
+    write_all(tmp_path, range(2, 4), start_step=1)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
+
+
+def test_tensorboard_that_cannot_begin_costs_no_line_and_leaves_no_file(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(writers._TensorBoardFile, "_write", full)
+        writer = MetricsWriter(tmp_path, tensorboard=True, start_step=0)
+        writer.write(1, {"loss": 1.0})
+        assert [line["step"] for line in lines_of(tmp_path)] == [1]
+        assert list((tmp_path / "tensorboard").iterdir()) == []
+    writer.write(2, {"loss": 2.0})
+    writer.close()
+    assert [event.step for event in events_of(tmp_path)] == [0, 1, 2]
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 class FullDisk:
@@ -154,20 +197,12 @@ def test_full_disk_warns_once_and_leaves_no_half_line(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full here")
-def test_real_enospc_is_survived(tmp_path, capsys):
+def test_real_enospc_is_survived(tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    writer = writers.MetricsWriter.__new__(writers.MetricsWriter)  # /dev/full reads as endless zeros: skip the trim
-    writer.failures, writer._events = 0, None
-    writer._lines = writers._AppendOnlyFile(tmp_path / "metrics.jsonl")
-    writer.write(1, {"loss": 1.0})
-    writer.close()
+    monkeypatch.setattr(writers, "_trim", lambda *_, **__: None)  # /dev/full reads as endless zeros
+    with MetricsWriter(tmp_path, tensorboard=False, start_step=0) as writer:
+        writer.write(1, {"loss": 1.0})
     assert writer.failures == 1 and "No space left" in capsys.readouterr().err
-
-
-def test_unwritable_start_raises(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
-        MetricsWriter(tmp_path / "file", tensorboard=False, start_step=0)
 
 
 def test_tensorboard_gets_flat_numbers_and_purges_on_resume(tmp_path):

@@ -113,6 +113,13 @@ def test_auto_is_off_on_cpus_and_in_the_users_cache_on_accelerators(tmp_path, mo
     assert compilation.enable(compilation.AUTO, environment | {"JAX_COMPILATION_CACHE_DIR": "mine"}) == "mine"
 
 
+def test_auto_in_a_folder_of_data_is_off_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compilation.enable(compilation.AUTO, {"HOME": str(tmp_path)}, outside=[tmp_path]) is None
+    assert list(tmp_path.iterdir()) == []
+    assert f"lies in {tmp_path}, a folder of data or checkpoints" in capsys.readouterr().err
+
+
 def test_programs_that_compile_at_once_are_kept_too_unless_jax_is_told_otherwise(tmp_path):
     jax.config.update(LEAST_TIME, 3.0)
     compilation.enable(str(tmp_path), {LEAST_TIME.upper(): "3"})

@@ -1,5 +1,8 @@
 """Files: whole or absent, bounded, and checked before the work."""
 
+import errno
+import os
+
 import pytest
 
 from clipjax.runtime.files import read_bounded, require_file_writable, require_writable, write_atomic
@@ -21,6 +24,18 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError):
         write_atomic(path, "new")
     assert path.read_text() == "old"
+
+
+def test_a_full_disk_keeps_no_half_of_the_new_file(tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "a.json"
+    write_atomic(path, "old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, "new", sync=True)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_reading_is_bounded(tmp_path):

@@ -1,6 +1,7 @@
 """The order of things in the loop: nothing is saved before the updates in it have been judged."""
 
 import pathlib
+import signal
 import types
 from unittest import mock
 
@@ -9,8 +10,12 @@ import pytest
 
 from clipjax.config import CheckpointConfig, Config, EvalConfig, LogConfig
 from clipjax.data.training_stream import NoUsableSample, TooManyBadSamples
+from clipjax.runtime.shutdown import Shutdown
 from clipjax.training import loop
+from clipjax.training.recovery import RunStopped
 from clipjax.training.resume import Position
+from tests.launch.conftest import until
+from tests.runtime.test_shutdown import handlers  # noqa: F401
 
 
 class Recorded:
@@ -85,6 +90,54 @@ def test_a_stop_saves_what_was_judged_and_leaves_the_evaluation_to_the_next_star
     run = Recorded(stop_at=3)
     assert loop._train(run) == 15
     assert run.asked[-3:] == [("follow", 3), ("settle", 3), ("save", 3, None, True)]
+
+
+def test_trouble_of_a_process_saves_and_stops_all_with_its_reason():
+    run = Recorded(stop_at=3)
+    run.signal.error = "a loader worker died again"
+    run.wait_for_saves = lambda: run.asked.append(("wait",))
+    with pytest.raises(RunStopped, match="a loader worker died again"):
+        loop._train(run)
+    assert run.asked[-2:] == [("save", 3, None, True), ("wait",)]
+
+
+class Signalled(Recorded):
+    """A run that gets one SIGTERM while it evaluates or saves."""
+
+    def __init__(self, during: tuple[str, int]) -> None:
+        super().__init__(stop_at=None)
+        self.signal, self._during = Shutdown(), during
+
+    def _raise_signal(self, what: str, step: int) -> None:
+        if (what, step) == self._during:
+            signal.raise_signal(signal.SIGTERM)
+            until(lambda: self.signal.number, 20, lambda: "the signal never came")
+
+    def evaluate(self, state: int, step: int) -> str:
+        self._raise_signal("evaluate", step)
+        return super().evaluate(state, step)
+
+    def save(self, state: int, step: int, evaluation: str | None = None, *, last: bool = False) -> None:
+        self._raise_signal("save", step)
+        super().save(state, step, evaluation, last=last)
+
+
+@pytest.mark.parametrize(
+    ("during", "ends"),
+    [
+        (("evaluate", 3), [("evaluate", 3), ("save", 3, "of 3", False), ("save", 4, None, True)]),
+        (("save", 2), [("save", 2, None, False), ("save", 3, None, True)]),  # the evaluation is the next start's
+        (("evaluate", 6), [("evaluate", 6), ("save", 6, "of 6", False), ("finish", 6, "of 6")]),
+        (("save", 6), [("evaluate", 6), ("save", 6, "of 6", False), ("finish", 6, "of 6")]),
+    ],
+)
+def test_a_signal_during_an_evaluation_or_a_save_lets_it_end_and_stops_after_the_next_step(handlers, during, ends):  # noqa: F811
+    run = Signalled(during)
+    number = loop._train(run)
+    run.signal.close()
+    assert number == (None if during[1] == 6 else signal.SIGTERM)
+    done = [each for each in run.asked if each[0] not in ("follow", "settle")]
+    assert done[-len(ends) :] == ends
 
 
 @pytest.mark.parametrize(

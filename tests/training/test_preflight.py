@@ -2,14 +2,17 @@
 
 import copy
 import dataclasses
+import functools
 import io
 import json
 import pathlib
 import re
 import tarfile
+import threading
 import types
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,6 +33,7 @@ from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.evals.runner import build_tasks, check_metric
 from clipjax.monitoring import run_record
 from clipjax.runtime import owner, process_log
+from clipjax.runtime.watchdog import Watchdog
 from clipjax.training import preflight
 from clipjax.training.decisions import Decisions, Rollback
 from clipjax.training.inputs import open_inputs
@@ -131,6 +135,40 @@ def test_a_refused_start_leaves_nothing(tmp_path, cause):
     assert (tmp_path / "mine").is_dir() and files_in(tmp_path) == before
 
 
+@pytest.mark.parametrize("place", ["train", "link", "source", "gallery", "relative"])
+def test_a_compile_cache_in_a_folder_of_data_is_refused(tmp_path, monkeypatch, place):
+    data, others = tmp_path / "data", tmp_path / "others"
+    data.mkdir()
+    others.mkdir()
+    (others / "link.tar").symlink_to(data / "pairs.tar")
+    write(others / "other.tar", [member for i in range(8) for member in pair(f"other{i}")])
+    config = dataclasses.replace(make_config(data), eval=EvalConfig(), compile_cache=str(data / "xla"))
+    config.data.train = other = str(others / "other.tar")
+    match place:
+        case "train":
+            config.data.train = f"{tmp_path}/{{others/o*,data/pairs}}.tar"
+        case "link":
+            config.data.train = f"{others}/l*.tar"
+        case "relative":
+            monkeypatch.chdir(data)
+            config.data.train, config.compile_cache = "pairs.tar", "../data/xla"
+        case _:
+            task = TaskConfig(kind=TaskKind.IMAGE_RETRIEVAL, source=other, gallery=other)
+            task = dataclasses.replace(task, **{place: str(data / "pairs.tar")})
+            config.eval = EvalConfig(batch_size=8, tasks={"same": task})
+    with pytest.raises(ValueError, match=r"compile_cache='.*xla' lies in .*, a folder of data or checkpoints"):
+        check(config, tmp_path / "run")
+    assert not (data / "xla").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_log_of_metrics_that_cannot_be_written_is_refused(tmp_path):
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "gone" / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"--workdir=.*run/metrics.jsonl: cannot be written to .No such file"):
+        check(config, tmp_path / "run")
+
+
 def test_a_workdir_that_is_held_stays_as_it_is(tmp_path):
     config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
     check(config, tmp_path / "run")
@@ -140,6 +178,40 @@ def test_a_workdir_that_is_held_stays_as_it_is(tmp_path):
         with pytest.raises(ValueError, match=f"another run holds it: process {other.pid} "):
             check(config, tmp_path / "run")
         assert files_in(tmp_path / "run") == before
+
+
+def test_a_start_with_fewer_devices_than_the_last_warns_before_the_mesh_is_judged(tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
+    check(config, tmp_path / "run")
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr(jax, "local_device_count", lambda: 7)
+    monkeypatch.setattr(jax, "device_count", lambda: 7)
+    with pytest.raises(ValueError, match="7"):
+        check(config, tmp_path / "run")
+    assert "warning: 7 devices, 8 at the last start of this run: host " in capsys.readouterr().err
+
+
+def test_a_hang_of_the_preflight_is_ended_with_the_place_where_it_waits(tmp_path, monkeypatch):
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
+    config.recovery.stuck_seconds = 1
+    ended: list[str] = []
+    over = threading.Event()
+
+    def hang(*_: object) -> None:
+        assert over.wait(60)
+        raise ValueError("over")
+
+    def end(self: Watchdog, text: str) -> None:
+        ended.append(text)
+        over.set()
+
+    monkeypatch.setattr(Watchdog, "_end", end)
+    monkeypatch.setattr(preflight, "Watchdog", functools.partial(Watchdog, tick_seconds=0.1))
+    monkeypatch.setattr(preflight, "open_inputs", hang)
+    with pytest.raises(ValueError, match="over"):
+        check(config, tmp_path / "run")
+    assert "is stuck after step 0 in preflight: no progress for 1 s" in ended[0]
+    assert "it waits in clipjax/training/preflight.py:" in ended[0] and "(_open_here)" in ended[0]
 
 
 def test_a_workdir_that_has_lost_its_checkpoints_is_refused(tmp_path):

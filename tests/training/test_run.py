@@ -1,0 +1,84 @@
+"""What the parts of a run do together, with parts that compute nothing."""
+
+import collections
+import errno
+import pathlib
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from clipjax.config import Config
+from clipjax.data.training_stream import WorkersDie
+from clipjax.evals.runner import Evaluation
+from clipjax.training import run as run_module
+from clipjax.training.recovery import RunStopped
+from clipjax.training.run import Run
+
+
+def test_a_request_for_a_profile_reaches_the_profiler_and_each_step_asks_it(monkeypatch):
+    monkeypatch.setattr(run_module, "device_batch", mock.Mock())
+    run = mock.MagicMock(_in_flight=collections.deque())
+    run.signal.take_profile_request.side_effect = [False, True]
+    run.session.replicas = None
+    for step in (1, 2):
+        Run.next_batch(run, step)
+        Run.follow(run, step, mock.Mock(), {"loss": step})
+        assert run.session.profile.request.called == (step == 2)
+    assert run.session.profile.maybe_start.mock_calls == [mock.call(1), mock.call(2)]
+    assert run.session.profile.maybe_stop.mock_calls == [mock.call(1, {"loss": 1}), mock.call(2, {"loss": 2})]
+
+
+def test_copies_are_compared_when_due_and_judged_with_their_step():
+    run = mock.MagicMock(_in_flight=collections.deque())
+    run.session.replica_check_every = 2
+    run.session.replicas.find_differing.return_value = "device 1 differs"
+    for step in (1, 2, 3):
+        Run.follow(run, step, f"state {step}", dict.fromkeys(run_module.JUDGED, np.float32(0)))
+    assert run.session.replicas.check.mock_calls == [mock.call("state 2")]
+    for _ in range(3):
+        Run._judge_oldest(run)
+    run.session.replicas.find_differing.assert_called_once_with(run.session.replicas.check.return_value)
+    assert run.recovery.judge_replicas.mock_calls == [mock.call(2, "device 1 differs")]
+
+
+def test_workers_that_die_too_often_stop_the_run_and_the_batches_up_to_then_are_read_without_them():
+    run, read = mock.MagicMock(), []
+
+    class Stream:
+        def __next__(self) -> str:
+            if not read:
+                raise WorkersDie("a loader worker died again")
+            return "batch"
+
+        def read_here(self) -> None:
+            read.append("here")
+
+    run.stream = Stream()
+    assert Run._read(run) == "batch" and read == ["here"]
+    run.signal.request.assert_called_once_with("a loader worker died again")
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_is_saved(monkeypatch):
+    for name in ("make_records", "to_items", "Position", "asdict", "steps_of"):
+        monkeypatch.setattr(run_module, name, mock.MagicMock())
+    run = mock.MagicMock(config=Config())
+    Run.save(run, mock.MagicMock(step=np.int32(3)), 3)
+    order = [name for name, *_ in run.mock_calls]
+    saved = order.index("checkpoints.save")
+    assert order.index("logger.flush") < order.index("logger.sync") < saved
+    assert order.index("session.events.sync") < saved
+
+
+def test_a_full_disk_at_the_end_shows_the_results_and_names_what_is_missing(monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_module, "write_results", full)
+    run = mock.MagicMock(config=Config(), workdir=pathlib.Path("run"))
+    with pytest.raises(
+        RunStopped, match=r"all 6 steps are done and saved, but .*results.json cannot be written: .*No sp"
+    ):
+        Run.finish(run, mock.Mock(), 6, Evaluation({"val": {"top1": 0.5}}, {}))
+    assert run.wait_for_saves.called and run.logger.finish.called
+    assert "top1" in run.logger.message.call_args.args[0], "the results are shown"
