@@ -19,6 +19,9 @@ from clipjax.runtime.files import sync_folder, write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 
+MAX_WAITING = 10_000
+"""Lines that are kept in memory while they cannot be written."""
+
 
 class _AppendOnlyFile:
     """A file of whole records: one that could not be written is taken back, so that no reader meets half of it."""
@@ -95,9 +98,10 @@ class MetricsWriter:
 
     A run that resumes at `start_step` first drops the lines after that step and any half-written one, so that its file
     has the lines of an uninterrupted run; if it is yet to be evaluated there (not `evaluated`), an evaluation of that
-    step too, which an earlier start has lost. A disk that is full never stops training, at the start or later: what is
-    not written is counted in `failures` and reported once on stderr. Files that could not be opened or trimmed are
-    tried again with every line; none is added before.
+    step too, which an earlier start has lost. A disk that is full never stops training, at the start or later: lines
+    wait in memory, up to `MAX_WAITING` of them, and every later line and save tries again; files that could not be
+    opened or trimmed get none before. The first failure is reported on stderr, each is counted in `failures`, and at
+    the end the lines that are lost are. TensorBoard's values do not wait.
     """
 
     def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, start_step: int, evaluated: bool = True) -> None:
@@ -105,6 +109,8 @@ class MetricsWriter:
         self._tensorboard = tensorboard
         self._lines: _AppendOnlyFile | None = None
         self._events: _TensorBoardFile | None = None
+        self._waiting: list[tuple[int, bytes]] = []
+        self._num_lost = 0
         self.failures = 0
         self._told = False
         try:
@@ -143,18 +149,28 @@ class MetricsWriter:
         line = {"step": int(step), **_json_ready(values, "", nonfinite)}
         if nonfinite:
             line["nonfinite"] = nonfinite
+        self._waiting.append((int(step), json.dumps(line, allow_nan=False).encode() + b"\n"))
+        excess = max(0, len(self._waiting) - MAX_WAITING)
+        self._num_lost += excess
+        del self._waiting[:excess]
         try:
-            self._open_lines().append(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._write_waiting()
             events = self._open_events()
             if events is not None:
                 events.write(int(step), values)
         except OSError as error:
             self.failures += 1
-            self._tell(f"cannot write metrics of step {step}: {error}; training goes on without them")
+            self._tell(f"cannot write metrics of step {step}: {error}; training goes on, and tries again")
+
+    def _write_waiting(self) -> None:
+        if self._waiting:
+            self._open_lines().append(b"".join(line for _, line in self._waiting))
+            self._waiting.clear()
 
     def sync(self) -> None:
         """Wait until all lines are on the disk, so that a crash of the machine leaves those up to a checkpoint."""
         try:
+            self._write_waiting()
             for file in (self._lines, self._events):
                 if file is not None:
                     file.sync()
@@ -171,7 +187,14 @@ class MetricsWriter:
                 print(f"clipjax: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Close the files; every line is already written."""
+        """Close the files; tell which lines are lost."""
+        with contextlib.suppress(OSError):
+            self._write_waiting()
+        lost = self._num_lost + len(self._waiting)
+        if lost:
+            last = f", the last of step {self._waiting[-1][0]}" if self._waiting else ""
+            self._told = False
+            self._tell(f"{lost} lines of {self._workdir / METRICS_FILE} could not be written{last}")
         for file in (self._lines, self._events):
             if file is not None:
                 file.close()

@@ -122,7 +122,7 @@ def test_a_full_disk_at_the_start_delays_the_trim_and_adds_nothing_before(tmp_pa
         assert path.read_bytes() == before and writer.failures == 1
     writer.write(3, {"loss": 3.0})  # there is room again
     writer.close()
-    assert [line["step"] for line in lines_of(tmp_path)] == [1, 3]
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"cannot open the metric files of {tmp_path}" in error and "No space" in error
 
@@ -180,7 +180,7 @@ class FullDisk:
         return getattr(self.file, name)
 
 
-def test_full_disk_warns_once_and_leaves_no_half_line(tmp_path, capsys):
+def test_full_disk_warns_once_and_loses_no_line(tmp_path, capsys):
     with MetricsWriter(tmp_path, tensorboard=False, start_step=0) as writer:
         writer.write(1, {"loss": 1.0})
         disk = writer._lines._file = FullDisk(writer._lines._file)
@@ -190,7 +190,7 @@ def test_full_disk_warns_once_and_leaves_no_half_line(tmp_path, capsys):
         disk.full = False
         writer.write(4, {"loss": 4.0})
         assert writer.failures == 2
-    assert [line["step"] for line in lines_of(tmp_path)] == [1, 4]
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4]
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "step 2" in error and "No space left" in error
@@ -202,7 +202,21 @@ def test_real_enospc_is_survived(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(writers, "_trim", lambda *_, **__: None)  # /dev/full reads as endless zeros
     with MetricsWriter(tmp_path, tensorboard=False, start_step=0) as writer:
         writer.write(1, {"loss": 1.0})
-    assert writer.failures == 1 and "No space left" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert writer.failures == 1 and "No space left" in error
+    assert f"1 lines of {tmp_path}/metrics.jsonl could not be written, the last of step 1" in error
+
+
+def test_lines_that_wait_are_bounded_and_the_lost_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(writers, "MAX_WAITING", 3)
+    with MetricsWriter(tmp_path, tensorboard=False, start_step=0) as writer:
+        disk = writer._lines._file = FullDisk(writer._lines._file)
+        for step in range(1, 6):
+            disk.started = False
+            writer.write(step, {"loss": 1.0})
+        disk.full = False
+    assert [line["step"] for line in lines_of(tmp_path)] == [3, 4, 5]
+    assert "2 lines of" in capsys.readouterr().err
 
 
 def test_tensorboard_gets_flat_numbers_and_purges_on_resume(tmp_path):
