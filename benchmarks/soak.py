@@ -35,7 +35,11 @@ from tests.faults.tiny_run import TinyRun, ended
 SAMPLE_SECONDS, KEPT_SAMPLES = 2.0, 200
 BATCH, SAVE_STEPS, EVAL_STEPS = 32, 1000, 2000
 LARGEST_SLOPE = 20.0
-"""Growth of memory in MB per hour; a run of few minutes shows more, as its slope is noise."""
+"""Growth in MB per hour of the heap that is in use, and of all memory of the workers; a run of few minutes shows more,
+as its slope is noise."""
+LARGEST_PER_SAVE = 1.0
+"""Growth of all memory of the run in MB per save: a save starts threads, and the C library keeps what their arenas once
+held (16 arenas on two cores, which take hundreds of saves to fill)."""
 SLACK = 2
 """By which the median number of descriptors or threads may be larger in the second half."""
 LARGEST_RATIO = 1.5
@@ -170,18 +174,44 @@ def _read_steps(path: pathlib.Path) -> tuple[list[float], dict[str, float]]:
     return took, moments
 
 
-def summarize(samples: Sequence[dict[str, float]], took: Sequence[float], recompiled: Sequence[str]) -> dict[str, Any]:
-    """Return the figures, and the bounds that are broken."""
+def summarize(
+    samples: Sequence[dict[str, float]],
+    held: Sequence[dict[str, float]],
+    took: Sequence[float],
+    recompiled: Sequence[str],
+) -> dict[str, Any]:
+    """Return the figures, and the bounds that are broken.
+
+    Args:
+        samples: by `_sample`, in order.
+        held: `time`, `heap_mb` in use, `free_mb` of the heap and `python_blocks` of the run, in order.
+        took: seconds of each step.
+        recompiled: programs.
+    """
     times = [sample["time"] for sample in samples]
     half = (times[0] + times[-1]) / 2
     result: dict[str, Any] = {"minutes": round((times[-1] - times[0]) / 60, 2), "steps": len(took)}
     broken = []
+    hours_per_save = (times[-1] - times[0]) / 3600 / max(1.0, len(took) / SAVE_STEPS)
+    in_use = 3600 * slope([each["time"] for each in held], [each["heap_mb"] for each in held])
+    blocks = 3600 * slope([each["time"] for each in held], [each["python_blocks"] for each in held])
+    result["heap_in_use_mb"] = {"last": round(held[-1]["heap_mb"], 1), "growth_per_hour": round(in_use, 1)}
+    result["python_blocks_per_save"] = round(blocks * hours_per_save)
+    if in_use > LARGEST_SLOPE:
+        broken.append(f"run: the heap in use grows by {in_use:.1f} MB per hour, more than {LARGEST_SLOPE:g}")
     for who in ("run", "workers"):
         values = [sample[f"{who}_mb"] for sample in samples]
         per_hour = 3600 * slope(times, values)
-        result[f"{who}_mb"] = {"last": round(values[-1], 1), "growth_per_hour": round(per_hour, 1)}
-        if per_hour > LARGEST_SLOPE:
-            broken.append(f"{who}: memory grows by {per_hour:.1f} MB per hour, more than {LARGEST_SLOPE:g}")
+        per_save = per_hour * hours_per_save
+        result[f"{who}_mb"] = {
+            "last": round(values[-1], 1),
+            "growth_per_hour": round(per_hour, 1),
+            "growth_per_save": round(per_save, 2),
+        }
+        if who == "run" and per_save > LARGEST_PER_SAVE:
+            broken.append(f"run: memory grows by {per_save:.2f} MB per save, more than {LARGEST_PER_SAVE:g}")
+        if who == "workers" and per_hour > LARGEST_SLOPE:
+            broken.append(f"workers: memory grows by {per_hour:.1f} MB per hour, more than {LARGEST_SLOPE:g}")
         for what in ("descriptors", "threads"):
             halves = [
                 [sample[f"{who}_{what}"] for sample in samples if (sample["time"] >= half) == late]
@@ -225,7 +255,7 @@ def soak(folder: pathlib.Path, minutes: float) -> dict[str, Any]:
     first = moments["first_evaluation"]
     if len(took) < EVAL_STEPS or first == float("inf"):
         raise RuntimeError(f"{minutes} minutes were too few: {len(took)} steps; an evaluation needs {EVAL_STEPS}")
-    result = summarize(samples, took, find_recompilations(list(_lines(compiled)), **moments))
+    result = summarize(samples, list(_lines(held)), took, find_recompilations(list(_lines(compiled)), **moments))
     kept = samples[:: max(1, len(samples) // KEPT_SAMPLES)]
     rows = [{name: round(value, 1) for name, value in sample.items()} for sample in kept]
     warnings = re.findall(r"^clipjax: warning.*", output, re.MULTILINE)

@@ -25,26 +25,41 @@ def test_a_program_may_be_compiled_once_by_the_end_of_the_first_evaluation():
     assert found == ["encode", "late", "step"]
 
 
+def held(heap: float = 0.0) -> list[dict[str, float]]:
+    """What the run holds in that hour."""
+    return [{"time": 60.0 * i, "heap_mb": 100 + heap * max(i - 30, 0), "python_blocks": 9.0} for i in range(61)]
+
+
+QUICK = [0.1] * 36_000
+"""Step times of the hour: 36 saves."""
+
+
 def test_a_steady_run_breaks_no_bound():
-    result = summarize(samples(), [0.1] * 98 + [0.2] * 2 + [0.1] * 200, [])
+    result = summarize(samples(), held(), [0.1] * 98 + [0.2] * 2 + [0.1] * 200, [])
     assert result["broken"] == []
-    assert result["run_mb"] == {"last": 100, "growth_per_hour": pytest.approx(0)}
+    assert result["run_mb"] == {"last": 100, "growth_per_hour": pytest.approx(0), "growth_per_save": pytest.approx(0)}
+    assert result["heap_in_use_mb"] == {"last": 100, "growth_per_hour": pytest.approx(0)}
 
 
 @pytest.mark.parametrize(
     ("growth", "message"),
     [
-        ({"run_mb": 0.5}, "run: memory grows by 30.0 MB per hour, more than 20"),
+        ({"run_mb": 0.7}, "run: memory grows by 1.17 MB per save, more than 1"),
         ({"workers_mb": 0.5}, "workers: memory grows by 30.0 MB per hour"),
         ({"run_descriptors": 0.2}, "run: descriptors grow from 100 to 103"),
         ({"workers_threads": 1}, "workers: threads grow from 100 to 115"),
     ],
 )
 def test_growth_is_named(growth, message):
-    (broken,) = summarize(samples(**growth), [0.1] * 300, [])["broken"]
+    (broken,) = summarize(samples(**growth), held(), QUICK, [])["broken"]
     assert broken.startswith(message)
 
 
+def test_a_heap_that_grows_is_named():
+    (broken,) = summarize(samples(), held(heap=0.5), QUICK, [])["broken"]
+    assert broken == "run: the heap in use grows by 30.0 MB per hour, more than 20"
+
+
 def test_slow_steps_and_compilations_are_named():
-    broken = summarize(samples(), [0.1] * 95 + [0.2] * 5, ["step"])["broken"]
+    broken = summarize(samples(), held(), [0.1] * 95 + [0.2] * 5, ["step"])["broken"]
     assert broken == ["step time: p99/p50 is 2.00, more than 1.5", "compiled again after step 2: step"]
