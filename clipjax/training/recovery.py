@@ -5,6 +5,7 @@ checkpoints are good, and ends the run's current part with `RollBack` after too 
 processes see the same numbers at the same step, so all decide alike and no device waits.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,7 +68,7 @@ class Recovery:
 
         Args:
             step: completed updates.
-            metrics: `skipped_in_a_row`, `loss_spike` and `loss` of that step.
+            metrics: `skipped_in_a_row`, `loss_spike`, `loss` and `param_norm` of that step.
 
         Raises:
             RollBack: a new start goes on from an earlier checkpoint; the decision is on disk.
@@ -79,6 +80,8 @@ class Recovery:
             self._events.add("skipped_update", step=step, in_a_row=in_a_row)
         if in_a_row >= self._limits.max_skipped_in_a_row:
             self._go_back(step - in_a_row + 1, step, f"{in_a_row} updates in a row, up to step {step}, were not finite")
+        if not math.isfinite(float(metrics["param_norm"])):  # gradients were finite, what the update made of them not
+            self._go_back(step, step, f"the parameters after step {step} were not finite, or too large for their norm")
         if int(metrics["loss_spike"]):
             self._go_back(step, step, f"the loss jumped to {float(metrics['loss']):.4g} at step {step}")
         if step - GOOD_AFTER >= self._finite_since:

@@ -127,6 +127,8 @@ def _compare(step: int, metrics: Mapping[str, Any], logged: Mapping[str, Any] | 
     text = f"step {step}: loss {loss!r}"
     if int(metrics["skipped_in_a_row"]):
         text += ", the update is skipped"
+    if not np.isfinite(float(metrics["param_norm"])):
+        text += ", the norm of the parameters after it is not finite"
     if logged is None:
         return f"{text}; it was not logged, so there is nothing to compare"
     others = [

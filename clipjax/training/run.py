@@ -40,7 +40,7 @@ from clipjax.typing import Batch, Metrics
 STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices; updates are judged as late
 BATCH = ("image", "tokens", "skip_reason")
 """Arrays of a batch that every step takes."""
-JUDGED = ("loss", "skipped_in_a_row", "loss_spike", "samples_skipped")
+JUDGED = ("loss", "param_norm", "skipped_in_a_row", "loss_spike", "samples_skipped")
 """Metrics that are looked at after every step."""
 
 

@@ -57,8 +57,8 @@ def make(tmp_path, marks, start=0, **limits):
     )
 
 
-def metrics(skipped=0, spike=0, loss=1.0):
-    return {"skipped_in_a_row": skipped, "loss_spike": spike, "loss": loss}
+def metrics(skipped=0, spike=0, loss=1.0, param_norm=3.0):
+    return {"skipped_in_a_row": skipped, "loss_spike": spike, "loss": loss, "param_norm": param_norm}
 
 
 def test_decisions_are_read_back_and_a_half_line_has_not_taken_effect(tmp_path):
@@ -221,6 +221,16 @@ def test_a_run_does_not_end_in_the_middle_of_skipped_updates(tmp_path):
     recovery.end(50, metrics())
     with pytest.raises(RollBack, match="the last 2 updates, up to step 50"):
         recovery.end(50, metrics(skipped=2))
+
+
+@pytest.mark.parametrize("norm", [float("inf"), float("nan")])
+def test_parameters_that_the_last_update_has_spoilt_are_no_good_end(tmp_path, norm):
+    """Its loss and gradients were those of the parameters before it."""
+    recovery = make(tmp_path, Marks(10, good=(10,)))
+    with pytest.raises(RollBack, match="the parameters after step 50 were not finite.*back to the checkpoint of step 10"):
+        recovery.judge(50, metrics(param_norm=norm))
+    with pytest.raises(RunStopped, match="the parameters after step 1 were not finite.*no good checkpoint"):
+        make(tmp_path, Marks()).judge(1, metrics(param_norm=norm))
 
 
 def test_events_are_never_trimmed_and_a_half_line_is_left_out(tmp_path):

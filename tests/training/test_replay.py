@@ -44,7 +44,7 @@ def workdir(monkeypatch, tmp_path):
     beats: list[int] = []
     stream = Stream()
 
-    def run(step: int, signal: int | None = None):
+    def run(step: int, signal: int | None = None, norm: float = 1):
         watchdog = types.SimpleNamespace(
             beat=beats.append, reading=contextlib.nullcontext, paused=lambda name: contextlib.nullcontext()
         )
@@ -55,7 +55,10 @@ def workdir(monkeypatch, tmp_path):
             decisions=types.SimpleNamespace(taken=[]),
             signal=Signal(signal),
             watchdog=watchdog,
-            step=lambda state, batch, teacher: (state, {"loss": np.float32(2), "skipped_in_a_row": 0}),
+            step=lambda state, batch, teacher: (
+                state,
+                {"loss": np.float32(2), "skipped_in_a_row": 0, "param_norm": np.float32(norm)},
+            ),
         )
         monkeypatch.setattr(replay, "open_session", lambda *_, **__: contextlib.nullcontext(session))
         monkeypatch.setattr(replay, "start_state", lambda *_, **__: (None, types.SimpleNamespace(step=0)))
@@ -87,6 +90,11 @@ def test_damaged_lines_of_the_log_hide_no_step_and_no_finding(workdir):
     assert workdir.run(step=4)[1][-1].endswith("every number is bit for bit that of the log")
     path.write_bytes(b'{"step": 4, "loss": 2.5}\n')
     assert "the log has others for loss (loss 2.5)" in workdir.run(step=4)[1][-1]
+
+
+def test_an_update_that_spoils_the_parameters_is_told(workdir):
+    assert "step 4: loss 2.0, the norm of the parameters after it is not finite" in workdir.run(4, norm=np.inf)[1][-1]
+    assert "not finite" not in workdir.run(4)[1][-1]
 
 
 @pytest.mark.parametrize(("number", "code"), [(None, 0), (15, 143), (2, 130)])
