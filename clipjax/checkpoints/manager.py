@@ -128,11 +128,26 @@ class Checkpoints:
                 manifest.write(directory, replace(manifest.read(directory), best=self._steps[step]))
 
     def set_aside(self, step: int, reason: Aside) -> None:
-        """Rename a step so that nothing restores it."""
+        """Rename a step so that nothing restores it.
+
+        Raises:
+            UnusableCheckpoint: on all processes: the storage refuses.
+        """
         if self._save is not None and self._save.step == step:
             self.settle()
-        if processes.is_first():
-            folder.set_aside(self._folder, step, reason)
+
+        def rename() -> str:
+            try:
+                folder.set_aside(self._folder, step, reason)
+            except OSError as error:
+                return describe(error)
+            return ""
+
+        if refusal := exchange.publish(f"{next(self._keys)}/aside", rename):
+            raise UnusableCheckpoint(
+                f"checkpoint {self.path(step)} must not be restored ({reason}), but cannot be renamed: {refusal}; make "
+                "its folder writable, or move it away yourself, and start again"
+            )
         self._steps.pop(step, None)
         self._good.discard(step)
 
@@ -262,18 +277,19 @@ class Checkpoints:
                 found.append((best[1], step))
         return max(found)[1] if found else None
 
-    def read_data(self, name: str, default: Any) -> dict[int, Any]:
+    def read_data(self, name: str, default: Any, steps: Sequence[int] | None = None) -> dict[int, Any]:
         """Return a field of the `data` record of every step whose records are unchanged, as process 0 sees them.
 
         Args:
             name: of the field.
             default: for a record without it.
+            steps: to read; None: all.
         """
 
         def read() -> list[Any]:
             found = []
-            for step in self.steps():
-                with contextlib.suppress(OSError, ValueError):  # damaged: that is found when it is verified
+            for step in self.steps() if steps is None else steps:
+                with contextlib.suppress(OSError, ValueError, TypeError):  # damaged: found when it is verified
                     if examine(self._folder / str(step), step=step, contents=False).usable:
                         found.append([step, dict(read_record(self.path(step), "data")).get(name, default)])
             return found
@@ -292,6 +308,7 @@ class Checkpoints:
         Raises:
             DamagedCheckpoint: there are some, and all of them are damaged; none is set aside.
             UndecidedCheckpoint: the storage does not give one, or it is of a newer format; none is set aside.
+            UnusableCheckpoint: one cannot be set aside.
         """
         key = next(self._keys)
         known = exchange.publish(

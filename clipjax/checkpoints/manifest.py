@@ -197,7 +197,7 @@ def read(directory: pathlib.Path) -> Manifest:
         )
     except (UndecidedCheckpoint, OSError):
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
         raise DamagedCheckpoint(f"checkpoint {directory} is damaged: {FILE}: cannot be read ({error!r})") from error
     if not is_whole or type(format_) is not int or format_ < FIRST_FORMAT:
         raise DamagedCheckpoint(f"checkpoint {directory} is damaged: {FILE}: another content")
@@ -213,9 +213,11 @@ def _needs(name: str, format_: int) -> str:
 
 
 def _inside(path: str) -> str:
-    """Return a path if it stays inside the step directory."""
+    """Return a path if it is one, and stays inside the step directory."""
     if pathlib.PurePosixPath(path).is_absolute() or ".." in pathlib.PurePosixPath(path).parts:
         raise ValueError(f"{path!r} leads out of the checkpoint")
+    if b"\0" in os.fsencode(path):  # which refuses what is no text, too
+        raise ValueError(f"{path!r} is no path")
     return path
 
 
@@ -298,7 +300,7 @@ def best_of(directory: pathlib.Path) -> tuple[str, float] | None:
         try:
             metrics: Any = json.loads(read_bounded(old, _CHUNK_BYTES))
             return next(((str(name), float(value)) for name, value in metrics.items()), None)
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError, OverflowError):
             return None
     except (UnusableCheckpoint, OSError):
         return None

@@ -112,7 +112,9 @@ def _newest_good(folder: pathlib.Path) -> tuple[pathlib.Path, Verdict]:
 
 def _step_of(path: pathlib.Path, data: Any) -> int:
     """The step of a checkpoint as it was saved; a converted one has no record of it."""
-    step = data.get("step") if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        raise ValueError(f"data={data!r} must be an object")
+    step = data.get("step")
     if step is None:
         return int(path.name) if is_step_name(path.name) else 0
     if type(step) is not int or step < 0:

@@ -91,6 +91,44 @@ def test_a_path_out_of_the_checkpoint_is_refused(copy):
     assert "leads out of the checkpoint" in examine(path.parent).fault
 
 
+def craft(step: pathlib.Path, changes: dict) -> None:
+    """Change a manifest, and give it the digest of its new content."""
+    record = json.loads((step / manifest.FILE).read_text())
+    (step / manifest.FILE).write_bytes(manifest._encode(record | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": {"a\0b": [1, "00"]}},
+        {"files": {"\ud800": [1, "00"]}},
+        {"files": {"a": [1]}},
+        {"files": {"a": [float("inf"), "00"]}},
+        {"files": {"a": [float("nan"), "00"]}},
+        {"files": {"a": 5}},
+        {"files": 5},
+        {"step": float("inf")},
+        {"step": [3]},
+        {"best": ["val:top1", 10**400]},
+        {"best": {"val:top1": 1}},
+        {"best": 5},
+    ],
+)
+def test_a_manifest_of_strange_values_is_damage_and_no_crash(copy, changes):
+    """Its digest is right: somebody has made it so."""
+    craft(copy / "checkpoints" / "30", changes)
+    assert examine(copy / "checkpoints" / "30").state is State.DAMAGED
+    assert manifest.best_of(copy / "checkpoints" / "30") is None
+    assert Checkpoints(copy, CheckpointConfig()).newest_verified() == 20
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": 1' + "0" * 400 + "}", '{"a": []}', "[]", "{}"])
+def test_the_metric_of_an_older_format_may_be_anything(tmp_path, content):
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "metrics").write_text(content)
+    assert manifest.best_of(tmp_path) is None
+
+
 def test_a_damaged_step_that_is_named_is_refused_before_an_array_is_read(copy, monkeypatch):
     step = copy / "checkpoints" / "30"
     name = flip(step)

@@ -7,7 +7,7 @@ from tests.checkpoints.conftest import run_two
 PROGRAM = """
 import json, os, pathlib, resource, sys
 import jax, jax.numpy as jnp, numpy as np
-from clipjax.checkpoints import manifest
+from clipjax.checkpoints import manager, manifest
 from clipjax.checkpoints.manager import Checkpoints, DamagedCheckpoint, SavesFail
 from clipjax.config import CheckpointConfig, MeshConfig
 from clipjax.runtime import processes, sharding
@@ -69,6 +69,14 @@ if rank == 0:  # of the files that each process wrote and hashed, one is damaged
         content[5] ^= 1
         data[-1].write_bytes(content)
 together("damaged")
+real_rename = manager.folder.set_aside
+if rank == 0:  # its folder is read-only
+    manager.folder.set_aside = lambda *_: os.close(-1)
+try:
+    checkpoints.newest_verified()
+except manifest.UnusableCheckpoint as error:
+    found["stuck"] = str(error).partition("checkpoints/")[2].partition(";")[0]
+manager.folder.set_aside = real_rename
 found["good"] = checkpoints.newest_verified()
 restored, _ = checkpoints.restore(10, abstract)
 for shard in restored["params"]["kernel"].addressable_shards:
@@ -94,10 +102,11 @@ def test_two_processes_agree_on_every_outcome(tmp_path):
         "steps": [10, 30, 40],
         "undecided": True,
         "untouched": ["10", "30", "40"],
+        "stuck": "40 must not be restored (damaged), but cannot be renamed: Bad file descriptor",
         "good": 10,
         "names": ["10", "30.damaged", "40.damaged"],
         "shape": True,
     }
     warnings = [[line for line in err.splitlines() if "warning: checkpoint" in line] for err in errors]
-    assert [len(lines) for lines in warnings] == [2, 0]  # the first process alone talks
+    assert [len(lines) for lines in warnings] == [3, 0]  # the first process alone talks
     assert "ocdbt.process_1/d/" in warnings[0][0]

@@ -182,7 +182,9 @@ def test_a_workdir_that_has_lost_its_checkpoints_is_refused(tmp_path):
 def make_saved(config: Config, record: dict) -> Any:
     """As much of a checkpoint as the comparison of the data looks at."""
     tokenizer = pack_tokenizer(build_tokenizer("bytes"))
-    return types.SimpleNamespace(config=config, step=3, records={"tokenizer": tokenizer, "data": record})
+    record = {"step": 3, **record}
+    records = {"tokenizer": tokenizer, "data": record}
+    return types.SimpleNamespace(path=pathlib.Path("run/checkpoints/3"), config=config, step=3, records=records)
 
 
 def test_contents_decide_whether_a_run_goes_on(tmp_path, capsys):
