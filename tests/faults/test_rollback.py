@@ -114,6 +114,8 @@ def test_a_kill_behind_the_rollback_changes_nothing(run, rolled_back):
         os.kill(process.pid, signal.SIGKILL)
     assert train(run, "killed", THREE) == 0, run.output("killed")
     assert losses(run.workdir("killed")) == losses(run.workdir(rolled_back))
+    ours, theirs = (next((run.workdir(name) / "left_out").iterdir()) for name in ("killed", rolled_back))
+    assert ours.name == theirs.name and ours.read_text() == theirs.read_text()
     ours, theirs = (final_arrays(run.workdir(name), 100) for name in ("killed", rolled_back))
     assert [path for path in theirs if ours[path].tobytes() != theirs[path].tobytes()] == []
 

@@ -213,7 +213,7 @@ def test_contents_decide_whether_a_run_goes_on(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"\(additional: .*/b.tar \(4 samples\)\)"):
         resume(f"{tmp_path}/{{pairs,moved,c,b}}.tar")
     # Of older versions only path and number are known.
-    saved.records["data"] = {"num_samples": 16}
+    saved.records["data"] = {"step": 3, "num_samples": 16}
     resume(f"{tmp_path}/{{pairs,b,c}}.tar")
     assert "the checkpoint has no digests of its data, so the contents were not compared" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is another place than that of the run in the workdir"):
