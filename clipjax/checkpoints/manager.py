@@ -32,7 +32,7 @@ from clipjax.checkpoints.manifest import (
 from clipjax.checkpoints.reading import restore_arrays
 from clipjax.checkpoints.records import FOLDER, RECORDS, read_record
 from clipjax.checkpoints.saving import OnCommit, OnFailure, Save, describe, silence_orbax, temporary_path
-from clipjax.checkpoints.verdicts import all_damaged, going_on, refuse_damaged, refuse_undecided, warn
+from clipjax.checkpoints.verdicts import all_damaged, examine_together, going_on, refuse_damaged, refuse_undecided, warn
 from clipjax.config import CheckpointConfig
 from clipjax.runtime import processes
 
@@ -336,15 +336,7 @@ class Checkpoints:
             self.set_aside(step, "incomplete" if verdict.state is State.INCOMPLETE else "damaged")
 
     def _examine(self, step: int) -> Verdict:
-        """Return the verdict of all processes; each reads a part of the files."""
-        key, rank, count = next(self._keys), jax.process_index(), jax.process_count()
-        own = examine(self._folder / str(step), step=step, part=(rank, count))
-        parts = exchange.gather(f"{key}/parts", [own.state.value, own.fault])
-        verdicts = [Verdict(State(state), fault) for state, fault in parts]
-        verdicts.sort(key=lambda verdict: not verdict.undecided)  # one that cannot read speaks for all
-        worst = next((verdict for verdict in verdicts if not verdict.usable), own)
-        state, fault = exchange.publish(f"{key}/verdict", lambda: [worst.state.value, worst.fault])
-        return Verdict(State(state), fault)
+        return examine_together(self._folder / str(step), next(self._keys), step=step)
 
     def restore(self, step: int, abstract_arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the arrays, placed by the shardings of `abstract_arrays`, and the records.

@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -222,7 +222,12 @@ def _inside(path: str) -> str:
 
 
 def examine(
-    directory: pathlib.Path, *, step: int | None = None, contents: bool = True, part: tuple[int, int] = (0, 1)
+    directory: pathlib.Path,
+    *,
+    step: int | None = None,
+    contents: bool = True,
+    groups: Collection[str] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Verdict:
     """Compare a step directory with its manifest.
 
@@ -230,6 +235,7 @@ def examine(
         directory: of the step.
         step: that it must be of; None: any.
         contents: False compares the sizes of all files and the contents of the records, but reads no array.
+        groups: of arrays whose contents are compared, besides the records; None: all.
         part: of the contents, (i, n): every n-th file from i; processes share the work so.
     """
     try:
@@ -251,7 +257,11 @@ def examine(
             return _not_given(path, error)
         if found != size:
             return Verdict(State.DAMAGED, f"{path}: {found} bytes instead of {size}")
-    chosen = [path for path in manifest.files if contents or path.endswith("/metadata")]
+    chosen = [
+        path
+        for path in manifest.files
+        if path.endswith("/metadata") or (contents and (groups is None or path.partition("/")[0] in groups))
+    ]
     if contents:
         chosen = sorted(chosen, key=lambda path: manifest.files[path], reverse=True)[part[0] :: part[1]]
     return _compare(directory, {path: manifest.files[path] for path in chosen})

@@ -157,6 +157,26 @@ def test_a_reader_of_a_workdir_takes_the_newest_good_step_and_renames_nothing(co
     assert newest_checkpoint(copy) is not None  # flips in arrays are for `newest_verified` to find
 
 
+@pytest.mark.parametrize("place", ["", "checkpoints/30"])
+def test_a_reader_of_parameters_examines_no_array_that_it_does_not_read(copy, monkeypatch, place):
+    """The optimizer's state is twice as large."""
+    flip(copy / "checkpoints" / "30", "train/_METADATA")
+    hashed: list[str] = []
+    real = manifest._hash_file
+
+    def hash_file(path: pathlib.Path, *, sync: bool) -> tuple[int, str]:
+        hashed.append(path.relative_to(copy / "checkpoints" / "30").parts[0])
+        return real(path, sync=sync)
+
+    monkeypatch.setattr(manifest, "_hash_file", hash_file)
+    opened = SavedCheckpoint(copy / place)
+    opened.params(ABSTRACT["params"])
+    opened.params(ABSTRACT["params"])
+    assert opened.step == 30 and "params" in hashed and "train" not in hashed
+    arrays = [path for path in manifest.list_files(copy / "checkpoints" / "30") if path.startswith("params/")]
+    assert hashed.count("params") == len(arrays), "once, however often it is read"
+
+
 def test_a_run_sets_what_is_damaged_or_incomplete_aside(copy, capsys):
     folder = copy / "checkpoints"
     (folder / "30" / manifest.FILE).unlink()
