@@ -3,12 +3,17 @@
 import contextlib
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from clipjax.cli import train as command
 from clipjax.config import Config
+from clipjax.models.clip import Clip
+from clipjax.runtime import sharding
 from clipjax.training import replay
+from clipjax.training.program import build_program
+from tests.training.faults import NUM_SAMPLES, small_config
 
 pytestmark = pytest.mark.newest
 
@@ -116,3 +121,49 @@ def test_samples_beyond_those_shown_are_counted(monkeypatch):
     assert image.startswith("image embeddings: 12 of 16 not finite: sample 0; ")
     assert image.endswith("sample 7 and 4 more")
     assert text.endswith("4 of 16 not finite: sample 12; sample 13; sample 14; sample 15")
+
+
+def test_samples_of_every_process_are_named_by_the_first(monkeypatch):
+    """A bad sample of process 1 was counted, and named nowhere."""
+    sent: dict[str, dict[int, list]] = {}
+
+    def gather(key: str, value: list) -> list:
+        parts = sent.setdefault(key, {})
+        parts[jax.process_index()] = value
+        return [parts[rank] for rank in sorted(parts)] if jax.process_index() == 0 else []
+
+    finite = np.ones(16, bool)
+    finite[[3, 9, 15]] = False
+    monkeypatch.setattr(
+        replay, "_make_search", lambda _: lambda *_: ({"image": finite, "text": np.arange(16) < 3}, [], [])
+    )
+    monkeypatch.setattr(replay.exchange, "gather", gather)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    inputs = types.SimpleNamespace(source=types.SimpleNamespace(location=lambda index: f"sample {index}"))
+    session = types.SimpleNamespace(teacher=None, checked=types.SimpleNamespace(inputs=inputs))
+    for rank in (1, 0):  # the first one has all parts when it asks
+        monkeypatch.setattr(jax, "process_index", lambda rank=rank: rank)
+        own = np.arange(8) + 100 * (rank + 1)
+        lines = list(replay._search(session, types.SimpleNamespace(params={}), None, own))
+    assert lines[1] == "image embeddings: 3 of 16 not finite: sample 103; sample 201; sample 207"
+    shown = "; ".join(f"sample {index}" for index in (*range(103, 108), *range(200, 203)))
+    assert lines[2] == f"text embeddings: 13 of 16 not finite: {shown} and 5 more"
+
+
+def test_the_search_encodes_a_microbatch_at_a_time_as_the_step_does(monkeypatch):
+    config = small_config("cached")
+    mesh = sharding.make_mesh(config.mesh)
+    encoded_at_once: set[int] = set()
+    encode = Clip.encode_batch
+
+    def record(self, params, batch_stats, batch, key):
+        encoded_at_once.add(len(batch["tokens"]))
+        return encode(self, params, batch_stats, batch, key)
+
+    monkeypatch.setattr(Clip, "encode_batch", record)
+    with jax.set_mesh(mesh):
+        program = build_program(config, mesh, num_samples=NUM_SAMPLES)
+        search = replay._make_search(types.SimpleNamespace(program=program, mesh=mesh))
+        rows, _, _ = jax.eval_shape(search, program.abstract_state, program.abstract_batch(), None)
+    assert rows["image"].shape == (config.global_batch_size,)
+    assert encoded_at_once == {config.microbatch_size}
