@@ -36,8 +36,15 @@ from clipjax.checkpoints.verdicts import all_damaged, examine_together, going_on
 from clipjax.config import CheckpointConfig
 from clipjax.runtime import processes
 
-WAIT_SECONDS = 10.0
-"""Time that a save waits for the one before it; then it is left out, so that training goes on."""
+WAIT_SECONDS = 2.0
+"""Time that a save waits for the one before it, or as long as copying takes if that is longer; then it is left out.
+
+So a save blocks the loop for at most twice the time of copying. Where that is short, a wait of so little costs less than
+the steps between two saves that a kill would lose, and where a run goes back to does not depend on every delay.
+"""
+
+SILENT_SECONDS = 10.0
+"""Time without a new byte after which a save that is left out counts as a failure."""
 
 STALLED_SECONDS = 120.0
 """Time without a new byte after which a save is given up where nothing may be left out."""
@@ -79,7 +86,9 @@ class Checkpoints:
         self._steps = {step: best_of(self._folder / str(step)) for step in complete}
         self._good = {step for step in complete if (self._folder / str(step) / GOOD).exists()}
         self._save: Save | None = None
-        self._failures, self._unsaved, self._seen_bytes = 0, "", 0
+        self._failures, self._unsaved = 0, ""
+        self._seen_bytes, self._seen_at = 0, 0.0  # of the save in progress, and when a byte was new
+        self._copy_seconds = 0.0  # of the last save
         self._stalled = False  # the save in progress was given up
         self._verified: int | None = None
         self._keys = (f"checkpoints/{number}/{i}" for number in [next(_instances)] for i in itertools.count())
@@ -92,7 +101,10 @@ class Checkpoints:
         return sorted(self._steps)
 
     def good_steps(self) -> list[int]:
-        """Return the complete steps that are good: those marked so, and all before one of them."""
+        """Return the complete steps that are good: those marked so, and all before one of them.
+
+        Training came through those to a good state, and what a rollback rejects is set aside: they can be gone on from.
+        """
         newest = max(self._good & self._steps.keys(), default=-1)
         return [step for step in self.steps() if step <= newest]
 
@@ -189,7 +201,7 @@ class Checkpoints:
             return
         metric = self._config.best_metric
         best = None if metric is None or best_value is None else (metric, float(best_value))
-        self._unsaved, self._seen_bytes = "", 0
+        self._unsaved, self._seen_bytes, self._seen_at = "", 0, time.monotonic()
         self._spent_keys.append(key)
         if processes.is_first() and len(self._spent_keys) > 2:
             # All processes have sent their part of the save before this one, so they are done with the one before that.
@@ -207,14 +219,19 @@ class Checkpoints:
             on_failure=self._on_failure,
             on_commit=self._on_commit,
         )
+        self._copy_seconds = time.monotonic() - self._seen_at
 
     def _prepare(self, step: int, *, last: bool) -> dict[str, Any]:
         """Decide on process 0 whether a save begins, and make its directory."""
-        reason, busy = "", not self._join(STALLED_SECONDS if last else WAIT_SECONDS, patient=last)
+        patience = STALLED_SECONDS if last else max(WAIT_SECONDS, self._copy_seconds)
+        reason, busy = "", not self._join(patience, patient=last)
         if busy:
             assert self._save is not None
-            seen, self._seen_bytes = self._seen_bytes, self._save.written_bytes()
-            self._failures += self._seen_bytes == seen
+            seen, now = self._save.written_bytes(), time.monotonic()
+            if seen != self._seen_bytes:
+                self._seen_bytes, self._seen_at = seen, now
+            elif now - self._seen_at >= SILENT_SECONDS:
+                self._failures, self._seen_at = self._failures + 1, now
             reason = f"left out, since step {self._save.step} is still being written"
         else:
             self._settle()
