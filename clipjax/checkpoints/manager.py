@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import jax
-
 from clipjax.checkpoints import exchange, folder, manifest
 from clipjax.checkpoints.folder import GOOD, Aside
 from clipjax.checkpoints.manifest import (
@@ -39,8 +37,8 @@ from clipjax.runtime import processes
 WAIT_SECONDS = 2.0
 """Time that a save waits for the one before it, or as long as copying takes if that is longer; then it is left out.
 
-So a save blocks the loop for at most twice the time of copying. Where that is short, a wait of so little costs less than
-the steps between two saves that a kill would lose, and where a run goes back to does not depend on every delay.
+So a save blocks the loop for at most twice the time of copying. Where that is short, so little a wait costs less than
+the steps that a kill would lose, and where a run goes back to does not depend on every delay.
 """
 
 SILENT_SECONDS = 10.0

@@ -22,7 +22,6 @@ from clipjax.models.towers import PARAMETER_RULES
 from clipjax.runtime import sharding
 from clipjax.typing import Params
 
-
 _openings = itertools.count()
 
 
@@ -62,7 +61,7 @@ class SavedCheckpoint:
             judge: gives the verdict on a directory, which must be of a step where several are to choose from.
         """
         bad: dict[int, Verdict] = {}
-        for number, path in enumerate(self._places):
+        for path in self._places:
             self._verdict = judge(path, None if self._is_named else int(path.name))
             if self._verdict.usable:
                 break
@@ -74,7 +73,7 @@ class SavedCheckpoint:
             raise DamagedCheckpoint(all_damaged(self._places[0].parent, bad))
         for worse, why in bad.items():
             warn(going_on(path.with_name(str(worse)), why, path))
-        self.path, self._places = path, self._places[number:]
+        self.path, self._places = path, self._places[len(bad) :]
         try:
             self.records: dict[str, Any] = {name: read_record(self.path, name) for name in RECORDS}
             self.config: Config = from_dict(self.records["config"])

@@ -219,8 +219,8 @@ def _choose(decisions: Decisions, checkpoints: Checkpoints, before: int | None =
         is_current = _apply(decisions, checkpoints, [newest])
         if newest not in is_current:
             raise UndecidedCheckpoint(
-                f"checkpoint {checkpoints.path(newest)}: its records cannot be read any more, so whether a rollback has "
-                "rejected it cannot be known; see to the storage and start again"
+                f"checkpoint {checkpoints.path(newest)}: its records cannot be read any more, so whether a rollback "
+                "has rejected it cannot be known; see to the storage and start again"
             )
         if is_current[newest]:
             return newest

@@ -161,7 +161,9 @@ def test_blown_up_from_the_start_there_is_no_way_back(run):
     options = ("--config.optim.learning_rate=1e30", "--config.warmup_examples=0", told[0])
     assert train(run, "blown", ("-m", "clipjax"), *options) == 0
     assert "from step 0, " in run.output("blown")
-    assert "step 1: loss " in run.output("blown") and "the norm of the parameters after it is not" in run.output("blown")
+    assert "step 1: loss " in run.output("blown") and "the norm of the parameters after it is not" in run.output(
+        "blown"
+    )
     assert files_of(run.workdir("blown")) == before, "a replay writes nothing"
 
 

@@ -1,4 +1,4 @@
-"""Lists of what rollbacks leave out: the samples that the batches had, whoever read them and however often it starts."""
+"""Lists of what rollbacks leave out: the samples that the batches had, whoever has read them, at any start."""
 
 import pathlib
 

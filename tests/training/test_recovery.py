@@ -251,7 +251,9 @@ def test_a_run_does_not_end_in_the_middle_of_skipped_updates(tmp_path):
 def test_parameters_that_the_last_update_has_spoilt_are_no_good_end(tmp_path, norm):
     """Its loss and gradients were those of the parameters before it."""
     recovery = make(tmp_path, Marks(10, good=(10,)))
-    with pytest.raises(RollBack, match="the parameters after step 50 were not finite.*back to the checkpoint of step 10"):
+    with pytest.raises(
+        RollBack, match="the parameters after step 50 were not finite.*back to the checkpoint of step 10"
+    ):
         recovery.judge(50, metrics(param_norm=norm))
     with pytest.raises(RunStopped, match="the parameters after step 1 were not finite.*no good checkpoint"):
         make(tmp_path, Marks()).judge(1, metrics(param_norm=norm))

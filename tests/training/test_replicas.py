@@ -80,7 +80,9 @@ def test_every_single_bit_changes_the_digest_and_so_does_the_order():
     assert int(digest(jnp.asarray([True, False]))) != int(digest(jnp.asarray([False, True])))
 
 
-@pytest.mark.parametrize(("batch", "examples", "steps"), [(32768, 1_000_000, 125), (1000, 1_000_000, 1000), (8, 8, 125)])
+@pytest.mark.parametrize(
+    ("batch", "examples", "steps"), [(32768, 1_000_000, 125), (1000, 1_000_000, 1000), (8, 8, 125)]
+)
 def test_checks_cost_a_thousandth_whatever_the_batch(batch, examples, steps):
     config = Config(global_batch_size=batch)
     config.recovery.replica_check_examples = examples
