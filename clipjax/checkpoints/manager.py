@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import jax
-
 from clipjax.checkpoints import exchange, folder, manifest
 from clipjax.checkpoints.folder import GOOD, Aside
 from clipjax.checkpoints.manifest import (
@@ -32,12 +30,19 @@ from clipjax.checkpoints.manifest import (
 from clipjax.checkpoints.reading import restore_arrays
 from clipjax.checkpoints.records import FOLDER, RECORDS, read_record
 from clipjax.checkpoints.saving import OnCommit, OnFailure, Save, describe, silence_orbax, temporary_path
-from clipjax.checkpoints.verdicts import all_damaged, going_on, refuse_damaged, refuse_undecided, warn
+from clipjax.checkpoints.verdicts import all_damaged, examine_together, going_on, refuse_damaged, refuse_undecided, warn
 from clipjax.config import CheckpointConfig
 from clipjax.runtime import processes
 
-WAIT_SECONDS = 10.0
-"""Time that a save waits for the one before it; then it is left out, so that training goes on."""
+WAIT_SECONDS = 2.0
+"""Time that a save waits for the one before it, or as long as copying takes if that is longer; then it is left out.
+
+So a save blocks the loop for at most twice the time of copying. Where that is short, so little a wait costs less than
+the steps that a kill would lose, and where a run goes back to does not depend on every delay.
+"""
+
+SILENT_SECONDS = 10.0
+"""Time without a new byte after which a save that is left out counts as a failure."""
 
 STALLED_SECONDS = 120.0
 """Time without a new byte after which a save is given up where nothing may be left out."""
@@ -79,7 +84,9 @@ class Checkpoints:
         self._steps = {step: best_of(self._folder / str(step)) for step in complete}
         self._good = {step for step in complete if (self._folder / str(step) / GOOD).exists()}
         self._save: Save | None = None
-        self._failures, self._unsaved, self._seen_bytes = 0, "", 0
+        self._failures, self._unsaved = 0, ""
+        self._seen_bytes, self._seen_at = 0, 0.0  # of the save in progress, and when a byte was new
+        self._copy_seconds = 0.0  # of the last save
         self._stalled = False  # the save in progress was given up
         self._verified: int | None = None
         self._keys = (f"checkpoints/{number}/{i}" for number in [next(_instances)] for i in itertools.count())
@@ -92,7 +99,10 @@ class Checkpoints:
         return sorted(self._steps)
 
     def good_steps(self) -> list[int]:
-        """Return the complete steps that are good: those marked so, and all before one of them."""
+        """Return the complete steps that are good: those marked so, and all before one of them.
+
+        Training came through those to a good state, and what a rollback rejects is set aside: they can be gone on from.
+        """
         newest = max(self._good & self._steps.keys(), default=-1)
         return [step for step in self.steps() if step <= newest]
 
@@ -128,11 +138,26 @@ class Checkpoints:
                 manifest.write(directory, replace(manifest.read(directory), best=self._steps[step]))
 
     def set_aside(self, step: int, reason: Aside) -> None:
-        """Rename a step so that nothing restores it."""
+        """Rename a step so that nothing restores it.
+
+        Raises:
+            UnusableCheckpoint: on all processes: the storage refuses.
+        """
         if self._save is not None and self._save.step == step:
             self.settle()
-        if processes.is_first():
-            folder.set_aside(self._folder, step, reason)
+
+        def rename() -> str:
+            try:
+                folder.set_aside(self._folder, step, reason)
+            except OSError as error:
+                return describe(error)
+            return ""
+
+        if refusal := exchange.publish(f"{next(self._keys)}/aside", rename):
+            raise UnusableCheckpoint(
+                f"checkpoint {self.path(step)} must not be restored ({reason}), but cannot be renamed: {refusal}; make "
+                "its folder writable, or move it away yourself, and start again"
+            )
         self._steps.pop(step, None)
         self._good.discard(step)
 
@@ -174,7 +199,7 @@ class Checkpoints:
             return
         metric = self._config.best_metric
         best = None if metric is None or best_value is None else (metric, float(best_value))
-        self._unsaved, self._seen_bytes = "", 0
+        self._unsaved, self._seen_bytes, self._seen_at = "", 0, time.monotonic()
         self._spent_keys.append(key)
         if processes.is_first() and len(self._spent_keys) > 2:
             # All processes have sent their part of the save before this one, so they are done with the one before that.
@@ -192,14 +217,19 @@ class Checkpoints:
             on_failure=self._on_failure,
             on_commit=self._on_commit,
         )
+        self._copy_seconds = time.monotonic() - self._seen_at
 
     def _prepare(self, step: int, *, last: bool) -> dict[str, Any]:
         """Decide on process 0 whether a save begins, and make its directory."""
-        reason, busy = "", not self._join(STALLED_SECONDS if last else WAIT_SECONDS, patient=last)
+        patience = STALLED_SECONDS if last else max(WAIT_SECONDS, self._copy_seconds)
+        reason, busy = "", not self._join(patience, patient=last)
         if busy:
             assert self._save is not None
-            seen, self._seen_bytes = self._seen_bytes, self._save.written_bytes()
-            self._failures += self._seen_bytes == seen
+            seen, now = self._save.written_bytes(), time.monotonic()
+            if seen != self._seen_bytes:
+                self._seen_bytes, self._seen_at = seen, now
+            elif now - self._seen_at >= SILENT_SECONDS:
+                self._failures, self._seen_at = self._failures + 1, now
             reason = f"left out, since step {self._save.step} is still being written"
         else:
             self._settle()
@@ -262,18 +292,19 @@ class Checkpoints:
                 found.append((best[1], step))
         return max(found)[1] if found else None
 
-    def read_data(self, name: str, default: Any) -> dict[int, Any]:
+    def read_data(self, name: str, default: Any, steps: Sequence[int] | None = None) -> dict[int, Any]:
         """Return a field of the `data` record of every step whose records are unchanged, as process 0 sees them.
 
         Args:
             name: of the field.
             default: for a record without it.
+            steps: to read; None: all.
         """
 
         def read() -> list[Any]:
             found = []
-            for step in self.steps():
-                with contextlib.suppress(OSError, ValueError):  # damaged: that is found when it is verified
+            for step in self.steps() if steps is None else steps:
+                with contextlib.suppress(OSError, ValueError, TypeError):  # damaged: found when it is verified
                     if examine(self._folder / str(step), step=step, contents=False).usable:
                         found.append([step, dict(read_record(self.path(step), "data")).get(name, default)])
             return found
@@ -292,6 +323,7 @@ class Checkpoints:
         Raises:
             DamagedCheckpoint: there are some, and all of them are damaged; none is set aside.
             UndecidedCheckpoint: the storage does not give one, or it is of a newer format; none is set aside.
+            UnusableCheckpoint: one cannot be set aside.
         """
         key = next(self._keys)
         known = exchange.publish(
@@ -319,15 +351,7 @@ class Checkpoints:
             self.set_aside(step, "incomplete" if verdict.state is State.INCOMPLETE else "damaged")
 
     def _examine(self, step: int) -> Verdict:
-        """Return the verdict of all processes; each reads a part of the files."""
-        key, rank, count = next(self._keys), jax.process_index(), jax.process_count()
-        own = examine(self._folder / str(step), step=step, part=(rank, count))
-        parts = exchange.gather(f"{key}/parts", [own.state.value, own.fault])
-        verdicts = [Verdict(State(state), fault) for state, fault in parts]
-        verdicts.sort(key=lambda verdict: not verdict.undecided)  # one that cannot read speaks for all
-        worst = next((verdict for verdict in verdicts if not verdict.usable), own)
-        state, fault = exchange.publish(f"{key}/verdict", lambda: [worst.state.value, worst.fault])
-        return Verdict(State(state), fault)
+        return examine_together(self._folder / str(step), next(self._keys), step=step)
 
     def restore(self, step: int, abstract_arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the arrays, placed by the shardings of `abstract_arrays`, and the records.

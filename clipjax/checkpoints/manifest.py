@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -197,7 +197,7 @@ def read(directory: pathlib.Path) -> Manifest:
         )
     except (UndecidedCheckpoint, OSError):
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
         raise DamagedCheckpoint(f"checkpoint {directory} is damaged: {FILE}: cannot be read ({error!r})") from error
     if not is_whole or type(format_) is not int or format_ < FIRST_FORMAT:
         raise DamagedCheckpoint(f"checkpoint {directory} is damaged: {FILE}: another content")
@@ -213,14 +213,21 @@ def _needs(name: str, format_: int) -> str:
 
 
 def _inside(path: str) -> str:
-    """Return a path if it stays inside the step directory."""
+    """Return a path if it is one, and stays inside the step directory."""
     if pathlib.PurePosixPath(path).is_absolute() or ".." in pathlib.PurePosixPath(path).parts:
         raise ValueError(f"{path!r} leads out of the checkpoint")
+    if b"\0" in os.fsencode(path):  # which refuses what is no text, too
+        raise ValueError(f"{path!r} is no path")
     return path
 
 
 def examine(
-    directory: pathlib.Path, *, step: int | None = None, contents: bool = True, part: tuple[int, int] = (0, 1)
+    directory: pathlib.Path,
+    *,
+    step: int | None = None,
+    contents: bool = True,
+    groups: Collection[str] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Verdict:
     """Compare a step directory with its manifest.
 
@@ -228,6 +235,7 @@ def examine(
         directory: of the step.
         step: that it must be of; None: any.
         contents: False compares the sizes of all files and the contents of the records, but reads no array.
+        groups: of arrays whose contents are compared, besides the records; None: all.
         part: of the contents, (i, n): every n-th file from i; processes share the work so.
     """
     try:
@@ -249,7 +257,11 @@ def examine(
             return _not_given(path, error)
         if found != size:
             return Verdict(State.DAMAGED, f"{path}: {found} bytes instead of {size}")
-    chosen = [path for path in manifest.files if contents or path.endswith("/metadata")]
+    chosen = [
+        path
+        for path in manifest.files
+        if path.endswith("/metadata") or (contents and (groups is None or path.partition("/")[0] in groups))
+    ]
     if contents:
         chosen = sorted(chosen, key=lambda path: manifest.files[path], reverse=True)[part[0] :: part[1]]
     return _compare(directory, {path: manifest.files[path] for path in chosen})
@@ -298,7 +310,7 @@ def best_of(directory: pathlib.Path) -> tuple[str, float] | None:
         try:
             metrics: Any = json.loads(read_bounded(old, _CHUNK_BYTES))
             return next(((str(name), float(value)) for name, value in metrics.items()), None)
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError, OverflowError):
             return None
     except (UnusableCheckpoint, OSError):
         return None

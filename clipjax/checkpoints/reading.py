@@ -120,7 +120,7 @@ class _Group:
         self._leaves, self._structure = jax.tree.flatten(tree)
         options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={jax.process_index()})
         self._handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)  # it waits for no other process
-        self._together = any(len(_processes(leaf.sharding)) == jax.process_count() > 1 for leaf in self._leaves)
+        self._together = is_read_together(tree)
 
     def restore(self) -> Any:
         """Return the arrays."""
@@ -255,6 +255,12 @@ def _turns(leaves: Sequence[Any], routes: Sequence[_Route | None]) -> Iterator[l
         total += size
     if turn:
         yield turn
+
+
+def is_read_together(tree: Any) -> bool:
+    """Return True if the shardings of a tree make several processes read it together."""
+    leaves = jax.tree.leaves(tree)
+    return any(len(_processes(leaf.sharding)) == jax.process_count() > 1 for leaf in leaves)
 
 
 def _processes(sharding: Any) -> set[int]:

@@ -1,10 +1,33 @@
-"""Verdicts in words: what is refused of checkpoints, and what a person is warned of."""
+"""Verdicts of all processes on a checkpoint, and in words: what is refused, and what a person is warned of."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from clipjax.checkpoints.manifest import DamagedCheckpoint, State, UndecidedCheckpoint, Verdict
+import jax
+
+from clipjax.checkpoints import exchange
+from clipjax.checkpoints.manifest import DamagedCheckpoint, State, UndecidedCheckpoint, Verdict, examine
 from clipjax.runtime import processes
+
+
+def examine_together(
+    path: pathlib.Path, key: str, *, step: int | None = None, groups: Collection[str] | None = None
+) -> Verdict:
+    """Return the verdict of all processes, which all of them ask for; each reads a part of the files.
+
+    Args:
+        path: of the step directory.
+        key: of this conversation.
+        step: that it must be of; None: any.
+        groups: of arrays that are examined, besides the records; None: all.
+    """
+    own = examine(path, step=step, groups=groups, part=(jax.process_index(), jax.process_count()))
+    parts = exchange.gather(f"{key}/parts", [own.state.value, own.fault])
+    verdicts = [Verdict(State(state), fault) for state, fault in parts]
+    verdicts.sort(key=lambda verdict: not verdict.undecided)  # one that cannot read speaks for all
+    worst = next((verdict for verdict in verdicts if not verdict.usable), own)
+    state, fault = exchange.publish(f"{key}/verdict", lambda: [worst.state.value, worst.fault])
+    return Verdict(State(state), fault)
 
 
 def refuse_damaged(path: pathlib.Path, verdict: Verdict) -> None:

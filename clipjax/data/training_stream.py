@@ -132,6 +132,21 @@ def batch_number(position: int, left_out: Sequence[tuple[int, int]]) -> int:
     return number
 
 
+def ordered(source: Any, config: Config) -> Any:
+    """Return the items of a source in the order of training, without end; none is read before it is asked for.
+
+    Position p belongs to global batch p // `config.global_batch_size`.
+
+    Args:
+        source: has a length and items by number, at least one global batch of them.
+        config: the run: its `seed` and `global_batch_size`.
+    """
+    import grain
+
+    epoch_size = len(source) - len(source) % config.global_batch_size
+    return grain.MapDataset.source(source).seed(config.seed).shuffle().slice(slice(epoch_size)).repeat()
+
+
 class _Share:
     """The batches of one process by their position in its stream, as a source for Grain."""
 
@@ -213,14 +228,10 @@ class TrainStream:
         if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
         augment = _Augment(tokenize, make_eval_transform(config), data.crop, data.min_crop_area)
-        samples = (
-            grain.MapDataset.source(_SubstitutedSamples(source, data.max_image_pixels)).seed(config.seed).shuffle()
-        )
-        epoch_size = len(source) - len(source) % batch_size
-        epoch = samples.slice(slice(epoch_size)).repeat()
+        samples = ordered(_SubstitutedSamples(source, data.max_image_pixels), config)
         # The random map comes before the share, else its randomness would depend on the number of processes; the
         # batch comes before the workers, else the stream would depend on their number.
-        batches = epoch.random_map(augment).batch(local_size, drop_remainder=True)
+        batches = samples.random_map(augment).batch(local_size, drop_remainder=True)
         self._share = grain.MapDataset.source(_Share(batches, process_index, process_count, left_out))
         self._source, self._data, self._position = source, data, start_step
         self._process_index, self._on_restart = process_index, on_restart

@@ -6,7 +6,7 @@ copy of those before it. So a start after a kill at any moment does what the run
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -40,7 +40,7 @@ class Rollback:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            if not isinstance(getattr(self, item.name), str if item.name == "reason" else int):
+            if type(getattr(self, item.name)) is not (str if item.name == "reason" else int):
                 raise ValueError(f"{item.name}={getattr(self, item.name)!r} is of another type")
         if not 0 <= self.first_batch <= self.last_batch or not 0 <= self.to_step < self.first_step <= self.last_step:
             raise ValueError("its steps or batches are out of order")
@@ -52,6 +52,8 @@ def parse(record: Any) -> Rollback:
     Raises:
         ValueError: it is none, or of a kind that this version does not know.
     """
+    if not isinstance(record, dict):
+        raise ValueError(f"{record!r} is no decision")
     try:
         values = dict(record)
         if (kind := values.pop("decision")) != "rollback":
@@ -59,6 +61,17 @@ def parse(record: Any) -> Rollback:
         return Rollback(**values)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{record!r} is no decision: {error!r}") from error
+
+
+def parse_all(records: Any) -> list[Rollback]:
+    """Return the decisions of a checkpoint's copy.
+
+    Raises:
+        ValueError: it is no list of decisions.
+    """
+    if not isinstance(records, list):
+        raise ValueError(f"{records!r} is no list of decisions")
+    return [parse(record) for record in records]
 
 
 def to_record(decision: Rollback) -> dict[str, Any]:
@@ -132,13 +145,12 @@ class Decisions:
         self.taken.append(parse(record))
         return self.taken[-1]
 
-    def adopt(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def adopt(self, copy: list[Rollback]) -> None:
         """Take over a checkpoint's copy where the file has lost decisions.
 
         Raises:
             ValueError: the copy contradicts the file.
         """
-        copy = [parse(record) for record in records]
         shared = min(len(copy), len(self.taken))
         if copy[:shared] != self.taken[:shared]:
             raise ValueError(

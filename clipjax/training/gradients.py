@@ -46,13 +46,17 @@ class DirectGradients:
     clip: Clip
     loss: TrainingLoss
 
+    def encode(self, params: Params, batch_stats: Params, batch: Batch, key: Key) -> Encoded:
+        """Return the embeddings of which the gradients' loss is."""
+        return self.clip.encode_batch(params, batch_stats, batch, key)
+
     def __call__(
         self, params: Params, batch_stats: Params, batch: Batch, inputs: LossInputs, key: Key
     ) -> tuple[Params, GradientsAux]:
         """Return gradients, and all else that the pass gives."""
 
         def objective(params: Params) -> tuple[jax.Array, GradientsAux]:
-            encoded = self.clip.encode_batch(params, batch_stats, batch, key)
+            encoded = self.encode(params, batch_stats, batch, key)
             results = self.loss(encoded, inputs)
             return results.loss, _to_aux(results, encoded)
 
@@ -128,19 +132,24 @@ class CachedGradients:
     loss: TrainingLoss
     microbatches: Microbatches
 
+    def encode(self, params: Params, batch_stats: Params, batch: Batch, key: Key) -> Encoded:
+        """Return the embeddings of which the gradients' loss is, a microbatch at a time."""
+
+        def encode(batch: Batch, key: Key) -> Encoded:
+            return self.clip.encode_batch(params, batch_stats, batch, key)
+
+        return self.microbatches.encode(encode, batch, key)
+
     def __call__(
         self, params: Params, batch_stats: Params, batch: Batch, inputs: LossInputs, key: Key
     ) -> tuple[Params, GradientsAux]:
         """Return gradients, and all else that the passes give."""
 
-        def encode(batch: Batch, key: Key, params: Params = params) -> Encoded:
-            return self.clip.encode_batch(params, batch_stats, batch, key)
-
         def objective(encoded: Encoded) -> tuple[jax.Array, GradientsAux]:
             results = self.loss(encoded, inputs)
             return results.loss, _to_aux(results, encoded)
 
-        encoded = self.microbatches.encode(encode, batch, key)
+        encoded = self.encode(params, batch_stats, batch, key)
         embed_grads, aux = jax.grad(objective, has_aux=True)(encoded)
         scaling_grads = embed_grads.logit_scale, embed_grads.logit_bias
 
@@ -148,7 +157,9 @@ class CachedGradients:
             (number, microbatch), part_grads = part
             scale, bias = jax.tree.map(lambda x: jnp.where(number == 0, x, 0), scaling_grads)
             part_key = jax.random.fold_in(key, number)
-            _, pull_back = jax.vjp(lambda params: encode(microbatch, part_key, params), params)
+            _, pull_back = jax.vjp(
+                lambda params: self.clip.encode_batch(params, batch_stats, microbatch, part_key), params
+            )
             cotangents = embed_grads._replace(**part_grads, logit_scale=scale, logit_bias=bias)
             return jax.tree.map(jnp.add, total, pull_back(cotangents)[0]), None
 

@@ -5,10 +5,12 @@ checkpoints are good, and ends the run's current part with `RollBack` after too 
 processes see the same numbers at the same step, so all decide alike and no device waits.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from clipjax.checkpoints.manager import Checkpoints
+from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.config import Config
 from clipjax.data.training_stream import batch_number
 from clipjax.monitoring.events import Events
@@ -67,7 +69,7 @@ class Recovery:
 
         Args:
             step: completed updates.
-            metrics: `skipped_in_a_row`, `loss_spike` and `loss` of that step.
+            metrics: `skipped_in_a_row`, `loss_spike`, `loss` and `param_norm` of that step.
 
         Raises:
             RollBack: a new start goes on from an earlier checkpoint; the decision is on disk.
@@ -79,6 +81,8 @@ class Recovery:
             self._events.add("skipped_update", step=step, in_a_row=in_a_row)
         if in_a_row >= self._limits.max_skipped_in_a_row:
             self._go_back(step - in_a_row + 1, step, f"{in_a_row} updates in a row, up to step {step}, were not finite")
+        if not math.isfinite(float(metrics["param_norm"])):  # gradients were finite, what the update made of them not
+            self._go_back(step, step, f"the parameters after step {step} were not finite, or too large for their norm")
         if int(metrics["loss_spike"]):
             self._go_back(step, step, f"the loss jumped to {float(metrics['loss']):.4g} at step {step}")
         if step - GOOD_AFTER >= self._finite_since:
@@ -111,15 +115,13 @@ class Recovery:
             self._equal_at = step
             return
         self._settle()  # or the next start would find the save that has just begun
-        steps = self._checkpoints.steps()
+        steps, left = self._checkpoints.steps(), ""
         if any(each <= self._equal_at for each in steps):
-            for each in steps:
-                if each > self._equal_at:
-                    self._checkpoints.set_aside(each, "rejected")
+            left = self._reject([each for each in steps if each > self._equal_at])
         self._events.add("replicas_differ", step=step, equal_at=self._equal_at, difference=difference)
         raise RunStopped(
             f"{difference} after step {step}; all copies were equal at step {self._equal_at}. The device or its memory "
-            "may be broken: take its machine out and start again"
+            f"may be broken: take its machine out and start again{left}"
         )
 
     def mark_all(self) -> None:
@@ -147,14 +149,23 @@ class Recovery:
             facts = to_record(verdict)
             self._events.add(facts.pop("decision"), **facts)
             raise RollBack(verdict)
-        for step in self._checkpoints.steps():
-            if step >= cause and step not in self._checkpoints.good_steps():
-                self._checkpoints.set_aside(step, "rejected")
+        good = self._checkpoints.good_steps()
+        left = self._reject([step for step in self._checkpoints.steps() if step >= cause and step not in good])
         self._events.add("no_way_back", step=last_step, trouble=trouble, why=verdict)
         raise RunStopped(
             f"{trouble}, and {verdict}; `clipjax train ... --replay={first_step}` tells what went wrong first. A lower "
-            "optim.learning_rate, a longer warmup_examples or an optim.max_grad_norm, in a new workdir, may help"
+            f"optim.learning_rate, a longer warmup_examples or an optim.max_grad_norm, in a new workdir, may help{left}"
         )
+
+    def _reject(self, steps: Sequence[int]) -> str:
+        """Set steps aside; return what to add to the run's last message about those that could not be."""
+        refused = []
+        for step in steps:
+            try:
+                self._checkpoints.set_aside(step, "rejected")
+            except UnusableCheckpoint as error:
+                refused.append(str(error))
+        return "".join(f"\n{text}" for text in refused)
 
     def _decide(self, cause: int, last_step: int, trouble: str) -> Rollback | str:
         """Return where to go on from, or why there is no such place."""

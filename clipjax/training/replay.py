@@ -5,6 +5,7 @@ embeddings of each sample, gradients.
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.pytrees import leaf_paths
 from clipjax.runtime import sharding
@@ -35,7 +37,7 @@ def replay(checked: Checked, step: int, rollback: int | None = None, *, show: Ca
         checked: the run; nobody else may hold its workdir.
         step: to compute again.
         rollback: number of the rollback, from 1, before which the step was; None: the step as the run has it now.
-        show: gets the findings, a line at a time.
+        show: gets the findings, a line at a time; on process 0 they are complete.
 
     Returns:
         The number of the signal that has stopped it before the step; None if none has.
@@ -127,6 +129,8 @@ def _compare(step: int, metrics: Mapping[str, Any], logged: Mapping[str, Any] | 
     text = f"step {step}: loss {loss!r}"
     if int(metrics["skipped_in_a_row"]):
         text += ", the update is skipped"
+    if not np.isfinite(float(metrics["param_norm"])):
+        text += ", the norm of the parameters after it is not finite"
     if logged is None:
         return f"{text}; it was not logged, so there is nothing to compare"
     others = [
@@ -144,7 +148,7 @@ def _same(value: float, logged: float | None) -> bool:
 
 
 def _search(session: Session, state: TrainState, batch: Batch, index: np.ndarray) -> Iterator[str]:
-    """Yield what is not finite, in the order in which the step computes."""
+    """Yield what is not finite, in the order in which the step computes; process 0 names the samples of all."""
     rows, leaves, grads = jax.device_get(_make_search(session)(state, batch, session.teacher))
     names = leaf_paths(state.params)
     yield _leaves("parameters", [name for name, finite in zip(names, leaves, strict=True) if not finite], len(names))
@@ -154,9 +158,10 @@ def _search(session: Session, state: TrainState, batch: Batch, index: np.ndarray
         if not len(bad):
             yield f"{side} embeddings: all {len(finite)} finite"
             continue
-        places = [session.checked.inputs.source.location(int(index[i - own.start])) for i in bad if i in own]
-        shown = places[:_SHOWN]
-        more = f" and {len(bad) - len(shown)} more" if len(bad) > len(shown) else ""
+        source = session.checked.inputs.source
+        here = [source.location(int(index[i - own.start])) for i in bad[:_SHOWN] if i in own]
+        shown = list(itertools.chain.from_iterable(exchange.gather(f"replay/{side}", here)))
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         yield f"{side} embeddings: {len(bad)} of {len(finite)} not finite: {'; '.join(shown)}{more}"
     yield _leaves("gradients", [name for name, finite in zip(names, grads, strict=True) if not finite], len(names))
 
@@ -180,7 +185,7 @@ def _make_search(session: Session) -> Any:
 
     def search(state: TrainState, batch: Batch, teacher: Any) -> tuple[Any, Any, Any]:
         key = jax.random.fold_in(state.key, state.step)
-        encoded = session.program.clip.encode_batch(state.params, state.batch_stats or {}, batch, key)
+        encoded = step.gradients.encode(state.params, state.batch_stats or {}, batch, key)
         inputs = step.loss_inputs(state, batch, key, teacher)
         grads, _ = step.gradients(state.params, state.batch_stats or {}, batch, inputs, key)
         rows = {"image": _finite_rows(encoded.image_embed), "text": _finite_rows(encoded.text_embed)}

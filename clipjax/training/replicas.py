@@ -15,13 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from clipjax.config import Config, steps_of
 from clipjax.pytrees import leaf_paths
 from clipjax.runtime import processes
 
 ODD = 0x9E3779B1
 """An odd number with many bits (2^32 over the golden ratio): neighbouring places get unlike weights."""
+LEAST_STEPS = 125
+"""Steps between two checks, at least: one takes up to an eighth of a step, so that they cost 0.1 % at most."""
 _HOSTS = "replicas/host"
 _SHOWN = 8  # arrays and devices in a message
+
+
+def steps_between_checks(config: Config) -> int:
+    """Return `recovery.replica_check_examples` in steps, at least `LEAST_STEPS`."""
+    return max(LEAST_STEPS, steps_of(config.recovery.replica_check_examples or 0, config))
 
 
 class ReplicaCheck:

@@ -1,13 +1,16 @@
 """Start of a run: afresh, from another run's weights, or from its own newest checkpoint."""
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from clipjax.checkpoints.manager import Checkpoints
+from clipjax.checkpoints.manifest import DamagedCheckpoint, UndecidedCheckpoint
 from clipjax.checkpoints.records import pack_tokenizer, read_record
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.config import Config
@@ -18,7 +21,7 @@ from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, map_with_path
 from clipjax.runtime import processes, sharding
 from clipjax.training import migrations
-from clipjax.training.decisions import Decisions
+from clipjax.training.decisions import Decisions, parse_all
 from clipjax.training.health import init_health
 from clipjax.training.inputs import Inputs, comes_from_init
 from clipjax.training.program import Program
@@ -81,12 +84,51 @@ class Position:
     shards: Sequence[Sequence[Any]] | None = None
     decisions: Sequence[Mapping[str, Any]] = ()
 
+    @classmethod
+    def from_record(cls, record: Any, step: int) -> "Position":
+        """Return the position of a `data` record.
+
+        Args:
+            record: any JSON value.
+            step: of its checkpoint.
+
+        Raises:
+            ValueError: a field is missing, unknown or of another type or step; with the field.
+        """
+        if not isinstance(record, dict):
+            raise ValueError(f"data={record!r} must be an object")
+        values = {name: value for name, value in record.items() if name != "format"}
+        if unknown := sorted(values.keys() - _KINDS.keys()):
+            raise ValueError(f"data.{unknown[0]} is unknown to this version of clipjax")
+        for name in ("step", "num_samples"):
+            if name not in values:
+                raise ValueError(f"data.{name} is missing; a converted checkpoint begins a run by init_from only")
+        for name, value in values.items():
+            if type(value) not in _KINDS[name]:
+                kinds = " or ".join(kind.__name__ for kind in _KINDS[name])
+                raise ValueError(f"data.{name}={value!r} must be of type {kinds}")
+        if values["step"] != step:
+            raise ValueError(f"data.step={values['step']} must be {step}, the step of the checkpoint")
+        return cls(**values)
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "step": (int,),
+    "evaluated": (bool,),
+    "num_samples": (int,),
+    "teacher_step": (int, NoneType),
+    "shards": (list, NoneType),
+    "decisions": (list,),
+}
+"""Types of the fields of a `data` record; `shards` and `decisions` are parsed further where they are used."""
+
 
 def check_same_run(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> None:
     """Refuse to resume if the continuation would not be the run that was saved.
 
     Raises:
         ValueError: another config, another tokenizer or other training data; the message names the difference.
+        DamagedCheckpoint: the record of its position is none.
     """
     check_resumable(saved.step, saved.config, config)
     if saved.records["tokenizer"] != pack_tokenizer(inputs.tokenizer):
@@ -94,6 +136,7 @@ def check_same_run(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> No
             f"data.tokenizer={config.data.tokenizer!r} is not the tokenizer that the run at step {saved.step} in the "
             "workdir was trained with; bring that back, or use another workdir to start anew"
         )
+    _position(saved.path, saved.records["data"], saved.step)
     _check_same_data(saved, config, inputs)
 
 
@@ -150,9 +193,7 @@ def start_state(
         DamagedCheckpoint: there are checkpoints, but none is good, or its arrays do not fit.
         RunStopped: decisions and checkpoints contradict each other, or there are decisions alone.
     """
-    _apply(decisions, checkpoints)
-    steps = None if before is None else [step for step in checkpoints.steps() if step < before]
-    newest = checkpoints.newest_verified(steps)
+    newest = _choose(decisions, checkpoints, before)
     if newest is not None:
         return _restore(checkpoints, newest, program.abstract_state, program.mesh)
     if decisions.taken and before is None:
@@ -166,29 +207,87 @@ def start_state(
     return state, Position()
 
 
-def _apply(decisions: Decisions, checkpoints: Checkpoints) -> None:
+def _choose(decisions: Decisions, checkpoints: Checkpoints, before: int | None = None) -> int | None:
+    """Return the newest step, below `before` if that is given, that is verified and belongs to the run as decided."""
+    _apply(decisions, checkpoints)
+    while True:
+        steps = None if before is None else [step for step in checkpoints.steps() if step < before]
+        newest = checkpoints.newest_verified(steps)
+        if newest is None:
+            return None
+        # Again, of this one: the storage may not have given its records before.
+        is_current = _apply(decisions, checkpoints, [newest])
+        if newest not in is_current:
+            raise UndecidedCheckpoint(
+                f"checkpoint {checkpoints.path(newest)}: its records cannot be read any more, so whether a rollback "
+                "has rejected it cannot be known; see to the storage and start again"
+            )
+        if is_current[newest]:
+            return newest
+
+
+def _apply(decisions: Decisions, checkpoints: Checkpoints, steps: Sequence[int] | None = None) -> dict[int, bool]:
     """Set aside the checkpoints behind which the run has gone back; those that are damaged are judged later.
+
+    Args:
+        decisions: of the run.
+        checkpoints: of the workdir.
+        steps: to judge; None: all.
+
+    Returns:
+        Whether the run has kept it, for every step whose records could be read.
 
     Raises:
         RunStopped: decisions and checkpoints contradict each other.
+        DamagedCheckpoint: the copy of one holds no decisions.
+        UnusableCheckpoint: one cannot be set aside.
     """
-    copies = checkpoints.read_data("decisions", [])
+    copies = {}
+    for step, copy in checkpoints.read_data("decisions", [], steps).items():
+        try:
+            copies[step] = parse_all(copy)
+        except ValueError as error:
+            raise _damaged(checkpoints.path(step), f"data.decisions: {error}") from error
     try:
         decisions.adopt(max(copies.values(), key=len, default=[]))
     except ValueError as error:
         raise RunStopped(str(error)) from error
-    for step, copy in copies.items():
-        if not decisions.is_current(step, len(copy)):
+    is_current = {step: decisions.is_current(step, len(copy)) for step, copy in copies.items()}
+    for step in is_current:
+        if not is_current[step]:
             checkpoints.set_aside(step, "rejected")
+    return is_current
 
 
 def _restore(checkpoints: Checkpoints, step: int, placed: TrainState, mesh: Mesh) -> tuple[TrainState, Position]:
     """Return state and position of a checkpoint, in any format."""
-    data = dict(read_record(checkpoints.path(step), "data"))
-    version = data.pop("format", 1)
+    path = checkpoints.path(step)
+    try:
+        data = read_record(path, "data")
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"data: {error}") from error
+    position, version = _position(path, data, step), data.get("format", 1)
     items, _ = checkpoints.restore(step, migrations.abstract_items(version, to_items(placed)))
     health = jax.jit(init_health, out_shardings=sharding.replicated(mesh))()
-    return from_items(migrations.migrate(version, items, health)), Position(**data)
+    return from_items(migrations.migrate(version, items, health)), position
+
+
+def _position(path: pathlib.Path, data: Any, step: int) -> Position:
+    """Return the position that a checkpoint's `data` record holds.
+
+    Raises:
+        DamagedCheckpoint: it holds none, or is of an unknown format.
+    """
+    try:
+        position = Position.from_record(data, step)
+        migrations.check_format(data.get("format", 1))
+        return position
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: pathlib.Path, fault: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"checkpoint {path} is damaged: {fault}; bring back a good copy, or move it away")
 
 
 def _take_params(state: TrainState, init_checkpoint: SavedCheckpoint, config: Config, mesh: Mesh) -> TrainState:

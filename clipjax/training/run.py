@@ -19,7 +19,7 @@ from clipjax.checkpoints.records import make_records
 from clipjax.config import Config, LossKind, steps_of, total_steps
 from clipjax.data.sample import REASONS
 from clipjax.data.tokenizers.protocol import TextToTokens
-from clipjax.data.training_stream import BadSampleLimit, TrainStream, WorkersDie, batch_number, pair_groups
+from clipjax.data.training_stream import BadSampleLimit, TrainStream, WorkersDie, pair_groups
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import Evaluation, run_tasks, write_results
 from clipjax.losses import describe_loss
@@ -29,8 +29,8 @@ from clipjax.monitoring.run_logger import RunLogger, results_table
 from clipjax.monitoring.stragglers import rank_times
 from clipjax.runtime import processes, sharding
 from clipjax.runtime.shutdown import Shutdown
+from clipjax.training import left_out
 from clipjax.training.inputs import Inputs
-from clipjax.training.left_out import RecentBatches
 from clipjax.training.recovery import Recovery, RollBack, RunStopped
 from clipjax.training.resume import Position, start_state
 from clipjax.training.session import Session
@@ -40,7 +40,7 @@ from clipjax.typing import Batch, Metrics
 STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices; updates are judged as late
 BATCH = ("image", "tokens", "skip_reason")
 """Arrays of a batch that every step takes."""
-JUDGED = ("loss", "skipped_in_a_row", "loss_spike", "samples_skipped")
+JUDGED = ("loss", "param_norm", "skipped_in_a_row", "loss_spike", "samples_skipped")
 """Metrics that are looked at after every step."""
 
 
@@ -54,7 +54,6 @@ class Run:
         limit: judges the share of unusable samples.
         checkpoints: of the workdir.
         recovery: judges the updates.
-        recent: samples of the last batches.
         logger: metrics, progress, log.
         state: the state to start with; the first step takes its buffers over.
         start: completed updates at the start, and what belongs to them.
@@ -65,7 +64,6 @@ class Run:
     limit: BadSampleLimit
     checkpoints: Checkpoints
     recovery: Recovery
-    recent: RecentBatches
     logger: RunLogger
     state: TrainState
     start: Position
@@ -116,7 +114,6 @@ class Run:
         with self.session.goodput.phase("waiting_for_data"), self.session.watchdog.reading():
             batch = self._read()
         self.logger.count_samples(batch["index"])
-        self.recent.add(batch_number(step - 1, self.session.decisions.left_out), batch["index"])
         self.session.profile.maybe_start(step)
         return device_batch(self.config, self.session.mesh, batch)
 
@@ -146,13 +143,9 @@ class Run:
         values = jax.device_get({name: metrics[name] for name in JUDGED})
         if digests is not None and self.session.replicas is not None:
             self.recovery.judge_replicas(step, self.session.replicas.find_differing(digests))
-        try:
-            self.recovery.judge(step, values)
-            if step == total_steps(self.config):
-                self.recovery.end(step, values)
-        except RollBack as back:
-            self.recent.write(self.workdir, back.decision, self.inputs.source)
-            raise
+        self.recovery.judge(step, values)
+        if step == total_steps(self.config):
+            self.recovery.end(step, values)
         return step, values
 
     def settle(self) -> None:
@@ -319,6 +312,8 @@ def build(session: Session) -> Iterator[Run]:
             checkpoints = _open_checkpoints(session, teller)
             stack.callback(_wait_for_save, checkpoints.close, session)
             state, start = start_state(session.program, inputs, checkpoints, session.decisions)
+            if processes.is_first():
+                left_out.write_missing(workdir, session.decisions.taken, inputs.source, config)
         logger = RunLogger(
             config,
             workdir,
@@ -355,7 +350,6 @@ def build(session: Session) -> Iterator[Run]:
                 start_step=start.step,
                 settle=lambda: _wait_for_save(checkpoints.settle, session),
             ),
-            recent=RecentBatches(config.recovery.max_skipped_in_a_row + STEPS_IN_FLIGHT + 2),
             logger=logger,
             state=state,
             start=start,

@@ -13,7 +13,6 @@ import jax
 from jax.sharding import Mesh
 
 from clipjax.checkpoints.saved import load_params
-from clipjax.config import steps_of
 from clipjax.monitoring import events as run_events
 from clipjax.monitoring import run_record
 from clipjax.monitoring.events import Events
@@ -25,7 +24,7 @@ from clipjax.runtime.watchdog import Watchdog
 from clipjax.training.decisions import Decisions
 from clipjax.training.preflight import Checked
 from clipjax.training.program import Program, build_program
-from clipjax.training.replicas import ReplicaCheck
+from clipjax.training.replicas import ReplicaCheck, steps_between_checks
 from clipjax.typing import Params
 
 
@@ -85,7 +84,7 @@ class Session:
     @property
     def replica_check_every(self) -> int:
         """Steps between two checks of the copies."""
-        return steps_of(self.checked.config.recovery.replica_check_examples or 0, self.checked.config)
+        return steps_between_checks(self.checked.config)
 
 
 @contextlib.contextmanager

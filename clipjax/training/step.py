@@ -21,7 +21,7 @@ from clipjax.losses.moving_averages import MovingAveragesAccess, init_moving_ave
 from clipjax.models.towers import PARAMETER_RULES
 from clipjax.runtime.sharding import Rules
 from clipjax.training.gradients import Gradients, TeacherForward
-from clipjax.training.health import Health, init_health, is_finite, observe, select
+from clipjax.training.health import Health, agreed_norm, init_health, is_finite, observe, select
 from clipjax.training.optimizer import make_schedule
 from clipjax.typing import Batch, Key, Metrics, Params
 
@@ -105,7 +105,8 @@ def make_init_state(
 class TrainStep:
     """One update: gradients, optimizer, clamp of the logit scale, moving average. All choices are made by its parts.
 
-    An update that is not finite is skipped: only `step`, `samples_skipped` and `health` go on.
+    An update that is not finite is skipped: only `step`, `samples_skipped` and `health` go on. One that overflows the
+    parameters is not, which would take both copies at once: `param_norm` is infinite then, and the run goes back.
 
     Attributes:
         config: gives the clamp, the decay of the average, the rule for spikes, and the learning rate for the metrics.
@@ -144,7 +145,7 @@ class TrainStep:
             "logit_scale": jnp.exp(used["log_logit_scale"]),
             "learning_rate": jnp.asarray(make_schedule(self.config)(state.step), jnp.float32),
             **grad_norms,
-            "param_norm": optax.tree.norm(params),
+            "param_norm": agreed_norm(optax.tree.norm(params)),
             "samples_skipped": samples_skipped,
             "skipped_updates": health.skipped,
             "skipped_in_a_row": health.skipped_in_a_row,

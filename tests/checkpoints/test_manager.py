@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, on any mesh, or is refused aloud."""
 
+import dataclasses
 import gc
 import json
 import pathlib
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from clipjax.checkpoints import manifest
 from clipjax.checkpoints.folder import is_step_name
 from clipjax.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from clipjax.checkpoints.records import make_records, pack_tokenizer, unpack_tokenizer
@@ -329,6 +331,20 @@ def test_a_config_record_of_another_kind_is_refused(copy, record, message):
     (copy / "checkpoints" / "12" / "config" / "metadata").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=f"is damaged or not clipjax's: .*{message}"):
         SavedCheckpoint(copy)
+
+
+def test_a_data_record_that_is_no_object_is_refused(copy):
+    write_record(copy / "checkpoints" / "12", [7])
+    with pytest.raises(ValueError, match="is damaged or not clipjax's: data=.7. must be an object"):
+        SavedCheckpoint(copy)
+    assert Checkpoints(copy, CheckpointConfig()).read_data("decisions", []) == {3: []}
+
+
+def write_record(step: pathlib.Path, data) -> None:
+    """Write another `data` record, and its checksum."""
+    (step / "data" / "metadata").write_text(json.dumps(data))
+    old = manifest.read(step)
+    manifest.write(step, dataclasses.replace(old, files=old.files | manifest.hash_files(step, ["data/metadata"])))
 
 
 def test_the_tokenizer_record_goes_through_json():

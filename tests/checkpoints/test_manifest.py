@@ -91,6 +91,44 @@ def test_a_path_out_of_the_checkpoint_is_refused(copy):
     assert "leads out of the checkpoint" in examine(path.parent).fault
 
 
+def craft(step: pathlib.Path, changes: dict) -> None:
+    """Change a manifest, and give it the digest of its new content."""
+    record = json.loads((step / manifest.FILE).read_text())
+    (step / manifest.FILE).write_bytes(manifest._encode(record | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": {"a\0b": [1, "00"]}},
+        {"files": {"\ud800": [1, "00"]}},
+        {"files": {"a": [1]}},
+        {"files": {"a": [float("inf"), "00"]}},
+        {"files": {"a": [float("nan"), "00"]}},
+        {"files": {"a": 5}},
+        {"files": 5},
+        {"step": float("inf")},
+        {"step": [3]},
+        {"best": ["val:top1", 10**400]},
+        {"best": {"val:top1": 1}},
+        {"best": 5},
+    ],
+)
+def test_a_manifest_of_strange_values_is_damage_and_no_crash(copy, changes):
+    """Its digest is right: somebody has made it so."""
+    craft(copy / "checkpoints" / "30", changes)
+    assert examine(copy / "checkpoints" / "30").state is State.DAMAGED
+    assert manifest.best_of(copy / "checkpoints" / "30") is None
+    assert Checkpoints(copy, CheckpointConfig()).newest_verified() == 20
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": 1' + "0" * 400 + "}", '{"a": []}', "[]", "{}"])
+def test_the_metric_of_an_older_format_may_be_anything(tmp_path, content):
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "metrics").write_text(content)
+    assert manifest.best_of(tmp_path) is None
+
+
 def test_a_damaged_step_that_is_named_is_refused_before_an_array_is_read(copy, monkeypatch):
     step = copy / "checkpoints" / "30"
     name = flip(step)
@@ -117,6 +155,26 @@ def test_a_reader_of_a_workdir_takes_the_newest_good_step_and_renames_nothing(co
     ]
     assert (copy / "checkpoints" / "30").is_dir()
     assert newest_checkpoint(copy) is not None  # flips in arrays are for `newest_verified` to find
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/30"])
+def test_a_reader_of_parameters_examines_no_array_that_it_does_not_read(copy, monkeypatch, place):
+    """The optimizer's state is twice as large."""
+    flip(copy / "checkpoints" / "30", "train/_METADATA")
+    hashed: list[str] = []
+    real = manifest._hash_file
+
+    def hash_file(path: pathlib.Path, *, sync: bool) -> tuple[int, str]:
+        hashed.append(path.relative_to(copy / "checkpoints" / "30").parts[0])
+        return real(path, sync=sync)
+
+    monkeypatch.setattr(manifest, "_hash_file", hash_file)
+    opened = SavedCheckpoint(copy / place)
+    opened.params(ABSTRACT["params"])
+    opened.params(ABSTRACT["params"])
+    assert opened.step == 30 and "params" in hashed and "train" not in hashed
+    arrays = [path for path in manifest.list_files(copy / "checkpoints" / "30") if path.startswith("params/")]
+    assert hashed.count("params") == len(arrays), "once, however often it is read"
 
 
 def test_a_run_sets_what_is_damaged_or_incomplete_aside(copy, capsys):

@@ -189,6 +189,7 @@ class Slow:
 
         monkeypatch.setattr(saving, "write_record", slowly)
         monkeypatch.setattr(manager, "WAIT_SECONDS", 0.05)
+        monkeypatch.setattr(manager, "SILENT_SECONDS", 0.0)
 
 
 def test_a_slow_disk_leaves_saves_out_and_loses_nothing(run, monkeypatch):
@@ -207,6 +208,32 @@ def test_a_slow_disk_leaves_saves_out_and_loses_nothing(run, monkeypatch):
     run.save(40)
     run.checkpoints.wait()
     assert run.checkpoints.steps() == [10, 20, 40]
+
+
+@pytest.mark.parametrize(("copying", "least", "most"), [(0.0, 0.05, 0.9), (1.0, 1.0, 1.9)])
+def test_a_save_waits_for_the_one_before_no_longer_than_copying_takes(run, monkeypatch, copying, least, most):
+    slow = Slow(monkeypatch)
+    run.save(20)
+    run.checkpoints._copy_seconds = copying
+    started = time.monotonic()
+    run.save(30)
+    assert least <= time.monotonic() - started < most
+    assert [step for step, _ in run.told] == [30]
+    slow.go.set()
+    run.checkpoints.settle()
+
+
+def test_saves_left_out_in_quick_succession_are_no_failures_before_the_disk_is_silent_for_long(run, monkeypatch):
+    slow = Slow(monkeypatch)
+    monkeypatch.setattr(manager, "SILENT_SECONDS", 60.0)
+    run.save(20)
+    threading.Event().wait(0.5)  # until arrays are written
+    for step in range(30, 80, 10):
+        run.save(step)
+    assert len(run.told) == 5 and run.checkpoints._failures == 0
+    slow.go.set()
+    run.checkpoints.settle()
+    assert run.checkpoints.steps() == [10, 20]
 
 
 def test_the_last_save_waits_for_the_one_before(run, monkeypatch):

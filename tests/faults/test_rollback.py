@@ -114,6 +114,8 @@ def test_a_kill_behind_the_rollback_changes_nothing(run, rolled_back):
         os.kill(process.pid, signal.SIGKILL)
     assert train(run, "killed", THREE) == 0, run.output("killed")
     assert losses(run.workdir("killed")) == losses(run.workdir(rolled_back))
+    ours, theirs = (next((run.workdir(name) / "left_out").iterdir()) for name in ("killed", rolled_back))
+    assert ours.name == theirs.name and ours.read_text() == theirs.read_text()
     ours, theirs = (final_arrays(run.workdir(name), 100) for name in ("killed", rolled_back))
     assert [path for path in theirs if ours[path].tobytes() != theirs[path].tobytes()] == []
 
@@ -158,5 +160,15 @@ def test_blown_up_from_the_start_there_is_no_way_back(run):
     before = files_of(run.workdir("blown"))
     options = ("--config.optim.learning_rate=1e30", "--config.warmup_examples=0", told[0])
     assert train(run, "blown", ("-m", "clipjax"), *options) == 0
-    assert "from step 0, " in run.output("blown") and "the update is skipped" in run.output("blown")
+    assert "from step 0, " in run.output("blown")
+    assert "step 1: loss " in run.output("blown") and "the norm of the parameters after it is not" in run.output(
+        "blown"
+    )
     assert files_of(run.workdir("blown")) == before, "a replay writes nothing"
+
+
+def test_a_last_update_that_spoils_the_parameters_is_no_success(run):
+    options = ("--config.optim.learning_rate=1e30", "--config.warmup_examples=0")
+    assert train(run, "one-step", ("-m", "clipjax"), *options, examples=8) == 3, run.output("one-step")
+    assert "the parameters after step 1 were not finite" in run.output("one-step")
+    assert "done" not in run.output("one-step") and complete_steps(run.workdir("one-step")) == []

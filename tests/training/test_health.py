@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax.config import RecoveryConfig
-from clipjax.training.health import WINDOW, Health, init_health, is_finite, observe
+from clipjax.config import MeshConfig, RecoveryConfig
+from clipjax.runtime import sharding
+from clipjax.training.health import WINDOW, Health, agreed_norm, init_health, is_finite, observe
 
 pytestmark = pytest.mark.newest
 
@@ -67,3 +68,16 @@ def test_moving_averages_of_pairs_without_negatives_are_no_fault():
     assert not is_finite(one, one, {"mean": jnp.float32([0, jnp.nan])})
     assert not is_finite(one, jnp.inf)
     assert dataclasses.fields(Health)[0].name == "skipped"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_norm_that_one_device_alone_finds_not_finite_is_so_on_all(value):
+    """Else the processes would not all go back."""
+    mesh = sharding.make_mesh(MeshConfig(data=8))
+    copies = [jax.device_put(jnp.float32(value if i == 5 else 2), device) for i, device in enumerate(mesh.devices.flat)]
+    norm = jax.make_array_from_single_device_arrays((), sharding.replicated(mesh), copies)
+    good = jax.device_put(jnp.float32(2), sharding.replicated(mesh))
+    with jax.set_mesh(mesh):
+        agree = jax.jit(agreed_norm, out_shardings=sharding.replicated(mesh))
+        assert [float(shard.data) for shard in agree(norm).addressable_shards] == [np.inf] * 8
+        assert float(agree(good)) == 2

@@ -254,7 +254,9 @@ def test_a_workdir_that_has_lost_its_checkpoints_is_refused(tmp_path):
 def make_saved(config: Config, record: dict) -> Any:
     """As much of a checkpoint as the comparison of the data looks at."""
     tokenizer = pack_tokenizer(build_tokenizer("bytes"))
-    return types.SimpleNamespace(config=config, step=3, records={"tokenizer": tokenizer, "data": record})
+    record = {"step": 3, **record}
+    records = {"tokenizer": tokenizer, "data": record}
+    return types.SimpleNamespace(path=pathlib.Path("run/checkpoints/3"), config=config, step=3, records=records)
 
 
 def test_contents_decide_whether_a_run_goes_on(tmp_path, capsys):
@@ -283,7 +285,7 @@ def test_contents_decide_whether_a_run_goes_on(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"\(additional: .*/b.tar \(4 samples\)\)"):
         resume(f"{tmp_path}/{{pairs,moved,c,b}}.tar")
     # Of older versions only path and number are known.
-    saved.records["data"] = {"num_samples": 16}
+    saved.records["data"] = {"step": 3, "num_samples": 16}
     resume(f"{tmp_path}/{{pairs,b,c}}.tar")
     assert "the checkpoint has no digests of its data, so the contents were not compared" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is another place than that of the run in the workdir"):

@@ -1,11 +1,13 @@
 """Decisions on disk, and the judgement that takes them: goodness, rollbacks, and when there is no way back."""
 
+import dataclasses
 import errno
 import json
 import os
 
 import pytest
 
+from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.config import Config
 from clipjax.monitoring import events
 from clipjax.monitoring.events import Events
@@ -24,6 +26,7 @@ class Marks:
     def __init__(self, *steps: int, good: tuple[int, ...] = ()) -> None:
         self.saved, self.good, self.aside = list(steps), set(good), {}
         self.being_saved: list[int] = []
+        self.stuck: set[int] = set()
 
     def settle(self):
         self.saved += self.being_saved
@@ -39,6 +42,8 @@ class Marks:
         self.good.add(step)
 
     def set_aside(self, step, reason):
+        if step in self.stuck:
+            raise UnusableCheckpoint(f"{step} cannot be renamed")
         self.saved.remove(step)
         self.aside[step] = reason
 
@@ -57,8 +62,8 @@ def make(tmp_path, marks, start=0, **limits):
     )
 
 
-def metrics(skipped=0, spike=0, loss=1.0):
-    return {"skipped_in_a_row": skipped, "loss_spike": spike, "loss": loss}
+def metrics(skipped=0, spike=0, loss=1.0, param_norm=3.0):
+    return {"skipped_in_a_row": skipped, "loss_spike": spike, "loss": loss, "param_norm": param_norm}
 
 
 def test_decisions_are_read_back_and_a_half_line_has_not_taken_effect(tmp_path):
@@ -80,6 +85,8 @@ def test_decisions_are_read_back_and_a_half_line_has_not_taken_effect(tmp_path):
         b'{"decision": "skip_shard"}',
         json.dumps(to_record(DECISION) | {"to_step": "10"}).encode(),
         json.dumps(to_record(DECISION) | {"last_batch": 3}).encode(),
+        json.dumps(to_record(DECISION) | {"to_step": True}).encode(),
+        json.dumps(to_record(DECISION) | {"to_step": float("nan")}).encode(),
         json.dumps(to_record(DECISION) | {"more": 3}).encode(),
     ],
 )
@@ -91,12 +98,12 @@ def test_damaged_decisions_are_refused_with_their_line(tmp_path, line):
 
 def test_a_lost_file_comes_back_from_the_copy_of_a_checkpoint(tmp_path):
     decisions = Decisions(tmp_path)
-    decisions.adopt([to_record(DECISION)])
+    decisions.adopt([DECISION])
     assert Decisions(tmp_path).taken == [DECISION]
     decisions.adopt([])
     assert decisions.taken == [DECISION]
     with pytest.raises(ValueError, match="contradict"):
-        decisions.adopt([to_record(DECISION) | {"to_step": 5}])
+        decisions.adopt([dataclasses.replace(DECISION, to_step=5)])
 
 
 def test_a_checkpoint_belongs_to_the_run_unless_a_later_decision_went_back_behind_it(tmp_path):
@@ -202,6 +209,23 @@ def test_a_save_in_progress_is_set_aside_with_those_before_it(tmp_path):
     assert marks.aside == {20: "rejected"}
 
 
+def test_checkpoints_that_cannot_be_renamed_are_named_behind_the_trouble_and_the_others_are_renamed(tmp_path):
+    marks = Marks(10, 20, 30)
+    marks.stuck = {20}
+    with pytest.raises(RunStopped, match=r"no good checkpoint.*--replay=\d+(?s:.*)20 cannot be renamed"):
+        make(tmp_path, marks).judge(2, metrics(spike=1))
+    assert marks.aside == {10: "rejected", 30: "rejected"}
+    assert events.read(tmp_path)[-1]["event"] == "no_way_back"
+    marks = Marks(10, 20, 30)
+    marks.stuck = {20}
+    recovery = make(tmp_path, marks)
+    recovery.judge_replicas(10, None)
+    with pytest.raises(RunStopped, match=r"device 1 differs.*equal at step 10(?s:.*)20 cannot be renamed"):
+        recovery.judge_replicas(30, "device 1 differs")
+    assert marks.aside == {30: "rejected"}
+    assert events.read(tmp_path)[-1]["event"] == "replicas_differ"
+
+
 def test_going_back_twice_without_progress_is_no_way_back_and_keeps_the_good_one(tmp_path):
     marks = Marks(10, 20, good=(10,))
     for _ in range(2):
@@ -221,6 +245,18 @@ def test_a_run_does_not_end_in_the_middle_of_skipped_updates(tmp_path):
     recovery.end(50, metrics())
     with pytest.raises(RollBack, match="the last 2 updates, up to step 50"):
         recovery.end(50, metrics(skipped=2))
+
+
+@pytest.mark.parametrize("norm", [float("inf"), float("nan")])
+def test_parameters_that_the_last_update_has_spoilt_are_no_good_end(tmp_path, norm):
+    """Its loss and gradients were those of the parameters before it."""
+    recovery = make(tmp_path, Marks(10, good=(10,)))
+    with pytest.raises(
+        RollBack, match="the parameters after step 50 were not finite.*back to the checkpoint of step 10"
+    ):
+        recovery.judge(50, metrics(param_norm=norm))
+    with pytest.raises(RunStopped, match="the parameters after step 1 were not finite.*no good checkpoint"):
+        make(tmp_path, Marks()).judge(1, metrics(param_norm=norm))
 
 
 def test_events_are_never_trimmed_and_a_half_line_is_left_out(tmp_path):

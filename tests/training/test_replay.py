@@ -3,12 +3,17 @@
 import contextlib
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from clipjax.cli import train as command
 from clipjax.config import Config
+from clipjax.models.clip import Clip
+from clipjax.runtime import sharding
 from clipjax.training import replay
+from clipjax.training.program import build_program
+from tests.training.faults import NUM_SAMPLES, small_config
 
 pytestmark = pytest.mark.newest
 
@@ -44,7 +49,7 @@ def workdir(monkeypatch, tmp_path):
     beats: list[int] = []
     stream = Stream()
 
-    def run(step: int, signal: int | None = None):
+    def run(step: int, signal: int | None = None, norm: float = 1):
         watchdog = types.SimpleNamespace(
             beat=beats.append, reading=contextlib.nullcontext, paused=lambda name: contextlib.nullcontext()
         )
@@ -55,7 +60,10 @@ def workdir(monkeypatch, tmp_path):
             decisions=types.SimpleNamespace(taken=[]),
             signal=Signal(signal),
             watchdog=watchdog,
-            step=lambda state, batch, teacher: (state, {"loss": np.float32(2), "skipped_in_a_row": 0}),
+            step=lambda state, batch, teacher: (
+                state,
+                {"loss": np.float32(2), "skipped_in_a_row": 0, "param_norm": np.float32(norm)},
+            ),
         )
         monkeypatch.setattr(replay, "open_session", lambda *_, **__: contextlib.nullcontext(session))
         monkeypatch.setattr(replay, "start_state", lambda *_, **__: (None, types.SimpleNamespace(step=0)))
@@ -89,6 +97,11 @@ def test_damaged_lines_of_the_log_hide_no_step_and_no_finding(workdir):
     assert "the log has others for loss (loss 2.5)" in workdir.run(step=4)[1][-1]
 
 
+def test_an_update_that_spoils_the_parameters_is_told(workdir):
+    assert "step 4: loss 2.0, the norm of the parameters after it is not finite" in workdir.run(4, norm=np.inf)[1][-1]
+    assert "not finite" not in workdir.run(4)[1][-1]
+
+
 @pytest.mark.parametrize(("number", "code"), [(None, 0), (15, 143), (2, 130)])
 def test_the_exit_code_is_that_of_the_signal(monkeypatch, number, code):
     monkeypatch.setattr(command.processes, "start", lambda _: None)
@@ -108,3 +121,49 @@ def test_samples_beyond_those_shown_are_counted(monkeypatch):
     assert image.startswith("image embeddings: 12 of 16 not finite: sample 0; ")
     assert image.endswith("sample 7 and 4 more")
     assert text.endswith("4 of 16 not finite: sample 12; sample 13; sample 14; sample 15")
+
+
+def test_samples_of_every_process_are_named_by_the_first(monkeypatch):
+    """A bad sample of process 1 was counted, and named nowhere."""
+    sent: dict[str, dict[int, list]] = {}
+
+    def gather(key: str, value: list) -> list:
+        parts = sent.setdefault(key, {})
+        parts[jax.process_index()] = value
+        return [parts[rank] for rank in sorted(parts)] if jax.process_index() == 0 else []
+
+    finite = np.ones(16, bool)
+    finite[[3, 9, 15]] = False
+    monkeypatch.setattr(
+        replay, "_make_search", lambda _: lambda *_: ({"image": finite, "text": np.arange(16) < 3}, [], [])
+    )
+    monkeypatch.setattr(replay.exchange, "gather", gather)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    inputs = types.SimpleNamespace(source=types.SimpleNamespace(location=lambda index: f"sample {index}"))
+    session = types.SimpleNamespace(teacher=None, checked=types.SimpleNamespace(inputs=inputs))
+    for rank in (1, 0):  # the first one has all parts when it asks
+        monkeypatch.setattr(jax, "process_index", lambda rank=rank: rank)
+        own = np.arange(8) + 100 * (rank + 1)
+        lines = list(replay._search(session, types.SimpleNamespace(params={}), None, own))
+    assert lines[1] == "image embeddings: 3 of 16 not finite: sample 103; sample 201; sample 207"
+    shown = "; ".join(f"sample {index}" for index in (*range(103, 108), *range(200, 203)))
+    assert lines[2] == f"text embeddings: 13 of 16 not finite: {shown} and 5 more"
+
+
+def test_the_search_encodes_a_microbatch_at_a_time_as_the_step_does(monkeypatch):
+    config = small_config("cached")
+    mesh = sharding.make_mesh(config.mesh)
+    encoded_at_once: set[int] = set()
+    encode = Clip.encode_batch
+
+    def record(self, params, batch_stats, batch, key):
+        encoded_at_once.add(len(batch["tokens"]))
+        return encode(self, params, batch_stats, batch, key)
+
+    monkeypatch.setattr(Clip, "encode_batch", record)
+    with jax.set_mesh(mesh):
+        program = build_program(config, mesh, num_samples=NUM_SAMPLES)
+        search = replay._make_search(types.SimpleNamespace(program=program, mesh=mesh))
+        rows, _, _ = jax.eval_shape(search, program.abstract_state, program.abstract_batch(), None)
+    assert rows["image"].shape == (config.global_batch_size,)
+    assert encoded_at_once == {config.microbatch_size}

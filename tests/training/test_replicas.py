@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from clipjax.config import MeshConfig
+from clipjax.config import Config, MeshConfig
 from clipjax.runtime import sharding
-from clipjax.training.replicas import ReplicaCheck, digest
+from clipjax.training.replicas import ReplicaCheck, digest, steps_between_checks
 
 pytestmark = pytest.mark.newest
 
@@ -78,3 +78,12 @@ def test_every_single_bit_changes_the_digest_and_so_does_the_order():
     assert int(digest(jnp.asarray(x))) not in found.tolist()
     assert int(digest(jnp.asarray(x[::-1].copy()))) != int(digest(jnp.asarray(x)))
     assert int(digest(jnp.asarray([True, False]))) != int(digest(jnp.asarray([False, True])))
+
+
+@pytest.mark.parametrize(
+    ("batch", "examples", "steps"), [(32768, 1_000_000, 125), (1000, 1_000_000, 1000), (8, 8, 125)]
+)
+def test_checks_cost_a_thousandth_whatever_the_batch(batch, examples, steps):
+    config = Config(global_batch_size=batch)
+    config.recovery.replica_check_examples = examples
+    assert steps_between_checks(config) == steps
