@@ -31,7 +31,7 @@ from clipjax.runtime import processes, sharding
 from clipjax.runtime.shutdown import Shutdown
 from clipjax.training import left_out
 from clipjax.training.inputs import Inputs
-from clipjax.training.recovery import Recovery, RollBack, RunStopped
+from clipjax.training.recovery import Recovery, RunStopped
 from clipjax.training.resume import Position, start_state
 from clipjax.training.session import Session
 from clipjax.training.step import TrainState, eval_params, to_items

@@ -1,6 +1,8 @@
 """The rule for loss spikes, and the counts of skipped updates."""
 
 import dataclasses
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -81,3 +83,14 @@ def test_a_norm_that_one_device_alone_finds_not_finite_is_so_on_all(value):
         agree = jax.jit(agreed_norm, out_shardings=sharding.replicated(mesh))
         assert [float(shard.data) for shard in agree(norm).addressable_shards] == [np.inf] * 8
         assert float(agree(good)) == 2
+
+
+def test_the_recorded_runs_raise_no_alarm():
+    """Runs that had no spike, recorded by `python -m benchmarks.spike_alarms`, by the rule of today."""
+    from benchmarks.spike_alarms import count_alarms
+
+    recorded = json.loads((pathlib.Path(__file__).parents[2] / "benchmarks/results/spike_alarms.json").read_text())
+    assert SIGMAS is not None and sum(map(len, recorded["losses"].values())) == 6000
+    for name, losses in recorded["losses"].items():
+        assert count_alarms(losses, SIGMAS) == 0, name
+        assert count_alarms([*losses, 10 * losses[-1] + 1], SIGMAS) == 1, name
