@@ -31,7 +31,10 @@ STEPS = 2000
 RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "batch 16, learning rate 2e-3": (16, ("--config.optim.learning_rate=2e-3",)),
     "batch 32, learning rate 1e-2": (32, ("--config.optim.learning_rate=1e-2",)),
-    "batch 32, sigmoid loss": (32, ("--config.loss.kind=sigmoid",)),
+    "batch 32, sigmoid loss": (
+        32,
+        ("--config.loss.kind=sigmoid", "--config.model.init_logit_bias=-10", "--config.model.init_logit_scale=10"),
+    ),
 }
 """Batch and overrides of the quickstart."""
 CONFIG = """

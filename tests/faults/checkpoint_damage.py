@@ -9,14 +9,20 @@ import os
 import pathlib
 import random
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
 from clipjax.checkpoints import manifest
 from clipjax.checkpoints.folder import GOOD
 from clipjax.checkpoints.manifest import examine
+from clipjax.checkpoints.saving import array_handler
 
 
 @dataclass
@@ -143,3 +149,18 @@ def damage_run(step: pathlib.Path, folder: pathlib.Path, *, first: int, count: i
             if not path.exists() or path.read_bytes() != content:
                 path.write_bytes(content)
     return found
+
+
+def spoil(step: pathlib.Path) -> None:
+    """Make an array of the parameters, and of their average, NaN in a checkpoint, and write the manifest that fits."""
+    for group in ("params", "ema"):
+        with warnings.catch_warnings(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            warnings.simplefilter("ignore")  # where the arrays lay is of no interest
+            tree = reader.restore((step / group).absolute())
+        leaves, structure = jax.tree.flatten(tree)
+        leaves[0] = np.full_like(leaves[0], np.nan)
+        shutil.rmtree(step / group)
+        with ocp.Checkpointer(array_handler()) as writer:
+            writer.save((step / group).absolute(), args=ocp.args.StandardSave(jax.tree.unflatten(structure, leaves)))
+    files = [path for path in manifest.list_files(step) if path != manifest.FILE]
+    manifest.write(step, manifest.Manifest(int(step.name), None, manifest.hash_files(step, files)))

@@ -1,7 +1,7 @@
 """Hostile inputs from a seed: tars, pictures, JSON of samples, records of checkpoints, overrides of a config.
 
-Each fuzzer takes bytes or values that are right, breaks them, and reads them as clipjax does. Only the errors that the
-reader promises may come out; anything else is a finding. `PRIMITIVES` breaks bytes, `FUZZERS` are the readers.
+Each fuzzer takes bytes or values that are right, breaks them (`break_values.py`), and reads them as clipjax does. Only
+the errors that the reader promises may come out; anything else is a finding. `FUZZERS` are the readers.
 """
 
 import io
@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.config import Config, DataConfig
-from clipjax.config.serialization import from_dict, to_dict
 from clipjax.data.images import decode
 from clipjax.data.sample import BadSample
 from clipjax.data.webdataset import TarSource
+from tests.faults import fuzz_records
+from tests.faults.break_values import break_bytes
 
 SLOW_SECONDS = 5.0
 _MAX_PIXELS = 2**20
@@ -46,56 +48,6 @@ class Findings:
     def record(self) -> dict[str, Any]:
         """Return it as a JSON object."""
         return {"tries": self.tries, "outcomes": dict(self.outcomes), "wrong": self.wrong}
-
-
-def flip_bits(content: bytes, rng: random.Random) -> bytes:
-    """Flip a few bits."""
-    broken = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 8, 64))):
-        broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
-    return bytes(broken)
-
-
-def cut(content: bytes, rng: random.Random) -> bytes:
-    """Cut the end off."""
-    return content[: rng.randrange(len(content))]
-
-
-def remove(content: bytes, rng: random.Random) -> bytes:
-    """Remove a part in the middle."""
-    first = rng.randrange(len(content))
-    return content[:first] + content[first + rng.randint(1, 600) :]
-
-
-def insert(content: bytes, rng: random.Random) -> bytes:
-    """Insert random bytes, or zeros."""
-    first, length = rng.randrange(len(content)), rng.randint(1, 600)
-    return content[:first] + (rng.randbytes(length) if rng.random() < 0.5 else bytes(length)) + content[first:]
-
-
-def overwrite(content: bytes, rng: random.Random) -> bytes:
-    """Overwrite a part with bytes that numbers and texts end at."""
-    first = rng.randrange(len(content))
-    special = rng.choice(
-        (b"\xff" * 8, b"\0" * 8, b"7" * 11, b"-1", b"\x80" + b"\xff" * 11, b"1e999", b"NaN", b"\x1b[2J")
-    )
-    return content[:first] + special + content[first + len(special) :]
-
-
-def join(content: bytes, rng: random.Random) -> bytes:
-    """Repeat a part of it at another place."""
-    first, second = rng.randrange(len(content)), rng.randrange(len(content))
-    return content[:second] + content[first : first + 1024] + content[second:]
-
-
-PRIMITIVES = (flip_bits, cut, remove, insert, overwrite, join)
-
-
-def break_bytes(content: bytes, rng: random.Random) -> bytes:
-    """Break bytes in one to three ways."""
-    for _ in range(rng.randint(1, 3)):
-        content = rng.choice(PRIMITIVES)(content, rng) or b"\0"
-    return content
 
 
 def _picture(rng: random.Random, kind: str) -> bytes:
@@ -214,48 +166,6 @@ def read_json(content: bytes, folder: pathlib.Path) -> str:
     return "read"
 
 
-def _break_value(value: Any, rng: random.Random, depth: int = 0) -> Any:
-    """Replace, remove or add one value somewhere in a JSON value."""
-    odd = [
-        None,
-        True,
-        -1,
-        0,
-        2**80,
-        1e308,
-        float("nan"),
-        float("inf"),
-        "",
-        "x",
-        [],
-        {},
-        [[]],
-        {"": 0},
-        "\x1b[2J",
-        "NaN",
-    ]
-    if (depth and rng.random() < 0.15) or not isinstance(value, dict | list) or not value:
-        return rng.choice(odd)
-    copy = dict(value) if isinstance(value, dict) else list(value)
-    key = rng.choice(list(copy)) if isinstance(copy, dict) else rng.randrange(len(copy))
-    match rng.randrange(6):
-        case 0 if isinstance(copy, dict):
-            del copy[key]
-        case 1 if isinstance(copy, dict):
-            copy[rng.choice(("__class__", "", "seed ", "x.y", key.upper() if isinstance(key, str) else "k"))] = (
-                rng.choice(odd)
-            )
-        case _:
-            copy[key] = _break_value(copy[key], rng, depth + 1)
-    return copy
-
-
-def _read_record(rng: random.Random, folder: pathlib.Path) -> str:
-    record = _break_value(json.loads(json.dumps(to_dict(Config()))), rng)
-    assert isinstance(from_dict(record), Config)
-    return "read"
-
-
 def _read_override(rng: random.Random, folder: pathlib.Path) -> str:
     from clipjax.cli.overrides import override, split_overrides
 
@@ -306,7 +216,10 @@ FUZZERS: dict[str, tuple[Callable[[random.Random, pathlib.Path], str], type[Exce
     "tar": (_break_tar, ValueError),
     "picture": (_break_picture, BadSample),
     "JSON of a sample": (_break_json, ValueError),
-    "config record of a checkpoint": (_read_record, ValueError),
+    "config record of a checkpoint": (fuzz_records.read_config, ValueError),
+    "data record of a checkpoint": (fuzz_records.read_data, ValueError),
+    "manifest of a checkpoint": (fuzz_records.read_manifest, UnusableCheckpoint),
+    "records of a workdir": (fuzz_records.read_workdir, ValueError),
     "config override": (_read_override, ValueError),
 }
 

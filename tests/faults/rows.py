@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from tests.faults.checkpoint_damage import flip_bit
+from tests.faults.checkpoint_damage import flip_bit, spoil
 from tests.faults.signals import worker_pids
 from tests.faults.tiny_run import TinyRun, ended, wait_until, write_pairs
 
@@ -58,7 +58,7 @@ class Rows:
     def learning_rate_1e30(self) -> None:
         """a learning rate of 1e30."""
         self._train(
-            "blown", 3, "the parameters after step 1 were not finite", "--config.optim.learning_rate=1e30", *SHORT
+            "blown", 3, "the parameters after step 2 were not finite", "--config.optim.learning_rate=1e30", *SHORT
         )
 
     def second_train(self) -> None:
@@ -100,11 +100,13 @@ class Rows:
         """the shard replaced by another with as many samples, then the old one at another place."""
         self._train("data", 0, "done: 20 steps", *SHORT)
         (self.run.workdir("data") / "results.json").unlink()
-        shutil.move(self.run.folder / "train.tar", self.run.folder / "moved.tar")
-        write_pairs(self.run.folder / "train.tar", first=1000)
+        shutil.move(self.run.shard, self.run.folder / "data" / "moved.tar")
+        write_pairs(self.run.shard, first=1000)
         self._train("data", 2, "other contents than the 64", *SHORT)
-        self._train("data", 0, "done: 20 steps", f"--config.data.train={self.run.folder / 'moved.tar'}", *SHORT)
-        shutil.move(self.run.folder / "moved.tar", self.run.folder / "train.tar")
+        self._train(
+            "data", 0, "done: 20 steps", f"--config.data.train={self.run.folder / 'data' / 'moved.tar'}", *SHORT
+        )
+        shutil.move(self.run.folder / "data" / "moved.tar", self.run.shard)
 
     def port_in_use(self) -> None:
         """another program holds the coordinator's port."""
@@ -117,11 +119,10 @@ class Rows:
 
     def spoilt_checkpoint_evaluated(self) -> None:
         """a checkpoint whose embeddings are not finite, evaluated."""
-        rejected = sorted((self.run.workdir("blown") / "checkpoints").glob("*.rejected"))
-        if not rejected:
-            self.learning_rate_1e30()
-            rejected = sorted((self.run.workdir("blown") / "checkpoints").glob("*.rejected"))
-        self._clipjax(3, "image embeddings are not finite", "eval", f"--checkpoint={rejected[0]}")
+        self._train("spoilt", 0, "done: 20 steps", *SHORT)
+        step = self.run.workdir("spoilt") / "checkpoints" / "20"
+        spoil(step)
+        self._clipjax(3, "image embeddings are not finite", "eval", f"--checkpoint={step}")
 
     def disk_full(self) -> None:
         """checkpoints on a disk with room for one (needs root, for a small tmpfs)."""

@@ -82,12 +82,17 @@ class TinyRun:
 
     def write(self) -> None:
         """Write config and data."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.shard.parent.mkdir(parents=True, exist_ok=True)
         cache = self.folder / "compiled"
         cache.mkdir(mode=0o700, exist_ok=True)
-        write_pairs(self.folder / "train.tar")
-        text = CONFIG.replace("TRAIN", repr(str(self.folder / "train.tar"))).replace("CACHE", repr(str(cache)))
+        write_pairs(self.shard)
+        text = CONFIG.replace("TRAIN", repr(str(self.shard))).replace("CACHE", repr(str(cache)))
         (self.folder / "config.py").write_text(text)
+
+    @property
+    def shard(self) -> pathlib.Path:
+        """The file of all its pairs."""
+        return self.folder / "data" / "train.tar"
 
     def workdir(self, name: str) -> pathlib.Path:
         """Return a workdir."""
