@@ -12,7 +12,7 @@ import itertools
 import math
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from clipjax.checkpoints.manifest import (
 )
 from clipjax.checkpoints.reading import restore_arrays
 from clipjax.checkpoints.records import FOLDER, RECORDS, read_record
-from clipjax.checkpoints.saving import OnCommit, OnFailure, Save, describe, silence_orbax, temporary_path
+from clipjax.checkpoints.saving import OnCommit, OnFailure, Save, describe, temporary_path
 from clipjax.checkpoints.verdicts import all_damaged, examine_together, going_on, refuse_damaged, refuse_undecided, warn
 from clipjax.config import CheckpointConfig
 from clipjax.runtime import processes
@@ -77,7 +77,6 @@ class Checkpoints:
         self._folder = (workdir / FOLDER).absolute()
         self._workdir, self._config, self._max_failed_saves = workdir, config, max_failed_saves
         self._on_failure, self._on_commit = on_failure or _tell_failure, on_commit
-        silence_orbax()
         if processes.is_first():
             folder.remove_leftovers(self._folder)
         complete = [step for step in folder.steps_in(self._folder) if folder.is_complete(self._folder / str(step))]
@@ -169,6 +168,7 @@ class Checkpoints:
         best_value: float | None = None,
         *,
         last: bool = False,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         """Start saving, and return when the arrays may change again; trouble with the storage is told, not raised.
 
@@ -178,6 +178,7 @@ class Checkpoints:
             records: JSON values by name.
             best_value: the metric that chooses the best step, if it was measured at this step.
             last: the run ends here, so wait for the save before as long as it writes.
+            before_commit: is called in another thread of process 0 when only the commit is left.
 
         Raises:
             SavesFail: on all processes: too many saves in a row have failed.
@@ -216,6 +217,7 @@ class Checkpoints:
             doomed=doomed,
             on_failure=self._on_failure,
             on_commit=self._on_commit,
+            before_commit=before_commit,
         )
         self._copy_seconds = time.monotonic() - self._seen_at
 

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from clipjax.checkpoints import manifest
+from clipjax.checkpoints.exchange import publish
 from clipjax.checkpoints.folder import find_checkpoint, is_step, is_step_name, steps_in
-from clipjax.checkpoints.manifest import DamagedCheckpoint, Verdict, examine
+from clipjax.checkpoints.manifest import DamagedCheckpoint, UnusableCheckpoint, Verdict, examine
 from clipjax.checkpoints.reading import is_read_together, restore_arrays
 from clipjax.checkpoints.records import RECORDS, read_record, unpack_tokenizer
 from clipjax.checkpoints.verdicts import all_damaged, examine_together, going_on, refuse_damaged, refuse_undecided, warn
@@ -97,6 +99,10 @@ class SavedCheckpoint:
         """
         if not self._is_verified:
             together = is_read_together(abstract_params)
+            if together:  # a run may delete some between two looks at its folder
+                folder = self._places[0].parent
+                names = publish(f"places/{next(_openings)}", lambda: [path.name for path in self._places])
+                self._places = [folder / name for name in names]
             self._open(_examine_together if together else _examine_alone)
             self._is_verified = True
         refuse_damaged(self.path, self._verdict)  # warns of one that cannot be verified
@@ -112,7 +118,11 @@ class SavedCheckpoint:
 
 def _groups_read(path: pathlib.Path) -> tuple[str, str]:
     """The groups of a step directory that give the parameters to evaluate; the second one may not be there."""
-    return "ema" if (path / "ema").is_dir() else "params", "batch_stats"
+    try:
+        averaged = any(file.startswith("ema/") for file in manifest.read(path).files)
+    except (OSError, UnusableCheckpoint):  # an older format, or what an examination tells
+        averaged = (path / "ema").is_dir()
+    return "ema" if averaged else "params", "batch_stats"
 
 
 def _examine_alone(path: pathlib.Path, step: int | None) -> Verdict:

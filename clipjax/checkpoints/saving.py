@@ -39,19 +39,20 @@ OnCommit = Callable[[int], None]
 
 
 def array_handler() -> ocp.StandardCheckpointHandler:
-    """Return Orbax's writer and reader of arrays; it waits for no other process."""
+    """Return Orbax's writer and reader of arrays; it waits for no other process, and its failures are told once."""
+    silence_orbax()
     options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={jax.process_index()})
     return ocp.StandardCheckpointHandler(multiprocessing_options=options)
 
 
 def silence_orbax() -> None:
-    """Keep Orbax's tracebacks of failed writes off the terminal; `on_failure` tells in one line what they mean.
+    """Keep the tracebacks of arrays that cannot be written or read off the terminal; one error tells what they mean.
 
     After the first array that fails Orbax waits for none of the others, so asyncio complains of each of those, and
     TensorStore of each that ends when the loop that started it is gone.
     """
-    logging.getLogger("absl").addFilter(_is_not_of_a_write)
-    logging.getLogger("asyncio").addFilter(_is_not_of_a_write)
+    logging.getLogger("absl").addFilter(_is_news)
+    logging.getLogger("asyncio").addFilter(_is_news)
     if isinstance(sys.unraisablehook, _WithoutClosedLoops):
         return
     sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
@@ -69,11 +70,12 @@ class _WithoutClosedLoops:
             self._show(found)
 
 
-def _is_not_of_a_write(record: logging.LogRecord) -> bool:
-    """False for what Orbax, or asyncio of a future of Orbax, logs about a write."""
-    trace = record.exc_info[2] if record.exc_info else None
-    files = [record.pathname, *(frame.filename for frame in traceback.extract_tb(trace))]
-    return TEMPORARY not in record.getMessage() and not any("orbax/checkpoint/_src/" in file for file in files)
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what Orbax logs about a write that failed, and asyncio about a future of Orbax."""
+    trace = record.exc_info[2] if record.exc_info and record.name == "asyncio" else None
+    if any("orbax/checkpoint/_src/" in frame.filename for frame in traceback.extract_tb(trace)):
+        return False
+    return "orbax/checkpoint/_src/futures" not in record.pathname and TEMPORARY not in record.getMessage()
 
 
 def temporary_path(folder: pathlib.Path, step: int) -> pathlib.Path:
@@ -93,6 +95,7 @@ class Save:
         doomed: older steps to delete before anything is written.
         on_failure: gets the step and the reason, in the thread that saves.
         on_commit: gets the step once it is complete, in the thread that saves on process 0.
+        before_commit: is called in that thread when only the commit is left.
 
     Attributes:
         step: completed updates.
@@ -112,12 +115,13 @@ class Save:
         doomed: Sequence[int],
         on_failure: OnFailure,
         on_commit: OnCommit | None = None,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         self.step, self.best, self.reason = content.step, content.best, ""
         self.finished = threading.Event()
         self._folder, self._content, self._records = folder, content, records
         self._groups, self._key, self._doomed = tuple(arrays), key, doomed
-        self._on_failure, self._on_commit = on_failure, on_commit
+        self._on_failure, self._on_commit, self._before_commit = on_failure, on_commit, before_commit
         self._temporary = temporary_path(folder, content.step)
         self._handler = array_handler()
         futures, error = self._start(arrays)
@@ -226,6 +230,8 @@ class Save:
         rest = [path for path in manifest.list_files(self._temporary) if path not in files]
         files |= manifest.hash_files(self._temporary, rest, sync=True)
         sync_tree(self._temporary)
+        if self._before_commit is not None:
+            self._before_commit()
         manifest.write(self._temporary, manifest.Manifest(self.step, self.best, files))
         self._temporary.rename(self._folder / str(self.step))
         sync_folder(self._folder)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 
+from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.checkpoints.records import FOLDER
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
@@ -252,19 +253,18 @@ def _evaluate(opened: Opened) -> int:
     clip = build_clip(config.model, data=config.data)
     with jax.set_mesh(mesh):
         evaluation = run_tasks(opened.tasks, Encoder(config, clip, mesh, opened.tokenizer, load_params(saved, mesh)))
+    written, refused = False, ""
+    if output is not None and evaluation.results:
+        written = True
+        refused = exchange.publish("results", lambda: write_results(output, saved.path, evaluation))
     failures = [f"eval.tasks.{name} on {saved.path}: {reason}" for name, reason in evaluation.failures.items()]
+    if refused:
+        failures.append(f"--output={output}: the results, which are shown, cannot be written there: {refused}")
     if processes.is_first():
-        written = output is not None and bool(evaluation.results)
-        try:
-            if output is not None and written:
-                write_results(output, saved.path, evaluation)
-        except OSError as error:
-            written = False
-            failures.append(f"--output={output}: the results, which are shown, cannot be written there: {error}")
         print(f"checkpoint {printable(str(saved.path))} ({saved.params_group}), step {saved.step}")
         if evaluation.results:
             print(results_table(evaluation.results))
-        if written:
+        if written and not refused:
             print(f"results: {printable(str(output))}", flush=True)
         for failure in failures:
             print_error(PROGRAM, ValueError(failure))

@@ -267,13 +267,21 @@ def _join(texts: Sequence[str]) -> str:
     return "; ".join(f"process {rank}: {text}" for rank, text in enumerate(texts) if text)
 
 
-def write_results(path: pathlib.Path, checkpoint: pathlib.Path, evaluation: Evaluation) -> None:
+def write_results(path: pathlib.Path, checkpoint: pathlib.Path, evaluation: Evaluation) -> str:
     """Write `{"checkpoint": ..., "tasks": {NAME: {METRIC: value}}}`, and `"failed": {NAME: reason}` if a task did.
 
     The file is whole or absent.
+
+    Returns:
+        Why it is absent; empty if it is not.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"checkpoint": str(checkpoint), "tasks": evaluation.results}
     if evaluation.failures:
         content["failed"] = evaluation.failures
-    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    except OSError as error:
+        return str(error)
+    return ""

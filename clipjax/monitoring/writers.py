@@ -3,6 +3,7 @@
 Nothing here knows JAX: values are numbers or anything scalar with `.item()`.
 """
 
+import collections
 import contextlib
 import json
 import math
@@ -28,15 +29,21 @@ class _AppendOnlyFile:
 
     def __init__(self, path: pathlib.Path) -> None:
         self._file = path.open("ab", buffering=0)
+        self._torn_at: int | None = None
 
     def append(self, record: bytes) -> None:
+        if self._torn_at is not None:
+            self._file.truncate(self._torn_at)
+            self._torn_at = None
         start = self._file.seek(0, os.SEEK_END)
         try:
             while record:
                 record = record[self._file.write(record) :]
         except OSError:
+            self._torn_at = start
             with contextlib.suppress(OSError):
                 self._file.truncate(start)
+                self._torn_at = None
             raise
 
     def sync(self) -> None:
@@ -109,7 +116,7 @@ class MetricsWriter:
         self._tensorboard = tensorboard
         self._lines: _AppendOnlyFile | None = None
         self._events: _TensorBoardFile | None = None
-        self._waiting: list[tuple[int, bytes]] = []
+        self._waiting: collections.deque[tuple[int, bytes]] = collections.deque()
         self._num_lost = 0
         self.failures = 0
         self._told = False
@@ -150,9 +157,9 @@ class MetricsWriter:
         if nonfinite:
             line["nonfinite"] = nonfinite
         self._waiting.append((int(step), json.dumps(line, allow_nan=False).encode() + b"\n"))
-        excess = max(0, len(self._waiting) - MAX_WAITING)
-        self._num_lost += excess
-        del self._waiting[:excess]
+        if len(self._waiting) > MAX_WAITING:
+            self._waiting.popleft()
+            self._num_lost += 1
         try:
             self._write_waiting()
             events = self._open_events()
@@ -163,19 +170,22 @@ class MetricsWriter:
             self._tell(f"cannot write metrics of step {step}: {error}; training goes on, and tries again")
 
     def _write_waiting(self) -> None:
-        if self._waiting:
-            self._open_lines().append(b"".join(line for _, line in self._waiting))
-            self._waiting.clear()
+        lines = self._open_lines()
+        while self._waiting:
+            lines.append(self._waiting[0][1])
+            self._waiting.popleft()
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk, so that a crash of the machine leaves those up to a checkpoint."""
+        """Wait until all lines that are written are on the disk, so that a crash of the machine leaves them.
+
+        Any thread may call it. A line that the disk took and loses now is lost; training goes on, and this is told.
+        """
         try:
-            self._write_waiting()
             for file in (self._lines, self._events):
                 if file is not None:
                     file.sync()
             sync_folder(self._workdir)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # it is closed
             self.failures += 1
             self._tell(f"cannot bring the metric files of {self._workdir} to the disk: {error}; training goes on")
 

@@ -89,8 +89,8 @@ class _Start:
         self._follower: threading.Thread | None = None
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
+        self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)  # before any is caught
         self._previous = {number: signal.signal(number, _wake) for number in (*STOP_SIGNALS, STACKS_SIGNAL)}
-        self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, daemon=True, name="start-signals")
         self._thread.start()
 
@@ -103,7 +103,7 @@ class _Start:
     def _listen(self) -> None:
         while (number := os.read(self._read, 1)[0]) != _END:
             if number == STACKS_SIGNAL:
-                with contextlib.suppress(OSError, ValueError, AttributeError):
+                with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):
                     faulthandler.dump_traceback(sys.__stderr__, all_threads=True)  # pyright: ignore
             elif number in STOP_SIGNALS:
                 self._count += 1
@@ -179,9 +179,9 @@ class _Start:
             self._follower.join(timeout=5)
         if signal.getsignal(STOP_SIGNALS[0]) is not _wake:
             return
-        signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
         os.write(self._write, bytes([_END]))
         self._thread.join()
         os.close(self._write)

@@ -29,9 +29,9 @@ def write_missing(workdir: pathlib.Path, taken: Sequence[Rollback], source: Sour
     """
     for decision in taken:
         path = workdir / FOLDER / f"batches-{decision.first_batch}-{decision.last_batch}.txt"
-        if path.exists():  # and whole, as it was written at once
-            continue
         try:
+            if path.exists():  # and whole, as it was written at once
+                continue
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, "".join(_lines(decision, source, config)))
         except OSError as error:  # the decision itself is on disk, and the next start tries again

@@ -71,7 +71,8 @@ def check(parse: Callable[[], tuple[Config, Path]], *, replays: bool = False) ->
     try:
         (config, workdir, warning), _ = consistency.run_on_all("owner", lambda: (_claim(parse, made), {}))
         warnings = [warning, *_missing_devices(workdir)] if is_first() else []
-        with Watchdog(config.recovery.stuck_seconds) as watchdog, watchdog.paused("preflight"):
+        stuck = config.recovery.stuck_seconds  # ten times that for what a slow file system may take
+        with Watchdog(None if stuck is None else 10 * stuck) as watchdog, watchdog.paused("preflight"):
             opened, facts = consistency.run_on_all(
                 "train", lambda: _open_here(config, workdir, warnings, made, replays), kinds=(UnusableCheckpoint,)
             )

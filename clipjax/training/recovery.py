@@ -5,10 +5,12 @@ checkpoints are good, and ends the run's current part with `RollBack` after too 
 processes see the same numbers at the same step, so all decide alike and no device waits.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.config import Config
@@ -18,6 +20,7 @@ from clipjax.training.decisions import Decisions, Rollback, rollbacks_to, to_rec
 
 GOOD_AFTER = 10
 """Updates in a row that must be finite after a checkpoint before it counts as good."""
+_rejections = itertools.count()
 
 
 class RollBack(Exception):
@@ -115,14 +118,17 @@ class Recovery:
             self._equal_at = step
             return
         self._settle()  # or the next start would find the save that has just begun
-        steps, left = self._checkpoints.steps(), ""
-        if any(each <= self._equal_at for each in steps):
-            left = self._reject([each for each in steps if each > self._equal_at])
+        left = self._reject(self._unequal_steps)
         self._events.add("replicas_differ", step=step, equal_at=self._equal_at, difference=difference)
         raise RunStopped(
             f"{difference} after step {step}; all copies were equal at step {self._equal_at}. The device or its memory "
             f"may be broken: take its machine out and start again{left}"
         )
+
+    def _unequal_steps(self) -> list[int]:
+        """The checkpoints since the last check that fitted; none of them, if there is no older one."""
+        steps = self._checkpoints.steps()
+        return [each for each in steps if each > self._equal_at] if min(steps, default=0) <= self._equal_at else []
 
     def mark_all(self) -> None:
         """Mark every checkpoint as good: the run has ended well."""
@@ -149,18 +155,24 @@ class Recovery:
             facts = to_record(verdict)
             self._events.add(facts.pop("decision"), **facts)
             raise RollBack(verdict)
-        good = self._checkpoints.good_steps()
-        left = self._reject([step for step in self._checkpoints.steps() if step >= cause and step not in good])
+        left = self._reject(lambda: self._bad_steps(cause))
         self._events.add("no_way_back", step=last_step, trouble=trouble, why=verdict)
         raise RunStopped(
             f"{trouble}, and {verdict}; `clipjax train ... --replay={first_step}` tells what went wrong first. A lower "
             f"optim.learning_rate, a longer warmup_examples or an optim.max_grad_norm, in a new workdir, may help{left}"
         )
 
-    def _reject(self, steps: Sequence[int]) -> str:
-        """Set steps aside; return what to add to the run's last message about those that could not be."""
+    def _bad_steps(self, cause: int) -> list[int]:
+        good = self._checkpoints.good_steps()
+        return [step for step in self._checkpoints.steps() if step >= cause and step not in good]
+
+    def _reject(self, choose: Callable[[], list[int]]) -> str:
+        """Set the steps aside that process 0 chooses; return what to add to the run's last message where that failed.
+
+        Which old steps are still there depends on when a process saw the end of a save.
+        """
         refused = []
-        for step in steps:
+        for step in exchange.publish(f"rejected/{next(_rejections)}", choose):
             try:
                 self._checkpoints.set_aside(step, "rejected")
             except UnusableCheckpoint as error:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.records import make_records
 from clipjax.config import Config, LossKind, steps_of, total_steps
@@ -209,11 +210,14 @@ class Run:
         with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
             jax.block_until_ready(state.step)
         with self.session.phase("saving", "a save"):
-            self.logger.sync()  # a checkpoint on the disk is never ahead of its log, even if the power fails
-            self.session.events.sync()
             ends = last or step == total_steps(self.config)
-            self.checkpoints.save(step, to_items(state), records, best_value, last=ends)
+            self.checkpoints.save(step, to_items(state), records, best_value, last=ends, before_commit=self._sync_logs)
         self.session.goodput.record()
+
+    def _sync_logs(self) -> None:
+        """Bring the log to the disk, so that no checkpoint there is ahead of it, even if the power fails."""
+        self.logger.sync()
+        self.session.events.sync()
 
     def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Add the evaluation of a step that was saved before it was evaluated."""
@@ -248,16 +252,12 @@ class Run:
         if evaluation is None:  # the run was complete before: its log is, but a kill may have come before results.json
             with self.session.phase("evaluation"):
                 evaluation = run_tasks(self.inputs.tasks, self._encoder(state))
-        path, failure = self.workdir / "results.json", None
-        try:
-            if processes.is_first():
-                write_results(path, self.checkpoints.path(last), evaluation)
-        except OSError as error:
-            failure = error
+        path = self.workdir / "results.json"
+        failure = exchange.publish("results", lambda: write_results(path, self.checkpoints.path(last), evaluation))
         self.logger.finish(last)
         if evaluation.results:
             self.logger.message(results_table(evaluation.results))
-        if failure is not None:
+        if failure:
             raise RunStopped(
                 f"all {last} steps are done and saved, but {path} cannot be written: {failure}; make room, and the "
                 "same command evaluates again and writes it"

@@ -8,6 +8,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from clipjax.checkpoints import manifest
@@ -302,3 +303,13 @@ def test_a_run_that_goes_on_from_an_older_format_is_warned_once(tmp_path, capsys
     assert Checkpoints(tmp_path / "run", CheckpointConfig()).newest_verified() == 9
     err = capsys.readouterr().err
     assert err.count("is of an older format, without checksums: its content is not verified") == 1
+
+
+def test_an_average_that_the_manifest_does_not_list_is_not_read(saved, tmp_path):
+    """Nobody has verified it."""
+    step = tmp_path / "30"
+    shutil.copytree(saved / "checkpoints" / "30", step)
+    shutil.copytree(step / "params", step / "ema")
+    opened = SavedCheckpoint(step)
+    assert opened.params_group == "params"
+    jax.tree.map(np.testing.assert_array_equal, opened.params(ABSTRACT["params"]), ARRAYS["params"])

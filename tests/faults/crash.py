@@ -74,7 +74,7 @@ def crash_run(run: TinyRun, name: str, *, seed: int, count: int, every_other: tu
         outcome.lost_steps.append(max(0, killed_at - newest))
         # The save that had begun last need not be complete, but the one before is; where storage is so slow that saves
         # are left out, which is told, one of those before.
-        begun = killed_at - killed_at % SAVE_EVERY
+        begun = killed_at - 1 - (killed_at - 1) % SAVE_EVERY  # that of the last step in the log need not have begun
         if newest < begun - (1 + _left_out(run, name, newest)) * SAVE_EVERY:
             outcome.wrong.append(f"killed at step {killed_at}, but the newest checkpoint is that of {newest}")
     run.finish(name)

@@ -207,6 +207,19 @@ def test_real_enospc_is_survived(tmp_path, monkeypatch, capsys):
     assert f"1 lines of {tmp_path}/metrics.jsonl could not be written, the last of step 1" in error
 
 
+def test_half_a_line_that_cannot_be_taken_back_is_cut_off_before_the_next(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False, start_step=0) as writer:
+        writer.write(1, {"loss": 1.0})
+        raw = writer._lines._file
+        disk = writer._lines._file = FullDisk(raw)
+        disk.truncate = full
+        writer.write(2, {"loss": 2.0})
+        assert not (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
+        writer._lines._file = raw
+        writer.write(3, {"loss": 3.0})
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
+
+
 def test_lines_that_wait_are_bounded_and_the_lost_are_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(writers, "MAX_WAITING", 3)
     with MetricsWriter(tmp_path, tensorboard=False, start_step=0) as writer:

@@ -193,7 +193,7 @@ def test_a_start_with_fewer_devices_than_the_last_warns_before_the_mesh_is_judge
 
 def test_a_hang_of_the_preflight_is_ended_with_the_place_where_it_waits(tmp_path, monkeypatch):
     config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
-    config.recovery.stuck_seconds = 1
+    config.recovery.stuck_seconds = 0.1  # preflight has ten times that
     ended: list[str] = []
     over = threading.Event()
 

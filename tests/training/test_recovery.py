@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.config import Config
 from clipjax.monitoring import events
@@ -207,6 +208,16 @@ def test_a_save_in_progress_is_set_aside_with_those_before_it(tmp_path):
     with pytest.raises(RunStopped, match="no good checkpoint"):
         make(tmp_path, marks).judge(21, metrics(spike=1))
     assert marks.aside == {20: "rejected"}
+
+
+def test_all_processes_set_aside_what_process_0_chooses(tmp_path, monkeypatch):
+    """This one has not seen yet that the step 5 was deleted and 20 is complete."""
+    monkeypatch.setattr(exchange, "publish", lambda key, make: [20, 30])
+    marks = Marks(5, 10, 20, 30)
+    monkeypatch.setattr(marks, "steps", lambda: [5, 10, 30])
+    with pytest.raises(RunStopped, match="device 1"):
+        make(tmp_path, marks).judge_replicas(40, "device 1 differs")
+    assert marks.aside == {20: "rejected", 30: "rejected"}
 
 
 def test_checkpoints_that_cannot_be_renamed_are_named_behind_the_trouble_and_the_others_are_renamed(tmp_path):

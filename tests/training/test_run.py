@@ -2,7 +2,6 @@
 
 import collections
 import errno
-import pathlib
 from unittest import mock
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 
 from clipjax.config import Config
 from clipjax.data.training_stream import WorkersDie
+from clipjax.evals import runner
 from clipjax.evals.runner import Evaluation
 from clipjax.training import run as run_module
 from clipjax.training.recovery import RunStopped
@@ -59,23 +59,24 @@ def test_workers_that_die_too_often_stop_the_run_and_the_batches_up_to_then_are_
     run.signal.request.assert_called_once_with("a loader worker died again")
 
 
-def test_the_log_is_on_the_disk_before_a_checkpoint_is_saved(monkeypatch):
+def test_the_log_is_on_the_disk_before_a_checkpoint_is_complete(monkeypatch):
     for name in ("make_records", "to_items", "Position", "asdict", "steps_of"):
         monkeypatch.setattr(run_module, name, mock.MagicMock())
     run = mock.MagicMock(config=Config())
     Run.save(run, mock.MagicMock(step=np.int32(3)), 3)
     order = [name for name, *_ in run.mock_calls]
-    saved = order.index("checkpoints.save")
-    assert order.index("logger.flush") < order.index("logger.sync") < saved
-    assert order.index("session.events.sync") < saved
+    assert order.index("logger.flush") < order.index("checkpoints.save")
+    assert run.checkpoints.save.call_args.kwargs["before_commit"] is run._sync_logs
+    Run._sync_logs(run)
+    assert [name for name, *_ in run.mock_calls][-2:] == ["logger.sync", "session.events.sync"]
 
 
-def test_a_full_disk_at_the_end_shows_the_results_and_names_what_is_missing(monkeypatch):
+def test_a_full_disk_at_the_end_shows_the_results_and_names_what_is_missing(monkeypatch, tmp_path):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_module, "write_results", full)
-    run = mock.MagicMock(config=Config(), workdir=pathlib.Path("run"))
+    monkeypatch.setattr(runner, "write_atomic", full)
+    run = mock.MagicMock(config=Config(), workdir=tmp_path)
     with pytest.raises(
         RunStopped, match=r"all 6 steps are done and saved, but .*results.json cannot be written: .*No sp"
     ):
