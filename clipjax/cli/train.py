@@ -21,7 +21,7 @@ PROGRAM = "clipjax train"
 ABOUT = """Train a model, or go on with the run that the workdir holds.
 
 SIGTERM and Ctrl-C save a checkpoint and leave (exit code 128 + signal); the same command then goes on from there.
-While a run starts there is nothing to save: all of its processes leave, with the same code.
+While a run starts there is nothing to save: all of its processes that have met leave, with the same code.
 A second signal changes nothing, a third within 5 seconds leaves at once. SIGUSR1 writes stacks and a profile.
 Exit code 2: arguments, config or files are refused; 3: a person has to look at the data, the checkpoints, the
 updates, the storage or a device; 1: a defect, a stuck run, or the death of another process.
