@@ -135,10 +135,8 @@ def is_spike(health: Health, loss: jax.Array, sigmas: float) -> jax.Array:
     deviation, which a few outliers do not move, and the floors. A spike does not enter the window.
 
     Ten times the median of positive losses is a spike if the deviation is below 9 / `sigmas` medians: 1.1 by default;
-    the largest in the runs below is 0.4. Three of the quickstart's runs were replayed, 5,510 losses that
-    `clipjax train --config=configs/quickstart.py --config.log.every_examples=1` logged with batches of 16 at a learning
-    rate of 2e-3, of 32 at 1e-2, and of 32 with the sigmoid loss: no false alarm from 6 sigmas on, 1 at 5 and 6 at 4.
-    Without the floors the second run, which first stands still, has 56 at 8 sigmas.
+    the largest in the runs below is 0.5. Three runs of the quickstart's model, 6,000 losses without a spike, were
+    replayed by `python -m benchmarks.spike_alarms`: no false alarm from 7 sigmas on, 1 at 6, 3 at 5 and 14 at 4.
     """
     center = _median(health.recent_losses)
     deviation = TO_SIGMA * _median(jnp.abs(health.recent_losses - center))
