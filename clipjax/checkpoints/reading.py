@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manifest import DamagedCheckpoint
+from clipjax.checkpoints.orbax_noise import silence_orbax
 from clipjax.pytrees import leaf_paths, to_flat
 
 SMALL_BYTES = 1024
@@ -119,6 +120,7 @@ class _Group:
         self._directory = epath.Path(path.absolute() / name)
         self._leaves, self._structure = jax.tree.flatten(tree)
         options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={jax.process_index()})
+        silence_orbax()
         self._handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)  # it waits for no other process
         self._together = is_read_together(tree)
 

@@ -8,15 +8,12 @@ directory to `STEP`. A kill before the rename leaves no `STEP` at all.
 import asyncio
 import contextlib
 import fnmatch
-import logging
 import os
 import pathlib
 import re
 import shutil
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +23,7 @@ from etils import epath
 
 from clipjax.checkpoints import exchange, manifest
 from clipjax.checkpoints.folder import TEMPORARY, delete, sync_tree
+from clipjax.checkpoints.orbax_noise import silence_orbax
 from clipjax.checkpoints.records import write_record
 from clipjax.runtime import process_log, processes
 from clipjax.runtime.files import sync_folder
@@ -43,39 +41,6 @@ def array_handler() -> ocp.StandardCheckpointHandler:
     silence_orbax()
     options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={jax.process_index()})
     return ocp.StandardCheckpointHandler(multiprocessing_options=options)
-
-
-def silence_orbax() -> None:
-    """Keep the tracebacks of arrays that cannot be written or read off the terminal; one error tells what they mean.
-
-    After the first array that fails Orbax waits for none of the others, so asyncio complains of each of those, and
-    TensorStore of each that ends when the loop that started it is gone.
-    """
-    logging.getLogger("absl").addFilter(_is_news)
-    logging.getLogger("asyncio").addFilter(_is_news)
-    if isinstance(sys.unraisablehook, _WithoutClosedLoops):
-        return
-    sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
-
-
-class _WithoutClosedLoops:
-    """A hook for errors in threads of C++ that shows all but those of an asyncio loop that has gone."""
-
-    def __init__(self, show: Callable[[Any], Any]) -> None:
-        self._show = show
-
-    def __call__(self, found: Any) -> None:
-        files = {frame.filename for frame in traceback.extract_tb(found.exc_traceback)}
-        if not isinstance(found.exc_value, RuntimeError) or files != {asyncio.base_events.__file__}:
-            self._show(found)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for what Orbax logs about a write that failed, and asyncio about a future of Orbax."""
-    trace = record.exc_info[2] if record.exc_info and record.name == "asyncio" else None
-    if any("orbax/checkpoint/_src/" in frame.filename for frame in traceback.extract_tb(trace)):
-        return False
-    return "orbax/checkpoint/_src/futures" not in record.pathname and TEMPORARY not in record.getMessage()
 
 
 def temporary_path(folder: pathlib.Path, step: int) -> pathlib.Path:
