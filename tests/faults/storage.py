@@ -8,6 +8,7 @@ import errno
 import pathlib
 import random
 import shutil
+import signal
 import subprocess
 from dataclasses import dataclass
 
@@ -117,7 +118,7 @@ def _break(run: TinyRun, name: str, storage: BrokenStorage, fault: str, steps: i
         if code is None and run.logged_step(name) < LAST_STEP - SAVE_EVERY:
             process.terminate()
         code = process.wait(240)
-    if code not in (0, LOOK_AT_STORAGE, 128 + 15):
+    if code not in (0, LOOK_AT_STORAGE, 128 + signal.SIGTERM, -signal.SIGTERM):  # the last: it had ended by itself
         wrong.append(f"exit code {code}\n{run.output(name)[-2000:]}")
     if "Traceback" in run.output(name):
         wrong.append(f"a traceback\n{run.output(name)[-2000:]}")
