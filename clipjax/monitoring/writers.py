@@ -106,7 +106,7 @@ class MetricsWriter:
     A run that resumes at `start_step` first drops the lines after that step and any half-written one, so that its file
     has the lines of an uninterrupted run; if it is yet to be evaluated there (not `evaluated`), an evaluation of that
     step too, which an earlier start has lost. A disk that is full never stops training, at the start or later: lines
-    wait in memory, up to `MAX_WAITING` of them, and every later line and save tries again; files that could not be
+    wait in memory, up to `MAX_WAITING` of them, and every later line tries again; files that could not be
     opened or trimmed get none before. The first failure is reported on stderr, each is counted in `failures`, and at
     the end the lines that are lost are. TensorBoard's values do not wait.
     """
@@ -193,8 +193,7 @@ class MetricsWriter:
         """Report the first failure."""
         if not self._told:
             self._told = True
-            with contextlib.suppress(OSError, ValueError):
-                print(f"clipjax: {text}", file=sys.stderr, flush=True)
+            _print_error(text)
 
     def close(self) -> None:
         """Close the files; tell which lines are lost."""
@@ -203,11 +202,15 @@ class MetricsWriter:
         lost = self._num_lost + len(self._waiting)
         if lost:
             last = f", the last of step {self._waiting[-1][0]}" if self._waiting else ""
-            self._told = False
-            self._tell(f"{lost} lines of {self._workdir / METRICS_FILE} could not be written{last}")
+            _print_error(f"{lost} lines of {self._workdir / METRICS_FILE} could not be written{last}")
         for file in (self._lines, self._events):
             if file is not None:
                 file.close()
+
+
+def _print_error(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"clipjax: {text}", file=sys.stderr, flush=True)
 
 
 def _trim(path: pathlib.Path, start_step: int, *, evaluated: bool) -> None:

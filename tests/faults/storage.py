@@ -106,7 +106,7 @@ def _break(run: TinyRun, name: str, storage: BrokenStorage, fault: str, steps: i
     with ended(process):
         first = before + 1 + rng.randint(0, SAVE_EVERY)
         wait_until(lambda: run.logged_step(name) >= first, seconds=240, process=process)
-        kept = complete_steps(run.workdir(name))
+        newest = max(complete_steps(run.workdir(name)), default=0)
         storage.start(fault)
         try:
             broken = run.logged_step(name)
@@ -114,21 +114,17 @@ def _break(run: TinyRun, name: str, storage: BrokenStorage, fault: str, steps: i
         finally:
             storage.end()
         # It has given up, or it goes on; then it is stopped as a scheduler would, so that the next fault can come.
-        code = process.poll()
-        if code is None and run.logged_step(name) < LAST_STEP - SAVE_EVERY:
+        if process.poll() is None and run.logged_step(name) < LAST_STEP - SAVE_EVERY:
             process.terminate()
         code = process.wait(240)
     if code not in (0, LOOK_AT_STORAGE, 128 + signal.SIGTERM, -signal.SIGTERM):  # the last: it had ended by itself
         wrong.append(f"exit code {code}\n{run.output(name)[-2000:]}")
     if "Traceback" in run.output(name):
         wrong.append(f"a traceback\n{run.output(name)[-2000:]}")
-    newest = max(kept, default=None)
     for path in run.workdir(name).glob("checkpoints/[0-9]*"):
         state = manifest.examine(path).state if path.name.isdigit() else manifest.State.VERIFIED
         if state is not manifest.State.VERIFIED:
             wrong.append(f"{path.name} is {state}")
-    if newest is not None and newest not in complete_steps(run.workdir(name)):
-        later = [step for step in complete_steps(run.workdir(name)) if step > newest]
-        if not later:
-            wrong.append(f"the checkpoint of step {newest} is gone, and none has taken its place")
+    if max(complete_steps(run.workdir(name)), default=0) < newest:
+        wrong.append(f"the checkpoint of step {newest} is gone, and none has taken its place")
     return wrong
