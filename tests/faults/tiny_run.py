@@ -166,9 +166,11 @@ def wait_until(condition: Any, *, seconds: float, process: subprocess.Popen) -> 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """Return the whole lines of a JSON lines file; none if there is no file."""
-    if not path.exists():
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:  # a start at step 0 removes the log of one that was killed before its first checkpoint
         return []
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    return [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def losses(workdir: pathlib.Path) -> list[dict[str, Any]]:
