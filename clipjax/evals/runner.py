@@ -37,6 +37,7 @@ Measure = ZeroShot | Retrieval | ImageRetrieval
 model, the larger the better."""
 
 
+RESULTS_FILE = "results.json"
 AGREE_SECONDS = 30.0
 """Time for the other processes to tell that their devices lack memory, too."""
 

@@ -19,6 +19,7 @@ from typing import Any, Self
 from clipjax.runtime.files import sync_folder, write_atomic
 
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
 
 MAX_WAITING = 10_000
 """Lines that are kept in memory while they cannot be written."""
@@ -143,7 +144,7 @@ class MetricsWriter:
 
     def _open_events(self) -> _TensorBoardFile | None:
         if self._events is None and self._tensorboard:
-            self._events = _TensorBoardFile(self._workdir / "tensorboard", self._start_step)
+            self._events = _TensorBoardFile(self._workdir / TENSORBOARD_FOLDER, self._start_step)
         return self._events
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

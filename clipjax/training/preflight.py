@@ -10,26 +10,30 @@ import jax
 import optax
 
 from clipjax.checkpoints.manifest import UnusableCheckpoint
-from clipjax.checkpoints.records import FOLDER
+from clipjax.checkpoints.records import FOLDER as CHECKPOINTS_FOLDER
 from clipjax.checkpoints.saved import SavedCheckpoint, newest_checkpoint
 from clipjax.config import Config
 from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sources import data_folders
-from clipjax.evals.runner import check_metric, check_samples
+from clipjax.evals.runner import RESULTS_FILE, check_metric, check_samples
 from clipjax.models.clip import abstract_params
-from clipjax.monitoring import run_record
+from clipjax.monitoring import events, profile, run_record
 from clipjax.monitoring.prometheus import Exporter
-from clipjax.monitoring.writers import METRICS_FILE
+from clipjax.monitoring.writers import METRICS_FILE, TENSORBOARD_FOLDER
 from clipjax.runtime import compilation, consistency, device_counts, files, owner, process_log, sharding
 from clipjax.runtime.compilation import compiler_options
 from clipjax.runtime.consistency import Fingerprint
 from clipjax.runtime.processes import announce, is_first
 from clipjax.runtime.watchdog import Watchdog
-from clipjax.training import fingerprints, optimizer
+from clipjax.training import fingerprints, left_out, optimizer
+from clipjax.training.decisions import FILE as DECISIONS_FILE
 from clipjax.training.decisions import Decisions
 from clipjax.training.inputs import Inputs, open_inputs
 from clipjax.training.resume import check_same_run
 
+_FILES = (METRICS_FILE, RESULTS_FILE, owner.FILE, run_record.FILE, events.FILE, DECISIONS_FILE)
+_FOLDERS = (CHECKPOINTS_FOLDER, process_log.FOLDER, left_out.FOLDER, profile.FOLDER, TENSORBOARD_FOLDER)
+_OTHER_WORKDIR = "move it away, or use another workdir"
 _OTHERS_SECONDS = 1.0  # in which the other processes delete their logs
 
 
@@ -99,8 +103,23 @@ def _claim(parse: Callable[[], tuple[Config, Path]], made: list[Path]) -> tuple[
     if is_first():
         new = [path for path in (workdir / owner.FILE, workdir, *workdir.parents) if not path.exists()]
         made += reversed(new)
+        _check_entries(workdir)
         warning = owner.take(workdir)
     return config, workdir, warning
+
+
+def _check_entries(workdir: Path) -> None:
+    """Check that what lies in a workdir is a file or a folder where the run has one of its own.
+
+    Raises:
+        ValueError: it is the other.
+    """
+    for name in _FOLDERS:
+        if (workdir / name).exists() and not (workdir / name).is_dir():
+            raise ValueError(f"--workdir={workdir}: {name} in it is no folder, as a run has one; {_OTHER_WORKDIR}")
+    for name in _FILES:
+        if (workdir / name).is_dir():
+            raise ValueError(f"--workdir={workdir}: {name} in it is a folder, not the file of a run; {_OTHER_WORKDIR}")
 
 
 def _missing_devices(workdir: Path) -> list[str]:
@@ -181,14 +200,14 @@ def _open_newest(workdir: Path, decisions: Decisions) -> SavedCheckpoint | None:
     Raises:
         ValueError: the checkpoints cannot be read, or are gone although `run.json` or decisions tell of some.
     """
-    folder = workdir / FOLDER
+    folder = workdir / CHECKPOINTS_FOLDER
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         if folder.is_symlink() or not isinstance(error, FileNotFoundError):
             raise ValueError(
-                f"--workdir={workdir}: its folder {FOLDER} cannot be read ({error.strerror}); make it readable, or use "
-                "another workdir to start anew"
+                f"--workdir={workdir}: its folder {CHECKPOINTS_FOLDER} cannot be read ({error.strerror}); make it "
+                "readable, or use another workdir to start anew"
             ) from error
         names = []
     saved = newest_checkpoint(workdir)

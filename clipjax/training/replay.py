@@ -16,6 +16,7 @@ import numpy as np
 
 from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manager import Checkpoints
+from clipjax.monitoring.writers import METRICS_FILE
 from clipjax.pytrees import leaf_paths
 from clipjax.runtime import sharding
 from clipjax.training.decisions import Rollback
@@ -26,7 +27,6 @@ from clipjax.training.session import Session, open_session
 from clipjax.training.step import TrainState
 from clipjax.typing import Batch
 
-METRICS = "metrics.jsonl"
 _SHOWN = 8
 
 
@@ -112,7 +112,7 @@ def _first_changed(taken: Sequence[Rollback], step: int, rollback: int | None) -
 def _logged(checked: Checked, step: int) -> Mapping[str, Any] | None:
     """Return the line of a step in the metrics, None if it was not logged."""
     try:
-        lines = (checked.workdir / METRICS).read_bytes().splitlines()
+        lines = (checked.workdir / METRICS_FILE).read_bytes().splitlines()
     except OSError:
         return None
     for line in lines:

@@ -22,7 +22,7 @@ from clipjax.data.sample import REASONS
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import BadSampleLimit, TrainStream, WorkersDie, pair_groups
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.runner import Evaluation, run_tasks, write_results
+from clipjax.evals.runner import RESULTS_FILE, Evaluation, run_tasks, write_results
 from clipjax.losses import describe_loss
 from clipjax.monitoring import run_record
 from clipjax.monitoring.events import Events
@@ -252,7 +252,7 @@ class Run:
         if evaluation is None:  # the run was complete before: its log is, but a kill may have come before results.json
             with self.session.phase("evaluation"):
                 evaluation = run_tasks(self.inputs.tasks, self._encoder(state))
-        path = self.workdir / "results.json"
+        path = self.workdir / RESULTS_FILE
         failure = exchange.publish("results", lambda: write_results(path, self.checkpoints.path(last), evaluation))
         self.logger.finish(last)
         if evaluation.results:

@@ -168,7 +168,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """Return the whole lines of a JSON lines file; none if there is no file."""
     try:
         content = path.read_bytes()
-    except FileNotFoundError:  # a start at step 0 removes the log of one that was killed before its first checkpoint
+    except FileNotFoundError:  # or it is just gone: a start that looks whether it can be written
         return []
     return [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
 

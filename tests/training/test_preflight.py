@@ -169,6 +169,25 @@ def test_a_log_of_metrics_that_cannot_be_written_is_refused(tmp_path):
         check(config, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        *(
+            (name, True)
+            for name in ("metrics.jsonl", "events.jsonl", "decisions.jsonl", "run.json", "results.json", ".owner")
+        ),
+        *((name, False) for name in ("checkpoints", "logs", "left_out", "profile", "tensorboard")),
+    ],
+)
+def test_a_workdir_with_a_folder_for_a_file_or_a_file_for_a_folder_is_refused(tmp_path, name, folder):
+    path = tmp_path / "workdir" / name
+    path.mkdir(parents=True) if folder else (path.parent.mkdir(), path.touch())
+    config = make_config(tmp_path)
+    with pytest.raises(ValueError, match=rf"--workdir=.*workdir: {re.escape(name)} in it is .*; move it away, or use"):
+        preflight.check(lambda: (config, path.parent))
+    assert [each.name for each in path.parent.iterdir()] == [name]
+
+
 def test_a_workdir_that_is_held_stays_as_it_is(tmp_path):
     config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
     check(config, tmp_path / "run")

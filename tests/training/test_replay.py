@@ -10,6 +10,7 @@ import pytest
 from clipjax.cli import train as command
 from clipjax.config import Config
 from clipjax.models.clip import Clip
+from clipjax.monitoring.writers import METRICS_FILE
 from clipjax.runtime import sharding
 from clipjax.training import replay
 from clipjax.training.program import build_program
@@ -86,7 +87,7 @@ def test_a_signal_ends_a_replay_after_the_step_that_it_computes(workdir):
 
 
 def test_damaged_lines_of_the_log_hide_no_step_and_no_finding(workdir):
-    path = workdir.path / replay.METRICS
+    path = workdir.path / METRICS_FILE
     path.write_bytes(b'{"step": 4, "lo\n[1]\n7\nnull\n\xff\n' + b"[" * 20_000 + b"\n")
     code, lines, beats = workdir.run(step=4)
     assert code is None and beats == [1, 2, 3, 4]
