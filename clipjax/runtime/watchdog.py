@@ -32,7 +32,10 @@ TICK_SECONDS = 2.0
 """Time between two looks of the watchdog, and between two signs of life of a process."""
 
 SILENT_SECONDS = 20.0
-"""Silence of another process before it is named; JAX ends the run after `processes.HEARTBEAT_SECONDS`."""
+"""Silence of a process before process 0 names it to all; JAX ends the run half of `HEARTBEAT_SECONDS` later or more."""
+
+LOOK_SECONDS = 10.0
+"""Time without progress after which every process looks at the others itself."""
 
 END_SECONDS = 30.0
 """Time to tell why and to end; then SIGALRM ends the process, whatever it is held up by."""
@@ -41,6 +44,7 @@ _SAY_SECONDS = 3.0  # for a message to be written
 _WORK_SHARE = 0.05  # of a core: what idle threads take together is far below
 _WORK_BYTES = 4096  # of files in a tick
 _PAUSE_SECONDS = 2.0  # a sleep that is longer by this much was a pause of the machine
+_LEFT = "left"  # in place of the sign of life of a process that watches no longer
 _GRACE_TICKS = 3  # for the other processes to write their stacks, and to show which of them is silent
 
 
@@ -116,12 +120,21 @@ class Watchdog:
             if self._peers is not None:
                 self._peers.leave(repr(error))
                 if isinstance(error, jax.errors.JaxRuntimeError):
-                    for line in self._peers.explain():
-                        _say(line)
+                    self._explain(self._peers)
             raise
         finally:
             with self._lock:
                 self._deadline.enter("closing", time.monotonic())
+
+    def _explain(self, peers: "Peers") -> None:
+        """Name the processes that are dead, here and, as no error may have reached them yet, on the others."""
+        lines = peers.explain()
+        for line in lines:
+            _say(line)
+        if lines:
+            peers.announce("; ".join(lines))
+            # The end of process 0 takes its messages with it: they are read in one tick, and shown in another.
+            time.sleep((_GRACE_TICKS if jax.process_index() == 0 else 1) * self._tick)
 
     def _watch(self) -> None:
         meter = _WorkMeter()
@@ -143,7 +156,8 @@ class Watchdog:
                 waited, limit = self._deadline.waited(now), self._deadline.limit
             work = done
             if self._peers is not None:
-                self._peers.tell(busy=busy, watching=self._limited and waited > limit / 6)
+                look = min(LOOK_SECONDS, limit / 6) if self._limited else LOOK_SECONDS
+                self._peers.tell(busy=busy, watching=waited > look)
                 for line in self._peers.newly_silent():
                     _say(line)
                 if self._peers.stuck:
@@ -180,7 +194,11 @@ class Watchdog:
 
 
 class Peers:
-    """The signs of life of all processes, through the coordinator, in a thread: the coordinator may not answer."""
+    """The signs of life of all processes, through the coordinator, in a thread: the coordinator may not answer.
+
+    Process 0, where they lie, always looks at them, and names to all those that are silent; the others look only when
+    they wait for long. With a thousand processes the signs are many.
+    """
 
     def __init__(self, tick_seconds: float) -> None:
         self._tick = tick_seconds
@@ -191,6 +209,8 @@ class Peers:
         self._moved: dict[int, tuple[float, str]] = {}  # by rank: when its sign of life last changed, and to what
         self._hosts: dict[int, str] = {}
         self._named: set[int] = set()
+        self._silent: dict[str, str] = {}  # by rank: the lines of process 0
+        self._unshown: list[str] = []
         self._answered = time.monotonic()
         self.stuck = ""
         self._closed = threading.Event()
@@ -246,12 +266,7 @@ class Peers:
 
     def newly_silent(self) -> list[str]:
         """Return a line for each process that has become silent for `SILENT_SECONDS`, once."""
-        now = time.monotonic()
-        lines = []
-        for rank, (moved, _) in self._moved.items():
-            if self._watching and now - moved > SILENT_SECONDS and rank not in self._named:
-                self._named.add(rank)
-                lines.append(f"process {rank} ({self._host(rank)}) has given no sign of life for {now - moved:.0f} s")
+        lines, self._unshown = self._unshown, []
         return lines
 
     def _host(self, rank: int) -> str:
@@ -264,6 +279,8 @@ class Peers:
             except (jax.errors.JaxRuntimeError, RuntimeError):  # the coordinator is gone; JAX ends this process soon
                 continue
             self._answered = time.monotonic()
+        with contextlib.suppress(jax.errors.JaxRuntimeError, RuntimeError):
+            processes.kv_set(f"alive/{self._rank}", _LEFT, overwrite=True)
 
     def _exchange(self) -> None:
         self._beats += 1
@@ -273,14 +290,26 @@ class Peers:
             processes.kv_set(f"stuck/{self._rank}", self._announcement, overwrite=True)
         else:
             self.stuck = next(iter(processes.kv_list("stuck").values()), "")
-        if not self._watching:
+        if self._watching or self._rank == 0:
+            self._look()
+        else:
             self._moved.clear()
-            return
+        if self._rank == 0:
+            self._name_silent()
+        for rank, line in processes.kv_list("silent").items():
+            if self._silent.get(rank) != line and rank != str(self._rank):
+                self._unshown.append(line)
+                self._silent[rank] = line
+
+    def _look(self) -> None:
+        """Note which signs of life have changed."""
         now = time.monotonic()
-        for name, text in processes.kv_list("alive").items():
-            rank, sign = int(name), json.loads(text)
-            if rank == self._rank:
-                continue
+        signs = {int(name): text for name, text in processes.kv_list("alive").items() if text != _LEFT}
+        signs.pop(self._rank, None)
+        away = max(0.0, now - self._answered - self._tick - _PAUSE_SECONDS)  # this process itself was paused
+        self._moved = {rank: (moved + away, text) for rank, (moved, text) in self._moved.items() if rank in signs}
+        for rank, text in signs.items():
+            sign = json.loads(text)
             self._hosts[rank] = sign["host"]
             known = self._moved.get(rank)
             if known is None or known[1] != text:
@@ -288,8 +317,18 @@ class Peers:
                     self._others_worked = True
                 self._moved[rank] = now, text
 
+    def _name_silent(self) -> None:
+        """Leave a line for all about each process that has become silent."""
+        now = time.monotonic()
+        silent = {rank for rank, (moved, _) in self._moved.items() if now - moved > SILENT_SECONDS}
+        for rank in silent - self._named:
+            seconds = now - self._moved[rank][0]
+            line = f"process {rank} ({self._host(rank)}) has given no sign of life for {seconds:.0f} s"
+            processes.kv_set(f"silent/{rank}", line, overwrite=True)
+        self._named = silent
+
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and with it the signs of life, which nobody is to miss then."""
         self._closed.set()
         self._thread.join(timeout=5)
 

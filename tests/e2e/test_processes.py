@@ -434,22 +434,24 @@ def test_what_one_process_cannot_open_is_refused_on_both(tiny_config, tmp_path):
     assert line.startswith("process 1 (") and "unknown option --workdri; did you mean --workdir?" in line
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_when_a_process_dies_the_other_ends_within_the_heartbeat(tiny_config, finished, tmp_path, cache, victim):
+@pytest.mark.parametrize(
+    ("count", "victim"),
+    [(2, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 0), (4, 0), (4, 1), (4, 2), (4, 3)))],
+)
+def test_when_a_process_dies_the_others_end_within_the_heartbeat(tiny_config, tmp_path, cache, count, victim):
     arguments = (*train_arguments(tiny_config, tmp_path), "--config.total_examples=3200000")
-    with processes(2, *arguments, **cache) as both:
+    with processes(count, *arguments, **cache) as every:
         while "step 3" not in (rank_log(tmp_path, 1) if (tmp_path / "logs" / "rank-00001.log").exists() else ""):
-            assert all(process.poll() is None for process in both)
+            assert all(process.poll() is None for process in every)
             time.sleep(0.15)
-        both[victim].kill()
-        start_time = time.monotonic()
-        code = both[1 - victim].wait(timeout=60)
-        seconds = time.monotonic() - start_time
-        text = both[1 - victim].stdout.read()
-    assert code != 0
-    assert seconds < 60, seconds  # 45 of the heartbeat, where the collective itself does not notice
-    named = f"process {victim} .*gives no sign of life|Task {victim} heartbeat timeout"
-    assert re.search(named if victim else "the leader task", text), text
+        every[victim].kill()
+        others = [process for process in every if process is not every[victim]]
+        deadline = time.monotonic() + 60  # 50 of the heartbeat, where the collective itself does not notice
+        texts = [process.communicate(timeout=max(0, deadline - time.monotonic()))[0] for process in others]
+    named = rf"process {victim} \(.*\) (gives|has given) no sign of life"
+    for process, text in zip(others, texts, strict=True):
+        assert process.returncode != 0
+        assert re.search(named if victim else "the leader task", text), text
 
 
 LOCAL = pathlib.Path(__file__).parents[2] / "launch" / "local.sh"
@@ -490,17 +492,25 @@ def test_a_killed_rank_of_four_ends_the_others_and_the_launcher_goes_on(tiny_con
 
 
 @pytest.mark.slow
-def test_a_stopped_process_ends_the_other_with_stacks_and_is_named(tiny_config, finished, tmp_path, cache):
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_stopped_process_ends_the_others_with_stacks_and_is_named(tiny_config, tmp_path, cache, count):
     options = ("--config.total_examples=3200000", "--config.recovery.stuck_seconds=10")
-    with processes(2, *train_arguments(tiny_config, tmp_path), *options, **cache) as both:
+    with processes(count, *train_arguments(tiny_config, tmp_path), *options, **cache) as every:
         while "step 8" not in (rank_log(tmp_path, 1) if (tmp_path / "logs" / "rank-00001.log").exists() else ""):
-            assert all(process.poll() is None for process in both)
+            assert all(process.poll() is None for process in every)
             time.sleep(0.1)
-        both[1].send_signal(signal.SIGSTOP)
-        text, _ = both[0].communicate(timeout=60)
-    assert both[0].returncode == 1
-    assert "is stuck after step" in text and "process 1 (" in text and "gives no sign of life" in text
-    assert "most recent call first" in rank_log(tmp_path, 0)
+        every[1].send_signal(signal.SIGSTOP)
+        others = {rank: process for rank, process in enumerate(every) if rank != 1}
+        deadline = time.monotonic() + 60
+        texts = {
+            rank: process.communicate(timeout=max(0, deadline - time.monotonic()))[0]
+            for rank, process in others.items()
+        }
+    assert "process 1 (" in texts[0] and "gives no sign of life" in texts[0]
+    for rank, process in others.items():
+        assert process.returncode == 1, texts[rank]
+        assert "is stuck after step" in texts[rank]
+        assert "most recent call first" in rank_log(tmp_path, rank)
 
 
 FAILING = """

@@ -233,6 +233,37 @@ def test_silent_processes_are_named_and_those_that_left_say_why(monkeypatch):
     peers.close()
 
 
+def test_process_0_names_a_silent_process_to_all_and_none_that_has_left(monkeypatch):
+    monkeypatch.setattr(watchdog, "SILENT_SECONDS", 0.2)
+    store = Store(monkeypatch, 4)
+    rank = threading.local()
+    monkeypatch.setattr(jax, "process_index", lambda: getattr(rank, "number", 0))
+    first = watchdog.Peers(0.02)
+    rank.number = 3
+    last, left = watchdog.Peers(0.02), watchdog.Peers(0.02)
+    left._rank = 2
+    store.texts["alive/1"] = '{"host": "node-1", "beats": 7, "busy": 0}'
+    time.sleep(0.15)
+    left.close()
+    assert first.newly_silent() == last.newly_silent() == []
+    time.sleep(0.4)
+    named = "process 1 (node-1) has given no sign of life for 0 s"
+    assert first.newly_silent() == last.newly_silent() == [named]
+    assert first.newly_silent() == last.newly_silent() == []
+    first.close(), last.close()
+    assert store.texts["alive/0"] == store.texts["alive/2"] == store.texts["alive/3"] == "left"
+
+
+def test_a_death_that_one_process_meets_is_told_to_all(monkeypatch):
+    store = Store(monkeypatch, 3)
+    monkeypatch.setattr(watchdog, "_say", lambda text: True)
+    monkeypatch.setattr(jax, "process_index", lambda: 2)
+    store.texts["alive/1"] = '{"host": "node-1", "beats": 7, "busy": 0}'
+    with pytest.raises(jax.errors.JaxRuntimeError), Watchdog(60.0, tick_seconds=0.05) as watched, watched.training():
+        raise jax.errors.JaxRuntimeError("INTERNAL: Connection closed by peer")
+    assert "process 1 (node-1) gives no sign of life: it is dead or stopped" in store.texts["stuck/2"]
+
+
 def test_work_of_another_process_in_a_phase_is_seen_and_so_is_its_alarm(monkeypatch):
     store = Store(monkeypatch, 2)
     peers = watchdog.Peers(0.02)
