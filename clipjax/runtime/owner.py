@@ -1,6 +1,7 @@
 """One owner for a workdir: process 0 of a run holds an exclusive flock on `WORKDIR/.owner` until it ends.
 
-The kernel drops the lock when the process ends, in any way, so the file that a killed run leaves blocks nobody.
+The kernel drops the lock when the process ends, in any way, so the file that a killed run leaves blocks nobody. The
+folder itself is locked too, where its file system can: somebody may delete the file.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ _MAX_BYTES = 65_536
 _MAX_SHOWN = 300  # letters of the holder's command
 _ASKING_SECONDS = 0.2  # a start that only asks (`refuse_held`) has the lock for a moment
 _WRITING_SECONDS = 0.5  # between a holder's lock and its content in the file
-_held: dict[pathlib.Path, int] = {}
+_held: dict[pathlib.Path, tuple[int, ...]] = {}
 
 
 def take(workdir: pathlib.Path, option: str = "--workdir") -> str:
@@ -45,19 +46,21 @@ def take(workdir: pathlib.Path, option: str = "--workdir") -> str:
         workdir.mkdir(parents=True, exist_ok=True)
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 warning = _lock(descriptor, workdir)
+                _lock_folder(folder, workdir)
             except BlockingIOError:
-                os.close(descriptor)
+                _close_all(descriptor, folder)
                 raise ValueError(f"{option}={workdir}: {_holder(path)}") from None
             if _is_file_at(descriptor, path):
                 break
-            os.close(descriptor)  # its holder gave the workdir up, and deleted the file
+            _close_all(descriptor, folder)  # its holder gave the workdir up, and deleted the file
     except OSError as error:
         raise ValueError(f"{option}={workdir}: cannot be written to ({error.strerror}); choose another") from error
-    _held[path] = descriptor
+    _held[path] = (descriptor, folder)
     # Workers are started by exec, which closes the descriptor; one that is forked would keep the lock after us.
-    os.register_at_fork(after_in_child=lambda: _close(path, descriptor))
+    os.register_at_fork(after_in_child=lambda: _close(path, (descriptor, folder)))
     content = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -79,11 +82,15 @@ def refuse_held(workdir: pathlib.Path, option: str = "--workdir") -> None:
     path = workdir.resolve() / FILE
     if path in _held:
         return
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{option}={workdir}: {_holder(path)}") from None
+    for place in (path, path.parent):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{option}={workdir}: {_holder(path)}") from None
+            finally:
+                os.close(descriptor)
 
 
 def release(workdir: pathlib.Path, *, delete: bool = False) -> None:
@@ -95,10 +102,29 @@ def release(workdir: pathlib.Path, *, delete: bool = False) -> None:
         _close(path, _held[path])
 
 
-def _close(path: pathlib.Path, descriptor: int) -> None:
-    if _held.get(path) == descriptor:
+def _close(path: pathlib.Path, descriptors: tuple[int, ...]) -> None:
+    if _held.get(path) == descriptors:
         del _held[path]
+        _close_all(*descriptors)
+
+
+def _close_all(*descriptors: int) -> None:
+    for descriptor in descriptors:
         os.close(descriptor)
+
+
+def _lock_folder(descriptor: int, workdir: pathlib.Path) -> None:
+    """Lock a folder, where its file system can lock one (NFS cannot).
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    try:
+        _lock(descriptor, workdir)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return
 
 
 def _lock(descriptor: int, workdir: pathlib.Path) -> str:

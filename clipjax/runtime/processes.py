@@ -24,11 +24,11 @@ from clipjax.runtime import process_log, start_signals
 from clipjax.runtime.launchers import Launch, find_launch
 from clipjax.runtime.terminal import printable
 
-HEARTBEAT_SECONDS = 50
+HEARTBEAT_SECONDS = 56
 """Silence after which a process counts as dead, and the others end. JAX's default is 100 seconds.
 
 JAX sends a sign of life every half of it: a machine that is paused for 20 seconds right before one survives, and a
-process that dies has been named by the watchdog before (`watchdog.SILENT_SECONDS`).
+process that dies is named before by the watchdog (`watchdog.SILENT_SECONDS`), which looks every two seconds.
 """
 
 START_SECONDS = 300

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import queue
 import signal
 import socket
 import sys
@@ -31,11 +32,8 @@ from clipjax.runtime.deadline import MEDIAN_STEPS, READING, Deadline
 TICK_SECONDS = 2.0
 """Time between two looks of the watchdog, and between two signs of life of a process."""
 
-SILENT_SECONDS = 20.0
-"""Silence of a process before process 0 names it to all; JAX ends the run half of `HEARTBEAT_SECONDS` later or more."""
-
-LOOK_SECONDS = 10.0
-"""Time without progress after which every process looks at the others itself."""
+SILENT_SECONDS = 23.0
+"""Silence of a process before process 0 names it to all, which ends nothing: JAX does, some seconds later."""
 
 END_SECONDS = 30.0
 """Time to tell why and to end; then SIGALRM ends the process, whatever it is held up by."""
@@ -44,6 +42,7 @@ _SAY_SECONDS = 3.0  # for a message to be written
 _WORK_SHARE = 0.05  # of a core: what idle threads take together is far below
 _WORK_BYTES = 4096  # of files in a tick
 _PAUSE_SECONDS = 2.0  # a sleep that is longer by this much was a pause of the machine
+_OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")  # of JAX, which no other process causes
 _LEFT = "left"  # in place of the sign of life of a process that watches no longer
 _GRACE_TICKS = 3  # for the other processes to write their stacks, and to show which of them is silent
 
@@ -132,7 +131,7 @@ class Watchdog:
         for line in lines:
             _say(line)
         if lines:
-            peers.announce("; ".join(lines))
+            peers.tell_at_once("; ".join(lines))
             # The end of process 0 takes its messages with it: they are read in one tick, and shown in another.
             time.sleep((_GRACE_TICKS if jax.process_index() == 0 else 1) * self._tick)
 
@@ -156,9 +155,8 @@ class Watchdog:
                 waited, limit = self._deadline.waited(now), self._deadline.limit
             work = done
             if self._peers is not None:
-                look = min(LOOK_SECONDS, limit / 6) if self._limited else LOOK_SECONDS
-                self._peers.tell(busy=busy, watching=waited > look)
-                for line in self._peers.newly_silent():
+                self._peers.tell(busy=busy, watching=self._limited and waited > limit / 6)
+                for line in self._peers.news():
                     _say(line)
                 if self._peers.stuck:
                     self._end(self._peers.stuck)
@@ -209,8 +207,8 @@ class Peers:
         self._moved: dict[int, tuple[float, str]] = {}  # by rank: when its sign of life last changed, and to what
         self._hosts: dict[int, str] = {}
         self._named: set[int] = set()
-        self._silent: dict[str, str] = {}  # by rank: the lines of process 0
-        self._unshown: list[str] = []
+        self._told: dict[str, str] = {}  # by rank: what process 0 has said of it
+        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._answered = time.monotonic()
         self.stuck = ""
         self._closed = threading.Event()
@@ -232,26 +230,35 @@ class Peers:
         self._announcement = text
         self._watching = self._ending = True
 
+    def tell_at_once(self, text: str) -> None:
+        """Announce without waiting for the thread; the coordinator may not answer for a while."""
+        self.announce(text)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            processes.kv_set(f"stuck/{self._rank}", text, overwrite=True)
+
     def leave(self, reason: str) -> None:
         """Tell the others that this process ends by an error of its own."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             processes.kv_set(f"left/{self._rank}", reason)
 
     def explain(self) -> list[str]:
-        """Return a line for each process that ended or is silent; wait a few ticks to see who is."""
+        """Return a line for each process that ended or is silent; wait a few ticks to see who is.
+
+        Most errors of JAX only tell of the death of another: who ended with one is named if there is nobody else.
+        """
         self._watching = self._ending = True
         self._closed.wait((_GRACE_TICKS + 1) * self._tick)
         try:
             left = {int(rank): reason for rank, reason in processes.kv_list("left").items()}
         except jax.errors.JaxRuntimeError:
             left = {}
-        lost = "JaxRuntimeError"  # it tells of the death of another, too
-        ended = [
-            f"process {rank} ({self._host(rank)}) ended with {reason}"
-            for rank, reason in left.items()
-            if rank != self._rank and not reason.startswith(lost)
-        ]
-        return ended + self.silent_lines(except_for=set(left))
+        ended = {
+            rank: f"process {rank} ({self._host(rank)}) ended with {reason}"
+            for rank, reason in sorted(left.items())
+            if rank != self._rank
+        }
+        own = [line for rank, line in ended.items() if not _may_follow(left[rank])]
+        return own + self.silent_lines(except_for=set(left)) or list(ended.values())
 
     def silent_lines(self, except_for: frozenset[int] | set[int] = frozenset()) -> list[str]:
         """Return a line for each process that gives no sign of life."""
@@ -264,9 +271,12 @@ class Peers:
             if now - moved > (_GRACE_TICKS - 0.5) * self._tick and rank not in except_for
         ]
 
-    def newly_silent(self) -> list[str]:
-        """Return a line for each process that has become silent for `SILENT_SECONDS`, once."""
-        lines, self._unshown = self._unshown, []
+    def news(self) -> list[str]:
+        """Return a line for each process that has become silent for `SILENT_SECONDS`, or is back, once."""
+        lines = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                lines.append(self._news.get_nowait())
         return lines
 
     def _host(self, rank: int) -> str:
@@ -296,10 +306,12 @@ class Peers:
             self._moved.clear()
         if self._rank == 0:
             self._name_silent()
-        for rank, line in processes.kv_list("silent").items():
-            if self._silent.get(rank) != line and rank != str(self._rank):
-                self._unshown.append(line)
-                self._silent[rank] = line
+        lines = processes.kv_list("silent")
+        for rank, line in lines.items():
+            # Those that are there at first an earlier watchdog has shown.
+            if self._beats > 1 and self._told.get(rank) != line and rank != str(self._rank):
+                self._news.put(line)
+        self._told = lines
 
     def _look(self) -> None:
         """Note which signs of life have changed."""
@@ -318,12 +330,14 @@ class Peers:
                 self._moved[rank] = now, text
 
     def _name_silent(self) -> None:
-        """Leave a line for all about each process that has become silent."""
+        """Leave a line for all about each process that has become silent, and about each that is back."""
         now = time.monotonic()
         silent = {rank for rank, (moved, _) in self._moved.items() if now - moved > SILENT_SECONDS}
-        for rank in silent - self._named:
-            seconds = now - self._moved[rank][0]
-            line = f"process {rank} ({self._host(rank)}) has given no sign of life for {seconds:.0f} s"
+        for rank in silent ^ self._named:
+            line = f"process {rank} ({self._host(rank)}) gives signs of life again, or has left"
+            if rank in silent:
+                seconds = now - self._moved[rank][0]
+                line = f"process {rank} ({self._host(rank)}) has given no sign of life for {seconds:.0f} s"
             processes.kv_set(f"silent/{rank}", line, overwrite=True)
         self._named = silent
 
@@ -331,6 +345,11 @@ class Peers:
         """End the thread, and with it the signs of life, which nobody is to miss then."""
         self._closed.set()
         self._thread.join(timeout=5)
+
+
+def _may_follow(reason: str) -> bool:
+    """Return True for an error that the death of another process may have caused."""
+    return reason.startswith("JaxRuntimeError") and not any(code in reason for code in _OWN_ERRORS)
 
 
 class _WorkMeter:

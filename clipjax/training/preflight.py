@@ -81,11 +81,11 @@ def check(parse: Callable[[], tuple[Config, Path]], *, replays: bool = False) ->
                 "train", lambda: _open_here(config, workdir, warnings, made, replays), kinds=(UnusableCheckpoint,)
             )
             consistency.check_shared(workdir)
+            if is_first() and not replays:
+                record_start(opened.workdir, facts)
     except (ValueError, OSError):
         _delete(made)
         raise
-    if is_first() and not replays:
-        record_start(opened.workdir, facts)
     return opened
 
 
@@ -118,8 +118,8 @@ def _check_entries(workdir: Path) -> None:
         if (workdir / name).exists() and not (workdir / name).is_dir():
             raise ValueError(f"--workdir={workdir}: {name} in it is no folder, as a run has one; {_OTHER_WORKDIR}")
     for name in _FILES:
-        if (workdir / name).is_dir():
-            raise ValueError(f"--workdir={workdir}: {name} in it is a folder, not the file of a run; {_OTHER_WORKDIR}")
+        if (workdir / name).exists() and not (workdir / name).is_file():
+            raise ValueError(f"--workdir={workdir}: {name} in it is no file, as a run has one; {_OTHER_WORKDIR}")
 
 
 def _missing_devices(workdir: Path) -> list[str]:

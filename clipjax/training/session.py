@@ -103,14 +103,14 @@ def open_session(checked: Checked, *, record: bool = True) -> Iterator[Session]:
     with contextlib.ExitStack() as stack:
         if checked.exporter is not None:
             stack.callback(checked.exporter.close)
+        log = process_log.open_file()
+        watchdog = stack.enter_context(Watchdog(config.recovery.stuck_seconds, log=log))
         events = Events(workdir, enabled=record and processes.is_first(), clock=wall_clock)
         goodput = stack.enter_context(_ledger(checked, events))
-        log = process_log.open_file()
         effect = "the run saves and leaves" if record else "nothing is saved; it leaves after the step that it computes"
         signal = Shutdown(log, effect=effect)
         stack.callback(signal.close)
         start_signals.hand_over(signal.receive)
-        watchdog = stack.enter_context(Watchdog(config.recovery.stuck_seconds, log=log))
         mesh = sharding.make_mesh(config.mesh)
         times = device_check.check_devices(mesh)
         if record and processes.is_first():

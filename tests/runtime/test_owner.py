@@ -70,6 +70,16 @@ def test_the_second_is_refused_without_a_trace_until_the_first_is_dead(tmp_path,
     assert (workdir / ".owner").exists()
 
 
+def test_a_lock_file_that_somebody_deletes_lets_nobody_in(tmp_path):
+    with holder(tmp_path):
+        (tmp_path / ".owner").unlink()
+        for refused in (owner.refuse_held, owner.take):
+            with pytest.raises(ValueError, match=r"another process holds it, and .*\.owner does not say which"):
+                refused(tmp_path)
+    assert owner.take(tmp_path) == ""
+    owner.release(tmp_path)
+
+
 def test_a_forked_child_does_not_hold(tmp_path):
     with holder(tmp_path, "fork") as parent:  # the child goes on
         parent.wait(timeout=60)

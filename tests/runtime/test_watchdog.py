@@ -234,24 +234,60 @@ def test_silent_processes_are_named_and_those_that_left_say_why(monkeypatch):
 
 
 def test_process_0_names_a_silent_process_to_all_and_none_that_has_left(monkeypatch):
-    monkeypatch.setattr(watchdog, "SILENT_SECONDS", 0.2)
-    store = Store(monkeypatch, 4)
-    rank = threading.local()
-    monkeypatch.setattr(jax, "process_index", lambda: getattr(rank, "number", 0))
-    first = watchdog.Peers(0.02)
-    rank.number = 3
-    last, left = watchdog.Peers(0.02), watchdog.Peers(0.02)
-    left._rank = 2
+    store, clock = Store(monkeypatch, 4), [100.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    ranks = iter((0, 3, 2, 3))
+    monkeypatch.setattr(jax, "process_index", lambda: next(ranks))
+    first, last, left = (watchdog.Peers(1e6) for _ in range(3))  # their threads do nothing
+    first._tick = 2.0
+
+    def exchange(seconds: float, *peers: watchdog.Peers) -> list[list[str]]:
+        """What they show of the others, looking every two seconds."""
+        for _ in range(round(seconds / 2)):
+            clock[0] += 2.0
+            for each in peers:
+                each._exchange()
+                each._answered = clock[0]
+        return [each.news() for each in peers]
+
     store.texts["alive/1"] = '{"host": "node-1", "beats": 7, "busy": 0}'
-    time.sleep(0.15)
+    assert exchange(10, first, last, left) == [[], [], []]
     left.close()
-    assert first.newly_silent() == last.newly_silent() == []
-    time.sleep(0.4)
-    named = "process 1 (node-1) has given no sign of life for 0 s"
-    assert first.newly_silent() == last.newly_silent() == [named]
-    assert first.newly_silent() == last.newly_silent() == []
-    first.close(), last.close()
-    assert store.texts["alive/0"] == store.texts["alive/2"] == store.texts["alive/3"] == "left"
+    assert store.texts["alive/2"] == "left"
+    named, back = (
+        "process 1 (node-1) has given no sign of life for 24 s",
+        "process 1 (node-1) gives signs of life again",
+    )
+    assert exchange(12, first, last) == [[], []]
+    assert exchange(10, first, last) == [[named], [named]]
+    later = watchdog.Peers(1e6)  # of the next phase of the run: it shows nothing again
+    assert exchange(30, first, last, later) == [[], [], []]
+    for beats in (8, 9):
+        store.texts["alive/1"] = f'{{"host": "node-1", "beats": {beats}, "busy": 0}}'
+        shown = exchange(4, first, last, later)
+        assert shown == [[f"{back}, or has left"]] * 3
+        assert exchange(20, first, last, later) == [[], [], []]
+        assert exchange(10, first, last, later) == [[named]] * 3
+    clock[0] += 500  # process 0 itself is paused, and with it the machine
+    store.texts["alive/1"] = '{"host": "node-1", "beats": 10, "busy": 0}'
+    assert exchange(2, first) == [[f"{back}, or has left"]]
+    clock[0] += 500
+    assert exchange(2, first) == [[]]
+    for each in (first, last, later):
+        each.close()
+
+
+def test_a_process_that_ends_for_want_of_memory_is_named(monkeypatch):
+    store = Store(monkeypatch, 3)
+    reasons = {1: "JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')", 2: "JaxRuntimeError('UNKNOWN: closed')"}
+    peers = watchdog.Peers(0.02)
+    for rank, reason in reasons.items():
+        store.texts[f"left/{rank}"] = reason
+    first, second = (f"process {rank} (host unknown) ended with {reason}" for rank, reason in reasons.items())
+    assert peers.explain() == [first]
+    del store.texts["left/1"]
+    assert peers.explain() == [second]
+    peers.close()
 
 
 def test_a_death_that_one_process_meets_is_told_to_all(monkeypatch):

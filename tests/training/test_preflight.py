@@ -5,8 +5,10 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import pathlib
 import re
+import shutil
 import tarfile
 import threading
 import types
@@ -179,13 +181,20 @@ def test_a_log_of_metrics_that_cannot_be_written_is_refused(tmp_path):
         *((name, False) for name in ("checkpoints", "logs", "left_out", "profile", "tensorboard")),
     ],
 )
-def test_a_workdir_with_a_folder_for_a_file_or_a_file_for_a_folder_is_refused(tmp_path, name, folder):
-    path = tmp_path / "workdir" / name
-    path.mkdir(parents=True) if folder else (path.parent.mkdir(), path.touch())
+def test_a_workdir_with_something_else_for_a_file_or_a_folder_is_refused(tmp_path, name, folder):
+    """A pipe would keep the run waiting for ever."""
     config = make_config(tmp_path)
-    with pytest.raises(ValueError, match=rf"--workdir=.*workdir: {re.escape(name)} in it is .*; move it away, or use"):
-        preflight.check(lambda: (config, path.parent))
-    assert [each.name for each in path.parent.iterdir()] == [name]
+    path = tmp_path / "workdir" / name
+    for make in (os.mkdir, os.mkfifo) if folder else (pathlib.Path.touch, os.mkfifo):
+        path.parent.mkdir()
+        make(path)
+        with pytest.raises(
+            ValueError,
+            match=rf"--workdir=.*workdir: {re.escape(name)} in it is no {'file' if folder else 'folder'}, .*; move it",
+        ):
+            preflight.check(lambda: (config, path.parent))
+        assert [each.name for each in path.parent.iterdir()] == [name]
+        shutil.rmtree(path.parent)
 
 
 def test_a_workdir_that_is_held_stays_as_it_is(tmp_path):
