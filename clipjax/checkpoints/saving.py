@@ -30,6 +30,7 @@ from clipjax.runtime.files import sync_folder
 
 _REASON_CHARACTERS = 400
 _STRAGGLERS_SECONDS = 10.0
+_THREAD = "save"
 _TENSORSTORE_ERRNO = re.compile(r"os_error_code='(\d+)'")
 _LOCAL_FILE = re.compile(r'local file "([^"]*)"')
 OnFailure = Callable[[int, str], None]
@@ -46,6 +47,11 @@ def array_handler() -> ocp.StandardCheckpointHandler:
 def temporary_path(folder: pathlib.Path, step: int) -> pathlib.Path:
     """Return the directory in which a step is written."""
     return folder / f"{step}{TEMPORARY}"
+
+
+def is_unfinished() -> bool:
+    """Return True if a save was given up and goes on: its threads, some of Orbax, would keep the process at exit."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
 class Save:
@@ -90,8 +96,7 @@ class Save:
         self._temporary = temporary_path(folder, content.step)
         self._handler = array_handler()
         futures, error = self._start(arrays)
-        # A daemon: a write that the file system never ends must not keep the process from leaving.
-        threading.Thread(target=self._run, args=(futures, error), name="save", daemon=True).start()
+        threading.Thread(target=self._run, args=(futures, error), name=_THREAD, daemon=True).start()
 
     def written_bytes(self) -> int:
         """Return the size of what all processes have written so far."""

@@ -6,8 +6,10 @@ Running the same command again goes on from the newest checkpoint.
 
 import pathlib
 import sys
+import traceback
 from collections.abc import Sequence
 
+from clipjax.checkpoints import saving
 from clipjax.cli import arguments
 from clipjax.cli.errors import SIGNAL, refusals, stops
 from clipjax.cli.output import show
@@ -32,8 +34,24 @@ FIELDS = "--config.FIELD=VALUE sets a field of the config. Fields with their def
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run the command; return the exit code. Storage that never answers a save does not keep the process."""
+    code: object = 1
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        return code
+    except SystemExit as stop:
+        code = stop.code
+        raise
+    except Exception:
+        if saving.is_unfinished():
+            traceback.print_exc()
+        raise
+    finally:
+        if saving.is_unfinished():
+            processes.leave(code if isinstance(code, int) else 1)
+
+
+def _run(argv: Sequence[str]) -> int:
     if arguments.wants_help(argv):
         show(_parser().format_help())
         return 0

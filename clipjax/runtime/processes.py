@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -35,6 +35,7 @@ START_SECONDS = 300
 """Time that the processes wait for each other at the start; machines of one job can come up minutes apart."""
 
 _PATIENCE_SECONDS = 15.0  # then every process that still waits says so
+_PARTING_SECONDS = 10.0
 _LAST_SECONDS = 3.0  # for the others to read a message: the end of process 0 takes it away
 _KEY = "clipjax/"
 _STORE_METHODS = ("key_value_set", "blocking_key_value_get", "key_value_dir_get", "key_value_delete")
@@ -323,15 +324,29 @@ def _store() -> Any:
     return client
 
 
+def leave(exit_code: int) -> NoReturn:
+    """End this process, whatever its threads wait for; with several, when all of them leave, or after some seconds."""
+    _flush()
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        parting = threading.Thread(target=jax.distributed.shutdown, daemon=True, name="parting")
+        parting.start()
+        parting.join(_PARTING_SECONDS)
+    os._exit(exit_code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed stream
+            stream.flush()
+
+
 def abort(exit_code: int = 1) -> int:
     """End one of several processes here and now after an error, and so the others soon; alone, return the exit code.
 
     At an ordinary exit JAX waits for the others, which wait for this one.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed stream
-                stream.flush()
+        _flush()
         if exit_code != 1 and is_first():
             # The others may be about to leave with the same code, and the end of process 0 would give them another.
             time.sleep(_LAST_SECONDS)

@@ -1,6 +1,7 @@
 /* Loaded before the C library (LD_PRELOAD): operations on files below $BROKEN_STORAGE_FOLDER fail or are slow while
  * $BROKEN_STORAGE_CONTROL holds "CALL VALUE": CALL is open, write, sync, rename or mkdir and VALUE the errno to fail
- * with; or "slow" and the bytes that are written in a second. tests/faults/storage.py says more. */
+ * with, or -1 for a call that hangs; or "slow" and the bytes that are written in a second. tests/faults/storage.py says
+ * more. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -48,6 +49,11 @@ static int is_below_at(int directory, const char *path) {
 
 static int fails(const char *call, int directory, const char *path) {
   int saved = errno, error = (int)value_of(call);
+  if (error && is_below_at(directory, path))
+    while (error < 0) {
+      usleep(20000);
+      error = (int)value_of(call);
+    }
   if (!error || !is_below_at(directory, path)) {
     errno = saved;
     return 0;

@@ -28,6 +28,7 @@ FAULTS = {
     "a rename fails": ("rename", errno.EIO),
     "slow": ("slow", 20_000),  # bytes per second; a checkpoint has 170,000, so a save takes longer than its interval
 }
+HANGS = {"fsync hangs": ("sync", -1), "writes hang": ("write", -1), "a rename hangs": ("rename", -1)}
 LOOK_AT_STORAGE = 3
 
 
@@ -65,8 +66,8 @@ class BrokenStorage:
         return self.home / "storage.control"
 
     def start(self, fault: str) -> None:
-        """From now on one of `FAULTS` happens."""
-        call, value = FAULTS[fault]
+        """From now on one of `FAULTS` or `HANGS` happens."""
+        call, value = (FAULTS | HANGS)[fault]
         temporary = self._control.with_suffix(".new")
         temporary.write_text(f"{call} {value}")
         temporary.rename(self._control)

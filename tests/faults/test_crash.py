@@ -8,7 +8,7 @@ from tests.faults.crash import UNDISTURBED, crash_run, draw_kills
 from tests.faults.kill_points import POINTS
 from tests.faults.signals import kill_workers_run, stop_run
 from tests.faults.storage import BrokenStorage, storage_run
-from tests.faults.tiny_run import TinyRun
+from tests.faults.tiny_run import TinyRun, complete_steps, differences, ended, wait_until
 
 pytestmark = pytest.mark.process
 WORKERS = ("--config.data.num_workers=2",)
@@ -41,6 +41,26 @@ def test_workers_that_are_killed(run):
     outcome = kill_workers_run(run, "workers-killed", seed=1, count=2, options=WORKERS)
     assert not outcome.wrong
     assert outcome.kills
+
+
+@pytest.mark.skipif(not BrokenStorage.is_possible(), reason="no C compiler is here, which faults of storage need")
+@pytest.mark.parametrize(
+    "hang", ["fsync hangs", *(pytest.param(each, marks=pytest.mark.slow) for each in ("writes hang", "a rename hangs"))]
+)
+def test_storage_that_never_answers_a_save_does_not_keep_the_process(run, hang):
+    name = hang.replace(" ", "-")
+    storage = BrokenStorage(run.workdir(name) / "checkpoints", run.folder)
+    process = run.start(name, "--config.recovery.max_failed_saves=1", environment=storage.environment())
+    with ended(process):
+        assert wait_until(lambda: complete_steps(run.workdir(name)), seconds=240, process=process), run.output(name)
+        storage.start(hang)
+        try:
+            assert process.wait(60) == 3, run.output(name)
+        finally:
+            storage.end()
+    assert "1 saves in a row have failed" in run.output(name) and "Traceback" not in run.output(name)
+    run.finish(name)
+    assert not differences(run, name, UNDISTURBED)
 
 
 @pytest.mark.skipif(not BrokenStorage.is_possible(), reason="no C compiler is here, which faults of storage need")
