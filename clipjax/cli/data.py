@@ -116,7 +116,7 @@ def _scenes(options: Namespace) -> int:
 
     builder = build_scenes(_directory(options), options.config)  # pyright: ignore[reportArgumentType]
     sizes = ", ".join(f"{name} {split.num_examples}" for name, split in builder.info.splits.items())
-    print(f"scenes lies in {builder.data_dir}: {sizes}")
+    print(printable(f"scenes lies in {builder.data_dir}: {sizes}"))
     return 0
 
 
@@ -140,7 +140,7 @@ def _tokenizer(options: Namespace) -> int:
     require_file_writable(output, "--output")
     model = train_sentencepiece(_captions(_open(options)), options.vocab_size)
     write_atomic(output, model)
-    print(f"sentencepiece:{output} has {options.vocab_size} ids")
+    print(printable(f"sentencepiece:{output} has {options.vocab_size} ids"))
     return 0
 
 
@@ -167,12 +167,13 @@ def _verify(options: Namespace) -> int:
     found = digest_files(_open(options).files())
     if write is not None:
         write_atomic(write, json.dumps({"files": found}, indent=2) + "\n", sync=True)
-        print(f"{write}: digests of {len(found)} files, {sum(file.size for file in found)} bytes")
+        print(f"{printable(str(write))}: digests of {len(found)} files, {sum(file.size for file in found)} bytes")
         return 0
     differing = [(word, file.shown) for word, files in find_differences(recorded, found).items() for file in files]
     for word, name in differing:
         print(f"{word}: {printable(name)}")
-    print(f"{printable(options.source)}: {len(found)} files, {len(differing) or 'none'} differing from {against}")
+    counts = f"{len(found)} files, {len(differing) or 'none'} differing"
+    print(printable(f"{options.source}: {counts} from {against}"))
     return UNUSABLE_DATA if differing else 0
 
 

@@ -25,6 +25,7 @@ from clipjax.cli.errors import SIGNAL, refusals
 from clipjax.cli.output import show
 from clipjax.config.paths import expand, is_path_field
 from clipjax.runtime.launchers import find_launch
+from clipjax.runtime.terminal import printable
 from clipjax.sweeps import Sweep
 from clipjax.sweeps.leaderboard import write_leaderboard
 from clipjax.sweeps.local import run_trials
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] = TRAIN_CO
         trials = [trials[options.trial]]
     waiting = [trial for trial in trials if trial.status != "done"]
     direction = "larger" if sweep.maximize else "smaller"
-    print(f"{len(trials)} trials in {options.workdir}, {len(waiting)} to run, {options.jobs} at a time")
+    print(printable(f"{len(trials)} trials in {options.workdir}, {len(waiting)} to run, {options.jobs} at a time"))
     print(f"metric {sweep.metric}, {direction} is better", flush=True)
     interrupted = run_trials(
         waiting, metric=sweep.metric, jobs=options.jobs, command=shlex.split(options.train_command or "") or command
@@ -97,11 +98,12 @@ def _on_slurm(sweep: Sweep, trials: Sequence[Trial], options: argparse.Namespace
     waiting = [trial.index for trial in trials if trial.status != "done"]
     extra = shlex.split(options.sbatch_options)
     if options.dry_run:
-        print(f"+ {shlex.join(array_command(options.workdir, waiting, extra))}" if waiting else "nothing to run")
+        command = shlex.join(array_command(options.workdir, waiting, extra))
+        print(printable(f"+ {command}") if waiting else "nothing to run")
         return 0
     require_slurm()
     job = in_queue(options.workdir)
-    print(f"{len(trials)} trials in {options.workdir}, {len(trials) - len(waiting)} finished", flush=True)
+    print(printable(f"{len(trials)} trials in {options.workdir}, {len(trials) - len(waiting)} finished"), flush=True)
     if job is None and waiting:
         named = ("config", "sweep", "workdir", *(("train_command",) if options.train_command else ()))
         own = [f"--{name}={getattr(options, name)}" for name in named]

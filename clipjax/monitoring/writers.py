@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from clipjax.runtime.files import sync_folder, write_atomic
+from clipjax.runtime.terminal import printable
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -211,7 +212,7 @@ class MetricsWriter:
 
 def _print_error(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
-        print(f"clipjax: {text}", file=sys.stderr, flush=True)
+        print(f"clipjax: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _trim(path: pathlib.Path, start_step: int, *, evaluated: bool) -> None:

@@ -39,8 +39,8 @@ def write_leaderboard(sweep: Sweep, trials: Sequence[Trial], workdir: pathlib.Pa
     best = rank_trials(sweep, trials)[0]
     if best.metric is not None:
         flags = shlex.join(f"--config.{path}={value}" for path, value in formatted(best.overrides).items())
-        print(f"best: {best.folder}  {sweep.metric} {best.metric:.4f}\n  {flags}")
-    print(f"wrote {workdir / 'leaderboard.csv'} and {workdir / 'sweep.png'}", flush=True)
+        print(printable(f"best: {best.folder}  {sweep.metric} {best.metric:.4f}"), printable(f"  {flags}"), sep="\n")
+    print(printable(f"wrote {workdir / 'leaderboard.csv'} and {workdir / 'sweep.png'}"), flush=True)
 
 
 def _number(value: float | None, style: str) -> str:

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
+from clipjax.runtime.terminal import printable
+
 SCRIPT = """#!/usr/bin/env bash
 # Written by clipjax sweep --launcher=slurm: one trial per array index.
 #SBATCH --job-name=clipjax-sweep
@@ -79,7 +81,7 @@ def submit_array(
     """
     (workdir / "sweep.sbatch").write_text(SCRIPT.format(command=shlex.join(command)), encoding="utf-8")
     submit = array_command(workdir, indices, options)
-    print(f"+ {shlex.join(submit)}", flush=True)
+    print(printable(f"+ {shlex.join(submit)}"), flush=True)
     done = subprocess.run(submit, capture_output=True, text=True)
     if done.returncode != 0:
         raise ValueError(f"sbatch refused: {done.stderr.strip()}; change --sbatch_options")

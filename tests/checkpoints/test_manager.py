@@ -26,9 +26,6 @@ TOKENIZER = build_tokenizer("bytes")
 
 # A restore that Orbax refuses leaves reads behind, which complain of their closed event loop when they are collected:
 # in any later test, hence the whole module, and `collected` so that none is left to others.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-# When one array cannot be read Orbax leaves the reads of the others behind; on a busy machine these complain later.
 pytestmark = [pytest.mark.newest, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 
