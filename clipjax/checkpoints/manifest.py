@@ -201,6 +201,8 @@ def read(directory: pathlib.Path) -> Manifest:
         raise DamagedCheckpoint(f"checkpoint {directory} is damaged: {FILE}: cannot be read ({error!r})") from error
     if not is_whole or type(format_) is not int or format_ < FIRST_FORMAT:
         raise DamagedCheckpoint(f"checkpoint {directory} is damaged: {FILE}: another content")
+    if not manifest.files:  # nothing of the checkpoint would be looked at
+        raise DamagedCheckpoint(f"checkpoint {directory} is damaged: {FILE}: names no file")
     return manifest
 
 

@@ -108,6 +108,7 @@ def craft(step: pathlib.Path, changes: dict) -> None:
         {"files": {"a": [float("nan"), "00"]}},
         {"files": {"a": 5}},
         {"files": 5},
+        {"files": {}},
         {"step": float("inf")},
         {"step": [3]},
         {"best": ["val:top1", 10**400]},

@@ -446,7 +446,7 @@ def test_when_a_process_dies_the_others_end_within_the_heartbeat(tiny_config, tm
             time.sleep(0.15)
         every[victim].kill()
         others = [process for process in every if process is not every[victim]]
-        deadline = time.monotonic() + 60  # 50 of the heartbeat, where the collective itself does not notice
+        deadline = time.monotonic() + 60  # 56 of the heartbeat, where the collective itself does not notice
         texts = [process.communicate(timeout=max(0, deadline - time.monotonic()))[0] for process in others]
     named = rf"process {victim} \(.*\) (gives|has given) no sign of life"
     for process, text in zip(others, texts, strict=True):

@@ -47,11 +47,12 @@ class Rows:
         return self._wrong
 
     def flipped_bit(self) -> None:
-        """one bit flipped in the newest checkpoint's parameters, then evaluated by name, then gone on from."""
+        """one bit flipped in the newest checkpoint's parameters, one in their average, then evaluated by name, then gone on from."""
         self._train("flip", 0, "done: 20 steps", *SHORT)
         step = self.run.workdir("flip") / "checkpoints" / "20"
-        flip_bit(step / "params", random.Random(0))
-        self._clipjax(3, "20 is damaged: params/", "eval", f"--checkpoint={step}")
+        for weights in ("params", "ema"):
+            flip_bit(step / weights, random.Random(0))
+        self._clipjax(3, "20 is damaged: ema/", "eval", f"--checkpoint={step}")
         (self.run.workdir("flip") / "results.json").unlink()
         self._train("flip", 0, "20 is damaged (", *SHORT)
 

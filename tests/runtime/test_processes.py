@@ -26,7 +26,7 @@ def calls(monkeypatch) -> list[dict]:
     return calls
 
 
-TIMES = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 45}
+TIMES = {"initialization_timeout": 300, "heartbeat_timeout_seconds": processes.HEARTBEAT_SECONDS}
 
 
 def test_a_lone_process_starts_nothing(calls):
