@@ -47,7 +47,7 @@ class Rows:
         return self._wrong
 
     def flipped_bit(self) -> None:
-        """a bit flipped in the newest checkpoint's parameters and in their average, then evaluated, then gone on from."""
+        """a bit flipped in the newest checkpoint's parameters and their average; evaluated, then gone on from."""
         self._train("flip", 0, "done: 20 steps", *SHORT)
         step = self.run.workdir("flip") / "checkpoints" / "20"
         for weights in ("params", "ema"):
