@@ -31,6 +31,7 @@ from clipjax.runtime.files import sync_folder
 _REASON_CHARACTERS = 400
 _STRAGGLERS_SECONDS = 10.0
 _THREAD = "save"
+_ENDING_SECONDS = 1.0  # of a save whose outcome is known
 _TENSORSTORE_ERRNO = re.compile(r"os_error_code='(\d+)'")
 _LOCAL_FILE = re.compile(r'local file "([^"]*)"')
 OnFailure = Callable[[int, str], None]
@@ -51,7 +52,10 @@ def temporary_path(folder: pathlib.Path, step: int) -> pathlib.Path:
 
 def is_unfinished() -> bool:
     """Return True if a save was given up and goes on: its threads, some of Orbax, would keep the process at exit."""
-    return any(thread.name == _THREAD for thread in threading.enumerate())
+    threads = [thread for thread in threading.enumerate() if thread.name == _THREAD]
+    for thread in threads:
+        thread.join(_ENDING_SECONDS)
+    return any(thread.is_alive() for thread in threads)
 
 
 class Save:

@@ -100,9 +100,9 @@ def _train(rest: list[str]) -> int:
 
     with start_signals.session():
         _refuse_held_workdir(rest)
-        from clipjax.cli.train import main
+        from clipjax.cli.train import console
 
-        return main(rest)
+        return console(rest)
 
 
 def _refuse_held_workdir(rest: list[str]) -> None:

@@ -33,25 +33,30 @@ Several processes find each other by themselves under Slurm, Open MPI and on TPU
 FIELDS = "--config.FIELD=VALUE sets a field of the config. Fields with their defaults (the config file sets its own):\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code. Storage that never answers a save does not keep the process."""
-    code: object = 1
+def console(argv: Sequence[str]) -> int:
+    """Run the command as the work of this process, which storage that never answers a save does not keep.
+
+    Such a save was given up, but some of its threads would be waited for at an ordinary exit.
+    """
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
-        return code
+        code = main(argv)
     except SystemExit as stop:
-        code = stop.code
-        raise
+        if not saving.is_unfinished():
+            raise
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception:
-        if saving.is_unfinished():
-            traceback.print_exc()
-        raise
-    finally:
-        if saving.is_unfinished():
-            processes.leave(code if isinstance(code, int) else 1)
+        if not saving.is_unfinished():
+            raise
+        traceback.print_exc()
+        code = 1
+    if saving.is_unfinished():
+        processes.leave(code)
+    return code
 
 
-def _run(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     if arguments.wants_help(argv):
         show(_parser().format_help())
         return 0

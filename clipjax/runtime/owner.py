@@ -1,7 +1,8 @@
 """One owner for a workdir: process 0 of a run holds an exclusive flock on `WORKDIR/.owner` until it ends.
 
 The kernel drops the lock when the process ends, in any way, so the file that a killed run leaves blocks nobody. The
-folder itself is locked too, where its file system can: somebody may delete the file.
+folder itself is locked too, where its file system can: somebody may delete the file. A lock on the folder alone, as
+that of a `flock` around the command, keeps nobody out of a workdir that was used before.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import shlex
 import socket
 import sys
 import time
+from collections.abc import Sequence
 
 from clipjax.runtime.files import read_bounded
 
@@ -21,6 +23,10 @@ FILE = ".owner"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _MAX_BYTES = 65_536
 _MAX_SHOWN = 300  # letters of the holder's command
+_LOST = (
+    "another process holds this folder, and there is no .owner in it that says which: a run whose file somebody has "
+    "deleted, or a `flock` on the folder; wait for it, stop it, or use another workdir"
+)
 _ASKING_SECONDS = 0.2  # a start that only asks (`refuse_held`) has the lock for a moment
 _WRITING_SECONDS = 0.5  # between a holder's lock and its content in the file
 _held: dict[pathlib.Path, tuple[int, ...]] = {}
@@ -42,25 +48,21 @@ def take(workdir: pathlib.Path, option: str = "--workdir") -> str:
     path = workdir.resolve() / FILE
     if path in _held:
         return ""
+    opened: list[int] = []
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                warning = _lock(descriptor, workdir)
-                _lock_folder(folder, workdir)
-            except BlockingIOError:
-                _close_all(descriptor, folder)
-                raise ValueError(f"{option}={workdir}: {_holder(path)}") from None
-            if _is_file_at(descriptor, path):
-                break
-            _close_all(descriptor, folder)  # its holder gave the workdir up, and deleted the file
+        warning = _open_locked(path, workdir, opened)
+    except BlockingIOError:
+        _close_all(opened)
+        holder = _holder(path) if path.exists() else _LOST
+        raise ValueError(f"{option}={workdir}: {holder}") from None
     except OSError as error:
+        _close_all(opened)
         raise ValueError(f"{option}={workdir}: cannot be written to ({error.strerror}); choose another") from error
-    _held[path] = (descriptor, folder)
+    descriptor, descriptors = opened[-1], tuple(opened)
+    _held[path] = descriptors
     # Workers are started by exec, which closes the descriptor; one that is forked would keep the lock after us.
-    os.register_at_fork(after_in_child=lambda: _close(path, (descriptor, folder)))
+    os.register_at_fork(after_in_child=lambda: _close(path, descriptors))
     content = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -82,15 +84,14 @@ def refuse_held(workdir: pathlib.Path, option: str = "--workdir") -> None:
     path = workdir.resolve() / FILE
     if path in _held:
         return
-    for place in (path, path.parent):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{option}={workdir}: {_holder(path)}") from None
-            finally:
-                os.close(descriptor)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path if path.exists() else path.parent, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{option}={workdir}: {_holder(path) if path.exists() else _LOST}") from None
+        finally:
+            os.close(descriptor)
 
 
 def release(workdir: pathlib.Path, *, delete: bool = False) -> None:
@@ -105,26 +106,55 @@ def release(workdir: pathlib.Path, *, delete: bool = False) -> None:
 def _close(path: pathlib.Path, descriptors: tuple[int, ...]) -> None:
     if _held.get(path) == descriptors:
         del _held[path]
-        _close_all(*descriptors)
+        _close_all(descriptors)
 
 
-def _close_all(*descriptors: int) -> None:
+def _close_all(descriptors: Sequence[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
 
 
-def _lock_folder(descriptor: int, workdir: pathlib.Path) -> None:
-    """Lock a folder, where its file system can lock one (NFS cannot).
+def _open_locked(path: pathlib.Path, workdir: pathlib.Path, opened: list[int]) -> str:
+    """Open and lock the folder, then the file in it, which is made if nobody holds the folder.
+
+    Args:
+        path: of the file.
+        workdir: for messages.
+        opened: gets the descriptors, that of the file as the last one.
+
+    Returns:
+        A warning for the user if the file system has no locks, else an empty text.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds the file, or the folder without one.
+    """
+    while True:
+        free = _lock_folder(path.parent, opened)
+        if not free and not path.exists():
+            raise BlockingIOError
+        opened.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644))
+        warning = _lock(opened[-1], workdir)
+        if _is_file_at(opened[-1], path):
+            return warning
+        _close_all(opened)  # its holder gave the workdir up, and deleted the file
+        opened.clear()
+
+
+def _lock_folder(folder: pathlib.Path, opened: list[int]) -> bool:
+    """Lock a folder, where that is possible; return False if another process holds it.
+
+    Args:
+        folder: to lock.
+        opened: gets the descriptor.
     """
     try:
-        _lock(descriptor, workdir)
+        opened.append(os.open(folder, os.O_RDONLY | os.O_CLOEXEC))
+        _lock(opened[-1], folder)
     except BlockingIOError:
-        raise
-    except OSError:
-        return
+        return False
+    except OSError:  # it cannot be listed, or its file system locks files only
+        return True
+    return True
 
 
 def _lock(descriptor: int, workdir: pathlib.Path) -> str:

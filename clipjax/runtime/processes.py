@@ -7,8 +7,10 @@ A run with several processes is started by a launcher (Slurm, Kubernetes, TPU po
 import contextlib
 import errno
 import importlib.util
+import multiprocessing
 import os
 import pathlib
+import signal
 import socket
 import sys
 import threading
@@ -24,11 +26,11 @@ from clipjax.runtime import process_log, start_signals
 from clipjax.runtime.launchers import Launch, find_launch
 from clipjax.runtime.terminal import printable
 
-HEARTBEAT_SECONDS = 56
+HEARTBEAT_SECONDS = 52
 """Silence after which a process counts as dead, and the others end. JAX's default is 100 seconds.
 
 JAX sends a sign of life every half of it: a machine that is paused for 20 seconds right before one survives, and a
-process that dies is named before by the watchdog (`watchdog.SILENT_SECONDS`), which looks every two seconds.
+process that dies is mostly named before by the watchdog (`watchdog.SILENT_SECONDS`), which looks every two seconds.
 """
 
 START_SECONDS = 300
@@ -36,6 +38,7 @@ START_SECONDS = 300
 
 _PATIENCE_SECONDS = 15.0  # then every process that still waits says so
 _PARTING_SECONDS = 10.0
+_LEAVING_SECONDS = 60.0
 _LAST_SECONDS = 3.0  # for the others to read a message: the end of process 0 takes it away
 _KEY = "clipjax/"
 _STORE_METHODS = ("key_value_set", "blocking_key_value_get", "key_value_dir_get", "key_value_delete")
@@ -326,12 +329,25 @@ def _store() -> Any:
 
 def leave(exit_code: int) -> NoReturn:
     """End this process, whatever its threads wait for; with several, when all of them leave, or after some seconds."""
+    end_within(_LEAVING_SECONDS)
     _flush()
+    for child in multiprocessing.active_children():  # a stopped loader worker does not end by itself
+        child.kill()
     if jax.distributed.is_initialized() and jax.process_count() > 1:
-        parting = threading.Thread(target=jax.distributed.shutdown, daemon=True, name="parting")
+        parting = threading.Thread(target=_part, daemon=True, name="parting")
         parting.start()
-        parting.join(_PARTING_SECONDS)
+        parting.join(_PARTING_SECONDS * (1 + is_first()))  # the others need process 0
     os._exit(exit_code)
+
+
+def _part() -> None:
+    with contextlib.suppress(Exception):
+        jax.distributed.shutdown()
+
+
+def end_within(seconds: float) -> None:
+    """Let the kernel end this process (SIGALRM, exit code 142) if it has not left in time, whatever holds it up."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _flush() -> None:

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import pathlib
 import queue
-import signal
 import socket
 import sys
 import threading
@@ -32,7 +31,7 @@ from clipjax.runtime.deadline import MEDIAN_STEPS, READING, Deadline
 TICK_SECONDS = 2.0
 """Time between two looks of the watchdog, and between two signs of life of a process."""
 
-SILENT_SECONDS = 23.0
+SILENT_SECONDS = 20.0
 """Silence of a process before process 0 names it to all, which ends nothing: JAX does, some seconds later."""
 
 END_SECONDS = 30.0
@@ -173,7 +172,7 @@ class Watchdog:
 
     def _end(self, text: str) -> NoReturn:
         # A write that blocks below holds up all of Python. Without a handler SIGALRM ends the process with its threads.
-        signal.setitimer(signal.ITIMER_REAL, END_SECONDS)
+        processes.end_within(END_SECONDS)
         if self._peers is not None:
             self._peers.announce(text)
         log = (self._log or process_log.open_file()) if _say(text) else None  # a log that blocks gets no stacks
@@ -231,9 +230,9 @@ class Peers:
         self._watching = self._ending = True
 
     def tell_at_once(self, text: str) -> None:
-        """Announce without waiting for the thread; the coordinator may not answer for a while."""
+        """Announce in this thread, which may have to wait for the coordinator."""
         self.announce(text)
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
+        with contextlib.suppress(jax.errors.JaxRuntimeError, RuntimeError):
             processes.kv_set(f"stuck/{self._rank}", text, overwrite=True)
 
     def leave(self, reason: str) -> None:
@@ -291,6 +290,8 @@ class Peers:
             self._answered = time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError, RuntimeError):
             processes.kv_set(f"alive/{self._rank}", _LEFT, overwrite=True)
+            if self._rank == 0:  # what follows begins anew
+                processes.kv_delete("silent")
 
     def _exchange(self) -> None:
         self._beats += 1
@@ -308,8 +309,7 @@ class Peers:
             self._name_silent()
         lines = processes.kv_list("silent")
         for rank, line in lines.items():
-            # Those that are there at first an earlier watchdog has shown.
-            if self._beats > 1 and self._told.get(rank) != line and rank != str(self._rank):
+            if self._told.get(rank) != line and rank != str(self._rank):
                 self._news.put(line)
         self._told = lines
 

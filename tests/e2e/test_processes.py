@@ -25,6 +25,7 @@ from clipjax.checkpoints.saved import find_checkpoint
 from clipjax.monitoring.run_logger import sample_digest
 from tests.e2e.conftest import environment, run, start
 from tests.e2e.test_run import make_tar
+from tests.faults.storage import BrokenStorage
 
 pytestmark = pytest.mark.process
 
@@ -511,6 +512,18 @@ def test_a_stopped_process_ends_the_others_with_stacks_and_is_named(tiny_config,
         assert process.returncode == 1, texts[rank]
         assert "is stuck after step" in texts[rank]
         assert "most recent call first" in rank_log(tmp_path, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BrokenStorage.is_possible(), reason="no C compiler is here, which faults of storage need")
+def test_storage_that_never_answers_a_save_ends_both_with_3(tiny_config, tmp_path, cache):
+    storage = BrokenStorage(tmp_path / "run" / "checkpoints", tmp_path)
+    storage.start("fsync hangs")
+    options = ("--config.recovery.max_failed_saves=1", "--config.checkpoint.every_examples=320")
+    arguments = (*train_arguments(tiny_config, tmp_path / "run"), "--config.total_examples=3200000", *options)
+    with processes(2, *arguments, **cache, **storage.environment()) as both:
+        outputs(both, expect=3)
+    storage.end()
 
 
 FAILING = """

@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -44,9 +43,8 @@ metrics of the resumed steps are at most 4e-6 apart (relative), norms of gradien
 are equal. The last learning rates are near 0, where their own rounding needs an absolute tolerance."""
 EMBED_TOLERANCE = 1e-6
 """Absolute, of unit vectors: a few roundings of float32."""
-NEAR_TIE = 1 / 32
-"""Absolute, of recalls: one of 32 queries has two neighbours whose similarities are a rounding apart; CPUs with AVX2
-and with AVX-512 rank those differently."""
+NEAR_TIE = 1e-5
+"""Of similarities: roundings of ten products within `EMBED_TOLERANCE`."""
 
 CONFIG = '''
 """A tiny run with what a checkpoint can hold: towers of different widths, AdamW's moments, a moving average."""
@@ -157,20 +155,39 @@ def embed(workdir: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def assert_close(ours: Any, golden: Any, path: str = "") -> None:
+def near_ties(workdir: pathlib.Path) -> dict[str, float]:
+    """Return by recall the share of queries whose own item is a near tie with that at the cut.
+
+    Each of the captions stands twice, and an image's own one and its twin are a rounding apart or equal, as the CPU's
+    instructions have it: it may rank either before the other.
+    """
+    import clipjax
+
+    model = clipjax.load(workdir)
+    _, pictures, captions, _ = zip(*make_pairs("val", 32), strict=True)
+    images, texts = np.asarray(model.encode_image(pictures), float), np.asarray(model.encode_text(captions), float)
+    similarity = images @ texts.T
+    shares = {}
+    for name, rows in (("image_to_text", similarity), ("text_to_image", similarity.T)):
+        others = np.sort(np.where(np.eye(len(rows), dtype=bool), -np.inf, rows))[:, ::-1]
+        for k in (1, 5, 10):
+            shares[f"{name}_r{k}"] = float(np.mean(np.abs(np.diag(rows) - others[:, k - 1]) < NEAR_TIE))
+    return shares
+
+
+def assert_close(ours: Any, golden: Any, ties: dict[str, float], path: str = "") -> None:
     """Compare nested values: all that was there then must be there now, whole numbers equal, others nearly."""
     if isinstance(golden, dict):
         for name, value in golden.items():
             assert name in ours, f"{path}/{name} is missing"
-            assert_close(ours[name], value, f"{path}/{name}")
+            assert_close(ours[name], value, ties, f"{path}/{name}")
     elif isinstance(golden, list):
         assert len(ours) == len(golden), path
         for i, (one, other) in enumerate(zip(ours, golden, strict=True)):
-            assert_close(one, other, f"{path}[{i}]")
+            assert_close(one, other, ties, f"{path}[{i}]")
     elif isinstance(golden, float):
         relative = GRADIENT_TOLERANCE if "grad_norm" in path else TOLERANCE
-        is_recall = re.search(r"_r\d+$", path) is not None
-        absolute = NEAR_TIE + ABSOLUTE_TOLERANCE if is_recall else ABSOLUTE_TOLERANCE
+        absolute = ties.get(path.rpartition("/")[2], 0.0) + ABSOLUTE_TOLERANCE
         assert ours == pytest.approx(golden, rel=relative, abs=absolute), path
     else:
         assert ours == golden, path
@@ -206,7 +223,8 @@ def test_it_opens_and_embeds_as_then(name, golden):
 @pytest.mark.process
 def test_it_evaluates_as_then(golden, folder):
     run(folder, *EVAL)
-    assert_close(json.loads((folder / "evaluated.json").read_text())["tasks"], golden["evaluated"])
+    evaluated = json.loads((folder / "evaluated.json").read_text())["tasks"]
+    assert_close(evaluated, golden["evaluated"], near_ties(folder / "run"))
 
 
 @pytest.mark.process
@@ -214,8 +232,10 @@ def test_it_trains_on_as_then(golden, folder):
     before = (folder / "run" / "metrics.jsonl").read_bytes()
     run(folder, *TRAIN)
     assert (folder / "run" / "metrics.jsonl").read_bytes().startswith(before)
-    assert_close(read_log(folder / "run", golden["step"]), golden["resumed"])
-    assert_close(json.loads((folder / "run" / "results.json").read_text())["tasks"], golden["results"])
+    ties = near_ties(folder / "run")
+    assert max(ties.values()) <= 0.25, "the recalls shall say something"
+    assert_close(read_log(folder / "run", golden["step"]), golden["resumed"], ties)
+    assert_close(json.loads((folder / "run" / "results.json").read_text())["tasks"], golden["results"], ties)
 
 
 def stop_part_way(folder: pathlib.Path) -> int:

@@ -74,10 +74,31 @@ def test_a_lock_file_that_somebody_deletes_lets_nobody_in(tmp_path):
     with holder(tmp_path):
         (tmp_path / ".owner").unlink()
         for refused in (owner.refuse_held, owner.take):
-            with pytest.raises(ValueError, match=r"another process holds it, and .*\.owner does not say which"):
+            with pytest.raises(ValueError, match="another process holds this folder, and there is no .owner in it"):
                 refused(tmp_path)
+        assert not (tmp_path / ".owner").exists()
+    descriptors = len(list(pathlib.Path("/proc/self/fd").iterdir()))
     assert owner.take(tmp_path) == ""
     owner.release(tmp_path)
+    assert len(list(pathlib.Path("/proc/self/fd").iterdir())) == descriptors
+
+
+def test_a_flock_around_the_command_keeps_it_out_of_no_workdir_that_has_an_owner(tmp_path):
+    owner.take(tmp_path)
+    owner.release(tmp_path)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        owner.refuse_held(tmp_path)
+        assert owner.take(tmp_path) == ""
+        owner.release(tmp_path)
+    finally:
+        os.close(folder)
+
+
+def test_a_pipe_in_the_place_of_the_file_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / ".owner")
+    owner.refuse_held(tmp_path)
 
 
 def test_a_forked_child_does_not_hold(tmp_path):

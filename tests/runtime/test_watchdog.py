@@ -183,7 +183,7 @@ def test_the_others_are_told_before_anything_is_written_and_a_broken_terminal_is
             return []
 
     monkeypatch.setattr(watchdog.process_log, "info", lambda text: order.append("log"))
-    monkeypatch.setattr(watchdog.signal, "setitimer", lambda *_: order.append("timer"))
+    monkeypatch.setattr(watchdog.processes, "end_within", lambda *_: order.append("timer"))
     monkeypatch.setattr(os, "_exit", lambda code: order.append(f"exit {code}"))
     monkeypatch.setattr(sys, "stderr", Broken())
     with (tmp_path / "log").open("w") as log:
@@ -214,9 +214,14 @@ class Store:
             watchdog.processes, "kv_set", lambda key, value, overwrite=False: self.texts.update({key: value})
         )
         monkeypatch.setattr(watchdog.processes, "kv_list", self.list)
+        monkeypatch.setattr(watchdog.processes, "kv_delete", self.delete)
 
     def list(self, folder: str) -> dict[str, str]:
         return {key.rpartition("/")[2]: text for key, text in dict(self.texts).items() if key.startswith(f"{folder}/")}
+
+    def delete(self, folder: str) -> None:
+        for name in self.list(folder):
+            del self.texts[f"{folder}/{name}"]
 
 
 def test_silent_processes_are_named_and_those_that_left_say_why(monkeypatch):
@@ -224,7 +229,7 @@ def test_silent_processes_are_named_and_those_that_left_say_why(monkeypatch):
     store.texts["alive/1"] = '{"host": "node-1", "beats": 7, "busy": 0}'
     store.texts["alive/2"] = '{"host": "node-2", "beats": 7, "busy": 0}'
     store.texts["left/2"] = "KeyError('defect')"
-    peers = watchdog.Peers(0.05)
+    peers = watchdog.Peers(0.2)
     threading.Timer(0.02, peers.tell, kwargs={"busy": False, "watching": False}).start()  # of a watchdog that goes on
     assert peers.explain() == [
         "process 2 (node-2) ended with KeyError('defect')",
@@ -236,7 +241,7 @@ def test_silent_processes_are_named_and_those_that_left_say_why(monkeypatch):
 def test_process_0_names_a_silent_process_to_all_and_none_that_has_left(monkeypatch):
     store, clock = Store(monkeypatch, 4), [100.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
-    ranks = iter((0, 3, 2, 3))
+    ranks = iter((0, 3, 2, 3, 0))
     monkeypatch.setattr(jax, "process_index", lambda: next(ranks))
     first, last, left = (watchdog.Peers(1e6) for _ in range(3))  # their threads do nothing
     first._tick = 2.0
@@ -255,24 +260,29 @@ def test_process_0_names_a_silent_process_to_all_and_none_that_has_left(monkeypa
     left.close()
     assert store.texts["alive/2"] == "left"
     named, back = (
-        "process 1 (node-1) has given no sign of life for 24 s",
+        "process 1 (node-1) has given no sign of life for 22 s",
         "process 1 (node-1) gives signs of life again",
     )
-    assert exchange(12, first, last) == [[], []]
-    assert exchange(10, first, last) == [[named], [named]]
-    later = watchdog.Peers(1e6)  # of the next phase of the run: it shows nothing again
-    assert exchange(30, first, last, later) == [[], [], []]
+    assert exchange(10, first, last) == [[], []]
+    assert exchange(12, first, last) == [[named], [named]]
+    later = watchdog.Peers(1e6)  # of the next phase of the run
+    assert exchange(30, first, last, later) == [[], [], [named]]
     for beats in (8, 9):
         store.texts["alive/1"] = f'{{"host": "node-1", "beats": {beats}, "busy": 0}}'
         shown = exchange(4, first, last, later)
         assert shown == [[f"{back}, or has left"]] * 3
-        assert exchange(20, first, last, later) == [[], [], []]
+        assert exchange(16, first, last, later) == [[], [], []]
         assert exchange(10, first, last, later) == [[named]] * 3
     clock[0] += 500  # process 0 itself is paused, and with it the machine
     store.texts["alive/1"] = '{"host": "node-1", "beats": 10, "busy": 0}'
     assert exchange(2, first) == [[f"{back}, or has left"]]
     clock[0] += 500
     assert exchange(2, first) == [[]]
+    first.close()
+    assert not store.list("silent")
+    first = watchdog.Peers(1e6)  # of process 0 in the next phase: nothing is left of the one before
+    assert exchange(20, first, last) == [[], []]
+    assert exchange(4, first, last) == [[named], [named]]
     for each in (first, last, later):
         each.close()
 
@@ -280,7 +290,7 @@ def test_process_0_names_a_silent_process_to_all_and_none_that_has_left(monkeypa
 def test_a_process_that_ends_for_want_of_memory_is_named(monkeypatch):
     store = Store(monkeypatch, 3)
     reasons = {1: "JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')", 2: "JaxRuntimeError('UNKNOWN: closed')"}
-    peers = watchdog.Peers(0.02)
+    peers = watchdog.Peers(0.2)
     for rank, reason in reasons.items():
         store.texts[f"left/{rank}"] = reason
     first, second = (f"process {rank} (host unknown) ended with {reason}" for rank, reason in reasons.items())
