@@ -1,8 +1,8 @@
 """The watchdog: ends all processes of a run that makes no progress, with the stacks of each in its log.
 
-Reading order: `Watchdog` (the thread that watches), `Peers` (several processes); `deadline.py` has the rule. A sign of
-work is processor time or bytes of files, of this process, its loader workers, or another process in a phase that may
-take any time.
+Reading order: `Watchdog` (the thread that watches), `Peers` (several processes); `deadline.py` has the rule, `work.py`
+measures work. A sign of work is that of this process, its loader workers, or another process in a phase that may take
+any time.
 
 A file system that blocks may be what the run is stuck in, so nothing that the watchdog does waits for one: messages
 are written by threads of their own, and a timer of the kernel ends the process if even Python itself is held up.
@@ -27,6 +27,7 @@ import jax
 
 from clipjax.runtime import process_log, processes
 from clipjax.runtime.deadline import MEDIAN_STEPS, READING, Deadline
+from clipjax.runtime.work import WorkMeter, is_work
 
 TICK_SECONDS = 2.0
 """Time between two looks of the watchdog, and between two signs of life of a process."""
@@ -38,8 +39,6 @@ END_SECONDS = 30.0
 """Time to tell why and to end; then SIGALRM ends the process, whatever it is held up by."""
 
 _SAY_SECONDS = 3.0  # for a message to be written
-_WORK_SHARE = 0.05  # of a core: what idle threads take together is far below
-_WORK_BYTES = 4096  # of files in a tick
 _PAUSE_SECONDS = 2.0  # a sleep that is longer by this much was a pause of the machine
 _OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")  # of JAX, which no other process causes
 _LEFT = "left"  # in place of the sign of life of a process that watches no longer
@@ -135,7 +134,7 @@ class Watchdog:
             time.sleep((_GRACE_TICKS if jax.process_index() == 0 else 1) * self._tick)
 
     def _watch(self) -> None:
-        meter = _WorkMeter()
+        meter = WorkMeter()
         work = meter.read()
         while True:
             before = time.monotonic()
@@ -146,7 +145,7 @@ class Watchdog:
             with self._lock:
                 if took > self._tick + _PAUSE_SECONDS:
                     self._deadline.shift(took - self._tick)
-                busy = bool(self._deadline.phases) and _is_work(work, done, took)
+                busy = bool(self._deadline.phases) and is_work(work, done, took)
                 if busy:
                     self._deadline.worked(now)
                 if self._peers is not None and self._peers.others_worked():
@@ -350,35 +349,6 @@ class Peers:
 def _may_follow(reason: str) -> bool:
     """Return True for an error that the death of another process may have caused."""
     return reason.startswith("JaxRuntimeError") and not any(code in reason for code in _OWN_ERRORS)
-
-
-class _WorkMeter:
-    """Work of this process and its loader workers so far, without that of looking for it."""
-
-    def __init__(self) -> None:
-        self._looked = 0  # bytes that the looks themselves have read, which the kernel counts as this process's
-
-    def read(self) -> tuple[float, int]:
-        """Return the processor seconds, and the bytes read and written."""
-        times = os.times()
-        seconds, size = times.user + times.system, -self._looked
-        for pid in ("self", *(child.pid for child in multiprocessing.active_children())):
-            with contextlib.suppress(OSError, ValueError, IndexError):  # not on Linux, or it has just ended
-                lines = self._look(f"/proc/{pid}/io").splitlines()
-                size += sum(int(line.split()[1]) for line in lines if line.startswith(("rchar", "wchar")))
-                if pid != "self":
-                    fields = self._look(f"/proc/{pid}/stat").rpartition(")")[2].split()
-                    seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        return seconds, size
-
-    def _look(self, path: str) -> str:
-        content = pathlib.Path(path).read_bytes()
-        self._looked += len(content)
-        return content.decode(errors="replace")
-
-
-def _is_work(before: tuple[float, int], after: tuple[float, int], seconds: float) -> bool:
-    return after[0] - before[0] > _WORK_SHARE * seconds or after[1] - before[1] > _WORK_BYTES
 
 
 def _place() -> str:

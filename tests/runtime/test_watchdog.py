@@ -58,7 +58,7 @@ def watch(monkeypatch, sleeps: list[float], *, phase: str | None = None, work: f
         done[0] += work
         return done[0], 0
 
-    monkeypatch.setattr(watchdog._WorkMeter, "read", used)
+    monkeypatch.setattr(watchdog.WorkMeter, "read", used)
     monkeypatch.setattr(watched, "_closed", clock)
     watched._watch()
 
@@ -80,24 +80,24 @@ def test_an_evaluation_is_stuck_only_if_nobody_works(monkeypatch, ended):
 
 
 def test_work_is_processor_time_or_bytes_of_files_and_not_sleep(tmp_path):
-    meter = watchdog._WorkMeter()
+    meter = watchdog.WorkMeter()
     before = meter.read()
     (tmp_path / "file").write_bytes(bytes(100_000))
     after = meter.read()
-    assert watchdog._is_work(before, after, 100.0)
-    assert not watchdog._is_work(after, (after[0] + 0.01, after[1] + 100), 2.0)
-    assert watchdog._is_work(after, (after[0] + 0.2, after[1]), 2.0)
+    assert watchdog.is_work(before, after, 100.0)
+    assert not watchdog.is_work(after, (after[0] + 0.01, after[1] + 100), 2.0)
+    assert watchdog.is_work(after, (after[0] + 0.2, after[1]), 2.0)
 
 
 def test_looking_at_many_idle_workers_is_no_work(monkeypatch):
     workers = [subprocess.Popen(["sleep", "60"]) for _ in range(32)]
     try:
         monkeypatch.setattr(watchdog.multiprocessing, "active_children", lambda: workers)
-        meter = watchdog._WorkMeter()
+        meter = watchdog.WorkMeter()
         meter.read()
         looks = [meter.read() for _ in range(6)]
         for before, after in itertools.pairwise(looks):
-            assert not watchdog._is_work(before, after, watchdog.TICK_SECONDS), (before, after)
+            assert not watchdog.is_work(before, after, watchdog.TICK_SECONDS), (before, after)
     finally:
         for worker in workers:
             worker.kill()
