@@ -11,13 +11,12 @@ import os
 import pathlib
 import socket
 import struct
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
+from clipjax.runtime import processes
 from clipjax.runtime.files import sync_folder, write_atomic
-from clipjax.runtime.terminal import printable
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -195,7 +194,7 @@ class MetricsWriter:
         """Report the first failure."""
         if not self._told:
             self._told = True
-            _print_error(text)
+            processes.show(text)
 
     def close(self) -> None:
         """Close the files; tell which lines are lost."""
@@ -204,15 +203,10 @@ class MetricsWriter:
         lost = self._num_lost + len(self._waiting)
         if lost:
             last = f", the last of step {self._waiting[-1][0]}" if self._waiting else ""
-            _print_error(f"{lost} lines of {self._workdir / METRICS_FILE} could not be written{last}")
+            processes.show(f"{lost} lines of {self._workdir / METRICS_FILE} could not be written{last}")
         for file in (self._lines, self._events):
             if file is not None:
                 file.close()
-
-
-def _print_error(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        print(f"clipjax: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _trim(path: pathlib.Path, start_step: int, *, evaluated: bool) -> None:
