@@ -7,7 +7,6 @@ A run with several processes is started by a launcher (Slurm, Kubernetes, TPU po
 import contextlib
 import errno
 import importlib.util
-import multiprocessing
 import os
 import pathlib
 import signal
@@ -25,6 +24,7 @@ import jax
 from clipjax.runtime import process_log, start_signals
 from clipjax.runtime.launchers import Launch, find_launch
 from clipjax.runtime.terminal import printable
+from clipjax.runtime.work import kill_workers
 
 HEARTBEAT_SECONDS = 52
 """Silence after which a process counts as dead, and the others end. JAX's default is 100 seconds.
@@ -331,8 +331,7 @@ def leave(exit_code: int) -> NoReturn:
     """End this process, whatever its threads wait for; with several, when all of them leave, or after some seconds."""
     end_within(_LEAVING_SECONDS)
     _flush()
-    for child in multiprocessing.active_children():  # a stopped loader worker does not end by itself
-        child.kill()
+    kill_workers()
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         parting = threading.Thread(target=_part, daemon=True, name="parting")
         parting.start()

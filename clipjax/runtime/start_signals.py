@@ -9,7 +9,6 @@ begun, and then a signal is the business of `Shutdown`. Nothing here imports JAX
 
 import contextlib
 import faulthandler
-import multiprocessing
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from clipjax.runtime import process_log
 from clipjax.runtime.terminal import printable
+from clipjax.runtime.work import kill_workers
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STACKS_SIGNAL = signal.SIGUSR1
@@ -160,8 +160,7 @@ class _Start:
             message = threading.Thread(target=self._tell, args=(text,), daemon=True, name="message")
             message.start()
             message.join(_SAY_SECONDS)  # a file system or a terminal may block
-            for child in multiprocessing.active_children():
-                child.kill()
+            kill_workers()
             if self.is_first is not False and self._store is not None:
                 self._closed.wait(_LAST_SECONDS)
             os._exit(128 + number)

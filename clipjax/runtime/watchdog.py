@@ -11,7 +11,6 @@ are written by threads of their own, and a timer of the kernel ends the process 
 import contextlib
 import faulthandler
 import json
-import multiprocessing
 import os
 import pathlib
 import queue
@@ -27,7 +26,7 @@ import jax
 
 from clipjax.runtime import process_log, processes
 from clipjax.runtime.deadline import MEDIAN_STEPS, READING, Deadline
-from clipjax.runtime.work import WorkMeter, is_work
+from clipjax.runtime.work import WorkMeter, is_work, kill_workers
 
 TICK_SECONDS = 2.0
 """Time between two looks of the watchdog, and between two signs of life of a process."""
@@ -184,8 +183,7 @@ class Watchdog:
                 _say(line)
             if jax.process_index() == 0:  # its end takes the messages of the others with it
                 time.sleep(self._tick)
-        for child in multiprocessing.active_children():  # a stopped loader worker does not end by itself
-            child.kill()
+        kill_workers()
         os._exit(1)
 
 

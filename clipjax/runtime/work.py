@@ -1,4 +1,4 @@
-"""Signs of work: processor time and bytes of files, of this process and its loader workers."""
+"""Work of this process and its loader workers: processor time and bytes of files; the end of the workers."""
 
 import contextlib
 import multiprocessing
@@ -37,3 +37,9 @@ class WorkMeter:
 def is_work(before: tuple[float, int], after: tuple[float, int], seconds: float) -> bool:
     """Return True if more was done between two readings, so many seconds apart, than idle threads do."""
     return after[0] - before[0] > _WORK_SHARE * seconds or after[1] - before[1] > _WORK_BYTES
+
+
+def kill_workers() -> None:
+    """Kill the loader workers of this process, which is about to end at once: a stopped one does not end by itself."""
+    for child in multiprocessing.active_children():
+        child.kill()

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -92,7 +93,7 @@ def test_work_is_processor_time_or_bytes_of_files_and_not_sleep(tmp_path):
 def test_looking_at_many_idle_workers_is_no_work(monkeypatch):
     workers = [subprocess.Popen(["sleep", "60"]) for _ in range(32)]
     try:
-        monkeypatch.setattr(watchdog.multiprocessing, "active_children", lambda: workers)
+        monkeypatch.setattr(multiprocessing, "active_children", lambda: workers)
         meter = watchdog.WorkMeter()
         meter.read()
         looks = [meter.read() for _ in range(6)]
