@@ -1,0 +1,79 @@
+"""Files wherever they lie: on a disk, or behind an address of an object store; read by range.
+
+Reading order: `is_address`, `open_file`, `OpenFile`.
+"""
+
+import os
+import re
+from typing import Protocol
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # C:/ is a drive
+
+
+def is_address(place: str) -> bool:
+    """Return True for an address such as `gs://bucket/folder`, and False for a path on a disk."""
+    return _SCHEME.match(place) is not None
+
+
+class OpenFile(Protocol):
+    """A file that is open for reading, by several threads at once.
+
+    Attributes:
+        size: bytes of the file when it was opened.
+        version: another text whenever another program has written the file anew, as far as its storage tells.
+    """
+
+    size: int
+    version: str
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return bytes from an offset on, fewer only where the file ends.
+
+        Raises:
+            FileChanged: the file is not the one that was opened any more.
+            OSError: the storage does not give them, after retries.
+        """
+        ...
+
+
+class FileChanged(OSError):
+    """Another program has written a file anew since it was opened."""
+
+
+def open_file(place: str) -> OpenFile:
+    """Open a file for reading.
+
+    Args:
+        place: path, or address of an object.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be opened.
+    """
+    return _LocalFile(place)
+
+
+class _LocalFile:
+    """A file on a disk. It closes when its last reader lets go, so that a cache may drop it during a read."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        state = os.fstat(self._descriptor)
+        self.size = state.st_size
+        self.version = _version(state)
+
+    def __del__(self):
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return bytes from an offset on, without a file position, so that threads can share the descriptor."""
+        data = os.pread(self._descriptor, size, offset)
+        if _version(os.fstat(self._descriptor)) != self.version:
+            raise FileChanged(None, "another program has written the file anew", self._path)
+        return data
+
+
+def _version(state: os.stat_result) -> str:
+    return f"{state.st_size}-{state.st_mtime_ns}"
