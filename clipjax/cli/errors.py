@@ -64,7 +64,7 @@ def stops(program: str) -> Iterator[None]:
     # In here, so that commands that need no JAX do not wait for its import.
     from clipjax.checkpoints.manager import SavesFail
     from clipjax.checkpoints.manifest import UnusableCheckpoint
-    from clipjax.data.training_stream import NoUsableSample, TooManyBadSamples
+    from clipjax.data.training_batches import NoUsableSample, TooManyBadSamples
     from clipjax.runtime import processes
     from clipjax.runtime.device_check import BrokenDevice
     from clipjax.training.recovery import RunStopped

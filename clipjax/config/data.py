@@ -63,6 +63,7 @@ class DataConfig:
     num_workers: int = bounded(0, NOT_NEGATIVE)  # worker processes per training process; 0: threads of it decode
     num_threads: int = bounded(2, POSITIVE)  # reading and decoding threads per worker
     prefetch_batches: int = bounded(2, POSITIVE)
+    order_block: int | None = bounded(None, POSITIVE)  # consecutive pairs that are shuffled as one; None: by the store
     max_bad_fraction: float = bounded(0.05, FRACTION)  # of the samples read; above it the run stops
     max_image_pixels: int = bounded(25_000_000, POSITIVE)  # refused from the header
     max_caption_bytes: int = bounded(65_536, POSITIVE)

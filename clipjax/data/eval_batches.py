@@ -10,7 +10,8 @@ import numpy as np
 
 from clipjax.data.images import EvalTransform, decode
 from clipjax.data.sample import REASONS, BadSample, Source
-from clipjax.data.training_stream import GOOD, per_process
+from clipjax.data.training_batches import GOOD
+from clipjax.data.training_stream import per_process
 
 
 def eval_batches(

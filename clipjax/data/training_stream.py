@@ -1,7 +1,7 @@
-"""Training batches: Grain decides order, shares and prefetch; the integer step is the only state.
+"""Training batches of one process: the integer step is the only state; Grain reads ahead, in threads or processes.
 
-Reading order: `TrainStream`, `batch_number`, `_SubstitutedSamples` (decoding and the substitution of bad samples),
-`_Augment` (crop and caption), `BadSampleLimit`; worker processes are in `clipjax.data.workers`. Axes: b batch of this
+Reading order: `TrainStream`, `batch_number`, `BadSampleLimit`. The order is in `clipjax.data.training_order`, decoding
+and augmentation in `clipjax.data.training_batches`, worker processes in `clipjax.data.workers`. Axes: b batch of this
 process, s image_size, l tokens.
 """
 
@@ -9,110 +9,25 @@ import atexit
 import collections
 import contextlib
 import functools
-import itertools
 import math
 import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from clipjax.config import Config, Crop, SamePair
+from clipjax.config import Config, SamePair
 from clipjax.data import workers
-from clipjax.data.images import EvalTransform, decode, make_eval_transform, random_resized_crop
-from clipjax.data.sample import REASONS, BadSample, Source
+from clipjax.data.images import make_eval_transform
+from clipjax.data.sample import REASONS, Source
+from clipjax.data.training_batches import GOOD, Augment, Batches, SubstitutedSamples, TooManyBadSamples
+from clipjax.data.training_order import DISK_ORDER, OrderFormat, make_order, shuffled_by_grain
 from clipjax.data.workers import WorkersDie
 
-GOOD = -1
-"""The reason of a sample that is not bad."""
-
-_MAX_PROBES = 100  # bad samples in a row before giving up: nearly all of the data is unusable
 _JUDGED_READS = 1000  # the bad share of fewer samples says little
 _LATEST = 3
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """A decoded sample: `requested` is the index in the stream, `index` the one used instead if that was bad."""
-
-    image: np.ndarray
-    captions: tuple[str, ...]
-    index: int
-    requested: int
-    reason: int
-
-
-class TooManyBadSamples(ValueError):
-    """The error of data of which more is unusable than `data.max_bad_fraction` allows; all processes raise it."""
-
-
-class NoUsableSample(TooManyBadSamples):
-    """The error of one process that finds no sample to take the place of a bad one; the others may find one."""
-
-
-class _SubstitutedSamples:
-    """The decoded samples of a source, with a fixed substitute for each bad one, so that batches keep their shape."""
-
-    def __init__(self, source: Source, max_image_pixels: int):
-        self._source = source
-        self._max_image_pixels = max_image_pixels
-        size = len(source)
-        # Steps of a golden-ratio share, made coprime, visit every sample once and do not stay in a bad shard.
-        stride = max(1, round(size * (math.sqrt(5) - 1) / 2))
-        self._stride = next(step for step in itertools.count(stride) if math.gcd(step, size) == 1)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> _Pair:
-        size = len(self._source)
-        first_reason = GOOD
-        failure = ""
-        for attempt in range(min(size, _MAX_PROBES)):
-            probe = (index + attempt * self._stride) % size
-            try:
-                sample = self._source[probe]
-                if not sample.captions:
-                    raise BadSample("missing_caption")
-                image = decode(sample.image, max_pixels=self._max_image_pixels)
-                return _Pair(image, sample.captions, probe, index, first_reason)
-            except BadSample as bad:
-                if first_reason == GOOD:
-                    first_reason = REASONS.index(bad.reason)
-                failure = f"{bad.reason} in {self._source.location(probe)}"
-        raise NoUsableSample(
-            f"{min(size, _MAX_PROBES)} samples in a row are unusable, the last: {failure}; check data.train and that "
-            "its image and caption keys name what the data holds"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Augment:
-    """The draw of a caption and a crop. Grain keys `rng` by the seed and the sample's global position."""
-
-    tokenize: Callable[[str], np.ndarray]
-    view: EvalTransform
-    crop: Crop
-    min_area: float
-
-    def __call__(self, pair: _Pair, rng: np.random.Generator) -> dict[str, Any]:
-        caption = pair.captions[int(rng.integers(len(pair.captions)))]
-        if self.crop is Crop.RANDOM_RESIZED:
-            image = random_resized_crop(
-                pair.image, self.view.size, min_area=self.min_area, rng=rng, interpolation=self.view.interpolation
-            )
-        else:
-            image = self.view(pair.image)
-        return {
-            "image": image,
-            "tokens": self.tokenize(caption),
-            "index": np.int64(pair.index),
-            "requested": np.int64(pair.requested),
-            "skip_reason": np.int32(pair.reason),
-        }
 
 
 def batch_number(position: int, left_out: Sequence[tuple[int, int]]) -> int:
@@ -130,21 +45,6 @@ def batch_number(position: int, left_out: Sequence[tuple[int, int]]) -> int:
         number += max(0, last - first + 1)
         seen = max(seen, last)
     return number
-
-
-def ordered(source: Any, config: Config) -> Any:
-    """Return the items of a source in the order of training, without end; none is read before it is asked for.
-
-    Position p belongs to global batch p // `config.global_batch_size`.
-
-    Args:
-        source: has a length and items by number, at least one global batch of them.
-        config: the run: its `seed` and `global_batch_size`.
-    """
-    import grain
-
-    epoch_size = len(source) - len(source) % config.global_batch_size
-    return grain.MapDataset.source(source).seed(config.seed).shuffle().slice(slice(epoch_size)).repeat()
 
 
 class _Share:
@@ -170,11 +70,10 @@ def _close_if_alive(stream: "weakref.ReferenceType[TrainStream]") -> None:
 class TrainStream:
     """Endless training batches of one process, in an order that the seed alone decides.
 
-    Each epoch is a new permutation of the source, cut to whole global batches so that none spans two epochs.
-    Global batch g is positions g * B to (g + 1) * B - 1 of the stream, and process p has the p-th contiguous part of
-    it: joined in the order of the processes, the parts are the same array for any number of processes, worker
-    processes and threads. The augmentation at a position depends on the seed and the position only. Step s reads
-    global batch s - 1, or a later one if batches are left out (`batch_number`).
+    Each epoch is a new order of the source, cut to whole global batches so that none spans two epochs. Process p has
+    the p-th contiguous part of a global batch: joined in the order of the processes, the parts are the same array for
+    any number of processes, worker processes and threads. The augmentation at a position depends on the seed and the
+    position only. Step s reads global batch s - 1, or a later one if batches are left out (`batch_number`).
 
     When a worker process dies (the kernel kills it if memory is short), all of them start again at the next batch.
 
@@ -188,6 +87,7 @@ class TrainStream:
         source: pairs, at least one global batch of them.
         tokenize: function from a text to int32 [l]; picklable if `config.data.num_workers` is not 0.
         config: the run: its `seed`, `global_batch_size`, `data` and image size.
+        order_format: of the run; None is Grain's order, with which runs began before it was recorded.
         process_index: number of this process, from 0.
         process_count: number of processes that share each global batch.
         start_step: completed updates; the stream goes on from there without reading what came before.
@@ -210,6 +110,7 @@ class TrainStream:
         *,
         tokenize: Callable[[str], np.ndarray],
         config: Config,
+        order_format: OrderFormat | None = DISK_ORDER,
         process_index: int = 0,
         process_count: int = 1,
         start_step: int = 0,
@@ -227,11 +128,15 @@ class TrainStream:
             )
         if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
-        augment = _Augment(tokenize, make_eval_transform(config), data.crop, data.min_crop_area)
-        samples = ordered(_SubstitutedSamples(source, data.max_image_pixels), config)
-        # The random map comes before the share, else its randomness would depend on the number of processes; the
-        # batch comes before the workers, else the stream would depend on their number.
-        batches = samples.random_map(augment).batch(local_size, drop_remainder=True)
+        augment = Augment(tokenize, make_eval_transform(config), data.crop, data.min_crop_area)
+        samples = SubstitutedSamples(source, data.max_image_pixels)
+        if order_format is None:
+            # The random map comes before the share, else its randomness would depend on the number of processes; the
+            # batch comes before the workers, else the stream would depend on their number.
+            batches = shuffled_by_grain(samples, config).random_map(augment).batch(local_size, drop_remainder=True)
+        else:
+            order = make_order(len(source), config, order_format)
+            batches = Batches(samples, augment, order, config.seed, (local_size, process_count))
         self._share = grain.MapDataset.source(_Share(batches, process_index, process_count, left_out))
         self._source, self._data, self._position = source, data, start_step
         self._process_index, self._on_restart = process_index, on_restart

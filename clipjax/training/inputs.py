@@ -15,11 +15,13 @@ from clipjax.data.sample import Source
 from clipjax.data.sources import build_source, recording_sources
 from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.data.tokenizers.protocol import Tokenizer
+from clipjax.data.training_order import DISK_ORDER, OrderFormat, choose_format, make_order
 from clipjax.data.webdataset import TarSource
 from clipjax.evals.runner import Task, build_tasks
 from clipjax.models.clip import abstract_params
 from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, match_any
+from clipjax.runtime.storage import is_address
 
 MOST_SAMPLES = 2**31 - 2 * MEMORY_UNIT
 """Samples that int32 can count, with the spare room of the memory."""
@@ -36,6 +38,7 @@ class Inputs:
         init_checkpoint: gives the first parameters where `init_from` names it.
         teacher_checkpoint: the model to learn from where `loss.distill_from` names it.
         sources: everything that is read, for training and evaluation, by the config's name of it.
+        order_format: of the training pairs; None is Grain's order, of runs that began before it was recorded.
     """
 
     source: Source
@@ -44,6 +47,7 @@ class Inputs:
     init_checkpoint: SavedCheckpoint | None
     teacher_checkpoint: SavedCheckpoint | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
+    order_format: OrderFormat | None = DISK_ORDER
 
 
 def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
@@ -90,7 +94,22 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
         check_same_inputs(config, tokenizer, teacher)
     sources = {config.data.train: source}
     tasks = build_tasks(config, recording_sources(sources))
-    return Inputs(source, tokenizer, tasks, init_checkpoint, teacher, sources)
+    order_format = _find_order_format(config, source, saved)
+    return Inputs(source, tokenizer, tasks, init_checkpoint, teacher, sources, order_format)
+
+
+def _find_order_format(config: Config, source: Source, saved: SavedCheckpoint | None) -> OrderFormat | None:
+    """Return the order that the run began with, or that of a run that begins.
+
+    Raises:
+        ValueError: it does not fit the batch.
+    """
+    if saved is None:
+        found = choose_format(config, is_remote=any(is_address(path) for path in source.files()))
+    else:
+        found = OrderFormat.from_record(saved.records["data"].get("order"))
+    make_order(len(source), config, found)
+    return found
 
 
 def _in_recorded_order(source: Source, saved: SavedCheckpoint | None) -> Source:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from clipjax.config import Config
 from clipjax.data.sample import Source
-from clipjax.data.training_stream import ordered
+from clipjax.data.training_order import OrderFormat, TrainingOrder, make_order
 from clipjax.runtime import process_log
 from clipjax.runtime.files import write_atomic
 from clipjax.training.decisions import Rollback
@@ -15,7 +15,13 @@ MOST_SAMPLES = 2**20
 """Samples in a list; finding the place of each in the order takes about 0.1 ms."""
 
 
-def write_missing(workdir: pathlib.Path, taken: Sequence[Rollback], source: Source, config: Config) -> None:
+def write_missing(
+    workdir: pathlib.Path,
+    taken: Sequence[Rollback],
+    source: Source,
+    config: Config,
+    order_format: OrderFormat | None,
+) -> None:
     """Write the list of every decision that has none: a kill may have come between a decision and its list.
 
     A list has a line per sample, in the order of the batches: batch, shard, key. It follows from the seed and the size
@@ -26,6 +32,7 @@ def write_missing(workdir: pathlib.Path, taken: Sequence[Rollback], source: Sour
         taken: decisions of the run.
         source: of all samples.
         config: the run: its `seed` and `global_batch_size`.
+        order_format: of the run.
     """
     for decision in taken:
         path = workdir / FOLDER / f"batches-{decision.first_batch}-{decision.last_batch}.txt"
@@ -33,14 +40,17 @@ def write_missing(workdir: pathlib.Path, taken: Sequence[Rollback], source: Sour
             if path.exists():  # and whole, as it was written at once
                 continue
             path.parent.mkdir(exist_ok=True)
-            write_atomic(path, "".join(_lines(decision, source, config)))
+            write_atomic(path, "".join(_lines(decision, source, make_order(len(source), config, order_format))))
         except OSError as error:  # the decision itself is on disk, and the next start tries again
             process_log.info(f"{path} cannot be written: {error}")
 
 
-def _lines(decision: Rollback, source: Source, config: Config) -> list[str]:
-    size, order = config.global_batch_size, ordered(range(len(source)), config)
-    positions = range(decision.first_batch * size, (decision.last_batch + 1) * size)
-    listed = positions[:MOST_SAMPLES]
-    lines = [f"batch {position // size}: {source.location(order[position])}\n" for position in listed]
-    return lines if listed == positions else [*lines, f"and {len(positions) - len(listed)} samples more\n"]
+def _lines(decision: Rollback, source: Source, order: TrainingOrder) -> list[str]:
+    lines = []
+    for number in range(decision.first_batch, decision.last_batch + 1):
+        samples = order.batch(number).tolist()
+        if len(lines) + len(samples) > MOST_SAMPLES:
+            more = (decision.last_batch + 1 - number) * len(samples)
+            return [*lines, f"and {more} samples more, from batch {number} on\n"]
+        lines += [f"batch {number}: {source.location(index)}\n" for index in samples]
+    return lines

@@ -3,7 +3,7 @@
 import jax
 
 from clipjax.config import steps_of, total_steps
-from clipjax.data.training_stream import NoUsableSample, TooManyBadSamples
+from clipjax.data.training_batches import NoUsableSample, TooManyBadSamples
 from clipjax.evals.runner import Evaluation
 from clipjax.runtime import processes
 from clipjax.training.preflight import Checked

@@ -17,6 +17,7 @@ from clipjax.config import Config
 from clipjax.config.paths import expanded
 from clipjax.config.serialization import flatten, to_dict
 from clipjax.data.digests import describe_differences, from_record
+from clipjax.data.training_order import OrderFormat
 from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, map_with_path
 from clipjax.runtime import processes, sharding
@@ -75,6 +76,7 @@ class Position:
         teacher_step: of the checkpoint that is distilled from, if any.
         shards: of the training source, in order: `[name, digest, number of samples]`; None: an older version saved.
         decisions: taken before, as JSON objects.
+        order: format of the order of the training pairs; None: Grain's, an older version saved.
     """
 
     step: int = 0
@@ -83,6 +85,7 @@ class Position:
     teacher_step: int | None = None
     shards: Sequence[Sequence[Any]] | None = None
     decisions: Sequence[Mapping[str, Any]] = ()
+    order: Mapping[str, int] | None = None
 
     @classmethod
     def from_record(cls, record: Any, step: int) -> "Position":
@@ -109,6 +112,7 @@ class Position:
                 raise ValueError(f"data.{name}={value!r} must be of type {kinds}")
         if values["step"] != step:
             raise ValueError(f"data.step={values['step']} must be {step}, the step of the checkpoint")
+        OrderFormat.from_record(values.get("order"))
         return cls(**values)
 
 
@@ -119,6 +123,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "teacher_step": (int, NoneType),
     "shards": (list, NoneType),
     "decisions": (list,),
+    "order": (dict, NoneType),
 }
 """Types of the fields of a `data` record; `shards` and `decisions` are parsed further where they are used."""
 

@@ -204,6 +204,7 @@ class Run:
             teacher_step=None if teacher is None else teacher.step,
             shards=[list(shard) for shard in self.inputs.source.digests()],
             decisions=self.session.decisions.records(),
+            order=None if self.inputs.order_format is None else self.inputs.order_format.to_record(),
         )
         records = make_records(self.config, self.inputs.tokenizer, asdict(position))
         best_value = self._best_value(evaluation)
@@ -313,7 +314,7 @@ def build(session: Session) -> Iterator[Run]:
             stack.callback(_wait_for_save, checkpoints.close, session)
             state, start = start_state(session.program, inputs, checkpoints, session.decisions)
             if processes.is_first():
-                left_out.write_missing(workdir, session.decisions.taken, inputs.source, config)
+                left_out.write_missing(workdir, session.decisions.taken, inputs.source, config, inputs.order_format)
         logger = RunLogger(
             config,
             workdir,
@@ -376,6 +377,7 @@ def open_stream(
         inputs.source,
         tokenize=TextToTokens(inputs.tokenizer, config.model.text.context_length),
         config=config,
+        order_format=inputs.order_format,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         start_step=start_step,

@@ -11,7 +11,7 @@ from clipjax.cli import eval as evaluate
 from clipjax.cli.errors import refusals, stops
 from clipjax.cli.overrides import describe_fields
 from clipjax.config import LossKind
-from clipjax.data.training_stream import NoUsableSample, TooManyBadSamples
+from clipjax.data.training_batches import NoUsableSample, TooManyBadSamples
 from tests.commands import exit_code
 
 CONFIG = """

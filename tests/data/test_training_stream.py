@@ -17,7 +17,8 @@ from clipjax.data.eval_batches import eval_batches
 from clipjax.data.images import EvalTransform
 from clipjax.data.sample import REASONS, BadSample, Sample
 from clipjax.data.sources import ArraySource
-from clipjax.data.training_stream import BadSampleLimit, TooManyBadSamples, TrainStream, batch_number
+from clipjax.data.training_batches import TooManyBadSamples
+from clipjax.data.training_stream import BadSampleLimit, TrainStream, batch_number
 from clipjax.data.webdataset import TarSource
 
 SIZE = 8

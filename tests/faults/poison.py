@@ -21,7 +21,8 @@ def install(kind: str, poisoned: frozenset[int]) -> None:
     """Mark the batches, and let the model answer."""
     import jax.numpy as jnp
 
-    from clipjax.data.training_stream import NoUsableSample, TrainStream, batch_number
+    from clipjax.data.training_batches import NoUsableSample
+    from clipjax.data.training_stream import TrainStream, batch_number
     from clipjax.models.clip import Clip
 
     read, encode = TrainStream._read, Clip.encode_batch

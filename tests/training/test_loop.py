@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from clipjax.config import CheckpointConfig, Config, EvalConfig, LogConfig
-from clipjax.data.training_stream import NoUsableSample, TooManyBadSamples
+from clipjax.data.training_batches import NoUsableSample, TooManyBadSamples
 from clipjax.runtime.shutdown import Shutdown
 from clipjax.training import loop
 from clipjax.training.recovery import RunStopped

@@ -32,6 +32,7 @@ from clipjax.config import (
     ViTConfig,
 )
 from clipjax.data.tokenizers.build import build_tokenizer
+from clipjax.data.training_order import DISK_ORDER, OrderFormat
 from clipjax.evals.runner import build_tasks, check_metric
 from clipjax.monitoring import run_record
 from clipjax.runtime import owner, process_log
@@ -318,3 +319,27 @@ def test_contents_decide_whether_a_run_goes_on(tmp_path, capsys):
     assert "the checkpoint has no digests of its data, so the contents were not compared" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is another place than that of the run in the workdir"):
         resume(f"{tmp_path}/{{pairs,moved,c}}.tar")
+
+
+def test_the_order_is_chosen_once_and_then_that_of_the_run(tmp_path):
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
+    assert open_inputs(config).order_format == DISK_ORDER
+    begun = open_inputs(dataclasses.replace(config, data=dataclasses.replace(config.data, order_block=64))).order_format
+    assert begun is not None and begun.block == 64 and config.global_batch_size % begun.lanes == 0
+    for record, expected in (
+        ({"order": OrderFormat(32, 5, 2).to_record()}, OrderFormat(32, 5, 2)),  # begun elsewhere, on an object store
+        ({"order": None}, None),
+        ({}, None),
+    ):
+        assert open_inputs(config, make_saved(config, record)).order_format == expected
+    with pytest.raises(ValueError, match="must be divisible by the 7 lanes of the order that the run was begun with"):
+        open_inputs(config, make_saved(config, {"order": OrderFormat(32, 5, 7).to_record()}))
+
+
+def test_another_block_is_another_run(tmp_path):
+    config = make_config(tmp_path)
+    saved = make_saved(copy.deepcopy(config), {"num_samples": 8, "order": OrderFormat(64, 4, 1).to_record()})
+    check_same_run(saved, config, open_inputs(config, saved))
+    config.data.order_block = 16
+    with pytest.raises(ValueError, match=r"data.order_block=16 \(checkpoint: None\)"):
+        check_same_run(saved, config, open_inputs(config, saved))

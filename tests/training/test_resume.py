@@ -135,6 +135,9 @@ GOOD = json.loads(json.dumps(dataclasses.asdict(Position(step=7, num_samples=3))
         (GOOD | {"teacher_step": "1"}, "data.teacher_step='1' must be of type int or NoneType"),
         (GOOD | {"shards": {}}, "data.shards="),
         (GOOD | {"decisions": "none"}, "data.decisions="),
+        (GOOD | {"order": [64, 4, 1]}, "data.order="),
+        (GOOD | {"order": {"block": 64, "window": 4}}, "data.order="),
+        (GOOD | {"order": {"block": 64, "window": 4, "lanes": 0}}, "data.order.lanes=0"),
         *((GOOD | {"format": value}, "data.format=") for value in (0, "2", None, 2.5, 99)),
     ],
 )
@@ -144,7 +147,7 @@ def test_a_data_record_that_holds_no_position_is_refused_by_field(record, field)
 
 
 def test_a_position_comes_back_from_its_record_and_from_one_of_an_older_format():
-    position = Position(7, True, 3, 4, [["a", "b", 1]], [to_record(DECISION)])
+    position = Position(7, True, 3, 4, [["a", "b", 1]], [to_record(DECISION)], {"block": 64, "window": 4, "lanes": 1})
     record = json.loads(json.dumps(dataclasses.asdict(position) | {"format": 2}))
     assert _position(pathlib.Path("run/7"), record, 7) == position
     assert _position(pathlib.Path("run/7"), {"step": 7, "evaluated": True, "num_samples": 3}, 7).decisions == ()

@@ -1,0 +1,149 @@
+"""The order of a run: the samples of each global batch, over all epochs, and how it is named in checkpoints.
+
+Reading order: `OrderFormat`, `TrainingOrder`, `make_order`, `choose_format`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from clipjax.config import Config
+from clipjax.data.order import BlockOrder
+
+STORE_BLOCK = 64
+"""Samples that one request reads from an object store, where a request takes as long as many samples."""
+
+_MOST_LANES = 64
+_SHARE = 8  # samples of a batch that a lane should give at least
+_AHEAD = 4  # batches among whose samples those of an object store are shuffled, at least
+_MIN_WINDOW = 4
+_LARGEST = 2**31
+
+
+@dataclass(frozen=True)
+class OrderFormat:
+    """What fixes the order of a run besides its seed and its data; it is kept in the run's checkpoints.
+
+    Attributes:
+        block: consecutive samples that stay together until the shuffle inside a window; 1: a full permutation.
+        window: blocks of a lane whose samples are shuffled among each other.
+        lanes: parts of a batch with blocks of their own.
+    """
+
+    block: int = 1
+    window: int = 1024
+    lanes: int = 1
+
+    def to_record(self) -> dict[str, int]:
+        """Return the format as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Any) -> "OrderFormat | None":
+        """Return the format of a JSON record; None for None, Grain's order of runs that began without a record.
+
+        Raises:
+            ValueError: the record is damaged.
+        """
+        if record is None:
+            return None
+        names = ("block", "window", "lanes")
+        if not isinstance(record, Mapping) or sorted(record) != sorted(names):
+            raise ValueError(f"data.order={record!r} must be an object of {', '.join(names)}")
+        for name in names:
+            if type(record[name]) is not int or not 1 <= record[name] < _LARGEST:
+                raise ValueError(f"data.order.{name}={record[name]!r} must be a whole number from 1")
+        return cls(**record)
+
+
+DISK_ORDER = OrderFormat()
+"""The order of data on disks: every epoch is a permutation of all samples."""
+
+
+class TrainingOrder(Protocol):
+    """The samples of each global batch."""
+
+    def batch(self, number: int) -> np.ndarray:
+        """Return the samples of a global batch, counted from 0 over all epochs: int64 [global_batch_size]."""
+        ...
+
+
+class _EndlessBlocks:
+    """Epochs of a `BlockOrder`, one after the other."""
+
+    def __init__(self, order: BlockOrder, batch_size: int):
+        self._order, self._batch_size = order, batch_size
+        self._per_epoch = order.num_batches(batch_size)
+
+    def batch(self, number: int) -> np.ndarray:
+        """Return the samples of a global batch."""
+        epoch, in_epoch = divmod(number, self._per_epoch)
+        return self._order.batch(epoch, in_epoch, self._batch_size)
+
+
+class _GrainOrder:
+    """The order of runs that began before it was recorded."""
+
+    def __init__(self, size: int, config: Config):
+        self._samples = shuffled_by_grain(range(size), config)
+        self._batch_size = config.global_batch_size
+
+    def batch(self, number: int) -> np.ndarray:
+        """Return the samples of a global batch."""
+        positions = range(number * self._batch_size, (number + 1) * self._batch_size)
+        return np.array([self._samples[position] for position in positions], np.int64)
+
+
+def shuffled_by_grain(source: Any, config: Config) -> Any:
+    """Return the items of a source in Grain's order, without end; none is read before it is asked for.
+
+    Position p belongs to global batch p // `config.global_batch_size`.
+
+    Args:
+        source: has a length and items by number, at least one global batch of them.
+        config: the run: its `seed` and `global_batch_size`.
+    """
+    import grain
+
+    epoch_size = len(source) - len(source) % config.global_batch_size
+    return grain.MapDataset.source(source).seed(config.seed).shuffle().slice(slice(epoch_size)).repeat()
+
+
+def make_order(size: int, config: Config, order_format: OrderFormat | None) -> TrainingOrder:
+    """Return the order of a run.
+
+    Args:
+        size: number of the samples, at least one global batch.
+        config: the run: its `seed` and `global_batch_size`.
+        order_format: as it was chosen or recorded; None is Grain's order.
+
+    Raises:
+        ValueError: the batch does not divide by the lanes of the format.
+    """
+    if order_format is None:
+        return _GrainOrder(size, config)
+    if config.global_batch_size % order_format.lanes:
+        raise ValueError(
+            f"global_batch_size={config.global_batch_size} must be divisible by the {order_format.lanes} lanes of the "
+            "order that the run was begun with"
+        )
+    return _EndlessBlocks(BlockOrder(size, config.seed, **order_format.to_record()), config.global_batch_size)
+
+
+def choose_format(config: Config, *, is_remote: bool) -> OrderFormat:
+    """Return the format of a run that begins.
+
+    Args:
+        config: the run: its `data.order_block` and `global_batch_size`.
+        is_remote: the samples lie in an object store.
+    """
+    block = config.data.order_block or (STORE_BLOCK if is_remote else 1)
+    if block == 1:
+        return DISK_ORDER
+    batch_size = config.global_batch_size
+    # Each process reads the blocks of its own lanes; the more lanes, the more processes can share a batch so.
+    lanes = max(n for n in range(1, _MOST_LANES + 1) if batch_size % n == 0 and (n == 1 or batch_size >= n * _SHARE))
+    return OrderFormat(block, max(_MIN_WINDOW, math.ceil(_AHEAD * batch_size / (lanes * block))), lanes)
