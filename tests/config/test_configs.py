@@ -72,13 +72,23 @@ def published_tokenizer(spec: str) -> SimpleNamespace:
     return SimpleNamespace(vocab_size=vocab_size, ends_highest=ends_highest)
 
 
+class EmptySource:
+    """Many samples, which nobody reads."""
+
+    def __len__(self) -> int:
+        return 10_000_000
+
+    def files(self) -> list[str]:
+        return []
+
+
 @pytest.fixture
 def open_inputs(monkeypatch):
     """`training.inputs.open_inputs` with everything there that a config names."""
 
-    def open_source(spec: str, **options: object) -> range:
+    def open_source(spec: str, **options: object) -> EmptySource:
         assert spec and options["data"] is not None
-        return range(10_000_000)
+        return EmptySource()
 
     def run(config: Config) -> inputs.Inputs:
         monkeypatch.setattr(inputs, "build_tokenizer", published_tokenizer)
