@@ -13,7 +13,7 @@ from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.runtime.files import read_bounded
 
 FOLDER = "checkpoints"
-FORMAT = 2
+FORMAT = 3
 """Of a checkpoint, in its `data` record and its manifest. Format 1 has neither field nor manifest."""
 
 RECORDS = ("config", "data", "tokenizer", "preprocessing")

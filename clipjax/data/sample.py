@@ -28,6 +28,10 @@ REASONS = (
 )
 """Reasons for skipping a sample. Append only: counters in checkpoints refer to these names."""
 
+NUM_COUNTERS = 64
+"""Counters of unusable samples in a state: one for each reason, and room for those to come, so that no new reason
+changes the shape of what checkpoints hold."""
+
 
 class BadSample(ValueError):
     """A sample that cannot be used. `reason` is one of `REASONS`."""

@@ -274,7 +274,7 @@ class BadSampleLimit:
         # Whole windows: in the middle of one, the bad samples may just have come first.
         if bad <= self._max_fraction * math.ceil(read / self._window) * self._window:
             return
-        by_reason = ", ".join(f"{reason} {count}" for reason, count in zip(REASONS, counts, strict=True) if count)
+        by_reason = ", ".join(f"{reason} {count}" for reason, count in zip(REASONS, counts, strict=False) if count)
         seen = f"the latest: {'; '.join(latest)}" if latest else "other processes name them"
         raise TooManyBadSamples(
             f"data.max_bad_fraction={self._max_fraction}: {bad} of the {read} samples read are unusable, "

@@ -34,7 +34,7 @@ class RunLogger:
         start_step: completed updates; later lines of an earlier try are dropped.
         evaluated: the tasks were run at this step; if not, lines of their results at this step are dropped too.
         flops_per_pair: FLOPs of the model's forward pass, for MFU.
-        skip_reasons: names of the counts in the metric `samples_skipped`.
+        skip_reasons: names of the first counts in the metric `samples_skipped`; the others have none yet.
         enabled: this process writes and prints; None: the first one does.
         times: collects the times of several processes; None for one alone.
         goodput: the ledger of the run's time; None keeps none.
@@ -142,7 +142,7 @@ class RunLogger:
             "examples_seen": step * self._batch,
             **{name: float(value) for name, value in metrics.items() if name != "samples_skipped"},
             **host,
-            "samples_skipped": dict(zip(self._skip_reasons, skipped, strict=True)),
+            "samples_skipped": dict(zip(self._skip_reasons, skipped, strict=False)),
         }
         if self._peak_tflops is not None:
             rate = host["examples_per_second"]

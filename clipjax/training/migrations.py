@@ -1,8 +1,8 @@
 """Migrations of checkpoints: what an older format holds, and the newest format's items from it.
 
-A checkpoint's `data` record names its `format`; without a name it is 1, which had
-a count of the schedule's own, and no health. Within one format every array must be there:
-Orbax refuses a checkpoint that lacks one that `abstract_items` asks for.
+A checkpoint's `data` record names its `format`; without a name it is 1, which had a count of the schedule's own, and no
+health. Formats 1 and 2 count unusable samples by the 11 reasons that there were. Within one format every array must be
+there: Orbax refuses a checkpoint that lacks one that `abstract_items` asks for.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from clipjax.checkpoints.records import FORMAT
+from clipjax.data.sample import NUM_COUNTERS
 from clipjax.training.health import Health
 from clipjax.training.optimizer import ScaleByStepState
 
@@ -53,8 +55,24 @@ def _replace_states(opt_state: Any, kind: type, by: Any) -> Any:
     return jax.tree.map(lambda part: by if is_kind(part) else part, opt_state, is_leaf=is_kind)
 
 
+_OLD_REASONS = 11
+
+
+def _with_a_counter_for_each_reason(items: Items) -> Items:
+    counters = items["train"]["samples_skipped"]
+    old = jax.ShapeDtypeStruct((_OLD_REASONS,), counters.dtype, sharding=counters.sharding)
+    return {**items, "train": {**items["train"], "samples_skipped": old}}
+
+
+def _with_room_for_reasons(items: Items, initial_health: Health) -> Items:
+    del initial_health
+    counters = jnp.pad(items["train"]["samples_skipped"], (0, NUM_COUNTERS - _OLD_REASONS))
+    return {**items, "train": {**items["train"], "samples_skipped": counters}}
+
+
 MIGRATIONS: Mapping[int, Migration] = {
     1: Migration("health_and_schedule_by_step", _with_schedule_count, _without_schedule_count),
+    2: Migration("room_for_reasons", _with_a_counter_for_each_reason, _with_room_for_reasons),
 }
 """By the format from which they lead to the next."""
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from clipjax.config import Config, LossKind, steps_of
-from clipjax.data.sample import REASONS
+from clipjax.data.sample import NUM_COUNTERS
 from clipjax.losses import LossInputs, MovingAverages, Teacher
 from clipjax.losses.moving_averages import MovingAveragesAccess, init_moving_averages
 from clipjax.models.towers import PARAMETER_RULES
@@ -92,7 +92,7 @@ def make_init_state(
             opt_state=tx.init(params),
             ema=None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, params),
             key=run_key,
-            samples_skipped=jnp.zeros(len(REASONS), jnp.int32),
+            samples_skipped=jnp.zeros(NUM_COUNTERS, jnp.int32),
             health=init_health(),
             memory=init_moving_averages(num_samples) if config.loss.kind is LossKind.GLOBAL else None,
             batch_stats=init_batch_stats() or None,
@@ -137,7 +137,7 @@ class TrainStep:
         updates, opt_state = self.tx.update(grads, state.opt_state, used, step=state.step, finite=finite)
         params = select(finite, self._clamp(optax.apply_updates(used, updates)), state.params)  # type: ignore[arg-type]
         health, spike = observe(state.health, aux.loss, finite, self.config.recovery.spike_sigmas)
-        by_reason = jax.nn.one_hot(batch["skip_reason"], len(REASONS), dtype=jnp.int32)
+        by_reason = jax.nn.one_hot(batch["skip_reason"], NUM_COUNTERS, dtype=jnp.int32)
         samples_skipped = state.samples_skipped + jnp.sum(by_reason, axis=0)
         metrics = {
             "loss": aux.loss,

@@ -14,7 +14,7 @@ import pytest
 from clipjax.checkpoints import manifest
 from clipjax.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from clipjax.checkpoints.manifest import State, UndecidedCheckpoint, examine
-from clipjax.checkpoints.records import make_records
+from clipjax.checkpoints.records import FORMAT, make_records
 from clipjax.checkpoints.saved import SavedCheckpoint, newest_checkpoint
 from clipjax.cli.errors import refusals
 from clipjax.config import CheckpointConfig, Config
@@ -273,27 +273,28 @@ def test_a_checkpoint_of_a_newer_format_is_refused_by_name_and_never_set_aside(c
     step = copy / "checkpoints" / "30"
     if of_record:
         (step / manifest.FILE).unlink()
-        (step / "data" / "metadata").write_text('{"format": 3}')
+        (step / "data" / "metadata").write_text(f'{{"format": {FORMAT + 1}}}')
     else:
-        (step / manifest.FILE).write_bytes(manifest._encode({"format": 3, "other": ["fields"]}))
+        (step / manifest.FILE).write_bytes(manifest._encode({"format": FORMAT + 1, "other": ["fields"]}))
+    message = f"format {FORMAT + 1}, .* knows up to {FORMAT}; install the version that wrote it"
     for choose in (
         Checkpoints(copy, CheckpointConfig()).newest_verified,
         lambda: SavedCheckpoint(copy),
         lambda: SavedCheckpoint(step),
         lambda: newest_checkpoint(copy),
     ):
-        with pytest.raises(UndecidedCheckpoint, match="format 3, .* knows up to 2; install the version that wrote it"):
+        with pytest.raises(UndecidedCheckpoint, match=message):
             choose()
     assert step.is_dir()
 
 
 def test_a_format_below_the_newest_stays_readable_and_a_flipped_one_is_damage(copy, monkeypatch):
     step = copy / "checkpoints" / "30"
-    monkeypatch.setattr(manifest, "FORMAT", 3)
+    monkeypatch.setattr(manifest, "FORMAT", FORMAT + 1)
     assert examine(step).state is State.VERIFIED
     monkeypatch.undo()
     path = step / manifest.FILE
-    path.write_bytes(path.read_bytes().replace(b'"format":2', b'"format":3'))  # one bit
+    path.write_bytes(path.read_bytes().replace(b'"format":%d' % FORMAT, b'"format":%d' % (FORMAT ^ 1)))  # one bit
     assert examine(step).state is State.DAMAGED
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clipjax.config import Config, Dtype, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
-from clipjax.data.sample import REASONS
+from clipjax.data.sample import NUM_COUNTERS
 from clipjax.losses import LossInputs, LossResults, TrainingLoss, make_loss, softmax_loss
 from clipjax.models.clip import abstract_params, build_clip
 from clipjax.models.towers import PARAMETER_RULES
@@ -195,7 +195,7 @@ def test_unusable_samples_are_counted_by_reason_over_the_global_batch():
         state, _ = step(state, sharding.global_batch(mesh, {**batch(), "skip_reason": reasons}))
         state, metrics = step(state, sharding.global_batch(mesh, batch()))
         step(state, sharding.global_batch(mesh, batch()))  # donates the state: the metrics have buffers of their own
-    assert metrics["samples_skipped"].tolist() == [1, 0, 2] + [0] * (len(REASONS) - 3)
+    assert metrics["samples_skipped"].tolist() == [1, 0, 2] + [0] * (NUM_COUNTERS - 3)
 
 
 def test_gamma_falls_from_one_by_a_cosine():
