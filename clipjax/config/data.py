@@ -35,10 +35,22 @@ class TaskKind(enum.Enum):
     IMAGE_RETRIEVAL = "image_retrieval"
 
 
+_SOURCE_RULE = "must name a source: tfds:NAME/SPLIT, or a path, glob or brace pattern of tars"
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(kw_only=True, slots=True)
+class MixtureSource:
+    """One source of a mixture; `image_key` and `caption_key` stand in for `data.tfds_image_key` and so on."""
+
+    source: str = ""
+    weight: float = bounded(1.0, POSITIVE)  # share of the pairs, in proportion to the other weights
+    image_key: str | None = None
+    caption_key: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,6 +62,7 @@ class DataConfig:
     """
 
     train: str = ""
+    mixture: dict[str, MixtureSource] = field(default_factory=dict)  # several sources, by any name, instead of `train`
     tfds_dir: str | None = None  # folder of prepared TFDS data; None: TFDS's own default
     tfds_image_key: str = "image"
     tfds_caption_key: str = "captions"
@@ -67,6 +80,27 @@ class DataConfig:
     max_bad_fraction: float = bounded(0.05, FRACTION)  # of the samples read; above it the run stops
     max_image_pixels: int = bounded(25_000_000, POSITIVE)  # refused from the header
     max_caption_bytes: int = bounded(65_536, POSITIVE)
+
+    @property
+    def num_sources(self) -> int:
+        """Number of the sources of training pairs."""
+        return max(1, len(self.mixture))
+
+    @property
+    def shown_train(self) -> str:
+        """Field and value of the training pairs, for messages."""
+        parts = ", ".join(f"{name}: {part.source}" for name, part in sorted(self.mixture.items()))
+        return f"data.mixture={{{parts}}}" if parts else f"data.train={self.train!r}"
+
+    def errors(self) -> list[str]:
+        """Return what is wrong between the fields, a line each."""
+        if not self.mixture:
+            return [] if self.train else [f"data.train='' {_SOURCE_RULE}, or data.mixture several of them"]
+        empty = [name for name, part in self.mixture.items() if not part.source]
+        errors = [f"data.mixture.{name}.source='' {_SOURCE_RULE}" for name in empty]
+        if self.train:
+            errors.append(f"data.train={self.train!r} would be ignored beside data.mixture; leave one of them out")
+        return errors
 
 
 @dataclass(kw_only=True, slots=True)

@@ -20,7 +20,7 @@ PATH_FIELDS = (
     "data.tfds_dir",
     "data.tokenizer",
 )
-"""Fields that name a place, besides `TASK_PATH_FIELDS` of every task."""
+"""Fields that name a place, besides `source` of each part of a mixture and `TASK_PATH_FIELDS` of every task."""
 
 TASK_PATH_FIELDS = ("source", "gallery", "classes", "templates")
 
@@ -74,6 +74,9 @@ def expand_paths(config: Config, *, skip: Collection[str] = ()) -> None:
         group, _, name = path.rpartition(".")
         if path not in skip:
             errors += _expand_field(field_value(config, group), name, path)
+    mixture = config.data.mixture
+    for key, part in mixture.items() if isinstance(mixture, dict) else ():
+        errors += _expand_field(part, "source", f"data.mixture.{key}.source")
     tasks = config.eval.tasks
     for key, task in tasks.items() if isinstance(tasks, dict) else ():
         for name in TASK_PATH_FIELDS:
@@ -103,4 +106,6 @@ def expanded(config: Config) -> Config:
 
 def is_path_field(path: str) -> bool:
     """Return whether the field at a dotted path names a place on disk."""
-    return path in PATH_FIELDS or (path.startswith("eval.tasks") and path.rpartition(".")[2] in TASK_PATH_FIELDS)
+    name = path.rpartition(".")[2]
+    in_mixture = path.startswith("data.mixture") and name == "source"
+    return path in PATH_FIELDS or in_mixture or (path.startswith("eval.tasks") and name in TASK_PATH_FIELDS)

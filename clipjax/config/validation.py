@@ -10,7 +10,7 @@ from typing import Any
 
 from clipjax.config.caption import DecoderConfig
 from clipjax.config.image import ImagePool
-from clipjax.config.loss import LossKind
+from clipjax.config.loss import LossKind, SamePair
 from clipjax.config.loss_validation import loss_errors
 from clipjax.config.model import AttentionMethod
 from clipjax.config.model_validation import LANES, caption_errors, model_errors
@@ -201,8 +201,12 @@ def _batch_errors(config: Config) -> list[str]:
 def _part_errors(config: Config) -> list[str]:
     errors = []
     errors += loss_errors(config)
-    if not config.data.train:
-        errors.append("data.train='' must name a source: tfds:NAME/SPLIT, or a path, glob or brace pattern of tars")
+    errors += config.data.errors()
+    if config.data.mixture and config.loss.same_pair is SamePair.NONE:
+        errors.append(
+            "loss.same_pair=none must be index or caption with data.mixture: its sources have epochs of their own, so "
+            "a batch may hold a pair twice, which is no negative of itself"
+        )
     if len(config.data.mean) != 3 or len(config.data.std) != 3 or min(config.data.std) <= 0:
         errors.append(
             f"data.mean={config.data.mean} and data.std={config.data.std} must have three numbers, for red, green and "

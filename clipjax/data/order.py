@@ -75,27 +75,27 @@ class BlockOrder:
         if batch_size % self.lanes or start % self.lanes:
             raise ValueError(f"batches of {batch_size} from {start} on do not divide by {self.lanes} lanes")
         share, begin = batch_size // self.lanes, start // self.lanes
-        full = max(0, self._lane_size - begin) // share  # batches that all lanes can fill
+        full = max(0, self.lane_size - begin) // share  # batches that all lanes can fill
         if number < full:
             positions = begin + number * share + np.arange(share, dtype=np.int64)
-            return np.concatenate([self._in_lane(epoch, lane, positions) for lane in range(self.lanes)])
+            return np.concatenate([self.in_lane(epoch, lane, positions) for lane in range(self.lanes)])
         positions = (number - full) * batch_size + np.arange(batch_size, dtype=np.int64)
         return self._in_rest(epoch, begin + full * share, positions)
 
     @property
-    def _lane_size(self) -> int:
+    def lane_size(self) -> int:
         """Number of samples of a lane; of a single one also the tail, the samples after the last whole block."""
         return self.size if self.lanes == 1 else self.size // self.block // self.lanes * self.block
 
-    def _in_lane(self, epoch: int, lane: int, positions: np.ndarray) -> np.ndarray:
-        """Return the samples at positions of a lane."""
+    def in_lane(self, epoch: int, lane: int, positions: np.ndarray) -> np.ndarray:
+        """Return the samples at positions of a lane, from 0 to `lane_size` - 1: int64 [k]."""
         if self.block == 1:
             return self._block(epoch, lane + self.lanes * positions)
         num_blocks, tail = divmod(self.size, self.block)
         shuffled = np.empty_like(positions)
         for window, chosen in _groups(positions // (self.window * self.block)):
             first = window * self.window * self.block
-            length = min(self.window * self.block, self._lane_size - first)
+            length = min(self.window * self.block, self.lane_size - first)
             key = derive_key(self.seed, _WINDOW, epoch, lane, window)
             shuffled[chosen] = first + permute(positions[chosen] - first, length, key)
         if self.lanes > 1 or not tail:
@@ -109,7 +109,7 @@ class BlockOrder:
 
     def _in_rest(self, epoch: int, used: int, positions: np.ndarray) -> np.ndarray:
         """Return the samples at positions of what the lanes leave, when so many of each are used."""
-        left = self._lane_size - used
+        left = self.lane_size - used
         num_blocks, tail = divmod(self.size, self.block)
         num_spare = num_blocks % self.lanes if self.lanes > 1 else 0
         length = self.size - self.lanes * used
@@ -119,7 +119,7 @@ class BlockOrder:
         lanes = place // left if left else np.zeros_like(place)
         for lane in range(self.lanes if left else 0):
             chosen = in_lanes & (lanes == lane)
-            found[chosen] = self._in_lane(epoch, lane, used + place[chosen] - lane * left)
+            found[chosen] = self.in_lane(epoch, lane, used + place[chosen] - lane * left)
         rank, offset = np.divmod(place - self.lanes * left, self.block)
         spare = ~in_lanes & (rank < num_spare)
         found[spare] = self._block(epoch, num_blocks - num_spare + rank[spare]) * self.block + offset[spare]

@@ -29,8 +29,18 @@ REASONS = (
 """Reasons for skipping a sample. Append only: counters in checkpoints refer to these names."""
 
 NUM_COUNTERS = 64
-"""Counters of unusable samples in a state: one for each reason, and room for those to come, so that no new reason
-changes the shape of what checkpoints hold."""
+"""Counters of unusable samples in a state, for each source: one for each reason, and room for those to come, so that
+no new reason changes the shape of what checkpoints hold."""
+
+
+def count_by_reason(counters: np.ndarray) -> dict[str, int]:
+    """Return the number of unusable samples by reason, of all sources together.
+
+    Args:
+        counters: whole numbers [sources * NUM_COUNTERS].
+    """
+    totals = np.reshape(counters, (-1, NUM_COUNTERS)).sum(axis=0).tolist()
+    return dict(zip(REASONS, totals, strict=False))
 
 
 class BadSample(ValueError):

@@ -3,6 +3,7 @@
 Reading order: `build_source`, `ArraySource`, `recording_sources`.
 """
 
+import dataclasses
 import glob
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from clipjax.config import DataConfig
 from clipjax.config.paths import expand
 from clipjax.data.digests import ShardDigest, digest_samples
+from clipjax.data.mixture import MixedSource
 from clipjax.data.sample import Sample, Source, clean_caption
 from clipjax.data.tfds import TFDS_PREFIX, TfdsSource, data_folder
 from clipjax.data.webdataset import TarSource
@@ -130,6 +132,28 @@ def _expand(spec: str) -> list[str]:
     if directories := [path for path in paths if pathlib.Path(path).is_dir()]:
         raise ValueError(f"source {spec!r}: {directories[0]} is a directory; write {directories[0]}/*.tar")
     return list(dict.fromkeys(paths))
+
+
+def build_training_source(data: DataConfig) -> Source:
+    """Build the source of the training pairs: `data.train`, or `data.mixture` with its parts sorted by name.
+
+    Raises:
+        ValueError: one of them cannot be used; the text names it.
+    """
+    if not data.mixture:
+        return build_source(data.train, data=data)
+    parts = {}
+    for name, part in sorted(data.mixture.items()):
+        options = dataclasses.replace(
+            data,
+            tfds_image_key=part.image_key or data.tfds_image_key,
+            tfds_caption_key=part.caption_key or data.tfds_caption_key,
+        )
+        try:
+            parts[name] = build_source(part.source, data=options)
+        except ValueError as error:
+            raise ValueError(f"data.mixture.{name}: {error}") from error
+    return MixedSource(parts)
 
 
 def recording_sources(sources: dict[str, Source]) -> Callable[..., Source]:

@@ -1,7 +1,7 @@
 """Batches of decoded and augmented pairs by number: what threads and worker processes of the training stream compute.
 
-Reading order: `Batches`, `SubstitutedSamples` (decoding and the substitution of bad samples), `Augment` (crop and
-caption). Axes: b batch of this process, s image_size, l tokens.
+Reading order: `Batches`, `SubstitutedSamples` (decoding and the substitution of bad samples), `MixedSamples`, `Augment`
+(crop and caption). Axes: b batch of this process, s image_size, l tokens.
 """
 
 import itertools
@@ -15,8 +15,9 @@ import numpy as np
 
 from clipjax.config import Crop
 from clipjax.data.images import EvalTransform, decode, random_resized_crop
+from clipjax.data.mixture import MixedSource
 from clipjax.data.order import derive_key
-from clipjax.data.sample import REASONS, BadSample, Source
+from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, Source
 from clipjax.data.training_order import TrainingOrder
 
 GOOD = -1
@@ -35,7 +36,7 @@ class NoUsableSample(TooManyBadSamples):
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class Pair:
     """A decoded sample: `requested` is the index in the stream, `index` the one used instead if that was bad."""
 
     image: np.ndarray
@@ -59,7 +60,7 @@ class SubstitutedSamples:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> _Pair:
+    def __getitem__(self, index: int) -> Pair:
         size = len(self._source)
         first_reason = GOOD
         failure = ""
@@ -70,14 +71,39 @@ class SubstitutedSamples:
                 if not sample.captions:
                     raise BadSample("missing_caption")
                 image = decode(sample.image, max_pixels=self._max_image_pixels)
-                return _Pair(image, sample.captions, probe, index, first_reason)
+                return Pair(image, sample.captions, probe, index, first_reason)
             except BadSample as bad:
                 if first_reason == GOOD:
                     first_reason = REASONS.index(bad.reason)
                 failure = f"{bad.reason} in {self._source.location(probe)}"
         raise NoUsableSample(
-            f"{min(size, _MAX_PROBES)} samples in a row are unusable, the last: {failure}; check data.train and that "
+            f"{min(size, _MAX_PROBES)} samples in a row are unusable, the last: {failure}; check the source and that "
             "its image and caption keys name what the data holds"
+        )
+
+
+class MixedSamples:
+    """The decoded samples of a mixture; the substitute of a bad one is of the same source.
+
+    A reason tells the source, too: it is counted as `NUM_COUNTERS` times the source's number, and the reason's own.
+    """
+
+    def __init__(self, source: MixedSource, max_image_pixels: int):
+        self._source = source
+        self._parts = [SubstitutedSamples(part, max_image_pixels) for part in source.parts]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Pair:
+        number, inside = self._source.find(index)
+        pair, first = self._parts[number][inside], self._source.first[number]
+        return Pair(
+            pair.image,
+            pair.captions,
+            index=first + pair.index,
+            requested=first + pair.requested,
+            reason=pair.reason if pair.reason == GOOD else pair.reason + NUM_COUNTERS * number,
         )
 
 
@@ -90,7 +116,7 @@ class Augment:
     crop: Crop
     min_area: float
 
-    def __call__(self, pair: _Pair, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, pair: Pair, rng: np.random.Generator) -> dict[str, Any]:
         """Return the row of a batch."""
         caption = pair.captions[int(rng.integers(len(pair.captions)))]
         if self.crop is Crop.RANDOM_RESIZED:
@@ -108,6 +134,13 @@ class Augment:
         }
 
 
+def substituted(source: Source, max_image_pixels: int) -> SubstitutedSamples | MixedSamples:
+    """Return the decoded samples of a source or a mixture."""
+    if isinstance(source, MixedSource):
+        return MixedSamples(source, max_image_pixels)
+    return SubstitutedSamples(source, max_image_pixels)
+
+
 class Batches:
     """The batches of all processes by number: those of global batch g are g * `process_count` and the next ones.
 
@@ -120,7 +153,12 @@ class Batches:
     """
 
     def __init__(
-        self, samples: SubstitutedSamples, augment: Augment, order: TrainingOrder, seed: int, shape: tuple[int, int]
+        self,
+        samples: SubstitutedSamples | MixedSamples,
+        augment: Augment,
+        order: TrainingOrder,
+        seed: int,
+        shape: tuple[int, int],
     ):
         self._samples, self._augment, self._order = samples, augment, order
         self._key = derive_key(seed, _AUGMENT_KEY)

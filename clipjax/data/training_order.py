@@ -1,16 +1,17 @@
 """The order of a run: the samples of each global batch, over all epochs, and how it is named in checkpoints.
 
-Reading order: `OrderFormat`, `TrainingOrder`, `make_order`, `choose_format`.
+Reading order: `OrderFormat`, `MixtureFormat`, `parse_order`, `TrainingOrder`, `make_order`, `choose_order`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from clipjax.config import Config
+from clipjax.data.mixture import MixtureOrder, part_seed
 from clipjax.data.order import BlockOrder
 
 STORE_BLOCK = 64
@@ -42,14 +43,12 @@ class OrderFormat:
         return asdict(self)
 
     @classmethod
-    def from_record(cls, record: Any) -> "OrderFormat | None":
-        """Return the format of a JSON record; None for None, Grain's order of runs that began without a record.
+    def from_record(cls, record: Any) -> "OrderFormat":
+        """Return the format of a JSON record.
 
         Raises:
             ValueError: the record is damaged.
         """
-        if record is None:
-            return None
         names = ("block", "window", "lanes")
         if not isinstance(record, Mapping) or sorted(record) != sorted(names):
             raise ValueError(f"data.order={record!r} must be an object of {', '.join(names)}")
@@ -61,6 +60,44 @@ class OrderFormat:
 
 DISK_ORDER = OrderFormat()
 """The order of data on disks: every epoch is a permutation of all samples."""
+
+
+@dataclass(frozen=True)
+class MixtureFormat:
+    """What fixes the order of a mixture.
+
+    Attributes:
+        parts: formats of its sources, with the same number of lanes.
+    """
+
+    parts: tuple[OrderFormat, ...]
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the format as a JSON object."""
+        return {"parts": [part.to_record() for part in self.parts]}
+
+
+RunOrder = OrderFormat | MixtureFormat | None
+"""What fixes the order of a run; None is Grain's order, of runs that began before it was recorded."""
+
+
+def parse_order(record: Any) -> RunOrder:
+    """Return the order of a run from the JSON value in its checkpoints.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    if record is None:
+        return None
+    if not isinstance(record, Mapping) or "parts" not in record:
+        return OrderFormat.from_record(record)
+    parts = record["parts"]
+    if len(record) > 1 or not isinstance(parts, list) or not parts:
+        raise ValueError(f"data.order={record!r} must be an object of parts, a list")
+    found = MixtureFormat(tuple(OrderFormat.from_record(part) for part in parts))
+    if len({part.lanes for part in found.parts}) > 1:
+        raise ValueError(f"data.order={record!r} must have the same lanes in all parts")
+    return found
 
 
 class TrainingOrder(Protocol):
@@ -112,38 +149,55 @@ def shuffled_by_grain(source: Any, config: Config) -> Any:
     return grain.MapDataset.source(source).seed(config.seed).shuffle().slice(slice(epoch_size)).repeat()
 
 
-def make_order(size: int, config: Config, order_format: OrderFormat | None) -> TrainingOrder:
+def make_order(sizes: Sequence[int], config: Config, order: RunOrder) -> TrainingOrder:
     """Return the order of a run.
 
     Args:
-        size: number of the samples, at least one global batch.
-        config: the run: its `seed` and `global_batch_size`.
-        order_format: as it was chosen or recorded; None is Grain's order.
+        sizes: numbers of samples of the sources, all together at least one global batch.
+        config: the run: its `seed`, `global_batch_size` and the weights in `data.mixture`.
+        order: as it was chosen or recorded.
 
     Raises:
-        ValueError: the batch does not divide by the lanes of the format.
+        ValueError: the batch does not divide by the lanes, or the sources are others.
     """
-    if order_format is None:
-        return _GrainOrder(size, config)
-    if config.global_batch_size % order_format.lanes:
+    batch_size, seed = config.global_batch_size, config.seed
+    if order is None:
+        return _GrainOrder(sum(sizes), config)
+    parts = order.parts if isinstance(order, MixtureFormat) else (order,)
+    if batch_size % parts[0].lanes:
         raise ValueError(
-            f"global_batch_size={config.global_batch_size} must be divisible by the {order_format.lanes} lanes of the "
-            "order that the run was begun with"
+            f"global_batch_size={batch_size} must be divisible by the {parts[0].lanes} lanes of the order that the run "
+            "was begun with"
         )
-    return _EndlessBlocks(BlockOrder(size, config.seed, **order_format.to_record()), config.global_batch_size)
+    if len(parts) != len(sizes):
+        raise ValueError(f"the run was begun with {len(parts)} sources, and now there are {len(sizes)}")
+    if isinstance(order, OrderFormat):
+        return _EndlessBlocks(BlockOrder(sizes[0], seed, **order.to_record()), batch_size)
+    weights = [config.data.mixture[name].weight for name in sorted(config.data.mixture)]
+    orders = [
+        BlockOrder(size, part_seed(seed, number), **part.to_record())
+        for number, (size, part) in enumerate(zip(sizes, parts, strict=True))
+    ]
+    return MixtureOrder(orders, weights, seed, batch_size)
 
 
-def choose_format(config: Config, *, is_remote: bool) -> OrderFormat:
-    """Return the format of a run that begins.
+def choose_order(config: Config, is_remote: Sequence[bool]) -> OrderFormat | MixtureFormat:
+    """Return the order of a run that begins.
 
     Args:
-        config: the run: its `data.order_block` and `global_batch_size`.
-        is_remote: the samples lie in an object store.
+        config: the run: its `data.order_block`, `data.mixture` and `global_batch_size`.
+        is_remote: for each source, whether its samples lie in an object store.
     """
-    block = config.data.order_block or (STORE_BLOCK if is_remote else 1)
-    if block == 1:
-        return DISK_ORDER
-    batch_size = config.global_batch_size
-    # Each process reads the blocks of its own lanes; the more lanes, the more processes can share a batch so.
-    lanes = max(n for n in range(1, _MOST_LANES + 1) if batch_size % n == 0 and (n == 1 or batch_size >= n * _SHARE))
-    return OrderFormat(block, max(_MIN_WINDOW, math.ceil(_AHEAD * batch_size / (lanes * block))), lanes)
+    blocks = [config.data.order_block or (STORE_BLOCK if remote else 1) for remote in is_remote]
+    batch_size, lanes = config.global_batch_size, 1
+    if max(blocks) > 1:
+        # Each process reads the blocks of its own lanes; the more lanes, the more processes can share a batch so.
+        fitting = (n for n in range(2, _MOST_LANES + 1) if batch_size % n == 0 and batch_size >= n * _SHARE)
+        lanes = max(fitting, default=1)
+    formats = [
+        OrderFormat(block, max(_MIN_WINDOW, math.ceil(_AHEAD * batch_size / (lanes * block))), lanes)
+        if block > 1
+        else OrderFormat(lanes=lanes)
+        for block in blocks
+    ]
+    return MixtureFormat(tuple(formats)) if config.data.mixture else formats[0]

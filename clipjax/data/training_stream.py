@@ -21,9 +21,10 @@ import numpy as np
 from clipjax.config import Config, SamePair
 from clipjax.data import workers
 from clipjax.data.images import make_eval_transform
-from clipjax.data.sample import REASONS, Source
-from clipjax.data.training_batches import GOOD, Augment, Batches, SubstitutedSamples, TooManyBadSamples
-from clipjax.data.training_order import DISK_ORDER, OrderFormat, make_order, shuffled_by_grain
+from clipjax.data.mixture import sizes_of
+from clipjax.data.sample import NUM_COUNTERS, REASONS, Source, count_by_reason
+from clipjax.data.training_batches import GOOD, Augment, Batches, TooManyBadSamples, substituted
+from clipjax.data.training_order import DISK_ORDER, RunOrder, make_order, shuffled_by_grain
 from clipjax.data.workers import WorkersDie
 
 _JUDGED_READS = 1000  # the bad share of fewer samples says little
@@ -81,13 +82,13 @@ class TrainStream:
 
     Iterating gives `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `index` int64 [b], the index in the source
     of the pair that was used, and `skip_reason` int32 [b], the fault of the pair that was due: an index into
-    `REASONS`, or -1 if it was used itself.
+    `REASONS`, or -1 if it was used itself; of source k of a mixture it is k * `NUM_COUNTERS` more.
 
     Args:
         source: pairs, at least one global batch of them.
         tokenize: function from a text to int32 [l]; picklable if `config.data.num_workers` is not 0.
         config: the run: its `seed`, `global_batch_size`, `data` and image size.
-        order_format: of the run; None is Grain's order, with which runs began before it was recorded.
+        order: of the run.
         process_index: number of this process, from 0.
         process_count: number of processes that share each global batch.
         start_step: completed updates; the stream goes on from there without reading what came before.
@@ -110,7 +111,7 @@ class TrainStream:
         *,
         tokenize: Callable[[str], np.ndarray],
         config: Config,
-        order_format: OrderFormat | None = DISK_ORDER,
+        order: RunOrder = DISK_ORDER,
         process_index: int = 0,
         process_count: int = 1,
         start_step: int = 0,
@@ -123,20 +124,20 @@ class TrainStream:
         local_size = per_process("global_batch_size", batch_size, process_count)
         if len(source) < batch_size:
             raise ValueError(
-                f"global_batch_size={batch_size} is larger than the {len(source)} samples of data.train={data.train!r};"
+                f"global_batch_size={batch_size} is larger than the {len(source)} samples of {data.shown_train};"
                 f" set global_batch_size to at most {len(source)} or give more data"
             )
         if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
         augment = Augment(tokenize, make_eval_transform(config), data.crop, data.min_crop_area)
-        samples = SubstitutedSamples(source, data.max_image_pixels)
-        if order_format is None:
+        samples = substituted(source, data.max_image_pixels)
+        if order is None:
             # The random map comes before the share, else its randomness would depend on the number of processes; the
             # batch comes before the workers, else the stream would depend on their number.
             batches = shuffled_by_grain(samples, config).random_map(augment).batch(local_size, drop_remainder=True)
         else:
-            order = make_order(len(source), config, order_format)
-            batches = Batches(samples, augment, order, config.seed, (local_size, process_count))
+            numbers = make_order(sizes_of(source), config, order)
+            batches = Batches(samples, augment, numbers, config.seed, (local_size, process_count))
         self._share = grain.MapDataset.source(_Share(batches, process_index, process_count, left_out))
         self._source, self._data, self._position = source, data, start_step
         self._process_index, self._on_restart = process_index, on_restart
@@ -180,7 +181,9 @@ class TrainStream:
         self._position += 1
         self.wait_seconds += time.perf_counter() - start
         reasons, requested = batch["skip_reason"], batch.pop("requested")
-        self._latest.extend((REASONS[reasons[i]], int(requested[i])) for i in np.flatnonzero(reasons != GOOD))
+        self._latest.extend(
+            (REASONS[reasons[i] % NUM_COUNTERS], int(requested[i])) for i in np.flatnonzero(reasons != GOOD)
+        )
         return {name: workers.own_memory(array) for name, array in batch.items()}
 
     def _read(self) -> dict[str, Any]:
@@ -269,12 +272,12 @@ class BadSampleLimit:
         Raises:
             TooManyBadSamples: their share is above the limit.
         """
-        counts = np.asarray(skipped) - self._skipped
-        read, bad = (step - self._start_step) * self._batch_size, int(counts.sum())
+        counts = count_by_reason(np.asarray(skipped) - self._skipped)
+        read, bad = (step - self._start_step) * self._batch_size, sum(counts.values())
         # Whole windows: in the middle of one, the bad samples may just have come first.
         if bad <= self._max_fraction * math.ceil(read / self._window) * self._window:
             return
-        by_reason = ", ".join(f"{reason} {count}" for reason, count in zip(REASONS, counts, strict=False) if count)
+        by_reason = ", ".join(f"{reason} {count}" for reason, count in counts.items() if count)
         seen = f"the latest: {'; '.join(latest)}" if latest else "other processes name them"
         raise TooManyBadSamples(
             f"data.max_bad_fraction={self._max_fraction}: {bad} of the {read} samples read are unusable, "

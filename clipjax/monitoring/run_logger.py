@@ -6,7 +6,7 @@ A step's metrics are kept while they are being computed, and fetched one step la
 import pathlib
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ class RunLogger:
         start_step: completed updates; later lines of an earlier try are dropped.
         evaluated: the tasks were run at this step; if not, lines of their results at this step are dropped too.
         flops_per_pair: FLOPs of the model's forward pass, for MFU.
-        skip_reasons: names of the first counts in the metric `samples_skipped`; the others have none yet.
+        count_samples: step, metric `samples_skipped` -> what a line of the log tells of the samples.
         enabled: this process writes and prints; None: the first one does.
         times: collects the times of several processes; None for one alone.
         goodput: the ledger of the run's time; None keeps none.
@@ -49,7 +49,7 @@ class RunLogger:
         start_step: int,
         evaluated: bool = True,
         flops_per_pair: int,
-        skip_reasons: Sequence[str],
+        count_samples: Callable[[int, np.ndarray], Mapping[str, Any]],
         enabled: bool | None = None,
         times: RankTimes | None = None,
         goodput: Goodput | None = None,
@@ -57,7 +57,7 @@ class RunLogger:
     ) -> None:
         enabled = processes.is_first() if enabled is None else enabled
         self._batch = config.global_batch_size
-        self._flops, self._skip_reasons = flops_per_pair, skip_reasons
+        self._flops, self._count_samples = flops_per_pair, count_samples
         chip = find_chip(jax.devices()[0].device_kind)
         self._peak_tflops = config.log.peak_tflops or (None if chip is None else chip.peak_tflops)
         self._writer = (
@@ -137,12 +137,12 @@ class RunLogger:
         if self._writer is None:
             return
         with self.waiting_for_devices():
-            skipped = np.asarray(metrics["samples_skipped"]).tolist()
+            skipped = np.asarray(metrics["samples_skipped"])
         values = {
             "examples_seen": step * self._batch,
             **{name: float(value) for name, value in metrics.items() if name != "samples_skipped"},
             **host,
-            "samples_skipped": dict(zip(self._skip_reasons, skipped, strict=False)),
+            **self._count_samples(step, skipped),
         }
         if self._peak_tflops is not None:
             rate = host["examples_per_second"]

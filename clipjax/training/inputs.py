@@ -11,11 +11,12 @@ from clipjax.config import Config, LossKind
 from clipjax.config.serialization import field_value
 from clipjax.config.validation import MEMORY_UNIT
 from clipjax.data.digests import find_order, from_record
+from clipjax.data.mixture import MixedSource, sizes_of
 from clipjax.data.sample import Source
-from clipjax.data.sources import build_source, recording_sources
+from clipjax.data.sources import build_training_source, recording_sources
 from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.data.tokenizers.protocol import Tokenizer
-from clipjax.data.training_order import DISK_ORDER, OrderFormat, choose_format, make_order
+from clipjax.data.training_order import DISK_ORDER, RunOrder, choose_order, make_order, parse_order
 from clipjax.data.webdataset import TarSource
 from clipjax.evals.runner import Task, build_tasks
 from clipjax.models.clip import abstract_params
@@ -38,7 +39,7 @@ class Inputs:
         init_checkpoint: gives the first parameters where `init_from` names it.
         teacher_checkpoint: the model to learn from where `loss.distill_from` names it.
         sources: everything that is read, for training and evaluation, by the config's name of it.
-        order_format: of the training pairs; None is Grain's order, of runs that began before it was recorded.
+        order: of the training pairs.
     """
 
     source: Source
@@ -47,7 +48,7 @@ class Inputs:
     init_checkpoint: SavedCheckpoint | None
     teacher_checkpoint: SavedCheckpoint | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
-    order_format: OrderFormat | None = DISK_ORDER
+    order: RunOrder = DISK_ORDER
 
 
 def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
@@ -76,39 +77,47 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
     if config.init_from is not None and saved is None:
         init_checkpoint = _open_checkpoint("init_from", config.init_from)
         check_same_shapes(config, init_checkpoint)
-    source = _in_recorded_order(build_source(config.data.train, data=config.data), saved)
+    source = _in_recorded_order(build_training_source(config.data), saved)
     if len(source) < config.global_batch_size:
         raise ValueError(
             f"global_batch_size={config.global_batch_size} must not exceed the {len(source)} samples of "
-            f"data.train={config.data.train!r}"
+            f"{config.data.shown_train}"
         )
     if config.loss.kind is LossKind.GLOBAL and len(source) > MOST_SAMPLES:
         raise ValueError(
-            f"loss.kind=global remembers at most {MOST_SAMPLES} samples; data.train={config.data.train!r} has "
-            f"{len(source)}"
+            f"loss.kind=global remembers at most {MOST_SAMPLES} samples; {config.data.shown_train} has {len(source)}"
         )
     teacher = None
     if config.loss.distill_from is not None:
         step = None if saved is None else saved.records["data"].get("teacher_step")
         teacher = _open_checkpoint("loss.distill_from", config.loss.distill_from, step=step)
         check_same_inputs(config, tokenizer, teacher)
-    sources = {config.data.train: source}
+    sources = _by_name(config, source)
     tasks = build_tasks(config, recording_sources(sources))
-    order_format = _find_order_format(config, source, saved)
-    return Inputs(source, tokenizer, tasks, init_checkpoint, teacher, sources, order_format)
+    order = _find_run_order(config, source, saved)
+    return Inputs(source, tokenizer, tasks, init_checkpoint, teacher, sources, order)
 
 
-def _find_order_format(config: Config, source: Source, saved: SavedCheckpoint | None) -> OrderFormat | None:
+def _by_name(config: Config, source: Source) -> dict[str, Source]:
+    """Return the sources of the training pairs by the config's names of them."""
+    if isinstance(source, MixedSource):
+        specs = [part.source for _, part in sorted(config.data.mixture.items())]
+        return dict(zip(specs, source.parts, strict=True))
+    return {config.data.train: source}
+
+
+def _find_run_order(config: Config, source: Source, saved: SavedCheckpoint | None) -> RunOrder:
     """Return the order that the run began with, or that of a run that begins.
 
     Raises:
         ValueError: it does not fit the batch.
     """
     if saved is None:
-        found = choose_format(config, is_remote=any(is_address(path) for path in source.files()))
+        parts = source.parts if isinstance(source, MixedSource) else (source,)
+        found = choose_order(config, [any(is_address(path) for path in part.files()) for part in parts])
     else:
-        found = OrderFormat.from_record(saved.records["data"].get("order"))
-    make_order(len(source), config, found)
+        found = parse_order(saved.records["data"].get("order"))
+    make_order(sizes_of(source), config, found)
     return found
 
 

@@ -4,8 +4,9 @@ import pathlib
 from collections.abc import Sequence
 
 from clipjax.config import Config
+from clipjax.data.mixture import sizes_of
 from clipjax.data.sample import Source
-from clipjax.data.training_order import OrderFormat, TrainingOrder, make_order
+from clipjax.data.training_order import RunOrder, TrainingOrder, make_order
 from clipjax.runtime import process_log
 from clipjax.runtime.files import write_atomic
 from clipjax.training.decisions import Rollback
@@ -20,7 +21,7 @@ def write_missing(
     taken: Sequence[Rollback],
     source: Source,
     config: Config,
-    order_format: OrderFormat | None,
+    order: RunOrder,
 ) -> None:
     """Write the list of every decision that has none: a kill may have come between a decision and its list.
 
@@ -32,7 +33,7 @@ def write_missing(
         taken: decisions of the run.
         source: of all samples.
         config: the run: its `seed` and `global_batch_size`.
-        order_format: of the run.
+        order: of the run.
     """
     for decision in taken:
         path = workdir / FOLDER / f"batches-{decision.first_batch}-{decision.last_batch}.txt"
@@ -40,7 +41,7 @@ def write_missing(
             if path.exists():  # and whole, as it was written at once
                 continue
             path.parent.mkdir(exist_ok=True)
-            write_atomic(path, "".join(_lines(decision, source, make_order(len(source), config, order_format))))
+            write_atomic(path, "".join(_lines(decision, source, make_order(sizes_of(source), config, order))))
         except OSError as error:  # the decision itself is on disk, and the next start tries again
             process_log.info(f"{path} cannot be written: {error}")
 

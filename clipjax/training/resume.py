@@ -17,7 +17,7 @@ from clipjax.config import Config
 from clipjax.config.paths import expanded
 from clipjax.config.serialization import flatten, to_dict
 from clipjax.data.digests import describe_differences, from_record
-from clipjax.data.training_order import OrderFormat
+from clipjax.data.training_order import parse_order
 from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, map_with_path
 from clipjax.runtime import processes, sharding
@@ -56,13 +56,18 @@ def check_resumable(step: int, saved: Config, config: Config) -> None:
     changed = [
         f"{path}={new.get(path)!r} (checkpoint: {old.get(path)!r})"
         for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path) and not path.startswith(RESUMABLE)
+        if old.get(path) != new.get(path) and not path.startswith(RESUMABLE) and not _is_place_of_mixture(path)
     ]
     if changed:
         raise ValueError(
             f"the workdir holds a run at step {step} with another config: {', '.join(changed)}; "
             "use the old values to go on with it, or another workdir to start anew"
         )
+
+
+def _is_place_of_mixture(path: str) -> bool:
+    """Return True for the place of one source, which may change as `data.train` may; its name and weight may not."""
+    return path.startswith("data.mixture") and path.endswith(".source")
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Position:
         teacher_step: of the checkpoint that is distilled from, if any.
         shards: of the training source, in order: `[name, digest, number of samples]`; None: an older version saved.
         decisions: taken before, as JSON objects.
-        order: format of the order of the training pairs; None: Grain's, an older version saved.
+        order: fixes that of the training pairs; None: an older version saved.
     """
 
     step: int = 0
@@ -85,7 +90,7 @@ class Position:
     teacher_step: int | None = None
     shards: Sequence[Sequence[Any]] | None = None
     decisions: Sequence[Mapping[str, Any]] = ()
-    order: Mapping[str, int] | None = None
+    order: Mapping[str, Any] | None = None
 
     @classmethod
     def from_record(cls, record: Any, step: int) -> "Position":
@@ -112,7 +117,7 @@ class Position:
                 raise ValueError(f"data.{name}={value!r} must be of type {kinds}")
         if values["step"] != step:
             raise ValueError(f"data.step={values['step']} must be {step}, the step of the checkpoint")
-        OrderFormat.from_record(values.get("order"))
+        parse_order(values.get("order"))
         return cls(**values)
 
 
@@ -152,12 +157,12 @@ def _check_same_data(saved: SavedCheckpoint, config: Config, inputs: Inputs) -> 
         ValueError: it differs, and where.
     """
     data, remedy = saved.records["data"], "bring those back, or use another workdir to start anew"
-    recorded, here = from_record(data.get("shards")), f"data.train={config.data.train!r}"
+    recorded, here = from_record(data.get("shards")), config.data.shown_train
     if recorded is None:
-        old, new = expanded(saved.config).data.train, expanded(config).data.train
+        old, new = expanded(saved.config).data.shown_train, expanded(config).data.shown_train
         if old != new:
             raise ValueError(
-                f"{here} is another place than that of the run in the workdir, {old!r}, which has saved no digests to "
+                f"{here} is another place than that of the run in the workdir, {old}, which has saved no digests to "
                 f"tell whether the data is the same; use the old place, or another workdir to start anew"
             )
         if len(inputs.source) != data["num_samples"]:

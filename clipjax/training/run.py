@@ -18,7 +18,6 @@ from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.records import make_records
 from clipjax.config import Config, LossKind, steps_of, total_steps
-from clipjax.data.sample import REASONS
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import BadSampleLimit, TrainStream, WorkersDie, pair_groups
 from clipjax.evals.encoder import Encoder
@@ -34,6 +33,7 @@ from clipjax.training import left_out
 from clipjax.training.inputs import Inputs
 from clipjax.training.recovery import Recovery, RunStopped
 from clipjax.training.resume import Position, start_state
+from clipjax.training.sample_counts import SampleCounts
 from clipjax.training.session import Session
 from clipjax.training.step import TrainState, eval_params, to_items
 from clipjax.typing import Batch, Metrics
@@ -204,7 +204,7 @@ class Run:
             teacher_step=None if teacher is None else teacher.step,
             shards=[list(shard) for shard in self.inputs.source.digests()],
             decisions=self.session.decisions.records(),
-            order=None if self.inputs.order_format is None else self.inputs.order_format.to_record(),
+            order=None if self.inputs.order is None else self.inputs.order.to_record(),
         )
         records = make_records(self.config, self.inputs.tokenizer, asdict(position))
         best_value = self._best_value(evaluation)
@@ -314,14 +314,14 @@ def build(session: Session) -> Iterator[Run]:
             stack.callback(_wait_for_save, checkpoints.close, session)
             state, start = start_state(session.program, inputs, checkpoints, session.decisions)
             if processes.is_first():
-                left_out.write_missing(workdir, session.decisions.taken, inputs.source, config, inputs.order_format)
+                left_out.write_missing(workdir, session.decisions.taken, inputs.source, config, inputs.order)
         logger = RunLogger(
             config,
             workdir,
             start_step=start.step,
             evaluated=start.evaluated,
             flops_per_pair=config.model.flops(),
-            skip_reasons=REASONS,
+            count_samples=SampleCounts(config, inputs, session.decisions),
             times=rank_times(),
             goodput=session.goodput,
             exporter=checked.exporter,
@@ -377,7 +377,7 @@ def open_stream(
         inputs.source,
         tokenize=TextToTokens(inputs.tokenizer, config.model.text.context_length),
         config=config,
-        order_format=inputs.order_format,
+        order=inputs.order,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         start_step=start_step,

@@ -48,7 +48,7 @@ class TrainState:
         opt_state: the optimizer's state.
         ema: moving average of `params`, or None where none is kept.
         key: the run's PRNG key; step s draws from `fold_in(key, s)`.
-        samples_skipped: unusable samples so far, of all processes, int32 by reason (`data.sample.REASONS`).
+        samples_skipped: unusable samples so far, of all processes, int32 by source and reason (`data.sample`).
         health: skipped updates and recent losses.
         memory: every sample's moving averages for the `global` loss (`losses.moving_averages`), or None.
         batch_stats: running statistics of BatchNorm, or None in models without.
@@ -92,7 +92,7 @@ def make_init_state(
             opt_state=tx.init(params),
             ema=None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, params),
             key=run_key,
-            samples_skipped=jnp.zeros(NUM_COUNTERS, jnp.int32),
+            samples_skipped=jnp.zeros(NUM_COUNTERS * config.data.num_sources, jnp.int32),
             health=init_health(),
             memory=init_moving_averages(num_samples) if config.loss.kind is LossKind.GLOBAL else None,
             batch_stats=init_batch_stats() or None,
@@ -137,7 +137,7 @@ class TrainStep:
         updates, opt_state = self.tx.update(grads, state.opt_state, used, step=state.step, finite=finite)
         params = select(finite, self._clamp(optax.apply_updates(used, updates)), state.params)  # type: ignore[arg-type]
         health, spike = observe(state.health, aux.loss, finite, self.config.recovery.spike_sigmas)
-        by_reason = jax.nn.one_hot(batch["skip_reason"], NUM_COUNTERS, dtype=jnp.int32)
+        by_reason = jax.nn.one_hot(batch["skip_reason"], state.samples_skipped.size, dtype=jnp.int32)
         samples_skipped = state.samples_skipped + jnp.sum(by_reason, axis=0)
         metrics = {
             "loss": aux.loss,

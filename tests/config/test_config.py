@@ -17,7 +17,9 @@ from clipjax.config import (
     ImagePool,
     LossKind,
     MeshConfig,
+    MixtureSource,
     ResNetConfig,
+    SamePair,
     TaskConfig,
     resolve_mesh,
     steps_of,
@@ -118,6 +120,19 @@ def test_from_dict_refuses_what_it_does_not_know(values, message):
         ("model.caption", DecoderConfig(depth=0), "model.caption.depth=0 must be at least 1"),
         ("model.text", CbowConfig(context_length=1), "model.text.context_length=1 must hold start, a token and end"),
         ("eval.tasks", {"a": TaskConfig(source="x", max_examples=0)}, "eval.tasks.a.max_examples=0 must be greater"),
+        (
+            "data.mixture",
+            {"a": MixtureSource(source="x")},
+            "would be ignored beside data.mixture; leave one of them out",
+        ),
+        (
+            "data.mixture",
+            {"a": MixtureSource(source="x")},
+            "loss.same_pair=none must be index or caption with data.mix",
+        ),
+        ("data.mixture", {"a": MixtureSource()}, "data.mixture.a.source='' must name a source"),
+        ("data.mixture", {"a": MixtureSource(source="x", weight=0)}, "data.mixture.a.weight=0 must be greater than 0"),
+        ("data.order_block", 0, "data.order_block=0 must be greater than 0"),
         ("seed", 2**63, "seed=9223372036854775808 must be less than 2**63"),
     ],
 )
@@ -220,8 +235,12 @@ def test_no_number_takes_nonsense(value):
     config = valid()
     config.model.caption, config.loss.caption_weight = DecoderConfig(), 1.0
     config.eval.tasks["a"] = TaskConfig(source="x", classes="scenes", templates="plain")
+    config.data.train, config.data.mixture = "", {"a": MixtureSource(source="x")}
+    config.loss.same_pair = SamePair.INDEX
     for path, item in number_fields(Config).items():
-        place = re.sub(r"\((\w+)\)", "", path).replace("eval.tasks", "eval.tasks['a']")
+        place = (
+            re.sub(r"\((\w+)\)", "", path).replace("eval.tasks", "eval.tasks['a']").replace("mixture", "mixture['a']")
+        )
         old = field_value(config, place)
         whole = item.type in (int, "int", int | None)
         if "ResNet" in path or "Cbow" in path or "layers" in path or (whole and not isinstance(value, int)):

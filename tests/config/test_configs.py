@@ -92,7 +92,6 @@ def open_inputs(monkeypatch):
 
     def run(config: Config) -> inputs.Inputs:
         monkeypatch.setattr(inputs, "build_tokenizer", published_tokenizer)
-        monkeypatch.setattr(inputs, "build_source", open_source)
         monkeypatch.setattr(sources, "build_source", open_source)
         monkeypatch.setattr(inputs, "SavedCheckpoint", lambda path, *, step: SimpleNamespace(config=config))
         return inputs.open_inputs(config)

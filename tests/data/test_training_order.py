@@ -7,7 +7,14 @@ import pytest
 
 from clipjax.config import Config, DataConfig
 from clipjax.data.order import BlockOrder
-from clipjax.data.training_order import DISK_ORDER, STORE_BLOCK, OrderFormat, choose_format, make_order
+from clipjax.data.training_order import (
+    DISK_ORDER,
+    STORE_BLOCK,
+    OrderFormat,
+    choose_order,
+    make_order,
+    parse_order,
+)
 from tests.data.test_training_stream import (
     FLAWS,
     FlawedSource,
@@ -21,7 +28,7 @@ from tests.data.test_training_stream import (
 pytestmark = pytest.mark.newest
 
 FORMATS = [DISK_ORDER, OrderFormat(3, 2, 2), OrderFormat(4, 2, 1), OrderFormat(16, 4, 8), None]
-every_order = pytest.mark.parametrize("order_format", FORMATS, ids=str)
+every_order = pytest.mark.parametrize("order", FORMATS, ids=str)
 
 
 def joined(parts):
@@ -31,21 +38,21 @@ def joined(parts):
 
 
 @every_order
-def test_an_epoch_gives_each_sample_once_and_the_next_one_is_another(order_format):
-    batches = take(15, make_source(40), order_format=order_format)
+def test_an_epoch_gives_each_sample_once_and_the_next_one_is_another(order):
+    batches = take(15, make_source(40), order=order)
     epochs = [np.concatenate([batch["index"] for batch in batches[i : i + 5]]) for i in (0, 5, 10)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(40))] * 3
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 @every_order
-def test_a_run_goes_on_exactly_with_any_number_of_processes(order_format):
+def test_a_run_goes_on_exactly_with_any_number_of_processes(order):
     """Interrupted twice, and the number of processes changed each time."""
     source = make_source(45)
-    whole = take(20, source, order_format=order_format)
+    whole = take(20, source, order=order)
     for step, processes in ((0, 1), (3, 2), (7, 4), (13, 8)):
         parts = [
-            take(4, source, order_format=order_format, process_index=p, process_count=processes, start_step=step)
+            take(4, source, order=order, process_index=p, process_count=processes, start_step=step)
             for p in range(processes)
         ]
         assert_same(joined(parts), whole[step : step + 4])
@@ -53,15 +60,15 @@ def test_a_run_goes_on_exactly_with_any_number_of_processes(order_format):
 
 @pytest.mark.process
 @every_order
-def test_workers_do_not_change_the_stream(order_format):
+def test_workers_do_not_change_the_stream(order):
     config = make_config(num_workers=2, num_threads=1)
-    assert_same(take(5, config=config, order_format=order_format), take(5, order_format=order_format))
+    assert_same(take(5, config=config, order=order), take(5, order=order))
 
 
 @every_order
-def test_a_bad_sample_moves_no_other_and_is_counted(order_format):
-    good = take(5, order_format=order_format)
-    flawed = take(5, FlawedSource(make_source(), FLAWS), order_format=order_format)
+def test_a_bad_sample_moves_no_other_and_is_counted(order):
+    good = take(5, order=order)
+    flawed = take(5, FlawedSource(make_source(), FLAWS), order=order)
     assert count_reasons(flawed) == {
         "truncated_tar": 1,
         "empty_caption": 2,
@@ -77,9 +84,9 @@ def test_a_bad_sample_moves_no_other_and_is_counted(order_format):
 def test_the_stream_of_a_run_stays_the_same_for_ever():
     """Of every order: runs that go on with a later version see the same pictures and captions."""
     found = {
-        str(order_format): zlib.crc32(b"".join(b["image"].tobytes() + b["tokens"].tobytes() for b in batches))
-        for order_format in FORMATS
-        for batches in [take(7, make_source(44), order_format=order_format)]
+        str(order): zlib.crc32(b"".join(b["image"].tobytes() + b["tokens"].tobytes() for b in batches))
+        for order in FORMATS
+        for batches in [take(7, make_source(44), order=order)]
     }
     assert found == {
         "None": 373720895,  # as computed by the last version with this order alone
@@ -92,15 +99,15 @@ def test_the_stream_of_a_run_stays_the_same_for_ever():
 
 def test_batches_are_those_of_the_blocks_over_all_epochs():
     config = make_config(8, seed=5)
-    order, blocks = make_order(45, config, OrderFormat(4, 2, 2)), BlockOrder(45, 5, 4, 2, 2)
+    order, blocks = make_order((45,), config, OrderFormat(4, 2, 2)), BlockOrder(45, 5, 4, 2, 2)
     for number in (0, 4, 5, 17, 5 * 10**9 + 3):
         np.testing.assert_array_equal(order.batch(number), blocks.batch(number // 5, number % 5, 8))
 
 
-@pytest.mark.parametrize("order_format", FORMATS[:-1], ids=str)
-def test_a_format_is_its_record(order_format):
-    assert OrderFormat.from_record(order_format.to_record()) == order_format
-    assert OrderFormat.from_record(None) is None
+@pytest.mark.parametrize("order", FORMATS[:-1], ids=str)
+def test_a_format_is_its_record(order):
+    assert parse_order(order.to_record()) == order
+    assert parse_order(None) is None
 
 
 @pytest.mark.parametrize(
@@ -120,12 +127,12 @@ def test_a_format_is_its_record(order_format):
 )
 def test_a_damaged_record_is_refused(record):
     with pytest.raises(ValueError, match="^data.order"):
-        OrderFormat.from_record(record)
+        parse_order(record)
 
 
 def chosen(batch_size: int, *, is_remote: bool, block: int | None = None) -> OrderFormat:
     config = Config(global_batch_size=batch_size, data=DataConfig(train="x", order_block=block))
-    return choose_format(config, is_remote=is_remote)
+    return choose_order(config, [is_remote])
 
 
 def test_the_store_decides_the_blocks_unless_the_config_does():
@@ -138,9 +145,9 @@ def test_a_chosen_format_fits_the_batch_and_mixes_several_of_them(batch_size):
     found = chosen(batch_size, is_remote=True)
     assert batch_size % found.lanes == 0 and found.window >= 4
     assert found.lanes * found.window * found.block >= 4 * batch_size
-    make_order(10**6, make_config(batch_size), found).batch(3)
+    make_order((10**6,), make_config(batch_size), found).batch(3)
 
 
 def test_a_batch_that_the_lanes_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="global_batch_size=9 must be divisible by the 2 lanes"):
-        make_order(45, make_config(9), OrderFormat(4, 2, 2))
+        make_order((45,), make_config(9), OrderFormat(4, 2, 2))

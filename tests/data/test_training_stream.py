@@ -15,7 +15,7 @@ from PIL import Image
 from clipjax.config import Config, Crop, DataConfig, ModelConfig, ViTConfig
 from clipjax.data.eval_batches import eval_batches
 from clipjax.data.images import EvalTransform
-from clipjax.data.sample import REASONS, BadSample, Sample
+from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, Sample
 from clipjax.data.sources import ArraySource
 from clipjax.data.training_batches import TooManyBadSamples
 from clipjax.data.training_stream import BadSampleLimit, TrainStream, batch_number
@@ -257,7 +257,7 @@ def make_limit(num_samples: int, start_step: int = 0, already: int = 0, **data) 
 
 
 def bad(corrupt: int, empty: int = 0) -> np.ndarray:
-    counts = np.zeros(len(REASONS), np.int32)
+    counts = np.zeros(NUM_COUNTERS, np.int32)
     counts[REASONS.index("corrupt_image")], counts[REASONS.index("empty_caption")] = corrupt, empty
     return counts
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clipjax.config import Config, LogConfig, ModelConfig, TextTransformerConfig, ViTConfig
-from clipjax.data.sample import REASONS
+from clipjax.data.sample import NUM_COUNTERS, REASONS, count_by_reason
 from clipjax.monitoring.events import Events
 from clipjax.monitoring.goodput import CAUSES, Goodput
 from clipjax.monitoring.run_logger import RunLogger, results_table
@@ -33,14 +33,20 @@ def make_config(peak_tflops: float | None = None) -> Config:
 
 def step_metrics(loss, **skipped: int) -> dict:
     """What a step gives, as far as the logger reads it."""
-    counts = np.array([skipped.get(reason, 0) for reason in REASONS], np.int32)
+    counts = np.zeros(NUM_COUNTERS, np.int32)
+    for reason, count in skipped.items():
+        counts[REASONS.index(reason)] = count
     return {"loss": loss, "logit_scale": jnp.float32(14), "samples_skipped": counts}
+
+
+def count_samples(step: int, counters: np.ndarray) -> dict:
+    return {"samples_skipped": count_by_reason(counters), "step_of_counts": step}
 
 
 def make_logger(workdir, config: Config, *, start_step: int, enabled: bool) -> RunLogger:
     flops = config.model.flops()
     return RunLogger(
-        config, workdir, start_step=start_step, flops_per_pair=flops, skip_reasons=REASONS, enabled=enabled
+        config, workdir, start_step=start_step, flops_per_pair=flops, count_samples=count_samples, enabled=enabled
     )
 
 
@@ -69,7 +75,7 @@ def test_a_step_is_fetched_and_written_on_flush_only(tmp_path, capsys):
     (line,) = lines(tmp_path)
     assert line["step"] == 2
     assert line["examples_seen"] == 64
-    assert line["loss"] == 3.5
+    assert line["loss"] == 3.5 and line["step_of_counts"] == 2
     assert line["logit_scale"] == 14
     assert line["samples_skipped"] == {reason: int(reason == "corrupt_image") for reason in REASONS}
     assert line["examples_per_second"] > 0
@@ -81,7 +87,7 @@ def test_a_step_is_fetched_and_written_on_flush_only(tmp_path, capsys):
 
 def test_prometheus_gets_the_numbers_of_each_logged_step(tmp_path):
     exporter, config = mock.Mock(), make_config()
-    logger = RunLogger(config, tmp_path, start_step=0, flops_per_pair=1, skip_reasons=REASONS, exporter=exporter)
+    logger = RunLogger(config, tmp_path, start_step=0, flops_per_pair=1, count_samples=count_samples, exporter=exporter)
     logger.log_step(2, step_metrics(3.5), 0.0)
     logger.flush()
     logger.close()
@@ -93,7 +99,7 @@ def test_lines_hold_the_times_of_the_run_by_cause(tmp_path):
     now = [1000.0]
     ledger = Goodput(Events(tmp_path, enabled=False), began=999.0, clock=lambda: now[0])
     config = make_config()
-    logger = RunLogger(config, tmp_path, start_step=0, flops_per_pair=1, skip_reasons=REASONS, goodput=ledger)
+    logger = RunLogger(config, tmp_path, start_step=0, flops_per_pair=1, count_samples=count_samples, goodput=ledger)
     ledger.step(1)
     now[0] += 3
     logger.log_step(1, step_metrics(3.5), 0.0)

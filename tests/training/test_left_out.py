@@ -23,7 +23,7 @@ def listed(path: pathlib.Path) -> list[str]:
     return path.read_text().splitlines()
 
 
-def read(config: Config, source, order_format: OrderFormat | None, first: int, last: int) -> list[str]:
+def read(config: Config, source, order: OrderFormat | None, first: int, last: int) -> list[str]:
     """The samples that two processes read in some batches, in the form of a list."""
     batches = []
     for rank in range(2):
@@ -31,7 +31,7 @@ def read(config: Config, source, order_format: OrderFormat | None, first: int, l
             source,
             tokenize=tokenize,
             config=config,
-            order_format=order_format,
+            order=order,
             process_index=rank,
             process_count=2,
             start_step=first,
@@ -45,18 +45,18 @@ def read(config: Config, source, order_format: OrderFormat | None, first: int, l
     ]
 
 
-@pytest.mark.parametrize("order_format", [DISK_ORDER, OrderFormat(3, 2, 2), None], ids=str)
-def test_every_batch_is_listed_although_nobody_here_has_read_it_and_a_list_stays(tmp_path, order_format):
+@pytest.mark.parametrize("order", [DISK_ORDER, OrderFormat(3, 2, 2), None], ids=str)
+def test_every_batch_is_listed_although_nobody_here_has_read_it_and_a_list_stays(tmp_path, order):
     """The streak began before the last start, or a kill came right after the decision."""
     config, source = make_config(), make_source(44)  # five batches an epoch, and four samples beyond
     per_epoch = len(source) // config.global_batch_size
     taken = [decision(1, 2), decision(per_epoch - 1, per_epoch + 1)]
-    left_out.write_missing(tmp_path, taken, source, config, order_format)
+    left_out.write_missing(tmp_path, taken, source, config, order)
     for each in taken:
         path = tmp_path / "left_out" / f"batches-{each.first_batch}-{each.last_batch}.txt"
-        assert listed(path) == read(config, source, order_format, each.first_batch, each.last_batch)
+        assert listed(path) == read(config, source, order, each.first_batch, each.last_batch)
     (tmp_path / "left_out" / "batches-1-2.txt").write_text("looked at\n")
-    left_out.write_missing(tmp_path, taken, source, config, order_format)
+    left_out.write_missing(tmp_path, taken, source, config, order)
     assert listed(tmp_path / "left_out" / "batches-1-2.txt") == ["looked at"]
 
 

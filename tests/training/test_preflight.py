@@ -25,14 +25,16 @@ from clipjax.config import (
     Config,
     DataConfig,
     EvalConfig,
+    MixtureSource,
     ModelConfig,
+    SamePair,
     TaskConfig,
     TaskKind,
     TextTransformerConfig,
     ViTConfig,
 )
 from clipjax.data.tokenizers.build import build_tokenizer
-from clipjax.data.training_order import DISK_ORDER, OrderFormat
+from clipjax.data.training_order import DISK_ORDER, MixtureFormat, OrderFormat
 from clipjax.evals.runner import build_tasks, check_metric
 from clipjax.monitoring import run_record
 from clipjax.runtime import owner, process_log
@@ -323,15 +325,15 @@ def test_contents_decide_whether_a_run_goes_on(tmp_path, capsys):
 
 def test_the_order_is_chosen_once_and_then_that_of_the_run(tmp_path):
     config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
-    assert open_inputs(config).order_format == DISK_ORDER
-    begun = open_inputs(dataclasses.replace(config, data=dataclasses.replace(config.data, order_block=64))).order_format
+    assert open_inputs(config).order == DISK_ORDER
+    begun = open_inputs(dataclasses.replace(config, data=dataclasses.replace(config.data, order_block=64))).order
     assert begun is not None and begun.block == 64 and config.global_batch_size % begun.lanes == 0
     for record, expected in (
         ({"order": OrderFormat(32, 5, 2).to_record()}, OrderFormat(32, 5, 2)),  # begun elsewhere, on an object store
         ({"order": None}, None),
         ({}, None),
     ):
-        assert open_inputs(config, make_saved(config, record)).order_format == expected
+        assert open_inputs(config, make_saved(config, record)).order == expected
     with pytest.raises(ValueError, match="must be divisible by the 7 lanes of the order that the run was begun with"):
         open_inputs(config, make_saved(config, {"order": OrderFormat(32, 5, 7).to_record()}))
 
@@ -343,3 +345,43 @@ def test_another_block_is_another_run(tmp_path):
     config.data.order_block = 16
     with pytest.raises(ValueError, match=r"data.order_block=16 \(checkpoint: None\)"):
         check_same_run(saved, config, open_inputs(config, saved))
+
+
+def test_the_parts_of_a_mixture_may_move_and_their_weights_stay(tmp_path):
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
+    write(tmp_path / "b.tar", [member for i in range(12) for member in pair(f"b{i}")])
+    first = config.data.train
+    config.data.train, config.loss.same_pair = "", SamePair.INDEX
+    config.data.mixture = {
+        "b": MixtureSource(source=f"{tmp_path}/b.tar", weight=2),
+        "a": MixtureSource(source=first, weight=1),
+    }
+    begun = open_inputs(config)
+    assert begun.source.location(0).startswith("a: shard ") and sorted(begun.sources) == sorted(
+        [first, f"{tmp_path}/b.tar"]
+    )
+    assert begun.order == MixtureFormat((DISK_ORDER, DISK_ORDER))
+    record = {
+        "num_samples": len(begun.source),
+        "shards": json.loads(json.dumps([list(shard) for shard in begun.source.digests()])),
+        "order": begun.order.to_record(),
+    }
+    saved = make_saved(copy.deepcopy(config), record)
+    (tmp_path / "b.tar").rename(tmp_path / "moved.tar")
+    config.data.mixture["b"].source = f"{tmp_path}/moved.tar"
+    check_same_run(saved, config, open_inputs(config, saved))
+    config.data.mixture["b"].weight = 3
+    with pytest.raises(ValueError, match=r"data.mixture.b.weight=3 \(checkpoint: 2"):
+        check_same_run(saved, config, open_inputs(config, saved))
+    config.data.mixture["b"].weight = 2
+    write(tmp_path / "moved.tar", [member for i in range(12) for member in pair(f"c{i}")])
+    with pytest.raises(
+        ValueError, match=r"^data.mixture={a: .*, b: .*moved.tar} has .* \(missing: .*b.tar.*additional"
+    ):
+        check_same_run(saved, config, open_inputs(config, saved))
+    config.data.mixture["c"] = MixtureSource(source=first)
+    with pytest.raises(ValueError, match="begun with 2 sources, and now there are 3"):
+        open_inputs(config, saved)
+    config.data.mixture["b"].source = f"{tmp_path}/nothing.tar"
+    with pytest.raises(ValueError, match=r"^data.mixture.b: .*match no file"):
+        open_inputs(config)
