@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from clipjax.cli.overrides import Override, load_config, override, split_overrides
 from clipjax.config import Config
-from clipjax.config.paths import READABLE, expand, expand_paths
+from clipjax.config.paths import READABLE, STORES, expand, expand_paths
 from clipjax.runtime import launchers
 
 HELP_FLAGS = ("-h", "--help", "--helpfull", "-help")
@@ -174,6 +174,14 @@ def path(text: str) -> pathlib.Path:
     if not text:
         raise argparse.ArgumentTypeError("= must name a file or folder")
     return pathlib.Path(source(text))
+
+
+def place(text: str) -> pathlib.Path | str:
+    """Return a path with `~` expanded, or the address of a folder or file of an object store."""
+    if not text:
+        raise argparse.ArgumentTypeError("= must name a file or folder")
+    expanded = source(text, STORES)
+    return expanded.rstrip("/") if "://" in expanded else pathlib.Path(expanded)
 
 
 def source(text: str, schemes: Collection[str] = ()) -> str:

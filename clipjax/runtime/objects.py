@@ -306,6 +306,21 @@ def _put(place: str, content: bytes | pathlib.Path, **options: Any) -> Any:
         raise _explain(error, place) from error
 
 
+def copy(place: str, target: str) -> None:
+    """Copy an object inside one bucket, without reading it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: the store does not do it.
+    """
+    import obstore
+
+    try:
+        obstore.copy(*_locate(place), split(target)[2])
+    except Exception as error:
+        raise _explain(error, place) from error
+
+
 def delete(place: str) -> None:
     """Delete an object, if there is one.
 

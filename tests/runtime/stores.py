@@ -243,6 +243,11 @@ class Gcs:
             if "uploadId" in options:
                 self._uploads[options["uploadId"]][int(options["partNumber"])] = body
                 return 200, {"ETag": f'"{options["partNumber"]}"'}, b""
+            if source := headers.get("x-goog-copy-source"):
+                origin, _, old = urllib.parse.unquote(source).lstrip("/").partition("/")
+                if old not in self.storage.objects.get(origin, {}):
+                    return 404, {}, b"<Error><Code>NoSuchKey</Code></Error>"
+                body = self.storage.get_file(origin, old)
             return self._put(bucket, name, body, headers.get("x-goog-if-generation-match"))
 
     def _list(self, bucket: str, options: Mapping[str, str]) -> Answer:

@@ -208,6 +208,15 @@ def test_conditional_writes(store):
     assert objects.replace(place, b"6", second) is None and not objects.exists(place)
 
 
+def test_copies(store):
+    _, folder = store
+    objects.write_bytes(f"{folder}/a #1", b"one")
+    objects.copy(f"{folder}/a #1", f"{folder}/sub/b")
+    assert objects.read_bytes(f"{folder}/sub/b", 3) == objects.read_bytes(f"{folder}/a #1", 3) == b"one"
+    with pytest.raises(FileNotFoundError):
+        objects.copy(f"{folder}/no", f"{folder}/c")
+
+
 def test_lists(store):
     _, folder = store
     names = ["a.tar", "b.tar", "b.txt", ".c.tar", "sub/d.tar", "sub/deep/e.tar", "other/f.tar"]
