@@ -69,7 +69,7 @@ class StoreServer:
         class Handler(_Handler):
             owner = outer
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -100,6 +100,11 @@ class StoreServer:
         return Fault("")
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, *_: Any) -> None:
+        """Say nothing of clients that are killed."""
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet
@@ -107,7 +112,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         body = self._body()
-        fault = self.owner.take_fault(f"{self.command} {self.path}")
+        fault = self.owner.take_fault(f"{self.command} {urllib.parse.unquote(self.path)}")
         time.sleep(fault.delay)
         if fault.before is not None:
             fault.before()
