@@ -8,8 +8,11 @@ ROOT = pathlib.Path(__file__).parent
 
 TEST = [
     "beartype>=0.20",
+    "gcp-storage-emulator>=2026.7",
+    "gcsfs>=2025.9",
     "import-linter>=2.1",
     "kubeflow-trainer-api>=2.1,<3",  # types of the JobSet API
+    "moto[server]>=5.1",
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
@@ -54,6 +57,7 @@ setup(
         "matplotlib>=3.9",
         "ml-collections>=1.1,<2",
         "numpy>=2.1",
+        "obstore>=0.12,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
@@ -69,6 +73,7 @@ setup(
         "xxhash>=3.5",
     ],
     extras_require={
+        "gcs": ["gcsfs>=2025.9"],  # for Orbax to write checkpoints straight to gs://
         "gpu": ["jax[cuda12]>=0.10.2"],
         "gpu13": ["jax[cuda13]>=0.10.2"],
         "plan": ["jax[tpu]>=0.10.2"],  # the TPU compiler, for `clipjax plan` on any machine

@@ -13,6 +13,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.runtime.store_fixtures import gcs, gcs_session, impatient, s3, s3_session, web  # noqa: F401
+
 # Shapes and dtypes in signatures are checked here, and only here.
 CHECKED = ("clipjax.models", "clipjax.losses")
 install_import_hook(CHECKED, "beartype.beartype")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from clipjax.checkpoints import exchange, folder, manifest
+from clipjax.checkpoints import exchange, folder, manifest, saving
 from clipjax.checkpoints.folder import GOOD, Aside
 from clipjax.checkpoints.manifest import (
     DamagedCheckpoint,
@@ -29,7 +29,7 @@ from clipjax.checkpoints.manifest import (
 )
 from clipjax.checkpoints.reading import restore_arrays
 from clipjax.checkpoints.records import FOLDER, RECORDS, read_record
-from clipjax.checkpoints.saving import OnCommit, OnFailure, Save, describe, temporary_path
+from clipjax.checkpoints.saving import OnCommit, OnFailure, Save, SavesFail, describe, temporary_path
 from clipjax.checkpoints.verdicts import all_damaged, examine_together, going_on, refuse_damaged, refuse_undecided, warn
 from clipjax.config import CheckpointConfig
 from clipjax.runtime import processes
@@ -50,10 +50,6 @@ STALLED_SECONDS = 120.0
 _instances = itertools.count()
 
 
-class SavesFail(RuntimeError):
-    """So many saves in a row have failed, or the last one of a run, that a person has to look at the storage."""
-
-
 class Checkpoints:
     """The checkpoints of one run: saved in the background, verified, the last few good ones and the best one kept.
 
@@ -63,6 +59,7 @@ class Checkpoints:
         max_failed_saves: failures in a row that are borne.
         on_failure: gets the step and the reason of each failure, maybe in another thread.
         on_commit: gets each step that is complete, in another thread of process 0.
+        copy: of the steps elsewhere, which follows what happens to them here.
     """
 
     def __init__(
@@ -73,20 +70,20 @@ class Checkpoints:
         max_failed_saves: int = 3,
         on_failure: OnFailure | None = None,
         on_commit: OnCommit | None = None,
+        copy: saving.Steps | None = None,
     ) -> None:
         self._folder = (workdir / FOLDER).absolute()
         self._workdir, self._config, self._max_failed_saves = workdir, config, max_failed_saves
-        self._on_failure, self._on_commit = on_failure or _tell_failure, on_commit
+        self._on_failure, self._on_commit, self._copy = on_failure or saving.tell_failure, on_commit, copy
         if processes.is_first():
             folder.remove_leftovers(self._folder)
         complete = [step for step in folder.steps_in(self._folder) if folder.is_complete(self._folder / str(step))]
         self._steps = {step: best_of(self._folder / str(step)) for step in complete}
         self._good = {step for step in complete if (self._folder / str(step) / GOOD).exists()}
         self._save: Save | None = None
-        self._failures, self._unsaved = 0, ""
+        self._failures, self._unsaved, self._stalled = 0, "", False  # stalled: the save in progress was given up
         self._seen_bytes, self._seen_at = 0, 0.0  # of the save in progress, and when a byte was new
         self._copy_seconds = 0.0  # of the last save
-        self._stalled = False  # the save in progress was given up
         self._verified: int | None = None
         self._keys = (f"checkpoints/{number}/{i}" for number in [next(_instances)] for i in itertools.count())
         self._spent_keys: list[str] = []
@@ -147,7 +144,7 @@ class Checkpoints:
 
         def rename() -> str:
             try:
-                folder.set_aside(self._folder, step, reason)
+                self._rename(step, reason)
             except OSError as error:
                 return describe(error)
             return ""
@@ -245,10 +242,15 @@ class Checkpoints:
 
     def _make_directory(self, step: int) -> None:
         if (self._folder / str(step)).exists():  # or it would be among the complete ones
-            folder.set_aside(self._folder, step, "incomplete")
+            self._rename(step, "incomplete")
         self._folder.mkdir(parents=True, exist_ok=True)
         folder.remove_leftovers(self._folder)
         temporary_path(self._folder, step).mkdir()
+
+    def _rename(self, step: int, reason: Aside) -> None:
+        path = folder.set_aside(self._folder, step, reason)
+        if self._copy is not None:
+            self._copy.rename(str(step), path.name)
 
     def _join(self, seconds: float, *, patient: bool = False) -> bool:
         """Wait for the save in progress; return False if it does not end in time; patience begins anew with a byte."""
@@ -284,6 +286,8 @@ class Checkpoints:
         for step in doomed:
             del self._steps[step]
             self._good.discard(step)
+            if self._copy is not None:
+                self._copy.remove(str(step))
         return doomed
 
     def _best(self) -> int | None:
@@ -394,7 +398,3 @@ class Checkpoints:
             if processes.is_first():
                 with contextlib.suppress(OSError):
                     folder.delete(self._folder, step)
-
-
-def _tell_failure(step: int, reason: str) -> None:
-    warn(f"the checkpoint of step {step} is not saved: {reason}")

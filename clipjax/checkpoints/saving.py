@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import orbax.checkpoint as ocp
@@ -25,6 +25,7 @@ from clipjax.checkpoints import exchange, manifest
 from clipjax.checkpoints.folder import TEMPORARY, delete, sync_tree
 from clipjax.checkpoints.orbax_noise import silence_orbax
 from clipjax.checkpoints.records import write_record
+from clipjax.checkpoints.verdicts import warn
 from clipjax.runtime import process_log, processes
 from clipjax.runtime.files import sync_folder
 
@@ -56,6 +57,25 @@ def is_unfinished() -> bool:
     for thread in threads:
         thread.join(_ENDING_SECONDS)
     return any(thread.is_alive() for thread in threads)
+
+
+class SavesFail(RuntimeError):
+    """So many saves in a row have failed, or the last one of a run, that a person has to look at the storage."""
+
+
+class Steps(Protocol):
+    """What keeps a copy of the steps elsewhere; only process 0 has one."""
+
+    def remove(self, unit: str) -> None:
+        """Delete a step there."""
+
+    def rename(self, unit: str, new: str) -> None:
+        """Set a step aside there."""
+
+
+def tell_failure(step: int, reason: str) -> None:
+    """Warn of a failure."""
+    warn(f"the checkpoint of step {step} is not saved: {reason}")
 
 
 class Save:

@@ -2,7 +2,8 @@
 
 A command makes a `Parser`, adds its options and calls `read`. `Arguments` then holds typed options, and loads the
 config of `--config=FILE[:ARG]` with the overrides of `--config.FIELD=VALUE`. An option or a field that is given twice
-is refused. Options that name a place are of type `path`, `source` or `file_with_argument`, which expand `~`.
+is refused. Options that name a place are of type `path`, `source`, `data_source` or
+`file_with_argument`, which expand `~`.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 from clipjax.cli.overrides import Override, load_config, override, split_overrides
 from clipjax.config import Config
-from clipjax.config.paths import expand, expand_paths
+from clipjax.config.paths import READABLE, STORES, expand, expand_paths
 from clipjax.runtime import launchers
 
 HELP_FLAGS = ("-h", "--help", "--helpfull", "-help")
@@ -175,12 +176,25 @@ def path(text: str) -> pathlib.Path:
     return pathlib.Path(source(text))
 
 
-def source(text: str) -> str:
-    """Return a data source or a tokenizer with `~` expanded."""
+def place(text: str) -> pathlib.Path | str:
+    """Return a path with `~` expanded, or the address of a folder or file of an object store."""
+    if not text:
+        raise argparse.ArgumentTypeError("= must name a file or folder")
+    expanded = source(text, STORES)
+    return expanded.rstrip("/") if "://" in expanded else pathlib.Path(expanded)
+
+
+def source(text: str, schemes: Collection[str] = ()) -> str:
+    """Return a tokenizer or a command with `~` expanded."""
     try:
-        return expand(text, "")
+        return expand(text, "", schemes=schemes)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def data_source(text: str) -> str:
+    """Return a source of data with `~` expanded, or its address."""
+    return source(text, READABLE)
 
 
 def file_with_argument(text: str) -> str:

@@ -75,9 +75,9 @@ def _parser(command: str) -> arguments.Parser:
     else:
         parser.add_argument(
             "--source",
-            type=arguments.source,
-            help="tfds:NAME/SPLIT, or a path, glob or brace pattern of tars",
-            missing=" is missing: tfds:NAME/SPLIT, or a path, glob or brace pattern of tars",
+            type=arguments.data_source,
+            help="tfds:NAME/SPLIT, or a path, address, glob or brace pattern of tars",
+            missing=" is missing: tfds:NAME/SPLIT, or a path, address, glob or brace pattern of tars",
         )
         where = "where prepared TFDS data lies"
     if command == "tokenizer":

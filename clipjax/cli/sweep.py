@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from clipjax.cli import arguments
 from clipjax.cli.errors import SIGNAL, refusals
 from clipjax.cli.output import show
-from clipjax.config.paths import expand, is_path_field
+from clipjax.config.paths import expand, is_path_field, schemes_of
 from clipjax.runtime.launchers import find_launch
 from clipjax.runtime.terminal import printable
 from clipjax.sweeps import Sweep
@@ -188,7 +188,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ValueError("--trial and --jobs need --launcher=local; Slurm decides how many trials run at a time")
     for one in parsed.overrides:
         if is_path_field(one.path):
-            expand(one.text, f"--config.{one.path}")
+            expand(one.text, f"--config.{one.path}", schemes=schemes_of(one.path))
     return options, [str(one) for one in parsed.overrides]
 
 

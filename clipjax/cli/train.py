@@ -4,6 +4,7 @@ Everything that can be refused is refused in the first `with`, by all processes 
 Running the same command again goes on from the newest checkpoint.
 """
 
+import contextlib
 import pathlib
 import sys
 import traceback
@@ -60,11 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.wants_help(argv):
         show(_parser().format_help())
         return 0
-    with processes.abort_on_error(), process_log.session():
+    with processes.abort_on_error(), process_log.session(), contextlib.ExitStack() as stack:
         with refusals(PROGRAM):
             processes.start(arguments.launch_options(argv))
             replays = any(word.partition("=")[0] == "--replay" for word in argv)
             checked = preflight.check(lambda: _parse(argv), replays=replays)
+            if checked.mirror is not None:
+                stack.callback(checked.mirror.close)  # sends the last lines, too
             options = _parser().read(argv).options
         if processes.is_first():
             print(processes.describe_devices(), flush=True)
@@ -92,8 +95,9 @@ def _parser() -> arguments.Parser:
     parser.add_argument(
         "--workdir",
         metavar="DIR",
-        type=arguments.path,
-        help="where checkpoints, metrics.jsonl and results.json go; a run found there goes on",
+        type=arguments.place,
+        help="where checkpoints, metrics.jsonl and results.json go, a folder or gs://, s3://, az://; a run found there "
+        "goes on",
         missing="=DIR is missing: checkpoints and metrics need a place, for example runs/first",
     )
     parser.add_argument(
@@ -112,7 +116,7 @@ def _parser() -> arguments.Parser:
     return parser
 
 
-def _parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
+def _parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path | str]:
     """The config and the workdir."""
     parsed = _parser().read(argv)
     if parsed.options.rollback is not None and parsed.options.replay is None:

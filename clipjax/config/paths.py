@@ -1,6 +1,7 @@
-"""Paths: every field that names a place on disk, `~` expanded, and addresses that nothing opens refused.
+"""Paths: every field that names a place, `~` expanded; addresses of object stores, where they can be used.
 
-Options of commands that name a place use `expand` too, so that one rule holds everywhere.
+Options of commands that name a place use `expand` too, so that one rule holds everywhere. An address that nothing opens
+there is refused: as a path it would be a folder named `gs:`.
 """
 
 import contextlib
@@ -26,30 +27,72 @@ TASK_PATH_FIELDS = ("source", "gallery", "classes", "templates")
 
 _KIND = re.compile(r"(?:clip|sentencepiece|huggingface|siglip2?):")  # of a tokenizer, before its path
 _NOT_A_PATH = "tfds:"
-_SCHEME = re.compile(r"(?:^|[{,])\s*([A-Za-z][A-Za-z0-9+.-]+):/")  # C:/ is a drive
+
+STORES = ("gs", "s3", "az")
+"""Schemes of the object stores, which list, read and write."""
+
+READABLE = (*STORES, "http", "https")
+"""Schemes of everything that files are read from."""
+
+_OTHER_NAMES = {
+    "gs": ("gcs",),
+    "s3": ("s3a", "s3n"),
+    "az": ("azure", "abfs", "abfss", "adl", "adls", "wasb", "wasbs"),
+}
+_REMEDIES = {
+    "file": "give the path alone",
+    "pipe": "no commands are run; copy the files to a disk or an object store, and give the place",
+}
+_KNOWN = {*READABLE, *_REMEDIES, "hdfs", "hf", *(name for names in _OTHER_NAMES.values() for name in names)}
+_SCHEME = re.compile(r"(?:^|(?<=[{,]))(\s*)([A-Za-z][A-Za-z0-9+.-]+):(/*)([^/]?)")  # C:/ is a drive
 _HOME = re.compile(r"(?:^|(?<=[{,]))~[^/{},]*")
 
 
-def expand(text: str, name: str) -> str:
-    """Return a path with `~` and `~user` expanded, also in the alternatives of a brace pattern.
+def expand(text: str, name: str, *, schemes: Collection[str] = ()) -> str:
+    """Return a path with `~` and `~user` expanded, also in the alternatives of a brace pattern; or an address.
 
     Args:
-        text: a path, a brace pattern, a tokenizer's `KIND:PATH`, or `tfds:NAME/SPLIT`, which is no path.
+        text: a path, an address, a brace pattern, a tokenizer's `KIND:PATH`, or `tfds:NAME/SPLIT`, which is no path.
         name: of the field or option, for messages.
+        schemes: of the addresses that can be used here.
 
     Raises:
-        ValueError: an address with a scheme, such as gs://, which nothing here opens; or a user who does not exist.
+        ValueError: an address that cannot be used here; or a user who does not exist.
     """
     if text.startswith(_NOT_A_PATH):
         return text
     kind = match[0] if (match := _KIND.match(text)) else ""
     path = text.removeprefix(kind)
-    if scheme := _SCHEME.search(path):
-        raise ValueError(
-            f"{name}={text}: nothing here opens an address of {scheme[1]}://; copy it to a disk or mount it, and give "
-            "the path there"
-        )
+    for found in _SCHEME.finditer(path):
+        if fault := _fault(*found.groups(), schemes=schemes):
+            raise ValueError(f"{name}={text}: {fault}")
     return kind + _HOME.sub(lambda found: _home(found[0], text, name), path)
+
+
+def _fault(space: str, scheme: str, slashes: str, rest: str, *, schemes: Collection[str]) -> str:
+    """Return what is wrong with the beginning of an address; empty for one that can be used, and for a path."""
+    known = scheme.lower()
+    if not slashes and known not in _KNOWN:
+        return ""  # a file named a:b
+    for right, others in _OTHER_NAMES.items():
+        known = right if known in others else known
+    if remedy := _REMEDIES.get(known):
+        return f"nothing here opens an address of {scheme}://; {remedy}"
+    if known in schemes:
+        if (space, scheme, slashes) == ("", known, "//") and rest:
+            return ""
+        return f"an address of {known} begins with {known}:// and a name, without spaces; write {known}://NAME/..."
+    used = f", which takes {', '.join(f'{each}://' for each in schemes)}" if schemes else ""
+    return f"nothing here opens an address of {scheme}://{used}; copy it to a disk or mount it, and give the path there"
+
+
+def schemes_of(field: str) -> tuple[str, ...]:
+    """Return the schemes of the addresses that a field of the config takes."""
+    if field in ("init_from", "loss.distill_from"):
+        return STORES
+    if field == "data.train" or (is_path_field(field) and field.rpartition(".")[2] in ("source", "gallery")):
+        return READABLE
+    return ()
 
 
 def _home(user: str, text: str, name: str) -> str:
@@ -90,7 +133,7 @@ def _expand_field(owner: object, name: str, path: str) -> list[str]:
     if not isinstance(value, str):
         return []
     try:
-        setattr(owner, name, expand(value, path))
+        setattr(owner, name, expand(value, path, schemes=schemes_of(path)))
     except ValueError as error:
         return [str(error)]
     return []
@@ -105,7 +148,7 @@ def expanded(config: Config) -> Config:
 
 
 def is_path_field(path: str) -> bool:
-    """Return whether the field at a dotted path names a place on disk."""
+    """Return whether the field at a dotted path names a place."""
     name = path.rpartition(".")[2]
     in_mixture = path.startswith("data.mixture") and name == "source"
     return path in PATH_FIELDS or in_mixture or (path.startswith("eval.tasks") and name in TASK_PATH_FIELDS)

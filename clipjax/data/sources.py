@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from clipjax.config import DataConfig
-from clipjax.config.paths import expand
+from clipjax.config.paths import READABLE, expand
 from clipjax.data.digests import ShardDigest, digest_samples
 from clipjax.data.mixture import MixedSource
 from clipjax.data.sample import Sample, Source, clean_caption
 from clipjax.data.tfds import TFDS_PREFIX, TfdsSource, data_folder
 from clipjax.data.webdataset import TarSource
+from clipjax.runtime import objects
+from clipjax.runtime.storage import is_address
 
 
 class ArraySource:
@@ -86,8 +88,8 @@ def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> So
     """Build the source that a config string names.
 
     Args:
-        spec: `tfds:NAME/SPLIT`, or a path, glob or brace pattern of tars: `a.tar`, `dir/*.tar`,
-            `cc3m/{00000..00331}.tar`. Shards are in the order of the pattern, those of one glob sorted.
+        spec: `tfds:NAME/SPLIT`, or a path, address, glob or brace pattern of tars: `a.tar`, `dir/*.tar`,
+            `gs://b/cc3m/{00000..00331}.tar`. Shards are in the order of the pattern, those of one glob sorted.
         data: limits, and the folder of TFDS data.
         label_key: TFDS feature of the class number.
 
@@ -113,14 +115,15 @@ def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> So
 
 
 def _expand(spec: str) -> list[str]:
-    """Return the files of a path, glob or brace pattern, each once."""
+    """Return the files of a path, an address, a glob or brace pattern, each once."""
     from braceexpand import braceexpand
 
-    literal = pathlib.Path(expand(spec, "source"))
+    expanded = expand(spec, "source", schemes=READABLE)
+    patterns = [expanded] if pathlib.Path(expanded).exists() else braceexpand(expanded)
     paths: list[str] = []
     missing: list[str] = []
-    for pattern in [str(literal)] if literal.exists() else braceexpand(str(literal)):
-        found = [pattern] if pathlib.Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+    for pattern in patterns:
+        found = _find_files(pattern)
         paths += found
         missing += [] if found else [pattern]
     if missing:
@@ -129,7 +132,7 @@ def _expand(spec: str) -> list[str]:
             f"source {spec!r}: {len(missing)} of the paths or patterns match no file: {shown}; check the path "
             "(relative ones start at the working directory), or write tfds:NAME/SPLIT for TFDS data"
         )
-    if directories := [path for path in paths if pathlib.Path(path).is_dir()]:
+    if directories := [path for path in paths if not is_address(path) and pathlib.Path(path).is_dir()]:
         raise ValueError(f"source {spec!r}: {directories[0]} is a directory; write {directories[0]}/*.tar")
     return list(dict.fromkeys(paths))
 
@@ -156,6 +159,14 @@ def build_training_source(data: DataConfig) -> Source:
     return MixedSource(parts)
 
 
+def _find_files(pattern: str) -> list[str]:
+    """Return the files of a path, an address or a glob; that of an address without a glob is opened later."""
+    if is_address(pattern):
+        return objects.list_files(pattern) if objects.is_pattern(pattern) else [pattern]
+    path = pathlib.Path(pattern)
+    return [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
+
+
 def recording_sources(sources: dict[str, Source]) -> Callable[..., Source]:
     """Return a `build_source` that records the sources that it opens in a dict."""
 
@@ -167,13 +178,14 @@ def recording_sources(sources: dict[str, Source]) -> Callable[..., Source]:
 
 
 def data_folders(sources: Mapping[str, Source], tfds_dir: str | None) -> list[pathlib.Path]:
-    """Return the folders that hold the files of open sources, also where those are links, and that of TFDS.
+    """Return the folders that hold the files of open sources, also where those are links, and that of TFDS; no stores.
 
     Args:
         sources: by the string that names them in the config.
         tfds_dir: of the config.
     """
-    paths = [pathlib.Path(path) for source in sources.values() for path in source.files()]
+    files = [path for source in sources.values() for path in source.files()]
+    paths = [pathlib.Path(path) for path in files if not is_address(path)]
     folders = {path.parent for path in paths} | {path.resolve().parent for path in paths if path.is_symlink()}
     if any(spec.startswith(TFDS_PREFIX) for spec in sources):
         folders.add(pathlib.Path(data_folder(tfds_dir)))

@@ -268,7 +268,7 @@ def _join(texts: Sequence[str]) -> str:
     return "; ".join(f"process {rank}: {text}" for rank, text in enumerate(texts) if text)
 
 
-def write_results(path: pathlib.Path, checkpoint: pathlib.Path, evaluation: Evaluation) -> str:
+def write_results(path: pathlib.Path, checkpoint: pathlib.Path | str, evaluation: Evaluation) -> str:
     """Write `{"checkpoint": ..., "tasks": {NAME: {METRIC: value}}}`, and `"failed": {NAME: reason}` if a task did.
 
     The file is whole or absent.

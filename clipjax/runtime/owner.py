@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from clipjax.runtime.files import read_bounded
 
@@ -32,12 +33,13 @@ _WRITING_SECONDS = 0.5  # between a holder's lock and its content in the file
 _held: dict[pathlib.Path, tuple[int, ...]] = {}
 
 
-def take(workdir: pathlib.Path, option: str = "--workdir") -> str:
+def take(workdir: pathlib.Path, option: str = "--workdir", place: str = "") -> str:
     """Make a workdir, and hold it for this process; a process may take what it holds.
 
     Args:
         workdir: to hold.
         option: that names it, for messages.
+        place: that it is a local folder of, for messages; empty: of none.
 
     Returns:
         A warning for the user if the file system has no locks, else an empty text.
@@ -45,6 +47,7 @@ def take(workdir: pathlib.Path, option: str = "--workdir") -> str:
     Raises:
         ValueError: another process holds it, or it cannot be written to.
     """
+    place = f"{place} (here {workdir})" if place else str(workdir)
     path = workdir.resolve() / FILE
     if path in _held:
         return ""
@@ -55,10 +58,10 @@ def take(workdir: pathlib.Path, option: str = "--workdir") -> str:
     except BlockingIOError:
         _close_all(opened)
         holder = _holder(path) if path.exists() else _LOST
-        raise ValueError(f"{option}={workdir}: {holder}") from None
+        raise ValueError(f"{option}={place}: {holder}") from None
     except OSError as error:
         _close_all(opened)
-        raise ValueError(f"{option}={workdir}: cannot be written to ({error.strerror}); choose another") from error
+        raise ValueError(f"{option}={place}: cannot be written to ({error.strerror}); choose another") from error
     descriptor, descriptors = opened[-1], tuple(opened)
     _held[path] = descriptors
     # Workers are started by exec, which closes the descriptor; one that is forked would keep the lock after us.
@@ -193,12 +196,7 @@ def _holder(path: pathlib.Path) -> str:
     deadline = time.monotonic() + _WRITING_SECONDS
     while True:
         try:
-            found = json.loads(read_bounded(path, _MAX_BYTES))
-            host, pid, since, command = (
-                "".join(filter(str.isprintable, str(found[name])))[:_MAX_SHOWN]
-                for name in ("host", "pid", "since", "command")
-            )
-            break
+            return describe(json.loads(read_bounded(path, _MAX_BYTES)))
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             if time.monotonic() > deadline:
                 return (
@@ -206,6 +204,17 @@ def _holder(path: pathlib.Path) -> str:
                     "workdir"
                 )
             time.sleep(0.05)
+
+
+def describe(holder: Any) -> str:
+    """Return who holds a workdir, by the content of its file, in words, and what to do about it.
+
+    Raises:
+        LookupError, TypeError: the content is another one.
+    """
+    host, pid, since, command = (
+        "".join(filter(str.isprintable, str(holder[name])))[:_MAX_SHOWN] for name in ("host", "pid", "since", "command")
+    )
     return (
         f"another run holds it: process {pid} on host {host}, since {since}, command `{command}`; wait for it, stop it "
         f"(`kill {pid}` on {host} lets it save), or use another workdir"

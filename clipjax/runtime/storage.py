@@ -1,11 +1,18 @@
 """Files wherever they lie: on a disk, or behind an address of an object store; read by range.
 
+`objects.py` speaks with the object stores.
+
 Reading order: `is_address`, `open_file`, `OpenFile`.
 """
 
 import os
 import re
 from typing import Protocol
+
+from clipjax.runtime import objects
+from clipjax.runtime.objects import FileChanged
+
+__all__ = ["FileChanged", "OpenFile", "is_address", "open_file"]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # C:/ is a drive
 
@@ -36,10 +43,6 @@ class OpenFile(Protocol):
         ...
 
 
-class FileChanged(OSError):
-    """Another program has written a file anew since it was opened."""
-
-
 def open_file(place: str) -> OpenFile:
     """Open a file for reading.
 
@@ -49,8 +52,9 @@ def open_file(place: str) -> OpenFile:
     Raises:
         FileNotFoundError: there is none.
         OSError: it cannot be opened.
+        ValueError: the place is an address that nothing here opens.
     """
-    return _LocalFile(place)
+    return objects.ObjectFile(place) if is_address(place) else _LocalFile(place)
 
 
 class _LocalFile:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipjax.config import Config
-from clipjax.config.paths import expand, is_path_field
+from clipjax.config.paths import expand, is_path_field, schemes_of
 from clipjax.config.serialization import canonical_path, check_override, split_assignment
 from clipjax.sweeps.local import open_log
 from clipjax.sweeps.space import Sweep
@@ -92,7 +92,7 @@ def _check_fields(all_overrides: Sequence[dict[str, Any]], passed: Sequence[str]
         try:
             check_override(Config, path, value)
             if is_path_field(name := canonical_path(Config, path)) and isinstance(value, str):
-                expand(value, path)
+                expand(value, path, schemes=schemes_of(name))
         except ValueError as error:
             problems[str(error)] = None
             continue

@@ -86,12 +86,16 @@ class Decisions:
         path: of the file.
         taken: the decisions.
 
+    Args:
+        workdir: of the run.
+        send: brings the file to where the workdir is kept, and returns when it is there; None: it is kept here.
+
     Raises:
         ValueError: the file is damaged.
     """
 
-    def __init__(self, workdir: pathlib.Path) -> None:
-        self.path = workdir / FILE
+    def __init__(self, workdir: pathlib.Path, send: Callable[[pathlib.Path], None] | None = None) -> None:
+        self.path, self._send = workdir / FILE, send
         self.taken: list[Rollback] = []
         try:
             content = read_bounded(self.path, _MAX_BYTES)
@@ -174,8 +178,18 @@ class Decisions:
         return all(decision.to_step >= step for decision in self.taken[num_known:])
 
     def _write(self, decisions: Sequence[Rollback]) -> None:
-        lines = [json.dumps(to_record(each)) + "\n" for each in decisions]
-        write_atomic(self.path, "".join(lines), sync=True)
+        write_atomic(self.path, _lines(decisions), sync=True)
+        if self._send is None:
+            return
+        try:
+            self._send(self.path)
+        except OSError:  # the decision takes no effect, so the next start must not find it
+            write_atomic(self.path, _lines(self.taken), sync=True)
+            raise
+
+
+def _lines(decisions: Sequence[Rollback]) -> str:
+    return "".join(json.dumps(to_record(each)) + "\n" for each in decisions)
 
 
 def rollbacks_to(taken: Sequence[Rollback], step: int) -> int:

@@ -39,7 +39,7 @@ def _train(run: Run) -> int | None:
     log_every = steps_of(config.log.every_examples, config)
     save_every = steps_of(config.checkpoint.every_examples, config)
     eval_every = last if config.eval.every_examples is None else steps_of(config.eval.every_examples, config)
-    logger.message(f"step {start.step} of {last}, workdir {run.workdir}")
+    logger.message(f"step {start.step} of {last}, workdir {run.place}")
     evaluation: Evaluation | None = None
     if start.step and start.step % eval_every == 0 and not start.evaluated:  # a signal came in between
         evaluation = run.evaluate(state, start.step)

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from clipjax.checkpoints.manifest import UnusableCheckpoint
+from clipjax.checkpoints.mirrored import open_mirror
 from clipjax.checkpoints.records import FOLDER as CHECKPOINTS_FOLDER
 from clipjax.checkpoints.saved import SavedCheckpoint, newest_checkpoint
 from clipjax.config import Config
@@ -20,9 +21,10 @@ from clipjax.models.clip import abstract_params
 from clipjax.monitoring import events, profile, run_record
 from clipjax.monitoring.prometheus import Exporter
 from clipjax.monitoring.writers import METRICS_FILE, TENSORBOARD_FOLDER
-from clipjax.runtime import compilation, consistency, device_counts, files, owner, process_log, sharding
+from clipjax.runtime import compilation, consistency, device_counts, files, owner, process_log, sharding, staging
 from clipjax.runtime.compilation import compiler_options
 from clipjax.runtime.consistency import Fingerprint
+from clipjax.runtime.mirror import Mirror
 from clipjax.runtime.processes import announce, is_first
 from clipjax.runtime.watchdog import Watchdog
 from clipjax.training import fingerprints, left_out, optimizer
@@ -44,6 +46,8 @@ class Checked:
     Attributes:
         config: all of its settings.
         workdir: the folder of its files.
+        place: where they are kept: the workdir, or the address that it is a local folder of.
+        mirror: keeps them there, on process 0; None: they are kept in the workdir, or this is another process.
         inputs: data, tokenizer, tasks, first weights.
         tx: the optimizer.
         decisions: that the run has taken.
@@ -52,19 +56,21 @@ class Checked:
 
     config: Config
     workdir: Path
+    place: str
+    mirror: Mirror | None
     inputs: Inputs
     tx: optax.GradientTransformationExtraArgs
     decisions: Decisions
     exporter: Exporter | None
 
 
-def check(parse: Callable[[], tuple[Config, Path]], *, replays: bool = False) -> Checked:
+def check(parse: Callable[[], tuple[Config, Path | str]], *, replays: bool = False) -> Checked:
     """Open and check everything, on all processes; they go on only if all of them can, and would do the same.
 
     A start that is refused deletes the files that it made.
 
     Args:
-        parse: gives the config and the workdir of the command line.
+        parse: gives the config and the workdir of the command line, a path or the address of a folder of a store.
         replays: this start trains nothing; it is not recorded, and needs no checkpoint.
 
     Raises:
@@ -72,40 +78,71 @@ def check(parse: Callable[[], tuple[Config, Path]], *, replays: bool = False) ->
         UnusableCheckpoint: on every process: no checkpoint can be used, and nothing else is wrong.
     """
     made: list[Path] = []
+    mirrors: list[Mirror] = []
     try:
-        (config, workdir, warning), _ = consistency.run_on_all("owner", lambda: (_claim(parse, made), {}))
+        claim, _ = consistency.run_on_all("owner", lambda: (_claim(parse, made, mirrors), {}))
+        config, workdir, warning = claim.config, claim.workdir, claim.warning
+        if claim.place != str(workdir):
+            consistency.check_shared(workdir, "staging")
         warnings = [warning, *_missing_devices(workdir)] if is_first() else []
         stuck = config.recovery.stuck_seconds  # ten times that for what a slow file system may take
         with Watchdog(None if stuck is None else 10 * stuck) as watchdog, watchdog.paused("preflight"):
             opened, facts = consistency.run_on_all(
-                "train", lambda: _open_here(config, workdir, warnings, made, replays), kinds=(UnusableCheckpoint,)
+                "train", lambda: _open_here(claim, warnings, made, replays), kinds=(UnusableCheckpoint,)
             )
             consistency.check_shared(workdir)
             if is_first() and not replays:
                 record_start(opened.workdir, facts)
-    except (ValueError, OSError):
-        _delete(made)
+    except BaseException as error:
+        for mirror in mirrors:
+            mirror.close()
+        if isinstance(error, ValueError | OSError):
+            _delete(made)
         raise
     return opened
 
 
-def _claim(parse: Callable[[], tuple[Config, Path]], made: list[Path]) -> tuple[Config, Path, str]:
-    """Return config and workdir, with a warning, once process 0 holds the workdir; nothing is written there before.
+@dataclass(frozen=True)
+class Claim:
+    """What the command line names, once process 0 holds the workdir; see `Checked`.
+
+    Attributes:
+        config: all settings.
+        workdir: the folder of the run's files.
+        place: where they are kept.
+        mirror: keeps them there.
+        warning: for the user.
+    """
+
+    config: Config
+    workdir: Path
+    place: str
+    mirror: Mirror | None
+    warning: str
+
+
+def _claim(parse: Callable[[], tuple[Config, Path | str]], made: list[Path], mirrors: list[Mirror]) -> Claim:
+    """Return config and workdir once process 0 holds the workdir; nothing is written there before.
 
     Args:
         parse: gives them.
         made: gets the paths that this start makes, the innermost last.
+        mirrors: gets the mirror of a workdir on a store.
     """
-    config, workdir = parse()
+    config, place = parse()
     validate(config)
     device_counts.share()
+    workdir = place if isinstance(place, Path) else staging.folder_of(place)
     warning = ""
     if is_first():
         new = [path for path in (workdir / owner.FILE, workdir, *workdir.parents) if not path.exists()]
         made += reversed(new)
         _check_entries(workdir)
-        warning = owner.take(workdir)
-    return config, workdir, warning
+        warning = owner.take(workdir, place=place if isinstance(place, str) else "")
+        if isinstance(place, str):
+            mirrors.append(open_mirror(place, workdir, announce))
+            _check_entries(workdir)
+    return Claim(config, workdir, str(place), next(iter(mirrors), None), warning)
 
 
 def _check_entries(workdir: Path) -> None:
@@ -151,10 +188,9 @@ def _is_deleted(path: Path) -> bool:
     return False
 
 
-def _open_here(
-    config: Config, workdir: Path, warnings: Sequence[str], made: list[Path], replays: bool
-) -> tuple[Checked, Fingerprint]:
+def _open_here(claim: Claim, warnings: Sequence[str], made: list[Path], replays: bool) -> tuple[Checked, Fingerprint]:
     """Check this process's part."""
+    config, workdir, mirror = claim.config, claim.workdir, claim.mirror
     files.require_writable(workdir)
     if is_first() and not replays:
         files.require_file_writable(workdir / METRICS_FILE, "--workdir")
@@ -163,7 +199,7 @@ def _open_here(
     process_log.open_log(workdir, rank=jax.process_index(), header=run_record.describe_start())
     for warning in filter(None, warnings):
         announce(f"warning: {warning}")
-    decisions = Decisions(workdir)
+    decisions = Decisions(workdir, None if mirror is None else mirror.send)
     saved = newest_checkpoint(workdir) if replays else _open_newest(workdir, decisions)
     inputs = open_inputs(config, saved)
     folders = [workdir, *(Path(each) for each in (config.init_from, config.loss.distill_from) if each)]
@@ -191,7 +227,7 @@ def _open_here(
         "data": fingerprints.data_fingerprint(inputs.sources, inputs.tokenizer, checkpoints),
     }
     exporter = Exporter(config.log) if is_first() and config.log.prometheus_port is not None else None
-    return Checked(config, workdir, inputs, tx, decisions, exporter), facts
+    return Checked(config, workdir, claim.place, mirror, inputs, tx, decisions, exporter), facts
 
 
 def _open_newest(workdir: Path, decisions: Decisions) -> SavedCheckpoint | None:

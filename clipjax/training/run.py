@@ -23,18 +23,18 @@ from clipjax.data.training_stream import BadSampleLimit, TrainStream, WorkersDie
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import RESULTS_FILE, Evaluation, run_tasks, write_results
 from clipjax.losses import describe_loss
-from clipjax.monitoring import run_record
 from clipjax.monitoring.events import Events
 from clipjax.monitoring.run_logger import RunLogger, results_table
 from clipjax.monitoring.stragglers import rank_times
 from clipjax.runtime import processes, sharding
+from clipjax.runtime.objects import join
 from clipjax.runtime.shutdown import Shutdown
 from clipjax.training import left_out
 from clipjax.training.inputs import Inputs
 from clipjax.training.recovery import Recovery, RunStopped
 from clipjax.training.resume import Position, start_state
 from clipjax.training.sample_counts import SampleCounts
-from clipjax.training.session import Session
+from clipjax.training.session import Session, open_checkpoints
 from clipjax.training.step import TrainState, eval_params, to_items
 from clipjax.typing import Batch, Metrics
 
@@ -79,6 +79,11 @@ class Run:
     def workdir(self) -> Path:
         """The folder of the run's files."""
         return self.session.checked.workdir
+
+    @property
+    def place(self) -> str:
+        """Where the run's files are kept: the workdir, or the address that it is a local folder of."""
+        return self.session.checked.place
 
     @property
     def inputs(self) -> Inputs:
@@ -254,7 +259,7 @@ class Run:
             with self.session.phase("evaluation"):
                 evaluation = run_tasks(self.inputs.tasks, self._encoder(state))
         path = self.workdir / RESULTS_FILE
-        failure = exchange.publish("results", lambda: write_results(path, self.checkpoints.path(last), evaluation))
+        failure = exchange.publish("results", lambda: write_results(path, self._checkpoint(last), evaluation))
         self.logger.finish(last)
         if evaluation.results:
             self.logger.message(results_table(evaluation.results))
@@ -264,7 +269,12 @@ class Run:
                 "same command evaluates again and writes it"
             )
         examples = last * self.config.global_batch_size
-        self.logger.message(f"done: {last} steps, {examples} examples; all of it is in {self.workdir}")
+        self.logger.message(f"done: {last} steps, {examples} examples; all of it is in {self.place}")
+
+    def _checkpoint(self, step: int) -> str:
+        """Return where a checkpoint is kept."""
+        path = self.checkpoints.path(step)
+        return join(self.place, *path.relative_to(self.workdir).parts)
 
 
 def device_batch(config: Config, mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
@@ -310,7 +320,7 @@ def build(session: Session) -> Iterator[Run]:
     teller = _Teller(session.events)
     with contextlib.ExitStack() as stack:
         with session.phase("initialisation", "the start"):
-            checkpoints = _open_checkpoints(session, teller)
+            checkpoints = open_checkpoints(session, teller.failed_save)
             stack.callback(_wait_for_save, checkpoints.close, session)
             state, start = start_state(session.program, inputs, checkpoints, session.decisions)
             if processes.is_first():
@@ -355,17 +365,6 @@ def build(session: Session) -> Iterator[Run]:
             state=state,
             start=start,
         )
-
-
-def _open_checkpoints(session: Session, teller: _Teller) -> Checkpoints:
-    config, workdir = session.checked.config, session.checked.workdir
-    return Checkpoints(
-        workdir,
-        config.checkpoint,
-        max_failed_saves=config.recovery.max_failed_saves,
-        on_failure=teller.failed_save,
-        on_commit=lambda step: run_record.record_commit(workdir, step),
-    )
 
 
 def open_stream(

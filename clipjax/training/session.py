@@ -12,7 +12,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from clipjax.checkpoints import exchange
+from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.saved import load_params
+from clipjax.checkpoints.saving import OnFailure
 from clipjax.monitoring import events as run_events
 from clipjax.monitoring import run_record
 from clipjax.monitoring.events import Events
@@ -24,6 +27,7 @@ from clipjax.runtime.watchdog import Watchdog
 from clipjax.training.decisions import Decisions
 from clipjax.training.preflight import Checked
 from clipjax.training.program import Program, build_program
+from clipjax.training.recovery import RunStopped
 from clipjax.training.replicas import ReplicaCheck, steps_between_checks
 from clipjax.typing import Params
 
@@ -111,6 +115,8 @@ def open_session(checked: Checked, *, record: bool = True) -> Iterator[Session]:
         signal = Shutdown(log, effect=effect)
         stack.callback(signal.close)
         start_signals.hand_over(signal.receive)
+        if record and checked.place != str(workdir):
+            stack.enter_context(_mirrored(checked, signal, watchdog))
         mesh = sharding.make_mesh(config.mesh)
         times = device_check.check_devices(mesh)
         if record and processes.is_first():
@@ -138,6 +144,55 @@ def open_session(checked: Checked, *, record: bool = True) -> Iterator[Session]:
             profile=profile,
             teacher=None if teacher is None else load_params(teacher, mesh),
         )
+
+
+def open_checkpoints(session: Session, on_failure: OnFailure) -> Checkpoints:
+    """Open the checkpoints of the workdir; those that are complete are recorded once they are where it is kept.
+
+    Args:
+        session: of the run.
+        on_failure: gets the step and the reason of each save that fails.
+    """
+    config, workdir, mirror = session.checked.config, session.checked.workdir, session.checked.mirror
+
+    def record(step: int) -> None:
+        run_record.record_commit(workdir, step)
+
+    def send(step: int) -> None:
+        assert mirror is not None
+        mirror.commit(str(step), then=lambda: record(step))  # a start elsewhere would miss it before
+
+    return Checkpoints(
+        workdir,
+        config.checkpoint,
+        max_failed_saves=config.recovery.max_failed_saves,
+        on_failure=on_failure,
+        on_commit=record if mirror is None else send,
+        copy=mirror,
+    )
+
+
+@contextlib.contextmanager
+def _mirrored(checked: Checked, signal: Shutdown, watchdog: Watchdog) -> Iterator[None]:
+    """Keep the workdir on its store; at the end of the `with` block all of it is there.
+
+    Raises:
+        RunStopped: it is not; what is missing lies in the local folder.
+    """
+    mirror = checked.mirror
+    if mirror is not None:
+        mirror.start(say=processes.announce, on_lost=signal.request)
+    try:
+        yield
+    except BaseException:
+        if mirror is not None:
+            with watchdog.paused("the last upload"):
+                mirror.flush()
+        raise
+    with watchdog.paused("the last upload"):
+        left = exchange.publish("mirror/left", lambda: "" if mirror is None else mirror.flush())
+    if left:
+        raise RunStopped(left)
 
 
 @contextlib.contextmanager

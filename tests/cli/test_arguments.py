@@ -92,7 +92,7 @@ def test_overrides_reach_their_fields(config_file):
         ("--config.eval.tasks['scenes/vol'].source=b", "there is no 'scenes/vol'; known: 'scenes/val'; did you mean"),
         ("--config.seed:1", "config.seed:1: the config has no field 'seed:1'; did you mean 'seed'?"),
         ("--config.eval.tasks['t]source=b", "is not understood; write --config.FIELD=VALUE"),
-        ("--config.init_from=gs://b/x", "init_from=gs://b/x: nothing here opens an address of gs://"),
+        ("--config.init_from=hdfs://b/x", "init_from=hdfs://b/x: nothing here opens an address of hdfs://"),
         ("--workdir=s3://b/x", "--workdir=s3://b/x: nothing here opens an address of s3://"),
         ("--workdir=", "--workdir= must name a file or folder"),
         ("--jobs=0", "--jobs=0 must be a whole number of at least 1"),
@@ -182,6 +182,7 @@ COMMANDS = {
     "convert": (convert.main_convert, ["--input", "--output", "--model", "--tokenizer"]),
     "export": (convert.main_export, ["--checkpoint", "--output"]),
 }
+STORE_PLACES = ("--source",)
 NO_PATHS = ("--tasks", "--topology", "--model", "--config")
 
 
@@ -192,7 +193,7 @@ def test_every_command_refuses_alike_and_helps(command, capsys):
         assert exit_code(main, [f"{name}=a", f"{name}=b"]) == 2
         assert f"{name} is given twice" in capsys.readouterr().err
         if name not in NO_PATHS:
-            for scheme in ("gs", "s3", "http", "file"):
+            for scheme in ("hdfs", "file", *(() if name in STORE_PLACES else ("gs", "s3", "http"))):
                 assert exit_code(main, [f"{name}={scheme}://bucket/x"]) == 2
                 assert f"{name}={scheme}://bucket/x: nothing here opens" in capsys.readouterr().err
     assert exit_code(main, ["--no-such-thing"]) == 2

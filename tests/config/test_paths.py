@@ -1,6 +1,7 @@
 """Paths: `~` is expanded, addresses with a scheme are refused, and what is no path stays as it is."""
 
 import pathlib
+import re
 
 import pytest
 
@@ -56,6 +57,53 @@ def test_an_address_is_refused(text):
         expand(text, "--workdir")
 
 
+STORES = ("gs", "s3", "az", "http", "https")
+
+
+@pytest.mark.parametrize(
+    "text", ["gs://b/x", "s3://b/{000..010}.tar", "az://c/*.tar", "https://h/x", "{gs://a/1,/b/2}"]
+)
+def test_an_address_is_taken_where_it_can_be_used(text):
+    assert expand(text, "data.train", schemes=STORES) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("gs:/bucket/x", "write gs://NAME"),
+        ("gs:bucket/x", "write gs://NAME"),
+        ("gs:///x", "write gs://NAME"),
+        ("gs://", "write gs://NAME"),
+        ("GS://b/x", "write gs://NAME"),
+        (" gs://b/x", "write gs://NAME"),
+        ("gcs://b/x", "write gs://NAME"),
+        ("s3a://b/x", "write s3://NAME"),
+        ("S3N:b/x", "write s3://NAME"),
+        ("abfss://c/x", "write az://NAME"),
+        ("{/a/1,Gs://b/2}", "write gs://NAME"),
+        ("{gs://a/1, s3://b/2}", "write s3://NAME"),
+        ("file:///x", "give the path alone"),
+        ("file:x", "give the path alone"),
+        ("pipe:cat x", "no commands are run"),
+        ("hdfs://h/x", "takes gs://, s3://"),
+        ("ftp://h/x", "takes gs://, s3://"),
+    ],
+)
+def test_an_address_that_is_not_quite_one_is_refused(text, remedy):
+    with pytest.raises(ValueError, match=f"data.train={re.escape(text)}: .*{remedy}"):
+        expand(text, "data.train", schemes=STORES)
+
+
+def test_fields_that_take_addresses():
+    config = Config(init_from="gs://a")
+    config.loss.distill_from, config.data.train = "s3://b", "https://h/x.tar"
+    config.eval.tasks = {"t": TaskConfig(source="az://c/x", gallery="gs://d")}
+    expand_paths(config)
+    config.init_from = "http://h/x"  # nothing there can be listed
+    with pytest.raises(ValueError, match="init_from=http://h/x: nothing here opens .* takes gs://, s3://, az://;"):
+        expand_paths(config)
+
+
 def test_an_unknown_user_is_refused():
     with pytest.raises(ValueError, match=r"there is no user 'no-such-user'; .* write ./~no-such-user"):
         expand("~no-such-user/x", "data.train")
@@ -73,13 +121,13 @@ def test_all_fields_of_a_config():
 
 
 def test_everything_wrong_is_one_error_and_skipped_fields_stay():
-    config = Config(init_from="gs://a")
-    config.eval.tasks = {"t": TaskConfig(source="s3://b")}
+    config = Config(init_from="hdfs://a")
+    config.eval.tasks = {"t": TaskConfig(source="s3:/b")}
     with pytest.raises(ValueError) as refused:
         expand_paths(config)
-    assert "init_from=gs://a" in str(refused.value) and "eval.tasks['t'].source=s3://b" in str(refused.value)
+    assert "init_from=hdfs://a" in str(refused.value) and "eval.tasks['t'].source=s3:/b" in str(refused.value)
     config.eval.tasks = {}
     expand_paths(config, skip=("init_from",))
-    assert config.init_from == "gs://a"
+    assert config.init_from == "hdfs://a"
     config.data.train = pathlib.Path("~/x")  # type: ignore[assignment]  # `validate` refuses it
     expand_paths(config, skip=("init_from",))

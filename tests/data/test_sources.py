@@ -12,9 +12,11 @@ from PIL import Image
 
 from clipjax.config import DataConfig
 from clipjax.data.sample import REASONS, BadSample, clean_caption
-from clipjax.data.sources import ArraySource, build_source, data_folders
+from clipjax.data.sources import ArraySource, _expand, build_source, data_folders
 from clipjax.data.webdataset import TarSource
+from clipjax.runtime import objects
 from tests.conftest import SHARED
+from tests.runtime.stores import BUCKET
 
 pytestmark = pytest.mark.newest
 
@@ -311,3 +313,28 @@ def test_real_shards():
         assert Image.open(io.BytesIO(sample.image)).size == (96, 96)
         assert sample.captions[0]
     assert "emoji-noto-val-00000.tar, key 000000000" in source.location(249)
+
+
+def test_patterns_of_addresses(gcs, web):
+    folder = f"gs://{BUCKET}/{__name__}"
+    for name in ("a-00.tar", "a-01.tar", "b.tar"):
+        objects.write_bytes(f"{folder}/{name}", b"")
+    assert _expand(f"{folder}/a-*.tar") == [f"{folder}/a-00.tar", f"{folder}/a-01.tar"]
+    assert _expand(f"{folder}/{{b,a-*}}.tar") == [f"{folder}/{name}.tar" for name in ("b", "a-00", "a-01")]
+    numbered = f"{web.url}/{{00..02}}.tar"  # no request: each is opened later
+    assert _expand(numbered) == [f"{web.url}/0{i}.tar" for i in range(3)] and not web.requests
+    with pytest.raises(ValueError, match=r"match no file: gs://.*/c\*\.tar"):
+        _expand(f"{folder}/{{a,c}}*.tar")
+    with pytest.raises(ValueError, match="a web server lists no files"):
+        _expand(f"{web.url}/*.tar")
+    with pytest.raises(ValueError, match="an address of gs begins with gs://"):
+        _expand("gs:/bucket/a.tar")
+
+
+def test_sources_on_stores_lie_in_no_folder():
+    class OnStore(ArraySource):
+        def files(self):
+            return ["gs://b/a.tar", "/data/b.tar"]
+
+    source = OnStore([b""], ["a"])
+    assert data_folders({"gs://b/a.tar": source}, None) == [pathlib.Path("/data")]

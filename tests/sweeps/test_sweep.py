@@ -263,8 +263,8 @@ def test_a_trial_in_use_is_not_started(bench, capsys, monkeypatch):
         (GRID, ("--config.optim.lr=1",), "optim has no field 'lr'"),
         (GRID, ("--config.seed",), "--config.seed has no value; write --config.seed=VALUE"),
         (GRID, ("--config.seed=3", "--config.seed", "4"), "--config.seed is given twice, '3' and '4'"),
-        (GRID, ("--config.data.train=gs://b/a.tar",), "--config.data.train=gs://b/a.tar: nothing here opens"),
-        ('Grid({"data.train": ["s3://b/a.tar"]})', (), "data.train=s3://b/a.tar: nothing here opens"),
+        (GRID, ("--config.data.train=gs:/b/a.tar",), "--config.data.train=gs:/b/a.tar: an address of gs begins"),
+        ('Grid({"data.train": ["hdfs://b/a.tar"]})', (), "data.train=hdfs://b/a.tar: nothing here opens"),
         (
             """Grid({"eval.tasks['t'].source": ["a"]})""",
             ('--config.eval.tasks["t"].source=b',),

@@ -1,0 +1,201 @@
+"""One owner for a folder of an object store: a lease, which its holder renews and which else passes to the next one.
+
+A store has no locks that end with a process. So process 0 of a run keeps an object `.owner` in its workdir, and writes
+it anew three times within the lease's time, on condition that nobody else has. Who finds an object there looks at it
+for that time: if it changes, its holder lives; if not, it is taken over, again on condition. No clocks are compared.
+
+A start on the machine of the run before needs not wait: it holds the lock of that run's local folder, so that run is
+gone if the lease is that folder's.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from clipjax.runtime import objects, owner
+
+FILE = owner.FILE
+SECONDS = 30.0
+"""Time after which a lease that is not renewed may pass to another run."""
+
+VARIABLE = "CLIPJAX_LEASE_SECONDS"
+"""Environment variable that sets another time."""
+
+_MAX_BYTES = 65_536
+_MAX_SECONDS = 3600.0
+_LOOKS = 6  # within the time of a lease
+
+
+class LeaseLost(OSError):
+    """Another run has taken the folder over."""
+
+
+class Lease:
+    """The lease of a folder of a store, held from the constructor on until `release`.
+
+    Args:
+        place: address of the folder.
+        own_token: of the last holder whose local folder this process has locked; empty: there was none.
+        tell: shows a line while this waits for another holder.
+
+    Attributes:
+        token: names this holding.
+        continues: the last holder was the one of `own_token`, and nobody has held the lease since.
+
+    Raises:
+        ValueError: another run holds it.
+        OSError: the store cannot be used.
+    """
+
+    def __init__(self, place: str, own_token: str = "", tell: Callable[[str], None] = print) -> None:
+        self._place, self._object = place, objects.join(place, FILE)
+        self._seconds = _seconds(os.environ.get(VARIABLE))
+        self.token, self._number = secrets.token_hex(16), 0
+        self._about = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": shlex.join(sys.argv),
+            "token": self.token,
+            "seconds": self._seconds,
+        }
+        self._lock = threading.Lock()
+        self._lost = ""
+        self.continues = False
+        self._version = self._take(own_token, tell)
+        self._renewed_at = time.monotonic()
+        self._ended = threading.Event()
+        self._on_lost: Callable[[str], None] | None = None
+        self._thread = threading.Thread(target=self._keep, daemon=True, name="lease")
+        self._thread.start()
+
+    def _content(self, **more: Any) -> bytes:
+        self._number += 1  # else two contents, and so their etags, would be equal
+        return json.dumps({**self._about, "number": self._number, **more}).encode()
+
+    def _take(self, own_token: str, tell: Callable[[str], None]) -> Any:
+        """Return the version of the object, which is now this holder's."""
+        while True:
+            if version := objects.create(self._object, self._content()):
+                return version
+            found = _read(self._object)
+            if found is None:
+                continue
+            holder, version = found
+            self.continues = bool(own_token) and holder.get("token") == own_token
+            if not self.continues and not holder.get("released"):
+                self._watch(holder, version, tell)
+            if taken := objects.replace(self._object, self._content(), version):
+                return taken
+
+    def _watch(self, holder: dict[str, Any], version: Any, tell: Callable[[str], None]) -> None:
+        """Return once the object of a holder has not changed for its time.
+
+        Raises:
+            ValueError: it has.
+        """
+        seconds = _seconds(holder.get("seconds"))
+        until = time.monotonic() + seconds
+        tell(f"{self._place} has an owner; waiting up to {seconds:.0f} s to see whether it is alive")
+        while time.monotonic() < until:
+            time.sleep(min(seconds / _LOOKS, max(0.0, until - time.monotonic())))
+            now = _read(self._object)
+            if now is None or now[0].get("released"):
+                return
+            if now[1] != version:
+                raise ValueError(f"--workdir={self._place}: {_describe(now[0])}")
+
+    def watch(self, on_lost: Callable[[str], None]) -> None:
+        """Call a function, in another thread, with the reason once the lease is lost."""
+        with self._lock:
+            self._on_lost = on_lost
+        if self._lost:
+            on_lost(self._lost)
+
+    def require(self) -> None:
+        """Make sure that the lease is held now, before something is written to the folder.
+
+        Raises:
+            LeaseLost: it is not.
+            OSError: the store does not tell.
+        """
+        if time.monotonic() - self._renewed_at > self._seconds / 2:
+            self._renew()
+        if self._lost:
+            raise LeaseLost(None, self._lost, self._place)
+
+    def _keep(self) -> None:
+        while not self._ended.wait(self._seconds / 3):
+            with contextlib.suppress(OSError):  # the next try, or whoever writes, sees it again
+                self._renew()
+
+    def _renew(self) -> None:
+        with self._lock:
+            if self._lost or self._ended.is_set():
+                return
+            version = objects.replace(self._object, self._content(), self._version)
+            if version is None:
+                found = _read(self._object)
+                if found is None:  # somebody has deleted the object, and nobody has taken its place
+                    version = objects.create(self._object, self._content())
+                    found = None if version else _read(self._object)
+                elif found[0].get("token") == self.token:  # only an answer was lost
+                    version = found[1]
+            if version is not None:
+                self._version, self._renewed_at = version, time.monotonic()
+                return
+            by = "its file .owner comes and goes" if found is None else _describe(found[0])
+            self._lost = (
+                f"{self._place} is not this run's any more ({by}); nothing more is written there, so that the two do "
+                "not mix"
+            )
+            on_lost = self._on_lost
+        if on_lost is not None:
+            on_lost(self._lost)
+
+    def release(self) -> None:
+        """Give the folder up at once, if the store can be reached."""
+        with self._lock:
+            if self._ended.is_set():
+                return
+            self._ended.set()
+            if not self._lost:
+                with contextlib.suppress(OSError):  # it passes after its time
+                    objects.replace(self._object, self._content(released=True), self._version)
+
+
+def _read(place: str) -> tuple[dict[str, Any], Any] | None:
+    """Return the content of a lease and its version; None if there is none."""
+    try:
+        content, version = objects.read_versioned(place, _MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        found = {}
+    return found if isinstance(found, dict) else {}, version
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    try:
+        return owner.describe(holder)
+    except LookupError:
+        return f"another run holds it, and its file {FILE} does not say which; use another workdir"
+
+
+def _seconds(value: Any) -> float:
+    """Return the time of a lease from a text or a number that others may have written."""
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        return SECONDS
+    return seconds if 0 < seconds <= _MAX_SECONDS else SECONDS

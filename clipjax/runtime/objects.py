@@ -1,0 +1,425 @@
+"""Objects of the stores `gs://`, `s3://`, `az://`, and files of `http(s)://` servers: read, listed, written.
+
+obstore speaks with them, each with the credentials that its cloud's own tools would find. A request has a time limit,
+and is tried again with growing, random pauses after 5xx, 429, a timeout or a broken connection, also in the middle of
+the answer; all that within `RETRY_SECONDS`. Errors are `OSError`s with one sentence and the address.
+
+Reading order: `split`, `ObjectFile`, `read_bytes`, `list_files`, `list_folder`, `write_bytes`, `create`, `replace`.
+"""
+
+import datetime
+import errno
+import fnmatch
+import functools
+import os
+import pathlib
+import re
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+REQUEST_SECONDS = 60.0
+"""Time limit of one request, from the connection to the last byte of the answer."""
+
+CONNECT_SECONDS = 5.0
+
+RETRY_SECONDS = 120.0
+"""Time after which no further try begins."""
+
+MAX_RETRIES = 8
+MAX_LISTED = 5_000_000
+PART_BYTES = 16 * 2**20
+"""Files above this are sent in parts of this size, each with its own time limit."""
+
+_PARTS_AT_ONCE = 4
+_WILD = re.compile(r"[*?[]")
+_STORES = ("gs", "s3", "az")
+_WEB = ("http", "https")
+_EMULATOR = "STORAGE_EMULATOR_HOST"
+_CREDENTIALS = {
+    "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run where the machine has a role",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
+}
+_ENVIRONMENT = re.compile(rf"(?:AWS|GOOGLE|AZURE)_|{_EMULATOR}$|(?:HTTPS?|NO)_PROXY$", re.IGNORECASE)
+
+
+class FileChanged(OSError):
+    """Another program has written a file anew since it was opened."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An object of a listing.
+
+    Attributes:
+        size: bytes.
+        version: another text whenever it has been written anew, as far as the store tells.
+    """
+
+    size: int
+    version: str
+
+
+def split(place: str) -> tuple[str, str, str]:
+    """Return scheme, bucket (or server) and key of an address.
+
+    Raises:
+        ValueError: nothing here opens such an address.
+    """
+    scheme, _, rest = place.partition("://")
+    bucket, _, key = rest.partition("/")
+    if scheme not in (*_STORES, *_WEB) or not bucket:
+        known = ", ".join(f"{name}://" for name in (*_STORES, *_WEB))
+        raise ValueError(f"{place}: nothing here opens such an address; known are {known}, each followed by a name")
+    if scheme in _WEB:
+        if "?" in key or "#" in key:
+            raise ValueError(f"{place}: an address with a query is not read; give one that ends with the file's name")
+        key = urllib.parse.unquote(key)
+    return scheme, bucket, key
+
+
+def join(place: str, *names: str) -> str:
+    """Return the address of what lies inside a folder of a store."""
+    return "/".join([place.rstrip("/"), *names])
+
+
+class ObjectFile:
+    """An object that is open for reading, by several threads at once; another process opens its connections anew.
+
+    Args:
+        place: its address.
+
+    Attributes:
+        size: bytes of the object when it was opened.
+        version: its etag; where its server gives none, time and size.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: the store does not tell of it.
+        ValueError: nothing here opens such an address.
+    """
+
+    def __init__(self, place: str) -> None:
+        import obstore
+
+        self._place = place
+        try:
+            about = obstore.head(*_locate(place))
+        except Exception as error:
+            raise _explain(error, place) from error
+        self.size: int = about["size"]
+        self.version = _version(about)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return bytes from an offset on, fewer only where the object ends.
+
+        Raises:
+            FileChanged: the object is not the one that was opened any more.
+            OSError: the store does not give them, after retries.
+        """
+        import obstore
+
+        size = min(size, self.size - offset)
+        if size <= 0:
+            return b""
+        try:
+            answer = obstore.get(*_locate(self._place), options={"range": (offset, offset + size)})
+            if _version(answer.meta) != self.version:
+                raise FileChanged(None, "another program has written the object anew", self._place)
+            content = bytes(answer.bytes())
+        except FileChanged:
+            raise
+        except Exception as error:
+            if "416 Range" in str(error):
+                raise FileChanged(None, "another program has written the object anew", self._place) from error
+            raise _explain(error, self._place) from error
+        if len(content) != size:
+            raise OSError(errno.EIO, f"the store gave {len(content)} bytes instead of {size}", self._place)
+        return content
+
+
+def read_bytes(place: str, max_bytes: int) -> bytes:
+    """Return the content of an object that should be small.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read.
+        ValueError: it is larger than `max_bytes`, and not read then.
+    """
+    return read_versioned(place, max_bytes)[0]
+
+
+def read_versioned(place: str, max_bytes: int) -> tuple[bytes, Any]:
+    """Return the content of a small object, and its version for `replace`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read.
+        ValueError: it is larger than `max_bytes`, and not read then.
+    """
+    import obstore
+
+    try:
+        answer = obstore.get(*_locate(place))
+        if answer.meta["size"] > max_bytes:
+            raise ValueError(f"{place!r} is larger than {max_bytes} bytes")
+        return bytes(answer.bytes()), _token(answer.meta)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise _explain(error, place) from error
+
+
+def exists(place: str) -> bool:
+    """Return True if there is an object of this address.
+
+    Raises:
+        OSError: the store does not tell.
+    """
+    try:
+        ObjectFile(place)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def is_pattern(place: str) -> bool:
+    """Return True if a key has `*`, `?` or `[`."""
+    return _WILD.search(place.partition("://")[2]) is not None
+
+
+def list_files(pattern: str) -> list[str]:
+    """Return the addresses that match a pattern, in order; `*` ends at a slash, `**` does not.
+
+    Raises:
+        OSError: the store does not tell.
+        ValueError: the address is of a web server, which lists nothing.
+    """
+    scheme, bucket, key = split(pattern)
+    if scheme in _WEB:
+        raise ValueError(
+            f"{pattern}: a web server lists no files, so * and ? match nothing there; write the numbers of the shards, "
+            "as in {00000..00099}.tar"
+        )
+    wanted = key.split("/")
+    first = next(i for i, part in enumerate(wanted) if _WILD.search(part)) if _WILD.search(key) else len(wanted) - 1
+    folder = wanted[:first]
+    entries = _list(f"{scheme}://{bucket}/{'/'.join(folder)}", deep=first < len(wanted) - 1)
+    return sorted(f"{scheme}://{bucket}/{path}" for path, _ in entries if _matches(path.split("/"), wanted))
+
+
+def _matches(parts: Sequence[str], wanted: Sequence[str]) -> bool:
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        return any(_matches(parts[i:], wanted[1:]) for i in range(len(parts) + 1))
+    if not parts or (parts[0].startswith(".") and not wanted[0].startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
+
+
+def list_folder(place: str) -> dict[str, Listed]:
+    """Return all objects below a folder of a store, by their path inside it.
+
+    Raises:
+        OSError: the store does not tell.
+    """
+    start = len(split(place)[2].rstrip("/"))
+    return {path[start:].lstrip("/"): listed for path, listed in _list(place, deep=True)}
+
+
+def _list(place: str, *, deep: bool) -> Iterator[tuple[str, Listed]]:
+    import obstore
+
+    store, key = _locate(place)
+    count = 0
+    try:
+        pages = (
+            obstore.list(store, key, chunk_size=1000) if deep else [obstore.list_with_delimiter(store, key)["objects"]]
+        )
+        for page in pages:
+            count += len(page)
+            if count > MAX_LISTED:
+                raise ValueError(f"{place}: more than {MAX_LISTED} objects; name a smaller folder")
+            for about in page:
+                yield about["path"], Listed(about["size"], _version(about))
+    except ValueError:
+        raise
+    except Exception as error:
+        raise _explain(error, place) from error
+
+
+def write_bytes(place: str, content: bytes) -> None:
+    """Write an object; it is whole or the old one at any time.
+
+    Raises:
+        OSError: the store does not take it.
+    """
+    _put(place, content)
+
+
+def write_file(place: str, path: pathlib.Path) -> None:
+    """Write an object from a file, a large one in parts; it is whole or the old one at any time.
+
+    Raises:
+        OSError: the file cannot be read, or the store does not take it.
+    """
+    large = path.stat().st_size > PART_BYTES
+    _put(place, path if large else path.read_bytes(), chunk_size=PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+
+
+def create(place: str, content: bytes) -> Any:
+    """Write an object if there is none of this address; return its version for `replace`, or None if there is one.
+
+    Raises:
+        OSError: the store does not take it.
+    """
+    return _put(place, content, mode="create")
+
+
+def replace(place: str, content: bytes, version: Any) -> Any:
+    """Write an object anew if it still has this version; return the new version, or None if it has another or is gone.
+
+    Raises:
+        OSError: the store does not take it.
+    """
+    return _put(place, content, mode=version)
+
+
+def _put(place: str, content: bytes | pathlib.Path, **options: Any) -> Any:
+    import obstore
+    from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+    if split(place)[0] in _WEB:
+        raise PermissionError(
+            errno.EACCES, "a web server takes no files; write to a disk, gs://, s3:// or az://", place
+        )
+    try:
+        return _token(obstore.put(*_locate(place), content, **options))
+    except (AlreadyExistsError, PreconditionError):
+        return None
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and isinstance(options.get("mode"), dict):
+            return None
+        raise _explain(error, place) from error
+
+
+def copy(place: str, target: str) -> None:
+    """Copy an object inside one bucket, without reading it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: the store does not do it.
+    """
+    import obstore
+
+    try:
+        obstore.copy(*_locate(place), split(target)[2])
+    except Exception as error:
+        raise _explain(error, place) from error
+
+
+def delete(place: str) -> None:
+    """Delete an object, if there is one.
+
+    Raises:
+        OSError: the store does not do it.
+    """
+    import obstore
+
+    try:
+        obstore.delete(*_locate(place))
+    except FileNotFoundError:
+        return
+    except Exception as error:
+        raise _explain(error, place) from error
+
+
+def _locate(place: str) -> tuple[Any, str]:
+    """Return store and key of an address; the connections of a store are kept."""
+    scheme, bucket, key = split(place)
+    environment = tuple(sorted(item for item in os.environ.items() if _ENVIRONMENT.match(item[0])))
+    return _open_store(scheme, bucket, environment, os.getpid()), key
+
+
+@functools.lru_cache(64)
+def _open_store(scheme: str, bucket: str, environment: tuple[tuple[str, str], ...], process: int) -> Any:
+    """Open a store by the environment variables that every tool of its cloud knows."""
+    from obstore import store
+
+    found = dict(environment)
+    emulator = found.get(_EMULATOR, "")
+    endpoint = found.get("AWS_ENDPOINT_URL_S3") or found.get("AWS_ENDPOINT_URL", "")
+    plain = scheme == "http" or (scheme == "s3" and endpoint.startswith("http://")) or (scheme == "gs" and emulator)
+    client: Any = {
+        "timeout": datetime.timedelta(seconds=REQUEST_SECONDS),
+        "connect_timeout": datetime.timedelta(seconds=CONNECT_SECONDS),
+        **({"allow_http": True} if plain else {}),
+    }
+    backoff = {"init_backoff": datetime.timedelta(seconds=0.1), "max_backoff": datetime.timedelta(seconds=10)}
+    retry: Any = {
+        "max_retries": MAX_RETRIES,
+        "retry_timeout": datetime.timedelta(seconds=RETRY_SECONDS),
+        "backoff": backoff,
+    }
+    if scheme in _WEB:
+        return store.HTTPStore(f"{scheme}://{bucket}", client_options=client, retry_config=retry)
+    if scheme == "gs":
+        url = emulator if "://" in emulator else f"http://{emulator}"
+        # An emulator asks for no credentials, but obstore would look for some before it writes.
+        config: Any = {"base_url": url.rstrip("/"), "bearer_token": "emulator"} if emulator else {}
+        return store.GCSStore(bucket, config=config, client_options=client, retry_config=retry)
+    kind = store.S3Store if scheme == "s3" else store.AzureStore
+    return kind(bucket, client_options=client, retry_config=retry)
+
+
+def _version(about: Any) -> str:
+    return about["e_tag"] or f"{about['last_modified'].isoformat()}-{about['size']}"
+
+
+def _token(about: Any) -> dict[str, str]:
+    """Return what a conditional write compares: etag and generation, as far as the store has them."""
+    return {name: about[name] for name in ("e_tag", "version") if about.get(name)}
+
+
+def _explain(error: Exception, place: str) -> OSError:
+    """Return an error of obstore as one of the operating system, with one sentence and the address."""
+    from obstore import exceptions
+
+    scheme, bucket, _ = split(place)
+    text = " ".join(str(error).partition("Debug source")[0].split())
+    status = re.search(r"status code: (\d+ [A-Z][A-Za-z ]*)", text)
+    if "NoSuchBucket" in text or "The specified container does not exist" in text:
+        return FileNotFoundError(errno.ENOENT, f"there is no bucket {bucket}", place)
+    if isinstance(error, FileNotFoundError):
+        missing = (
+            f"there is no bucket {bucket}" if scheme in _STORES and _has_no_bucket(place) else "there is no object"
+        )
+        return FileNotFoundError(errno.ENOENT, missing, place)
+    if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        said = status[1].strip() if status else "no permission"
+        return PermissionError(errno.EACCES, f"the store refuses access ({said}) with the credentials it got", place)
+    if "169.254." in text or "token request" in text or "credential" in text.lower():
+        return PermissionError(errno.EACCES, f"no credentials were found; {_CREDENTIALS.get(scheme, text)}", place)
+    if scheme == "s3" and status and status[1].startswith("30"):
+        return OSError(errno.EIO, "the bucket lies in another region; set AWS_REGION", place)
+    if scheme in _WEB and isinstance(error, exceptions.NotSupportedError):
+        return OSError(errno.EIO, "its server gives no parts of files; download it, and give the path on a disk", place)
+    if status is None and re.search(r"error sending request|connect|dns|timed out|timeout", text, re.IGNORECASE):
+        return TimeoutError(errno.ETIMEDOUT, f"the store cannot be reached, after retries ({text[-120:]})", place)
+    said = f"the server answers {status[1].strip()}, after retries" if status else text[:300]
+    return OSError(errno.EIO, said, place)
+
+
+def _has_no_bucket(place: str) -> bool:
+    """Return True if not only an object is missing, but the bucket."""
+    import obstore
+
+    store, _ = _locate(place)
+    try:
+        next(iter(obstore.list(store, "clipjax-asks-for-the-bucket", chunk_size=1)), None)
+    except Exception as error:
+        return "404" in str(error)
+    return False

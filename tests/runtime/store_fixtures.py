@@ -1,0 +1,57 @@
+"""Fixtures: object stores on this machine. `tests/conftest.py` gives them to all tests."""
+
+import pytest
+
+from clipjax.runtime import objects
+from tests.runtime import stores
+
+
+@pytest.fixture(scope="session")
+def gcs_session():
+    with stores.gcs_server() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def s3_session():
+    with stores.s3_server() as found:
+        yield found
+
+
+@pytest.fixture
+def gcs(gcs_session, monkeypatch):
+    """A server of GCS, to which gs:// leads here."""
+    server, environment = gcs_session
+    server.reset()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return server
+
+
+@pytest.fixture
+def s3(s3_session, monkeypatch):
+    """A server of S3, to which s3:// leads here."""
+    server, environment = s3_session
+    server.reset()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return server
+
+
+@pytest.fixture
+def web():
+    """A server of files by HTTP; its backend has the contents."""
+    server = stores.StoreServer(stores.Files())
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Time limits in which a test can see them."""
+    monkeypatch.setattr(objects, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(objects, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(objects, "MAX_RETRIES", 2)
+    objects._open_store.cache_clear()
+    yield
+    objects._open_store.cache_clear()
