@@ -13,7 +13,8 @@ import numpy as np
 from clipjax.config import DataConfig
 from clipjax.config.paths import expand
 from clipjax.data.digests import ShardDigest, digest_samples
-from clipjax.data.sample import Sample, Source, clean_caption
+from clipjax.data.sample import BadSample as BadSample  # sources raise it
+from clipjax.data.sample import Sample, Source, clean_captions
 from clipjax.data.tfds import TFDS_PREFIX, TfdsSource, data_folder
 from clipjax.data.webdataset import TarSource
 
@@ -62,7 +63,7 @@ class ArraySource:
         captions = (captions,) if isinstance(captions, str) else captions
         return Sample(
             image=self._images[index],
-            captions=tuple(clean_caption(caption, max_bytes=self._max_caption_bytes) for caption in captions),
+            captions=clean_captions(captions, max_bytes=self._max_caption_bytes),
             label=-1 if self._labels is None else int(self._labels[index]),
             key=str(index),
         )
