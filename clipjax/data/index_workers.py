@@ -6,6 +6,7 @@ threads, and a copy runs the user's own script again.
 Reading order: `Builder` (this process's side), `main` (the other's).
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -20,18 +21,17 @@ _KINDS: dict[str, type[Exception]] = {"ValueError": ValueError, "OSError": OSErr
 
 
 class Builder:
-    """A process that builds indexes, started when the first one is asked for; it ends with this context or process."""
+    """A process that builds indexes, started when the first one is asked for; it ends with this one, too."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> "Builder":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """End the process after the shard that it reads."""
         if self._process is not None:
             assert self._process.stdin is not None and self._process.stdout is not None
-            self._process.stdin.close()  # it ends after the shard that it reads
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
             self._process.stdout.close()
             self._process.wait()
 

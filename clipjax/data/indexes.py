@@ -1,10 +1,9 @@
 """Index files of many shards: those that are missing are built, by processes that share the work.
 
-Reading order: `open_indexes`, `_build_all`.
+Reading order: `open_indexes`, `_build_all`, `_Work`.
 """
 
 import collections
-import contextlib
 import json
 import logging
 import os
@@ -20,7 +19,9 @@ from clipjax.runtime.storage import is_address
 from clipjax.runtime.terminal import printable
 
 _LOOKING_THREADS = 16
-_FEW_BYTES = 256 * 2**20
+_SECONDS_PER_SHARD = 0.0006
+_SECONDS_PER_BYTE = 15e-6 / 30_000  # of samples of 30 kB
+_SECONDS_TO_START = 1.0  # worth the start of processes
 _MAX_STATS_BYTES = 2**20
 _MOST_SHOWN = 5
 _log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def open_indexes(
     limit: int,
     num_workers: int | None = None,
     is_thorough: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
 ) -> list[Entry]:
     """Return the indexes of shards; build those that are missing.
 
@@ -41,7 +42,8 @@ def open_indexes(
         limit: largest image file that the source reads, in bytes.
         num_workers: processes that build; None: one per core of this process.
         is_thorough: also look at the places in the index files that are there.
-        progress: function that gets the number of shards that are indexed, and their samples, from time to time.
+        progress: function that gets how many indexes have been built, how many were missing, and the samples in those
+            that have been built, from one thread at a time.
 
     Raises:
         ValueError: a shard is no tar.
@@ -61,65 +63,83 @@ def open_indexes(
                 words,
                 printable(named[0]),
             )
-    progress = progress or _ignore
-    ready = [each.header.count for each in found if isinstance(each, Entry)]
-    built = _build_all(
-        missing,
-        limit=limit,
-        num_workers=num_workers,
-        progress=lambda shards, samples: progress(len(ready) + shards, sum(ready) + samples),
-    )
+    built = _build_all(missing, limit=limit, num_workers=num_workers, progress=progress or _ignore)
     _compare_with_stats([each.path for each in missing], built)
     return [built[each.path] if isinstance(each, Missing) else each for each in found]
 
 
-def _ignore(shards: int, samples: int) -> None: ...
+def _ignore(built: int, missing: int, samples: int) -> None: ...
 
 
 def _build_all(
-    missing: Sequence[Missing], *, limit: int, num_workers: int | None, progress: Callable[[int, int], None]
+    missing: Sequence[Missing], *, limit: int, num_workers: int | None, progress: Callable[[int, int, int], None]
 ) -> dict[str, Entry]:
     """Build indexes, by paths of the shards; see `open_indexes`."""
-    entries: dict[str, Entry] = {}
-    jobs = collections.deque(dict.fromkeys(each.path for each in missing))
-    num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
-    if sum(each.size for each in missing) < _FEW_BYTES:
-        num_workers = 1  # done before another process has started
-    lock, samples = threading.Lock(), 0
-
-    def add(path: str, entry: Entry) -> None:
-        nonlocal samples
-        with lock:
-            entries[path] = entry
-            samples += entry.header.count
-            progress(len(entries), samples)
-
-    def work(builder: Callable[..., Entry | None]) -> None:
-        held: list[str] = []  # by other processes
-        while True:
+    work = _Work([each.path for each in missing], limit, progress)
+    num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(missing))
+    seconds = len(missing) * _SECONDS_PER_SHARD + sum(each.size for each in missing) * _SECONDS_PER_BYTE
+    if num_workers == 1 or seconds < _SECONDS_TO_START:
+        work.run(build)
+        return work.entries
+    builders = [Builder() for _ in range(num_workers)]
+    try:
+        with futures.ThreadPoolExecutor(num_workers) as pool:
+            runs = [pool.submit(work.run, builder.build) for builder in builders]
             try:
-                path = jobs.popleft()
+                for each in futures.as_completed(runs):
+                    each.result()
+            finally:
+                work.stop()  # after an error or a signal, no further shard is begun
+    finally:
+        for builder in builders:
+            builder.close()
+    return work.entries
+
+
+class _Work:
+    """Shards that are to be indexed by several threads, each with a process of its own.
+
+    Args:
+        paths: of the shards.
+        limit: largest image file that the source reads, in bytes.
+        progress: see `open_indexes`.
+
+    Attributes:
+        entries: indexes that are there, by path of the shard.
+    """
+
+    def __init__(self, paths: Sequence[str], limit: int, progress: Callable[[int, int, int], None]):
+        self._jobs = collections.deque(dict.fromkeys(paths))
+        self._limit, self._progress, self._missing = limit, progress, len(self._jobs)
+        self._lock, self._samples, self._is_stopped = threading.Lock(), 0, False
+        self.entries: dict[str, Entry] = {}
+
+    def run(self, build_one: Callable[..., Entry | None]) -> None:
+        """Index shards until none is left: first those that nobody else does, then those that others did not finish."""
+        held: list[str] = []
+        while not self._is_stopped:
+            try:
+                path = self._jobs.popleft()
             except IndexError:
                 break
-            entry = builder(path, limit=limit, may_wait=False)
-            if entry is None:
+            if not self._add(path, build_one(path, limit=self._limit, may_wait=False)):
                 held.append(path)
-            else:
-                add(path, entry)
         for path in held:
-            entry = builder(path, limit=limit, may_wait=True)
-            assert entry is not None
-            add(path, entry)
+            if not self._is_stopped:
+                self._add(path, build_one(path, limit=self._limit, may_wait=True))
 
-    if num_workers == 1:
-        work(build)
-        return entries
-    with futures.ThreadPoolExecutor(num_workers) as pool, contextlib.ExitStack() as stack:
-        stack.callback(jobs.clear)  # after an error or a signal, none is begun
-        builders = [stack.enter_context(Builder()) for _ in range(num_workers)]
-        for each in [pool.submit(work, builder.build) for builder in builders]:
-            each.result()
-    return entries
+    def stop(self) -> None:
+        """Begin no further shard."""
+        self._is_stopped = True
+
+    def _add(self, path: str, entry: Entry | None) -> bool:
+        if entry is None:
+            return False
+        with self._lock:
+            self.entries[path] = entry
+            self._samples += entry.header.count
+            self._progress(len(self.entries), self._missing, self._samples)
+        return True
 
 
 def _compare_with_stats(paths: Sequence[str], entries: Mapping[str, Entry]) -> None:

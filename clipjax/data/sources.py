@@ -111,6 +111,17 @@ def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> So
     return TarSource(_expand(spec), max_caption_bytes=data.max_caption_bytes, max_image_pixels=data.max_image_pixels)
 
 
+def tar_paths(spec: str) -> list[str]:
+    """Return the tars of a source in their order.
+
+    Raises:
+        ValueError: it is no source of tars, or there are none.
+    """
+    if spec.startswith(TFDS_PREFIX):
+        raise ValueError(f"source {spec!r} is prepared TFDS data, which has an index; give a path or pattern of tars")
+    return _expand(spec)
+
+
 def _expand(spec: str) -> list[str]:
     """Return the files of a path, glob or brace pattern, each once."""
     from braceexpand import braceexpand

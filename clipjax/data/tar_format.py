@@ -138,6 +138,9 @@ def _decode(name: bytes) -> str:
 
 
 def _number(field: bytes) -> int:
+    plain = field.rstrip(b"\0 ")
+    if plain.isdigit() and b"8" not in plain and b"9" not in plain:
+        return int(plain, 8)
     if field[0] == 0x80:  # GNU's binary numbers, above 8 GiB
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip() or b"0"

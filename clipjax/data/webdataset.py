@@ -37,8 +37,12 @@ _MAX_FILE_OVERHEAD_BYTES = 2**20  # of an image file beyond its pixels: profiles
 _MAX_OPEN_SHARDS = 128
 _MAX_SHOWN_KEY = 200
 _WINDOW = 4 * 2**10
-_MOST_SHOWN = 5
 _log = logging.getLogger(__name__)
+
+
+def max_file_bytes(max_image_pixels: int) -> int:
+    """Return the size of the largest image file that can hold so few pixels."""
+    return 4 * max_image_pixels + _MAX_FILE_OVERHEAD_BYTES
 
 
 class _Shard:
@@ -142,7 +146,7 @@ class TarSource:
 
     def __init__(self, paths: Sequence[str], *, max_caption_bytes: int, max_image_pixels: int):
         self._paths = [os.fspath(path) for path in paths]
-        self._limits = Limits(4 * max_image_pixels + _MAX_FILE_OVERHEAD_BYTES, max_caption_bytes)
+        self._limits = Limits(max_file_bytes(max_image_pixels), max_caption_bytes)
         entries = indexes.open_indexes(self._paths, limit=self._limits.image)
         headers = [entry.header for entry in entries]
         self._places = [entry.place for entry in entries]
@@ -150,6 +154,11 @@ class TarSource:
         self._stamps = np.array([_stamp(header) for header in headers], np.uint64)
         self._open = functools.lru_cache(_MAX_OPEN_SHARDS)(_Shard)
         self._digests: list[ShardDigest] | None = None
+        if all(header.holds_digest(self._limits.image) for header in headers):
+            self._digests = [
+                ShardDigest(path, header.digest, header.count)
+                for path, header in zip(self._paths, headers, strict=True)
+            ]
         require_samples(self._paths, headers)
         tell_unused(self._paths, headers)
 
