@@ -1,7 +1,7 @@
-"""Prepare data: `clipjax data scenes | tokenizer | show | verify`.
+"""Prepare data: `clipjax data scenes | tokenizer | show | index | verify`.
 
 `scenes` makes the embedded dataset, `tokenizer` trains a SentencePiece model on a source's captions, `show` looks into
-a source, `verify` compares all of its bytes with those of an earlier day.
+a source, `index` makes the index files of tars, `verify` compares all of its bytes with those of an earlier day.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
-from clipjax.cli import arguments
+from clipjax.cli import arguments, data_index
 from clipjax.cli.errors import UNUSABLE_DATA, refusals
 from clipjax.cli.output import show
 from clipjax.config import DataConfig
@@ -25,6 +25,7 @@ COMMANDS = {
     "scenes": "make the embedded dataset of captioned pictures (tfds:scenes)",
     "tokenizer": "train a SentencePiece tokenizer on a source's captions",
     "show": "look into a source: how many samples, and the first few",
+    "index": "make the index files of a source's tars, which the first start of a run would make",
     "verify": "compare every byte of a source's files with a manifest",
 }
 
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             given = f"{command!r} is none of" if command else "a command is missing, one of"
             raise ValueError(f"{given} {', '.join(COMMANDS)}; see {PROGRAM} --help")
+        if command == "index":  # takes its source without a name, too
+            rest = [each if each.startswith("-") else f"--source={each}" for each in rest]
         options = _parser(command).read(rest).options
         match command:
             case "scenes":
@@ -56,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _tokenizer(options)
             case "show":
                 return _show(options)
+            case "index":
+                return data_index.run(options.source, options.num_workers)
             case _:
                 return _verify(options)
 
@@ -99,6 +104,12 @@ def _parser(command: str) -> arguments.Parser:
         parser.add_argument(
             "--num", metavar="N", type=arguments.whole_number(0), default=5, help="how many samples to print"
         )
+    if command == "index":
+        parser.description = data_index.ABOUT
+        parser.add_argument(
+            "--num_workers", metavar="N", type=arguments.whole_number(1), help="processes; one per core if left out"
+        )
+        return parser
     if command == "verify":
         parser.description = VERIFY
         for name, about in (("write", "the manifest to write"), ("against", "the manifest to compare with")):

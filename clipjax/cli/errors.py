@@ -64,6 +64,7 @@ def stops(program: str) -> Iterator[None]:
     # In here, so that commands that need no JAX do not wait for its import.
     from clipjax.checkpoints.manager import SavesFail
     from clipjax.checkpoints.manifest import UnusableCheckpoint
+    from clipjax.data.sample import UnreadableData
     from clipjax.data.training_batches import NoUsableSample, TooManyBadSamples
     from clipjax.runtime import processes
     from clipjax.runtime.device_check import BrokenDevice
@@ -71,7 +72,7 @@ def stops(program: str) -> Iterator[None]:
 
     try:
         yield
-    except (NoUsableSample, UnusableCheckpoint, BrokenDevice) as error:
+    except (NoUsableSample, UnreadableData, UnusableCheckpoint, BrokenDevice) as error:
         print_error(program, error)
         raise SystemExit(processes.abort(UNUSABLE_DATA)) from error
     except (TooManyBadSamples, RunStopped, SavesFail) as error:  # all processes meet it at one place

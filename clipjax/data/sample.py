@@ -25,6 +25,7 @@ REASONS = (
     "corrupt_record",
     "duplicate_key",
     "truncated_tar",
+    "unsupported_format",
 )
 """Reasons for skipping a sample. Append only: counters in checkpoints refer to these names."""
 
@@ -50,6 +51,13 @@ class BadSample(ValueError):
         assert reason in REASONS, reason
         super().__init__(reason)
         self.reason = reason
+
+
+class UnreadableData(ValueError):
+    """The error of data that cannot be read any more, or is not the data that was opened: a person has to look at it.
+
+    Unlike `BadSample` it says nothing about one sample, so none takes its place.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
-        """Read one sample. Raise `BadSample` if it cannot be used."""
+        """Read one sample. Raise `BadSample` if it cannot be used, `UnreadableData` if the data cannot be read."""
         ...
 
     def location(self, index: int) -> str:
@@ -114,6 +122,27 @@ def clean_caption(raw: bytes | str, *, max_bytes: int) -> str:
     if not text:
         raise BadSample("empty_caption")
     return text
+
+
+def clean_captions(raws: Sequence[bytes | str], *, max_bytes: int) -> tuple[str, ...]:
+    """Check and strip captions; blank ones are left out where others are not.
+
+    Raises:
+        BadSample: `caption_too_long` or `caption_not_utf8` for any, `empty_caption` if all are blank.
+    """
+    if len(raws) == 1:
+        return (clean_caption(raws[0], max_bytes=max_bytes),)
+    captions, blank = [], None
+    for raw in raws:
+        try:
+            captions.append(clean_caption(raw, max_bytes=max_bytes))
+        except BadSample as bad:
+            if bad.reason != "empty_caption":
+                raise
+            blank = bad
+    if blank is not None and not captions:
+        raise blank
+    return tuple(captions)
 
 
 def is_label(value: Any) -> bool:

@@ -15,7 +15,8 @@ from clipjax.config import DataConfig
 from clipjax.config.paths import READABLE, expand
 from clipjax.data.digests import ShardDigest, digest_samples
 from clipjax.data.mixture import MixedSource
-from clipjax.data.sample import Sample, Source, clean_caption
+from clipjax.data.sample import BadSample as BadSample  # sources raise it
+from clipjax.data.sample import Sample, Source, clean_captions
 from clipjax.data.tfds import TFDS_PREFIX, TfdsSource, data_folder
 from clipjax.data.webdataset import TarSource
 from clipjax.runtime import objects
@@ -66,7 +67,7 @@ class ArraySource:
         captions = (captions,) if isinstance(captions, str) else captions
         return Sample(
             image=self._images[index],
-            captions=tuple(clean_caption(caption, max_bytes=self._max_caption_bytes) for caption in captions),
+            captions=clean_captions(captions, max_bytes=self._max_caption_bytes),
             label=-1 if self._labels is None else int(self._labels[index]),
             key=str(index),
         )
@@ -112,6 +113,17 @@ def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> So
             max_caption_bytes=data.max_caption_bytes,
         )
     return TarSource(_expand(spec), max_caption_bytes=data.max_caption_bytes, max_image_pixels=data.max_image_pixels)
+
+
+def tar_paths(spec: str) -> list[str]:
+    """Return the tars of a source in their order.
+
+    Raises:
+        ValueError: it is no source of tars, or there are none.
+    """
+    if spec.startswith(TFDS_PREFIX):
+        raise ValueError(f"source {spec!r} is prepared TFDS data, which has an index; give a path or pattern of tars")
+    return _expand(spec)
 
 
 def _expand(spec: str) -> list[str]:

@@ -1,57 +1,50 @@
 """The index of a tar shard: the members of each sample, and their places.
 
-Reading order: `index_shard` (members to samples), `_walk` (the tar format), `ShardFile` (reads for the index and for
-samples).
+A sample is the members that share everything before the first dot of their base name, as in WebDataset; what follows
+is the kind of the member. Two kinds of members are samples only where nothing else is: images in formats that
+training data rarely has (`KEY.tif`), where the key has no other image; and names with more dots, such as
+`photo.2019-05.1.jpg`, where all before the last dot is the key of an image and something that describes it, and no
+sample has the part before the first dot as its key: of that one they would be further fields (`x.seg.png`).
+
+Reading order: `index_shard`, `_Collector` (members to samples), `ShardIndex`. The tar format is in `tar_format.py`,
+the meaning of names in `tar_names.py`; `tar_ranges.py` finds the members of one sample again.
 """
 
-import logging
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from clipjax.data.sample import REASONS, BadSample
-from clipjax.runtime.terminal import printable
-
-IMAGE, CAPTION, JSON, CLASS = range(4)
-"""Columns of an index: kinds of members."""
+from clipjax.data.sample import REASONS
+from clipjax.data.tar_format import BLOCK, DamagedTar, Member, next_header, parse_header, walk
+from clipjax.data.tar_names import IMAGE, NUM_COLUMNS, classify
+from clipjax.data.tar_ranges import windowed
+from clipjax.runtime.storage import OpenFile, is_address
 
 NO_FAULT = -1
 
-_COLUMNS = {
-    "jpg": IMAGE,
-    "jpeg": IMAGE,
-    "png": IMAGE,
-    "webp": IMAGE,
-    "txt": CAPTION,
-    "json": JSON,
-    "cls": CLASS,
-}
-_BLOCK = 512
-_MAX_HEADER_BYTES = 2**20  # of an extended header
+MAX_GAP_BYTES = 64 * 2**10
+"""Bytes between the members of a sample that are read in one go."""
+
+_WINDOW = 4 * 2**10  # of a local file: a small member and the headers around it
+_REMOTE_WINDOW = 8 * 2**20
+_MOST_EXTENSIONS = 32
+_MAX_SHOWN_NAME = 200
+_MAX_SHOWN_EXTENSION = 20
 
 
-class ShardFile:
-    """An open shard. It closes when its last reader lets go, so that the cache may drop it during a read."""
+@dataclass(slots=True)
+class Unused:
+    """Members with one extension that belong to no sample.
 
-    def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY)
+    Attributes:
+        count: of all of them.
+        lost: how many of them may be parts of pairs that were meant.
+        example: name of one, if possible of those that are lost.
+    """
 
-    def __del__(self):
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Read without a file position, so that threads can share the descriptor.
-
-        Raises:
-            BadSample: `truncated_tar`.
-        """
-        data = os.pread(self.descriptor, size, offset)
-        if len(data) < size:
-            raise BadSample("truncated_tar")
-        return data
+    count: int
+    lost: int
+    example: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,171 +56,181 @@ class ShardIndex:
         offsets: int64 [n, 4] by column (image, caption, JSON, class); -1: absent.
         sizes: uint32 [n, 4].
         faults: int8 [n], index into `REASONS`, or `NO_FAULT`.
+        starts: int64 [n + 1], place of the first header of each sample; behind the last one, its end.
+        is_compact: True if all of a sample lies before the next one's start, without large members that are not used.
+        unused: members that belong to no sample, by extension.
+        damage: what cut the shard short; "" if it is whole.
     """
 
     keys: list[str]
     offsets: np.ndarray
     sizes: np.ndarray
     faults: np.ndarray
+    starts: np.ndarray
+    is_compact: bool
+    unused: dict[str, Unused]
+    damage: str
 
 
-class _DamagedTar(Exception):
-    """The rest of a tar cannot be read."""
-
-
-def index_shard(path: str) -> ShardIndex:
+def index_shard(file: OpenFile, path: str) -> ShardIndex:
     """Read the headers of a tar.
+
+    Args:
+        file: the tar.
+        path: its place, for messages.
 
     Raises:
         ValueError: the file is no tar.
+        OSError: it cannot be read.
     """
-    rows: dict[str, int] = {}
-    offsets: list[list[int]] = []
-    sizes: list[list[int]] = []
-    faults: list[int] = []
-    row = -1
-    file = ShardFile(path)
-    length = os.fstat(file.descriptor).st_size
+    collector, damage = _Collector(file.size), ""
+    read = windowed(file, _REMOTE_WINDOW if is_address(path) else _WINDOW)
     try:
-        for name, offset, size in _walk(file.descriptor, length):
-            key, column = _key_and_column(name)
-            if column is None:
-                continue
-            row = rows.setdefault(key, len(rows))
-            if row == len(faults):
-                offsets.append([-1] * len(set(_COLUMNS.values())))
-                sizes.append([0] * len(offsets[row]))
-                faults.append(NO_FAULT)
-            if offset + size > length:
-                faults[row] = REASONS.index("truncated_tar")
-            elif offsets[row][column] >= 0:
-                faults[row] = REASONS.index("duplicate_key")
-            offsets[row][column] = offset
-            sizes[row][column] = min(size, 2**32 - 1)  # far above every limit
-    except _DamagedTar as damage:
-        if not rows and not _starts_like_tar(file.descriptor):
+        for member in walk(read, file.size):
+            collector.add(member)
+    except DamagedTar as error:
+        if not collector.is_used and not _starts_like_tar(file):
             raise ValueError(f"{path} is not a tar file; an archive that is compressed must be decompressed") from None
-        if row >= 0 and (offsets[row][IMAGE] < 0 or max(offsets[row][1:]) < 0):
-            faults[row] = REASONS.index("truncated_tar")
-        logging.getLogger(__name__).warning("%s: %s; using the %d keys before", printable(path), damage, len(rows))
-    return ShardIndex(
-        keys=list(rows),
-        offsets=np.array(offsets, np.int64).reshape(-1, 4),
-        sizes=np.array(sizes, np.uint32).reshape(-1, 4),
-        faults=np.array(faults, np.int8),
-    )
+        damage = str(error)
+    return collector.finish(damage)
 
 
-def _key_and_column(name: str) -> tuple[str, int | None]:
-    directory, slash, base = name.removeprefix("./").rpartition("/")
-    stem, _, extension = base.partition(".")
-    # Names that start with a dot are hidden files, such as the "._" twins that macOS adds.
-    return directory + slash + stem, _COLUMNS.get(extension.lower()) if stem else None
-
-
-def _starts_like_tar(descriptor: int) -> bool:
+def _starts_like_tar(file: OpenFile) -> bool:
     try:
-        return _parse_header(os.pread(descriptor, _BLOCK, 0)) is not None
-    except _DamagedTar:
+        return parse_header(file.read(0, BLOCK)) is not None
+    except DamagedTar:
         return False
 
 
-@dataclass(frozen=True, slots=True)
-class _Header:
-    name: bytes
-    size: int
-    kind: bytes
+@dataclass(slots=True)
+class _Row:
+    """A sample that is being collected. `used` counts the bytes of its members and their headers."""
+
+    start: int
+    end: int = 0
+    used: int = 0
+    fault: int = NO_FAULT
+    is_linked: bool = False
+    offsets: list[int] = field(default_factory=lambda: [-1] * NUM_COLUMNS)
+    sizes: list[int] = field(default_factory=lambda: [0] * NUM_COLUMNS)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.offsets[IMAGE] >= 0 and max(self.offsets[1:]) >= 0
 
 
-def _walk(descriptor: int, length: int) -> Iterator[tuple[str, int, int]]:
-    """Yield name, offset and size of each regular file in a tar (ustar, pax, GNU), without reading its content.
+class _Collector:
+    """Members to samples.
 
-    A member that ends beyond `length` is yielded too, as the last one.
-
-    Raises:
-        _DamagedTar: the archive stops without its end marker or a header is damaged.
-
-    Source: POSIX.1-2008, pax, "ustar Interchange Format"; the GNU tar manual, "Basic Tar Format".
+    Args:
+        length: size of the archive.
     """
-    position = 0
-    name: bytes | None = None
-    size: int | None = None
-    while True:
-        header = _parse_header(os.pread(descriptor, _BLOCK, position))
-        if header is None:
+
+    def __init__(self, length: int):
+        self._length, self._end = length, next_header(0, length)
+        self._rows: dict[str, _Row] = {}
+        self._files: dict[str, Member] = {}
+        self._rare: dict[str, list[Member]] = {}
+        self._dotted: dict[str, list[Member]] = {}
+        self._unused: dict[str, Unused] = {}
+        self._latest: _Row | None = None
+        self.is_used = False
+
+    def add(self, member: Member) -> None:
+        """Take the next member of the archive."""
+        place = classify(member.name)
+        is_linked = member.target is not None
+        if is_linked and (target := self._files.get(member.target.removeprefix("./"))) is not None:  # pyright: ignore
+            member = member._replace(offset=target.offset, size=target.size, is_file=True)
+        if not member.is_file:
+            self._leave(member, is_lost=place.column >= 0)
             return
-        data = position + _BLOCK
-        if header.kind in b"123456":  # links, devices, directories and pipes have no content, whatever they say
-            position, name, size = data, None, None
-            continue
-        if header.kind in b"xL":
-            if header.size > _MAX_HEADER_BYTES:
-                raise _DamagedTar(f"extended header of {header.size} bytes at {position}")
-            content = os.pread(descriptor, header.size, data)
-            if header.kind == b"L":
-                name = content.rstrip(b"\0")
+        self._files[member.name.removeprefix("./")] = member
+        if place.is_certain:
+            self._latest = self._put(place.key, place.column, member)
+        elif place.column < 0:
+            self._leave(member, is_lost=False)
+        else:
+            (self._rare if place.base is None else self._dotted).setdefault(place.key, []).append(member)
+
+    def _put(self, key: str, column: int, member: Member) -> _Row:
+        self.is_used = True
+        row = self._rows.get(key)
+        if row is None:
+            row = self._rows[key] = _Row(member.start)
+        if member.offset + member.size > self._length:
+            row.fault = REASONS.index("truncated_tar")
+        elif row.offsets[column] >= 0:
+            row.fault = REASONS.index("duplicate_key")
+        row.offsets[column] = member.offset
+        row.sizes[column] = min(member.size, 2**32 - 1)  # far above every limit
+        end = min(member.end, self._end)  # sizes of others may be absurd
+        row.start, row.end = min(row.start, member.start), max(row.end, end)
+        row.used += end - member.start
+        row.is_linked |= member.target is not None
+        return row
+
+    def _leave(self, member: Member, *, is_lost: bool) -> None:
+        """Count a member that belongs to no sample."""
+        base = member.name.rpartition("/")[2]
+        extension = base.rpartition(".")[2].lower()[:_MAX_SHOWN_EXTENSION] if "." in base else ""
+        name = member.name[:_MAX_SHOWN_NAME]
+        if not member.is_file:
+            extension, name = f"{extension} link", f"{name} (a link)"
+        known = extension in self._unused or len(self._unused) < _MOST_EXTENSIONS
+        unused = self._unused.setdefault(extension if known else "*", Unused(0, 0, name))
+        if is_lost and not unused.lost:
+            unused.example = name
+        unused.count += 1
+        unused.lost += is_lost
+
+    def finish(self, damage: str) -> ShardIndex:
+        """Return the index of all members; `damage` is what cut the archive short."""
+        for key, members in self._rare.items():
+            if (row := self._rows.get(key)) is None or row.offsets[IMAGE] < 0:
+                for member in members:
+                    self._put(key, IMAGE, member)
             else:
-                fields = _parse_pax(content)
-                name = fields.get(b"path", name)
-                size = _pax_size(fields) if b"size" in fields else size
-            position = _next_header(data, header.size)
-            continue
-        member_size = header.size if size is None else size
-        if header.kind in b"07\0":
-            yield (header.name if name is None else name).decode("utf-8", "backslashreplace"), data, member_size
-        if data + member_size > length:
-            raise _DamagedTar(f"the archive ends inside the member at {position}")
-        position = _next_header(data, member_size)
-        if header.kind not in b"gK":  # these two stand between an extended header and its member
-            name, size = None, None
+                for member in members:
+                    self._leave(member, is_lost=False)
+        for key, members in self._dotted.items():
+            self._add_dotted(key, members)
+        if damage and self._latest is not None and not self._latest.is_whole:
+            self._latest.fault = REASONS.index("truncated_tar")
+        return self._table(damage)
 
+    def _add_dotted(self, key: str, members: list[Member]) -> None:
+        """Take members with dots in their name as a sample, or count them."""
+        places = [classify(member.name) for member in members]
+        columns = {place.column for place in places}
+        is_pair = IMAGE in columns and len(columns) > 1
+        is_further_field = places[0].base in self._rows
+        has_image = any(place.column == IMAGE and not place.is_rare for place in places)
+        for member, place in zip(members, places, strict=True):
+            if not is_pair or is_further_field:
+                self._leave(member, is_lost=is_pair or not is_further_field)
+            elif place.is_rare and has_image:
+                self._leave(member, is_lost=False)
+            else:
+                self._put(key, place.column, member)
 
-def _next_header(data: int, size: int) -> int:
-    return data + -(-size // _BLOCK) * _BLOCK
-
-
-def _parse_header(block: bytes) -> _Header | None:
-    """Parse a header block; None is the end marker."""
-    if len(block) < _BLOCK:
-        raise _DamagedTar("the archive ends without its end marker")
-    if not block[0] and block.count(0) == _BLOCK:
-        return None
-    checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
-    if _number(block[148:156]) != checksum:
-        raise _DamagedTar("a header's checksum is wrong")
-    name = block[:100].split(b"\0", 1)[0]
-    if block[257:263] == b"ustar\0" and block[345]:
-        name = block[345:500].split(b"\0", 1)[0] + b"/" + name
-    kind = block[156:157]
-    if kind == b"\0" and name.endswith(b"/"):  # how the oldest tars write a directory
-        kind = b"5"
-    return _Header(name, _number(block[124:136]), kind)
-
-
-def _number(field: bytes) -> int:
-    if field[0] == 0x80:  # GNU's binary numbers, above 8 GiB
-        return int.from_bytes(field[1:], "big")
-    digits = field.split(b"\0", 1)[0].strip() or b"0"
-    if not digits.isdigit() or b"8" in digits or b"9" in digits:
-        raise _DamagedTar(f"{field!r} is not an octal number")
-    return int(digits, 8)
-
-
-def _parse_pax(content: bytes) -> dict[bytes, bytes]:
-    """Parse the records "LENGTH KEY=VALUE\\n" of an extended header."""
-    fields = {}
-    while content.rstrip(b"\0"):
-        length, space, _ = content[:20].partition(b" ")
-        size = int(length) if length.isdigit() else 0
-        key, equals, value = content[len(length) + 1 : size - 1].partition(b"=")
-        if not (space and equals) or size > len(content) or content[size - 1 : size] != b"\n":
-            raise _DamagedTar("a pax header is damaged")
-        fields[key] = value
-        content = content[size:]
-    return fields
-
-
-def _pax_size(fields: dict[bytes, bytes]) -> int:
-    if not fields[b"size"].isdigit() or len(fields[b"size"]) > 20:
-        raise _DamagedTar("a pax header is damaged")
-    return int(fields[b"size"])
+    def _table(self, damage: str) -> ShardIndex:
+        keys = sorted(self._rows, key=lambda key: self._rows[key].start)
+        rows = [self._rows[key] for key in keys]
+        starts = np.array([row.start for row in rows] + [rows[-1].end if rows else 0], np.int64)
+        ends, used = (np.array([getattr(row, name) for row in rows], np.int64) for name in ("end", "used"))
+        is_compact = (
+            not any(row.is_linked for row in rows)
+            and bool((ends[:-1] <= starts[1:-1]).all())
+            and bool((np.diff(starts) - used <= MAX_GAP_BYTES).all())
+        )
+        return ShardIndex(
+            keys=keys,
+            offsets=np.array([row.offsets for row in rows], np.int64).reshape(-1, NUM_COLUMNS),
+            sizes=np.array([row.sizes for row in rows], np.uint32).reshape(-1, NUM_COLUMNS),
+            faults=np.array([row.fault for row in rows], np.int8),
+            starts=starts,
+            is_compact=is_compact,
+            unused=self._unused,
+            damage=damage,
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.data.digests import DIGEST_THREADS, ShardDigest, digest_samples
-from clipjax.data.sample import BadSample, Sample, clean_caption, is_label
+from clipjax.data.sample import BadSample, Sample, clean_captions, is_label
 
 TFDS_PREFIX = "tfds:"
 
@@ -123,7 +123,7 @@ class TfdsSource:
             captions = (captions,)
         return Sample(
             image=image,
-            captions=tuple(clean_caption(caption, max_bytes=self._max_caption_bytes) for caption in captions),
+            captions=clean_captions(captions, max_bytes=self._max_caption_bytes),
             label=int(label) if is_label(label) else -1,
             key=str(index),
         )

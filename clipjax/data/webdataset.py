@@ -1,30 +1,128 @@
-"""WebDataset tar shards (img2dataset's layout) with random access: an offset index in memory, one read per sample.
+"""WebDataset tar shards (img2dataset's layout) with random access: an index file a shard, one read a sample.
 
 A sample is the members that share everything before the first dot of their name: `KEY.jpg|jpeg|png|webp`, `KEY.txt`
 (caption), `KEY.json` (`caption` or `captions` if there is no txt, `label` if there is no cls), `KEY.cls` (class
-number). Other members are ignored, links, devices and directories too; names are labels and never paths to open.
+number); `tar_index.py` tells the exceptions. A hard link stands for the earlier member that it names. Other members are
+counted and left alone, other links and devices too; names are labels and never paths to open.
 """
 
+import bisect
 import copy
+import errno
 import functools
-import json
+import itertools
+import logging
 import os
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from clipjax.data.digests import CONTENTS, DIGEST_THREADS, Hasher, ShardDigest, spread
-from clipjax.data.sample import REASONS, BadSample, Sample, clean_caption, is_label
-from clipjax.data.tar_index import CAPTION, CLASS, IMAGE, JSON, NO_FAULT, ShardFile, index_shard
+from clipjax.data import index_store, indexes
+from clipjax.data.digests import DIGEST_THREADS, ShardDigest
+from clipjax.data.index_file import DamagedIndex, IndexHeader, IndexTable, map_table, shard_digest
+from clipjax.data.sample import REASONS, BadSample, Sample, UnreadableData
+from clipjax.data.tar_format import DamagedTar
+from clipjax.data.tar_index import NO_FAULT, index_shard
+from clipjax.data.tar_names import classify
+from clipjax.data.tar_ranges import members_between, quick_sample, sample_in, windowed
+from clipjax.data.tar_samples import Limits, assemble, keep_needed, read_all, read_members, slices
+from clipjax.data.unused_members import require_samples, tell_unused
+from clipjax.runtime.storage import FileChanged, OpenFile, open_file
+from clipjax.runtime.terminal import printable
 
-_MAX_JSON_BYTES = 2**20
-_MAX_CLASS_BYTES = 64
 _MAX_FILE_OVERHEAD_BYTES = 2**20  # of an image file beyond its pixels: profiles, thumbnails
-_MAX_GAP_BYTES = 64 * 2**10  # between the members of a sample that are read in one go
 _MAX_OPEN_SHARDS = 128
 _MAX_SHOWN_KEY = 200
+_WINDOW = 4 * 2**10
+_log = logging.getLogger(__name__)
+
+
+def max_file_bytes(max_image_pixels: int) -> int:
+    """Return the size of the largest image file that can hold so few pixels."""
+    return 4 * max_image_pixels + _MAX_FILE_OVERHEAD_BYTES
+
+
+class _Shard:
+    """An open shard with its index.
+
+    Args:
+        path: of the shard.
+        place: of its index.
+        stamp: of the shard when the source was opened.
+        limits: of the members.
+
+    Raises:
+        OSError: it cannot be read, or is another one.
+    """
+
+    def __init__(self, path: str, place: str | bytes, stamp: int, limits: Limits):
+        self._path, self._limits = path, limits
+        self._file = open_file(path)
+        if _stamp(self._file) != stamp:
+            raise FileChanged(errno.ESTALE, "another program has written it anew", path)
+        self._table = self._open_table(place, stamp)
+
+    def _open_table(self, place: str | bytes, stamp: int) -> IndexTable:
+        try:
+            table = IndexTable(place) if isinstance(place, bytes) else map_table(place)
+            if _stamp(table.header) == stamp:
+                return table
+            problem = "is of another content of the shard"
+        except (DamagedIndex, OSError) as error:
+            problem = str(error)
+        _log.warning("the index of %s is made anew: %s", printable(self._path), printable(problem))
+        entry = index_store.build(self._path, limit=self._limits.image)
+        assert entry is not None
+        if _stamp(entry.header) != stamp:
+            raise FileChanged(errno.ESTALE, "another program has written it anew", self._path)
+        return entry.table()
+
+    def read(self, row: int) -> Sample:
+        """Read a sample.
+
+        Raises:
+            BadSample: it cannot be used.
+            UnreadableData: the shard ends before it.
+            DamagedTar: the shard holds something else there.
+            OSError: the shard cannot be read, or is another one.
+        """
+        if (fault := self._table.fault(row)) != NO_FAULT:
+            raise BadSample(REASONS[fault])
+        if not self._table.header.is_compact:
+            offsets, sizes = self._table.members(row)
+            keep_needed(offsets, sizes, self._limits)
+            return assemble(self._table.key(row), read_members(self._file, offsets, sizes), self._limits)
+        start, end = self._table.span(row)
+        if end - start > self._limits.sample:  # something in it is too large
+            key, offsets, sizes = sample_in(members_between(windowed(self._file, _WINDOW), start, end))
+            keep_needed(offsets, sizes, self._limits)
+            return assemble(key, read_members(self._file, offsets, sizes), self._limits)
+        block = read_all(self._file, start, min(end, self._file.size) - start)
+        found = quick_sample(block)
+        if found is None:  # something in it is out of the ordinary
+            found = sample_in(members_between(functools.partial(_slice, block), 0, end - start))
+        key, offsets, sizes = found
+        keep_needed(offsets, sizes, self._limits)
+        return assemble(key, slices(block, offsets, sizes, 0), self._limits)
+
+    def key(self, row: int) -> str:
+        """Return the key of a sample; errors as in `read`."""
+        if not self._table.header.is_compact:
+            return self._table.key(row)
+        first = next(members_between(windowed(self._file, _WINDOW), *self._table.span(row)))
+        return classify(first.name).key
+
+
+def _slice(block: bytes, offset: int, size: int) -> bytes:
+    return block[offset : offset + size]
+
+
+def _stamp(file: OpenFile | IndexHeader) -> int:
+    """Return a number for the size and the version of a shard."""
+    return xxhash.xxh3_64_intdigest(f"{file.size} {file.version}".encode("utf-8", "surrogatepass"))
 
 
 class TarSource:
@@ -40,100 +138,92 @@ class TarSource:
 
     Raises:
         ValueError: a file is no tar, or there is no sample at all.
+        OSError: a file cannot be read.
 
-    Cost: about 70 bytes and 25 microseconds per sample for the index, which also travels to each worker process.
+    Cost: shards without an index are walked through once, by a process per core (15 microseconds a sample). Index files
+    are mapped when a shard is read; worker processes get paths and counts.
     """
 
     def __init__(self, paths: Sequence[str], *, max_caption_bytes: int, max_image_pixels: int):
         self._paths = [os.fspath(path) for path in paths]
-        self._max_caption_bytes = max_caption_bytes
-        self._max_image_bytes = 4 * max_image_pixels + _MAX_FILE_OVERHEAD_BYTES
-        shards = [index_shard(path) for path in self._paths]
-        if not sum(len(shard.keys) for shard in shards):
-            raise ValueError(
-                f"no sample in {', '.join(self._paths[:5])}: expected members KEY.jpg (jpeg, png, webp) and KEY.txt"
-            )
-        self._first = np.cumsum([0] + [len(shard.keys) for shard in shards])
-        self._offsets = np.concatenate([shard.offsets for shard in shards])
-        self._sizes = np.concatenate([shard.sizes for shard in shards])
-        self._faults = np.concatenate([shard.faults for shard in shards])
-        keys = [key.encode() for shard in shards for key in shard.keys]
-        self._keys = b"".join(keys)
-        self._key_ends = np.cumsum([len(key) for key in keys])
-        self._open = functools.lru_cache(_MAX_OPEN_SHARDS)(ShardFile)
+        self._limits = Limits(max_file_bytes(max_image_pixels), max_caption_bytes)
+        entries = indexes.open_indexes(self._paths, limit=self._limits.image)
+        headers = [entry.header for entry in entries]
+        self._places = [entry.place for entry in entries]
+        self._first = list(itertools.accumulate((header.count for header in headers), initial=0))
+        self._stamps = np.array([_stamp(header) for header in headers], np.uint64)
+        self._open = functools.lru_cache(_MAX_OPEN_SHARDS)(_Shard)
         self._digests: list[ShardDigest] | None = None
+        if all(header.holds_digest(self._limits.image) for header in headers):
+            self._digests = [
+                ShardDigest(path, header.digest, header.count)
+                for path, header in zip(self._paths, headers, strict=True)
+            ]
+        require_samples(self._paths, headers)
+        tell_unused(self._paths, headers)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_digests")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _digests=None, _open=functools.lru_cache(_MAX_OPEN_SHARDS)(ShardFile))
+        self.__dict__.update(state, _digests=None, _open=functools.lru_cache(_MAX_OPEN_SHARDS)(_Shard))
 
     def __len__(self) -> int:
-        return len(self._faults)
+        return self._first[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        if self._faults[index] != NO_FAULT:
-            raise BadSample(REASONS[self._faults[index]])
-        offsets, sizes = self._offsets[index].tolist(), self._sizes[index].tolist()
-        if offsets[IMAGE] < 0:
-            raise BadSample("missing_image")
-        if offsets[CAPTION] >= 0 and offsets[CLASS] >= 0:
-            offsets[JSON] = -1  # nothing is needed from it
-        limits = (self._max_image_bytes, self._max_caption_bytes, _MAX_JSON_BYTES, _MAX_CLASS_BYTES)
-        reasons = ("image_too_large", "caption_too_long", "bad_metadata", "bad_metadata")
-        for offset, size, limit, reason in zip(offsets, sizes, limits, reasons, strict=True):
-            if offset >= 0 and size > limit:
-                raise BadSample(reason)
-        image, caption, metadata, label = self._read(self._path(index), offsets, sizes)
-        fields = _parse_json(metadata)
-        assert image is not None
-        raw_captions = [caption] if caption is not None else _json_captions(fields)
-        return Sample(
-            image=image,
-            captions=tuple(clean_caption(raw, max_bytes=self._max_caption_bytes) for raw in raw_captions),
-            label=_parse_class(label) if label is not None else _json_label(fields),
-            key=self._key(index),
-        )
+        shard, row = self._find(index)
+        try:
+            return self._shard(shard).read(row)
+        except BadSample:
+            raise
+        except (OSError, ValueError, DamagedTar) as error:
+            raise UnreadableData(
+                f"shard {printable(self._paths[shard])} cannot be read as it was opened: {_describe(error)}; let what "
+                "writes it finish, or look at its disk, then start the same command again"
+            ) from error
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Return the shard of a sample, and its number there."""
+        if not 0 <= index < self._first[-1]:
+            raise IndexError(f"sample {index} of {self._first[-1]}")
+        shard = bisect.bisect_right(self._first, index) - 1
+        return shard, int(index) - self._first[shard]
+
+    def _shard(self, shard: int) -> _Shard:
+        return self._open(self._paths[shard], self._places[shard], self._stamps[shard], self._limits)
 
     def location(self, index: int) -> str:
         """Return the shard and the key."""
-        key = self._key(index)[:_MAX_SHOWN_KEY]
-        return f"shard {self._path(index)}, key {key if key.isprintable() else ascii(key)}"
+        shard, row = self._find(index)
+        try:
+            key = self._shard(shard).key(row)[:_MAX_SHOWN_KEY]
+        except (OSError, ValueError, DamagedTar, StopIteration):  # this is for messages: they matter more
+            return f"shard {self._paths[shard]}, sample {row}"
+        return f"shard {self._paths[shard]}, key {key if key.isprintable() else ascii(key)}"
 
     def digests(self) -> list[ShardDigest]:
         """Return a digest of each shard: keys, kinds and sizes of members, and some contents."""
         if self._digests is None:
             with futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:
-                self._digests = list(pool.map(self._digest, range(len(self._paths))))
+                self._digests = list(pool.map(self._digest, self._paths))
         return self._digests
 
-    def _digest(self, shard: int) -> ShardDigest:
-        first, end = self._first[shard : shard + 2].tolist()
-        ends = self._key_ends[first:end] - self._key_start(first)
-        hasher, file = Hasher(), ShardFile(self._paths[shard])
-        hasher.add(self._keys[self._key_start(first) : self._key_start(end)], ends.astype(np.int64).tobytes())
-        for rows in (self._offsets[first:end] >= 0, self._sizes[first:end], self._faults[first:end]):
-            hasher.add(np.ascontiguousarray(rows).tobytes())
-        for index in (first + position for position in spread(end - first, CONTENTS)):
-            if self._faults[index] != NO_FAULT:
-                continue
-            for offset, size in zip(self._offsets[index].tolist(), self._sizes[index].tolist(), strict=True):
-                if offset >= 0 and size <= self._max_image_bytes:
-                    hasher.add(file.read(offset, size))
-        return ShardDigest(self._paths[shard], hasher.hexdigest(), end - first)
+    def _digest(self, path: str) -> ShardDigest:
+        entry = index_store.find(path)
+        if isinstance(entry, index_store.Entry) and entry.header.holds_digest(self._limits.image):
+            return ShardDigest(path, entry.header.digest, entry.header.count)
+        file = open_file(path)
+        index = index_shard(file, path)
+        return ShardDigest(path, shard_digest(index, file, self._limits.image)[0], len(index.keys))
 
     def reordered(self, order: Sequence[int]) -> "TarSource":
         """Return the source with its shards in another order."""
         other = copy.copy(self)
-        spans = [slice(*self._first[shard : shard + 2].tolist()) for shard in order]
-        lengths = np.diff(self._key_ends, prepend=0)
-        other._paths = [self._paths[shard] for shard in order]
-        other._first = np.cumsum([0] + [span.stop - span.start for span in spans])
-        for name in ("_offsets", "_sizes", "_faults"):
-            setattr(other, name, np.concatenate([getattr(self, name)[span] for span in spans]))
-        other._keys = b"".join(self._keys[self._key_start(span.start) : self._key_start(span.stop)] for span in spans)
-        other._key_ends = np.cumsum(np.concatenate([lengths[span] for span in spans]))
+        counts = np.diff(self._first)
+        other._paths, other._places = ([each[shard] for shard in order] for each in (self._paths, self._places))
+        other._first = list(itertools.accumulate(counts[list(order)].tolist(), initial=0))
+        other._stamps = self._stamps[list(order)]
         other._digests = None if self._digests is None else [self._digests[shard] for shard in order]
         return other
 
@@ -141,62 +231,6 @@ class TarSource:
         """Return the paths of the shards."""
         return list(self._paths)
 
-    def _path(self, index: int) -> str:
-        return self._paths[int(np.searchsorted(self._first, index, side="right")) - 1]
 
-    def _key(self, index: int) -> str:
-        return self._keys[self._key_start(index) : self._key_start(index + 1)].decode()
-
-    def _key_start(self, index: int) -> int:
-        """Return the place of a key in all of them; behind the last one it is the end."""
-        return int(self._key_ends[index - 1]) if index else 0
-
-    def _read(self, path: str, offsets: list[int], sizes: list[int]) -> list[bytes | None]:
-        """Return the contents of a sample's members, None where there is none."""
-        file = self._open(path)
-        spans = [(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True) if offset >= 0]
-        first, last = min(spans)[0], max(end for _, end in spans)
-        if last - first > sum(end - start for start, end in spans) + _MAX_GAP_BYTES:
-            return [
-                file.read(offset, size) if offset >= 0 else None for offset, size in zip(offsets, sizes, strict=True)
-            ]
-        block = file.read(first, last - first)
-        return [
-            block[offset - first : offset - first + size] if offset >= 0 else None
-            for offset, size in zip(offsets, sizes, strict=True)
-        ]
-
-
-def _parse_json(metadata: bytes | None) -> dict[str, Any]:
-    if metadata is None:
-        return {}
-    try:
-        fields = json.loads(metadata)
-    except (ValueError, RecursionError):  # ValueError includes bad UTF-8 and numbers of absurd length
-        raise BadSample("bad_metadata") from None
-    if not isinstance(fields, dict):
-        raise BadSample("bad_metadata")
-    return fields
-
-
-def _json_captions(fields: dict[str, Any]) -> list[str]:
-    captions = fields.get("caption", fields.get("captions"))
-    captions = [captions] if isinstance(captions, str) else captions or []
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise BadSample("bad_metadata")
-    return captions
-
-
-def _json_label(fields: dict[str, Any]) -> int:
-    label: Any = fields.get("label")
-    return int(label) if is_label(label) else -1  # a text label belongs to somebody else's schema
-
-
-def _parse_class(label: bytes) -> int:
-    try:
-        number = int(label.decode("ascii"))
-    except ValueError:
-        raise BadSample("bad_metadata") from None
-    if not is_label(number):
-        raise BadSample("bad_metadata")
-    return number
+def _describe(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)

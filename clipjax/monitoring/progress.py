@@ -91,9 +91,13 @@ class Progress:
         total_steps: steps of the whole run.
         stream: output stream; None is stderr.
         enabled: False shows nothing (all processes but the first).
+        unit: word for a step.
     """
 
-    def __init__(self, total_steps: int, *, stream: TextIO | None = None, enabled: bool = True) -> None:
+    def __init__(
+        self, total_steps: int, *, stream: TextIO | None = None, enabled: bool = True, unit: str = "step"
+    ) -> None:
+        self._unit = unit
         self._total_steps = total_steps
         self._stream = sys.stderr if stream is None else stream
         self._enabled = enabled
@@ -108,7 +112,7 @@ class Progress:
         if not self._enabled:
             return
         share = min(step / max(self._total_steps, 1), 1.0)
-        columns = [f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  {int(100 * share):>3}%"]
+        columns = [f"{self._unit} {step:>{len(str(self._total_steps))}}/{self._total_steps}  {int(100 * share):>3}%"]
         columns += [show(float(values[name])) for name, show in _COLUMNS if values.get(name) is not None]
         text = "  ".join(columns)
         if self._in_place:

@@ -64,8 +64,9 @@ class _LocalFile:
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         state = os.fstat(self._descriptor)
+        self._written = state.st_mtime_ns
         self.size = state.st_size
-        self.version = _version(state)
+        self.version = f"{state.st_size}-{state.st_mtime_ns}"
 
     def __del__(self):
         if hasattr(self, "_descriptor"):
@@ -74,10 +75,7 @@ class _LocalFile:
     def read(self, offset: int, size: int) -> bytes:
         """Return bytes from an offset on, without a file position, so that threads can share the descriptor."""
         data = os.pread(self._descriptor, size, offset)
-        if _version(os.fstat(self._descriptor)) != self.version:
+        state = os.fstat(self._descriptor)
+        if state.st_mtime_ns != self._written or state.st_size != self.size:
             raise FileChanged(None, "another program has written the file anew", self._path)
         return data
-
-
-def _version(state: os.stat_result) -> str:
-    return f"{state.st_size}-{state.st_mtime_ns}"

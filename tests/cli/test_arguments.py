@@ -11,6 +11,7 @@ from clipjax.cli import eval as evaluate
 from clipjax.cli.errors import refusals, stops
 from clipjax.cli.overrides import describe_fields
 from clipjax.config import LossKind
+from clipjax.data.sample import UnreadableData
 from clipjax.data.training_batches import NoUsableSample, TooManyBadSamples
 from tests.commands import exit_code
 
@@ -140,7 +141,8 @@ def test_data_that_one_process_alone_cannot_use_ends_it_at_once(monkeypatch):
     """At an ordinary exit JAX would wait for the others, which wait for this one."""
     codes = []
     monkeypatch.setattr("clipjax.runtime.processes.abort", lambda code: codes.append(code) or code)
-    for error, aborts in ((NoUsableSample("100 in a row"), [3]), (TooManyBadSamples("above the limit"), [])):
+    alone = (NoUsableSample("100 in a row"), UnreadableData("shard a.tar cannot be read"))
+    for error, aborts in (*((each, [3]) for each in alone), (TooManyBadSamples("above the limit"), [])):
         codes.clear()
         with pytest.raises(SystemExit) as left, stops("clipjax test"):
             raise error

@@ -14,7 +14,7 @@ from clipjax.checkpoints.manager import DamagedCheckpoint
 from clipjax.cli import eval as evaluate
 from clipjax.cli import plan, sweep, train
 from clipjax.cli.overrides import override, split_overrides
-from clipjax.config import BagOfWordsConfig, CbowConfig, Config, DecoderConfig, ResNetConfig, TaskConfig
+from clipjax.config import BagOfWordsConfig, CbowConfig, Config, DecoderConfig, MixtureSource, ResNetConfig, SamePair, TaskConfig
 from clipjax.config.paths import is_path_field
 from clipjax.config.serialization import field_value, members, take_apart
 from clipjax.data.tokenizers.bytes import BytesTokenizer
@@ -23,6 +23,8 @@ from clipjax.sweeps.plan import plan_trials
 from tests.commands import exit_code
 
 TASK = "eval.tasks['t:1/\"x\"']"
+PART = "data.mixture['p:1']"
+ENTRIES = {TaskConfig: TASK, MixtureSource: PART}
 SPECIAL = {"mesh.data": "8", "eval.batch_size": "512", "optim.max_grad_norm": "1.0"}
 
 
@@ -38,7 +40,8 @@ def fields(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, annotation in members(kind).items():
         inner, path = take_apart(annotation).of, f"{prefix}{name}"
         if typing.get_origin(inner) is dict:
-            yield from fields(typing.get_args(inner)[1], f"{TASK}.")
+            entry = typing.get_args(inner)[1]
+            yield from fields(entry, f"{ENTRIES[entry]}.")
         elif members(inner) or any(members(each) for each in typing.get_args(inner)):
             parts = [each for each in typing.get_args(inner) or (inner,) if each is not types.NoneType]
             found = {item[0]: item for each in parts for item in fields(each, f"{path}.")}
@@ -71,6 +74,9 @@ def other_value(path: str, annotation: Any, config: Config) -> str:
 def config_with(path: str) -> Config:
     """A config whose towers have the field."""
     config = make_config()
+    if path.startswith(PART):
+        config.data.train, config.data.mixture = "", {"p:1": MixtureSource(source="a.tar")}
+        config.loss.same_pair = SamePair.INDEX
     if path.startswith("model.caption."):
         config.model.caption = DecoderConfig()
     for tower, kind in (("image", ResNetConfig), ("text", CbowConfig), ("caption", BagOfWordsConfig)):
@@ -248,7 +254,7 @@ def test_every_field_that_holds_a_path_is_known():
     """A new field of type str is a path or one of these."""
     texts = {path for path, annotation in FIELDS.items() if take_apart(annotation).of is str}
     no_paths = {"data.tfds_image_key", "data.tfds_caption_key", "checkpoint.best_metric", f"{TASK}.tfds_label_key"}
-    no_paths.add("log.prometheus_host")
+    no_paths |= {"log.prometheus_host", f"{PART}.image_key", f"{PART}.caption_key"}
     assert {path for path in texts if not is_path_field(path)} == no_paths
 
 

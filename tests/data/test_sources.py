@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from clipjax.config import DataConfig
-from clipjax.data.sample import REASONS, BadSample, clean_caption
+from clipjax.data.sample import REASONS, BadSample, clean_caption, clean_captions
 from clipjax.data.sources import ArraySource, _expand, build_source, data_folders
 from clipjax.data.webdataset import TarSource
 from clipjax.runtime import objects
@@ -58,6 +58,16 @@ def test_bad_captions(raw, reason):
     with pytest.raises(BadSample) as caught:
         clean_caption(raw, max_bytes=100)
     assert caught.value.reason == reason
+
+
+def test_a_list_loses_its_blank_captions_alone():
+    assert clean_captions(["a", b" \n", "b"], max_bytes=9) == ("a", "b")
+    assert clean_captions([], max_bytes=9) == ()
+    assert ArraySource([b"jpeg"], [["", "x"]])[0].captions == ("x",)
+    for raws, reason in ((["", " "], "empty_caption"), (["", "x" * 10], "caption_too_long")):
+        with pytest.raises(BadSample) as caught:
+            clean_captions(raws, max_bytes=9)
+        assert caught.value.reason == reason
 
 
 def test_bad_sample_travels_between_processes():
@@ -131,7 +141,7 @@ def prepared(tmp_path_factory) -> str:
 
         def _generate_examples(self):
             for i in range(20):
-                captions = ["", "x"] if i == 3 else [f"number {i}", f"Nummer {i}"]
+                captions = ["", " "] if i == 3 else [f"number {i}", f"Nummer {i}"]
                 yield (
                     i,
                     {

@@ -1,5 +1,6 @@
 """Tar shards: layouts, odd and hostile members, truncation; every sample is either right or bad for a named reason."""
 
+import errno
 import gzip
 import io
 import json
@@ -11,7 +12,7 @@ import threading
 
 import pytest
 
-from clipjax.data.sample import BadSample, Sample
+from clipjax.data.sample import BadSample, Sample, UnreadableData
 from clipjax.data.webdataset import TarSource
 
 IMAGE = b"\xff\xd8 not decoded here"
@@ -134,24 +135,152 @@ def test_members_of_a_sample_may_lie_apart(path):
         ([*pair("k"), entry("k.jpg", IMAGE)], "duplicate_key"),
         ([*pair("k"), entry("k.png", IMAGE)], "duplicate_key"),
         ([*pair("k"), entry("k.txt", b"x")], "duplicate_key"),
-        ([*pair("k"), entry("k.cls", b"cat")], "bad_metadata"),
-        ([*pair("k"), entry("k.cls", b"-1")], "bad_metadata"),
-        ([*pair("k"), entry("k.cls", b"9" * 65)], "bad_metadata"),
-        ([*pair("k"), entry("k.json", b"{")], "bad_metadata"),
-        ([*pair("k"), entry("k.json", b"\xff\xff{}")], "bad_metadata"),
-        ([*pair("k"), entry("k.json", b"[]")], "bad_metadata"),
-        ([*pair("k"), entry("k.json", b"[" * 200_000)], "bad_metadata"),
-        ([*pair("k"), entry("k.json", b'{"label": ' + b"1" * 5000 + b"}")], "bad_metadata"),
-        ([*pair("k"), entry("k.json", b'{"a": "' + b"x" * 2**20 + b'"}')], "bad_metadata"),
+        *[
+            ([entry("k.jpg", IMAGE), entry("k.json", content)], "bad_metadata")
+            for content in (
+                b"{",
+                b"\xff\xff{}",
+                b"[]",
+                b"3",
+                b"[" * 200_000,
+                b'{"caption": "a", "n": ' + b"1" * 5000 + b"}",
+            )
+        ],
+        ([entry("k.jpg", IMAGE), entry("k.json", b'{"caption": "a", "b": "' + b"x" * 2**20 + b'"}')], "bad_metadata"),
         ([entry("k.jpg", IMAGE), entry("k.json", b'{"caption": 3}')], "bad_metadata"),
         ([entry("k.jpg", IMAGE), entry("k.json", b'{"captions": ["a", 3]}')], "bad_metadata"),
         ([entry("k.jpg", IMAGE), entry("k.json", b'{"captions": "\\ud800"}')], "caption_not_utf8"),
         ([entry("k.jpg", IMAGE), entry("k.json", b'{"caption": ""}')], "empty_caption"),
+        ([entry("k.jpg", IMAGE), entry("k.json", b'{"captions": ["", " ", null]}')], "empty_caption"),
     ],
 )
 def test_bad_samples(path, members, reason):
     source = write(path, [*pair("a"), *members, *pair("z")])
     assert outcomes(source) == {"a": good("a"), "k": reason, "z": good("z")}
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        entry("k.cls", b"cat"),
+        entry("k.cls", b"-1"),
+        entry("k.cls", b"4" * 65),
+        entry("k.cls", b"\xff"),
+        entry("k.cls", str(2**31).encode()),
+        entry("k.json", b"{"),
+        entry("k.json", b"\xff\xff{}"),
+        entry("k.json", b"[1]"),
+        entry("k.json", b"[" * 200_000),
+        entry("k.json", b'{"label": ' + b"1" * 5000 + b"}"),
+        entry("k.json", b'{"label": 3, "a": "' + b"x" * 2**20 + b'"}'),
+        entry("k.json", b'{"label": "tree frog", "caption": 3, "captions": {}}'),
+    ],
+)
+@pytest.mark.parametrize("layout", ["together", "apart"])
+def test_what_is_not_needed_costs_no_pair(path, member, layout):
+    members = [*pair("k"), member, *pair("z")]
+    source = write(path, members if layout == "together" else [*members[:2], *members[3:], member])
+    assert outcomes(source) == {"k": good("k"), "z": good("z")}
+
+
+def test_blank_captions_in_a_list_are_left_out(path):
+    members = [entry("k.jpg", IMAGE + b"k"), entry("k.json", b'{"caption": null, "captions": ["a", "", null, " b "]}')]
+    assert outcomes(write(path, members)) == {"k": Sample(IMAGE + b"k", ("a", "b"), -1, "k")}
+
+
+def unused(source: TarSource, caplog) -> str:
+    """The warnings about members."""
+    return "\n".join(record.getMessage() for record in caplog.records if "look like parts" in record.getMessage())
+
+
+def test_keys_with_dots_are_samples_where_they_make_pairs(path, caplog):
+    dotted = [f"dir.d/photo.2019-05.{i}" for i in range(3)]
+    members = [member for key in ("a", *dotted, "z") for member in pair(key)]
+    source = write(path, members)
+    assert outcomes(source) == {key: good(key) for key in ("a", *dotted, "z")}
+    assert not caplog.records
+    with_json = [entry("v1.0.JPG", IMAGE + b"v1.0"), entry("v1.0.json", b'{"caption": "about v1.0"}')]
+    rare = [entry("w.1.gif", IMAGE + b"w.1"), entry("w.1.txt", b"about w.1")]
+    twice = [*pair("t.1"), entry("t.1.png", IMAGE)]
+    assert outcomes(write(path, [*with_json, *rare, *twice])) == {
+        "v1.0": good("v1.0"),
+        "w.1": good("w.1"),
+        "t.1": "duplicate_key",
+    }
+
+
+def test_further_fields_of_a_sample_stay_no_samples(path, caplog):
+    """Samples that were there before dots could be in keys are the same."""
+    members = [
+        *pair("x"),
+        entry("x.seg.png", b"map"),
+        entry("x.1.jpg", b"no pair"),
+        *pair("y"),
+        entry("y.jpg.txt", b"t"),
+    ]
+    assert outcomes(write(path, members)) == {"x": good("x"), "y": good("y")}
+    assert not caplog.records
+    source = write(path, [*pair("v1"), *pair("v1.2")])  # these may be a pair of their own
+    assert outcomes(source) == {"v1": good("v1")}
+    assert "1 like v1.2.jpg, 1 like v1.2.txt" in unused(source, caplog)
+
+
+def test_members_that_are_not_used_are_named(path, caplog):
+    second = [entry(f"{i:04d}.{kind}", b"x") for i in range(3) for kind in ("input.jpg", "outputs.txt", "meta.npy")]
+    with pytest.raises(
+        ValueError, match=r"no sample in .*: there are members like 0000\.input\.jpg, 0000\.outputs\.txt, "
+    ):
+        write(path, second)
+    source = write(path, [*pair("a"), *second, entry("link.jpg", kind=tarfile.SYMTYPE, linkname="a.jpg")])
+    assert outcomes(source) == {"a": good("a")}
+    told = unused(source, caplog)
+    assert f"3 like 0000.input.jpg, 3 like 0000.outputs.txt, 1 like link.jpg (a link) (first in {path})" in told
+    caplog.clear()
+    source = write(path, [*pair("a"), entry("a.npy"), entry("._a.jpg"), *(entry(f"a.{i}") for i in range(99))])
+    assert outcomes(source) == {"a": good("a")} and not unused(source, caplog)
+
+
+def test_names_of_unused_members_are_shown_escaped(path, caplog):
+    source = write(path, [*pair("a"), entry("\x1b[2J.in.jpg", b"x")], tarfile.PAX_FORMAT)
+    assert "1 like \\x1b[2J.in.jpg" in unused(source, caplog) and "\x1b" not in caplog.text
+
+
+@pytest.mark.parametrize("extension", ["tif", "tiff", "gif", "bmp", "avif", "jfif", "TIF", "heic"])
+def test_images_in_rare_formats_are_images(path, extension):
+    rare = [entry(f"k.{extension}", IMAGE + b"k"), entry("k.txt", b"about k")]
+    assert outcomes(write(path, [*pair("a"), *rare, *pair("z")])) == {key: good(key) for key in "akz"}
+    # Where there is another image, it is that one, as it always was, and in the place that it had.
+    both = [rare[0], *pair("a"), *pair("k"), entry(f"a.{extension}", b"another")]
+    assert list(outcomes(write(path, both)).items()) == [("a", good("a")), ("k", good("k"))]
+    assert outcomes(write(path, [*rare, entry("k.gif" if extension != "gif" else "k.bmp")])) == {"k": "duplicate_key"}
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_hard_links_stand_for_earlier_members(path, tar_format):
+    long = "d" * 120 + "/a" if tar_format != tarfile.USTAR_FORMAT else "d/a"
+
+    def link(name: str, target: str) -> tuple[tarfile.TarInfo, bytes]:
+        return entry(name, kind=tarfile.LNKTYPE, linkname=target)
+
+    members = [
+        *pair(long),
+        link("b.jpg", f"{long}.jpg"),
+        entry("b.txt", b"about b"),
+        link("c.jpg", "b.jpg"),
+        link("c.txt", "./b.txt"),
+        entry("n.txt", b"about n"),
+        link("n.jpg", "later.jpg"),
+        link("m.jpg", "/etc/passwd"),
+        entry("later.jpg", IMAGE),
+    ]
+    image = IMAGE + long.encode()
+    assert outcomes(write(path, members, tar_format)) == {
+        long: good(long),
+        "b": Sample(image, ("about b",), -1, "b"),
+        "c": Sample(image, ("about b",), -1, "c"),
+        "n": "missing_image",
+        "later": Sample(IMAGE, (), -1, "later"),
+    }
 
 
 def test_what_is_no_sample_is_ignored(path, tmp_path, monkeypatch):
@@ -182,14 +311,14 @@ def test_what_is_no_sample_is_ignored(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = write(path, members, tarfile.GNU_FORMAT)
     assert outcomes(source) == {"a": good("a"), "z": good("z")}
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / ".clipjax-index", path]
 
 
 @pytest.mark.parametrize("key", ["../escape", "/absolute/escape", "a/../../b", "semi;colon", "wild*"])
 def test_names_are_labels_and_no_paths(path, tmp_path, key, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert outcomes(write(path, pair(key))) == {key: good(key)}
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / ".clipjax-index", path]
 
 
 def test_control_characters_are_not_printed(path):
@@ -258,10 +387,44 @@ def test_damage_in_the_middle_keeps_what_is_before(path, caplog):
     assert "checksum is wrong; using the 2 keys before" in caplog.text
 
 
-def test_shard_that_shrinks_after_indexing(path):
-    source = write(path, [*pair("a"), *pair("b")])
-    os.truncate(path, sections(path)[4] + 600)
-    assert outcomes(source) == {"a": good("a"), "b": "truncated_tar"}
+@pytest.mark.parametrize("is_open", [True, False], ids=["open", "not yet open"])
+@pytest.mark.parametrize("layout", ["together", "apart"])
+def test_a_shard_that_changes_after_it_was_opened_stops_the_run(path, is_open, layout):
+    """In place or by another file: no bytes of another place become a caption."""
+    members = [*pair("a"), *pair("b")]
+    members = members if layout == "together" else [*members[::2], *members[1::2]]
+
+    def rewrite() -> None:
+        write(path, [entry("marker"), *members])
+
+    for change in (lambda: os.truncate(path, sections(path)[4] + 600), rewrite, path.unlink):
+        source = write(path, members)
+        if is_open:
+            assert source[0] == good("a")
+        change()
+        if is_open and not path.exists():
+            assert source[1] == good("b")  # what is open stays
+            continue
+        for index in (1, 1):
+            with pytest.raises(
+                UnreadableData, match=rf"shard {path} cannot be read as it was opened: .*; let what"
+            ) as caught:
+                source[index]
+            assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
+        if not is_open:
+            assert source.location(1) == f"shard {path}, sample 1"
+
+
+def test_storage_that_fails_stops_the_run(path, monkeypatch):
+    source = write(path, pair("a"))
+    monkeypatch.setattr(os, "pread", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))))
+    with pytest.raises(UnreadableData, match="cannot be read as it was opened: Input/output error; let what"):
+        source[0]
+    monkeypatch.undo()
+    assert source[0] == good("a")
+    monkeypatch.setattr(os, "pread", lambda *_: b"x")
+    with pytest.raises(UnreadableData, match="it ends after"):
+        source[0]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +439,7 @@ def test_no_tar_is_refused_by_name(path, content):
 
 
 def test_shards_without_samples(path, tmp_path):
-    with pytest.raises(ValueError, match=r"no sample in .*shard-00000\.tar: expected members KEY\.jpg"):
+    with pytest.raises(ValueError, match=r"shard-00000\.tar: there are members like README; expected members KEY\.jpg"):
         write(path, [entry("README", b"x")])
     empty = tmp_path / "empty.tar"
     tarfile.open(empty, "w").close()

@@ -290,7 +290,6 @@ ESCAPES = "\x1b\x07\x00\x9b\r\u202e"
 def test_tables_messages_and_logs_show_names_of_others_escaped(tmp_path, caplog):
     """Task names of a checkpoint's config, names of step directories, values that an override replaces, shards."""
     from clipjax.cli.checkpoint import main as checkpoint
-    from clipjax.data.tar_index import index_shard
     from clipjax.monitoring.progress import Progress
     from clipjax.monitoring.run_logger import results_table
     from clipjax.runtime import process_log
@@ -309,7 +308,7 @@ def test_tables_messages_and_logs_show_names_of_others_escaped(tmp_path, caplog)
 
     caplog.clear()
     (tmp_path / "\x1b[2J.tar").write_bytes(tarfile.TarInfo("a.txt").tobuf() + b"cut")
-    index_shard(str(tmp_path / "\x1b[2J.tar"))
+    TarSource([str(tmp_path / "\x1b[2J.tar")], max_caption_bytes=100, max_image_pixels=100)
     assert "\\x1b[2J.tar: the archive ends" in caplog.text and "\x1b" not in caplog.text
     with contextlib.redirect_stdout(io.StringIO()) as out:
         (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)

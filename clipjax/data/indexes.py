@@ -1,0 +1,165 @@
+"""Index files of many shards: those that are missing are built, by processes that share the work.
+
+Reading order: `open_indexes`, `_build_all`, `_Work`.
+"""
+
+import collections
+import json
+import logging
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+
+from clipjax.data.index_store import Entry, Missing, build, find
+from clipjax.data.index_workers import Builder
+from clipjax.runtime.files import read_bounded
+from clipjax.runtime.storage import is_address
+from clipjax.runtime.terminal import printable
+
+_LOOKING_THREADS = 16
+_SECONDS_PER_SHARD = 0.0006
+_SECONDS_PER_BYTE = 15e-6 / 30_000  # of samples of 30 kB
+_SECONDS_TO_START = 1.0  # worth the start of processes
+_MAX_STATS_BYTES = 2**20
+_MOST_SHOWN = 5
+_log = logging.getLogger(__name__)
+
+
+def open_indexes(
+    paths: Sequence[str],
+    *,
+    limit: int,
+    num_workers: int | None = None,
+    is_thorough: bool = False,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> list[Entry]:
+    """Return the indexes of shards; build those that are missing.
+
+    Args:
+        paths: of the shards.
+        limit: largest image file that the source reads, in bytes.
+        num_workers: processes that build; None: one per core of this process.
+        is_thorough: also look at the places in the index files that are there.
+        progress: function that gets how many indexes have been built, how many were missing, and the samples in those
+            that have been built, from one thread at a time.
+
+    Raises:
+        ValueError: a shard is no tar.
+        OSError: a shard cannot be read.
+    """
+    with futures.ThreadPoolExecutor(_LOOKING_THREADS) as pool:
+        found = list(pool.map(lambda path: find(path, is_thorough=is_thorough), paths))
+    missing = [each for each in found if isinstance(each, Missing)]
+    if not missing:
+        return [each for each in found if isinstance(each, Entry)]
+    for reason, words in (("changed", "have changed since they were indexed"), ("damaged", "have a damaged index")):
+        if named := [each.path for each in missing if each.reason == reason]:
+            _log.warning(
+                "%d of %d shards %s and are indexed again, the first: %s",
+                len(named),
+                len(paths),
+                words,
+                printable(named[0]),
+            )
+    built = _build_all(missing, limit=limit, num_workers=num_workers, progress=progress or _ignore)
+    _compare_with_stats([each.path for each in missing], built)
+    return [built[each.path] if isinstance(each, Missing) else each for each in found]
+
+
+def _ignore(built: int, missing: int, samples: int) -> None: ...
+
+
+def _build_all(
+    missing: Sequence[Missing], *, limit: int, num_workers: int | None, progress: Callable[[int, int, int], None]
+) -> dict[str, Entry]:
+    """Build indexes, by paths of the shards; see `open_indexes`."""
+    work = _Work([each.path for each in missing], limit, progress)
+    num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(missing))
+    seconds = len(missing) * _SECONDS_PER_SHARD + sum(each.size for each in missing) * _SECONDS_PER_BYTE
+    if num_workers == 1 or seconds < _SECONDS_TO_START:
+        work.run(build)
+        return work.entries
+    builders = [Builder() for _ in range(num_workers)]
+    try:
+        with futures.ThreadPoolExecutor(num_workers) as pool:
+            runs = [pool.submit(work.run, builder.build) for builder in builders]
+            try:
+                for each in futures.as_completed(runs):
+                    each.result()
+            finally:
+                work.stop()  # after an error or a signal, no further shard is begun
+    finally:
+        for builder in builders:
+            builder.close()
+    return work.entries
+
+
+class _Work:
+    """Shards that are to be indexed by several threads, each with a process of its own.
+
+    Args:
+        paths: of the shards.
+        limit: largest image file that the source reads, in bytes.
+        progress: see `open_indexes`.
+
+    Attributes:
+        entries: indexes that are there, by path of the shard.
+    """
+
+    def __init__(self, paths: Sequence[str], limit: int, progress: Callable[[int, int, int], None]):
+        self._jobs = collections.deque(dict.fromkeys(paths))
+        self._limit, self._progress, self._missing = limit, progress, len(self._jobs)
+        self._lock, self._samples, self._is_stopped = threading.Lock(), 0, False
+        self.entries: dict[str, Entry] = {}
+
+    def run(self, build_one: Callable[..., Entry | None]) -> None:
+        """Index shards until none is left: first those that nobody else does, then those that others did not finish."""
+        held: list[str] = []
+        while not self._is_stopped:
+            try:
+                path = self._jobs.popleft()
+            except IndexError:
+                break
+            if not self._add(path, build_one(path, limit=self._limit, may_wait=False)):
+                held.append(path)
+        for path in held:
+            if not self._is_stopped:
+                self._add(path, build_one(path, limit=self._limit, may_wait=True))
+
+    def stop(self) -> None:
+        """Begin no further shard."""
+        self._is_stopped = True
+
+    def _add(self, path: str, entry: Entry | None) -> bool:
+        if entry is None:
+            return False
+        with self._lock:
+            self.entries[path] = entry
+            self._samples += entry.header.count
+            self._progress(len(self.entries), self._missing, self._samples)
+        return True
+
+
+def _compare_with_stats(paths: Sequence[str], entries: Mapping[str, Entry]) -> None:
+    """Tell where img2dataset counted other numbers of pairs than shards hold."""
+    differing = []
+    for path in paths:
+        stats = pathlib.Path(path.removesuffix(".tar") + "_stats.json")
+        if is_address(path) or not path.endswith(".tar"):
+            continue
+        try:
+            counted = json.loads(read_bounded(stats, _MAX_STATS_BYTES)).get("successes")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        if type(counted) is int and counted != entries[path].header.count:
+            differing.append(f"{printable(path)} holds {entries[path].header.count} samples, not {counted}")
+    if differing:
+        _log.warning(
+            "the number of samples is not that of img2dataset's _stats.json in %d of %d shards: %s; their download may "
+            "have been interrupted",
+            len(differing),
+            len(paths),
+            "; ".join(differing[:_MOST_SHOWN]) + ("; ..." if len(differing) > _MOST_SHOWN else ""),
+        )

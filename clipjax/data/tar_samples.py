@@ -1,0 +1,151 @@
+"""Samples of a tar shard from the places of their members: only what is needed is read, and judged.
+
+Nothing is needed from a JSON or class file but captions where there is no text, and the class. So one that is broken,
+of another form or too large costs no pair: a class that cannot be read is no class, and only captions that cannot be
+read make a sample bad.
+
+Reading order: `keep_needed` (limits), `read_members`, `assemble`.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from clipjax.data.sample import BadSample, Sample, UnreadableData, clean_captions, is_label
+from clipjax.data.tar_index import MAX_GAP_BYTES
+from clipjax.data.tar_names import CAPTION, CLASS, IMAGE, JSON
+from clipjax.runtime.storage import OpenFile
+
+MAX_JSON_BYTES = 2**20
+_MAX_CLASS_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits in bytes of an image file and of a caption; larger ones are not even read."""
+
+    image: int
+    caption: int
+
+    @property
+    def sample(self) -> int:
+        """Bytes that a sample within the limits may take, nearly."""
+        return self.image + self.caption + MAX_JSON_BYTES + MAX_GAP_BYTES
+
+
+def keep_needed(offsets: list[int], sizes: list[int], limits: Limits) -> None:
+    """Mark members as absent from which nothing is needed.
+
+    Args:
+        offsets: by column, -1: absent; changed.
+        sizes: by column.
+        limits: of the members.
+
+    Raises:
+        BadSample: the image is missing or too large, or the captions are too large.
+    """
+    if offsets[IMAGE] < 0:
+        raise BadSample("missing_image")
+    if sizes[IMAGE] > limits.image:
+        raise BadSample("image_too_large")
+    has_caption = offsets[CAPTION] >= 0
+    if has_caption and sizes[CAPTION] > limits.caption:
+        raise BadSample("caption_too_long")
+    if offsets[JSON] >= 0:
+        if sizes[JSON] > MAX_JSON_BYTES:
+            if not has_caption:
+                raise BadSample("bad_metadata")
+            offsets[JSON] = -1
+        elif has_caption and offsets[CLASS] >= 0:
+            offsets[JSON] = -1
+    if sizes[CLASS] > _MAX_CLASS_BYTES:
+        offsets[CLASS] = -1
+
+
+def read_members(file: OpenFile, offsets: list[int], sizes: list[int]) -> list[bytes | None]:
+    """Return the contents of a sample's members, None where there is none.
+
+    Raises:
+        UnreadableData: the file ends before them.
+        OSError: it cannot be read.
+    """
+    spans = [(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True) if offset >= 0]
+    first, last = min(spans)[0], max(end for _, end in spans)
+    if last - first > sum(end - start for start, end in spans) + MAX_GAP_BYTES:
+        return [
+            read_all(file, offset, size) if offset >= 0 else None for offset, size in zip(offsets, sizes, strict=True)
+        ]
+    return slices(read_all(file, first, last - first), offsets, sizes, first)
+
+
+def read_all(file: OpenFile, offset: int, size: int) -> bytes:
+    """Return so many bytes of a file.
+
+    Raises:
+        UnreadableData: it ends before.
+        OSError: it cannot be read.
+    """
+    data = file.read(offset, size)
+    if len(data) < size:
+        raise UnreadableData(f"it ends after {offset + len(data)} bytes instead of {file.size}")
+    return data
+
+
+def slices(block: bytes, offsets: list[int], sizes: list[int], first: int) -> list[bytes | None]:
+    """Return the contents of members in a block that lies at the offset `first`, None where there is none."""
+    return [
+        block[offset - first : offset - first + size] if offset >= 0 else None
+        for offset, size in zip(offsets, sizes, strict=True)
+    ]
+
+
+def assemble(key: str, contents: list[bytes | None], limits: Limits) -> Sample:
+    """Return the sample of contents by column.
+
+    Raises:
+        BadSample: its captions cannot be used.
+    """
+    image, caption, metadata, label = contents
+    assert image is not None
+    fields = _parse_json(metadata, is_needed=caption is None)
+    return Sample(
+        image=image,
+        captions=clean_captions([caption] if caption is not None else _json_captions(fields), max_bytes=limits.caption),
+        label=_parse_class(label) if label is not None else _json_label(fields),
+        key=key,
+    )
+
+
+def _parse_json(metadata: bytes | None, *, is_needed: bool) -> dict[str, Any]:
+    fields = None
+    if metadata is not None:
+        try:
+            fields = json.loads(metadata)
+        except (ValueError, RecursionError):  # ValueError includes bad UTF-8 and numbers of absurd length
+            fields = None
+        if is_needed and not isinstance(fields, dict):
+            raise BadSample("bad_metadata")
+    return fields if isinstance(fields, dict) else {}
+
+
+def _json_captions(fields: dict[str, Any]) -> list[str]:
+    captions = fields.get("caption")
+    captions = fields.get("captions") if captions is None else captions
+    captions = [captions] if isinstance(captions, str) else captions or []
+    if not isinstance(captions, list) or not all(caption is None or isinstance(caption, str) for caption in captions):
+        raise BadSample("bad_metadata")
+    return ["" if caption is None else caption for caption in captions]  # no caption, like a blank one
+
+
+def _json_label(fields: dict[str, Any]) -> int:
+    label: Any = fields.get("label")
+    return int(label) if is_label(label) else -1  # a text label belongs to somebody else's schema
+
+
+def _parse_class(label: bytes) -> int:
+    """Return a class number; -1 for a name, or a number that says that there is none."""
+    try:
+        number = int(label.decode("ascii"))
+    except ValueError:
+        return -1
+    return number if is_label(number) else -1
