@@ -15,9 +15,10 @@ from fractions import Fraction
 
 import numpy as np
 
+from clipjax.data.block_reader import read_block
 from clipjax.data.digests import ShardDigest
-from clipjax.data.order import BlockOrder, derive_key, permute
-from clipjax.data.sample import Sample, Source
+from clipjax.data.order import BlockOrder, blocks_of, derive_key, permute
+from clipjax.data.sample import BadSample, Sample, Source
 
 _SCALE = 2**40  # weights are counted in parts of it
 _PART, _SLOTS, _PHASE, _SHIFT = 32, 33, 34, 35  # what a key is for, beside those of an order
@@ -88,6 +89,14 @@ class MixtureOrder:
 
     def batch(self, number: int) -> np.ndarray:
         """Return the samples of a global batch: int64 [batch_size]."""
+        return self._placed(number)[:, 0]
+
+    def blocks(self, number: int) -> np.ndarray:
+        """Return the block of each sample of a global batch: int64 [batch_size, 2], first sample and length."""
+        return self._placed(number)[:, 1:]
+
+    def _placed(self, number: int) -> np.ndarray:
+        """Return samples, and first sample and length of their blocks: int64 [batch_size, 3]."""
         return np.concatenate([self._lane(lane, number) for lane in range(self._lanes)])
 
     def counts(self, number: int) -> list[int]:
@@ -109,10 +118,12 @@ class MixtureOrder:
             for epoch in np.unique(epochs).tolist():
                 found = order.in_lane(epoch, lane, places[epochs == epoch])
                 # Several lanes leave out what does not fill a block: in each epoch it lies elsewhere.
-                shift = derive_key(order.seed, _SHIFT, epoch) if self._lanes > 1 else 0
-                parts.append(first + (found + shift % order.size) % order.size)
-        samples = np.concatenate(parts)
-        return samples[permute(np.arange(len(samples)), len(samples), derive_key(self._seed, _SLOTS, number, lane))]
+                shift = derive_key(order.seed, _SHIFT, epoch) % order.size if self._lanes > 1 else 0
+                found = (found + shift) % order.size
+                blocks = blocks_of(found, order.size, order.block, shift)
+                parts.append(np.column_stack([first + found, first + blocks[:, 0], blocks[:, 1]]))
+        placed = np.concatenate(parts)
+        return placed[permute(np.arange(len(placed)), len(placed), derive_key(self._seed, _SLOTS, number, lane))]
 
 
 def part_seed(seed: int, part: int) -> int:
@@ -160,6 +171,11 @@ class MixedSource:
     def __getitem__(self, index: int) -> Sample:
         part, number = self.find(index)
         return self.parts[part][number]
+
+    def read_block(self, first: int, count: int) -> Sequence[Sample | BadSample]:
+        """Read consecutive samples of one source; the error of one stands in its place."""
+        part, number = self.find(first)
+        return read_block(self.parts[part], number, count)
 
     def location(self, index: int) -> str:
         """Return the source and the place in it."""

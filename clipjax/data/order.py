@@ -133,6 +133,23 @@ class BlockOrder:
         return permute(ranks, self.size // self.block, derive_key(self.seed, _BLOCKS, epoch))
 
 
+def blocks_of(samples: np.ndarray, size: int, block: int, shift: int = 0) -> np.ndarray:
+    """Return the block in which each sample lies: int64 [k, 2], its first sample and its length.
+
+    Args:
+        samples: int64 [k], from 0 to size - 1.
+        size: number of all samples; a block that would go beyond is cut there.
+        block: length of a block.
+        shift: sample with which the first block begins; the last one goes on at sample 0, as a block of its own.
+    """
+    place = (samples - shift) % size
+    start = place // block * block + shift
+    end = np.minimum(start + block, size + shift)
+    goes_on = place + shift >= size  # at sample 0
+    first = np.where(goes_on, np.maximum(start - size, 0), start)
+    return np.stack([first, np.where(goes_on, end - size, np.minimum(end, size)) - first], axis=-1)
+
+
 def permute(items: np.ndarray, size: int, key: int) -> np.ndarray:
     """Return the images of items under a permutation of 0 to size - 1 that a key chooses.
 

@@ -4,6 +4,7 @@ Reading order: `Batches`, `SubstitutedSamples` (decoding and the substitution of
 (crop and caption). Axes: b batch of this process, s image_size, l tokens.
 """
 
+import functools
 import itertools
 import math
 import sys
@@ -13,17 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.config import Crop
+from clipjax.config import Config, Crop
+from clipjax.data.block_reader import BlockReader
 from clipjax.data.images import EvalTransform, decode, random_resized_crop
 from clipjax.data.mixture import MixedSource
 from clipjax.data.order import derive_key
-from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, Source
-from clipjax.data.training_order import TrainingOrder
+from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, Sample, Source
+from clipjax.data.training_order import TrainingOrder, batch_number
 
 GOOD = -1
 """The reason of a sample that is not bad."""
 
 _MAX_PROBES = 100  # bad samples in a row before giving up: nearly all of the data is unusable
+_AHEAD = 4  # batches whose blocks are asked for before they are needed
 _AUGMENT_KEY = 16  # what a key is for, beside those of an order
 
 
@@ -61,13 +64,22 @@ class SubstitutedSamples:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Pair:
+        return self.get(index)
+
+    def get(self, index: int, take: Callable[[], Sample] | None = None) -> Pair:
+        """Return a decoded sample, or its substitute.
+
+        Args:
+            index: of the sample.
+            take: returns the sample itself, where it has been read already.
+        """
         size = len(self._source)
         first_reason = GOOD
         failure = ""
         for attempt in range(min(size, _MAX_PROBES)):
             probe = (index + attempt * self._stride) % size
             try:
-                sample = self._source[probe]
+                sample = self._source[probe] if attempt or take is None else take()
                 if not sample.captions:
                     raise BadSample("missing_caption")
                 image = decode(sample.image, max_pixels=self._max_image_pixels)
@@ -96,8 +108,12 @@ class MixedSamples:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Pair:
+        return self.get(index)
+
+    def get(self, index: int, take: Callable[[], Sample] | None = None) -> Pair:
+        """Return a decoded sample, or its substitute; see `SubstitutedSamples.get`."""
         number, inside = self._source.find(index)
-        pair, first = self._parts[number][inside], self._source.first[number]
+        pair, first = self._parts[number].get(inside, take), self._source.first[number]
         return Pair(
             pair.image,
             pair.captions,
@@ -141,15 +157,38 @@ def substituted(source: Source, max_image_pixels: int) -> SubstitutedSamples | M
     return SubstitutedSamples(source, max_image_pixels)
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of each global batch that one process reads.
+
+    Attributes:
+        size: pairs of the part.
+        process_index: number of the process, from 0: its part is the contiguous one of that number.
+        slices: pieces of the part, which worker processes read in turn.
+        left_out: ranges of batch numbers that are never used.
+    """
+
+    size: int
+    process_index: int = 0
+    slices: int = 1
+    left_out: tuple[tuple[int, int], ...] = ()
+
+    def rows(self, piece: int) -> range:
+        """Return the rows of a piece in a global batch."""
+        cut = [number * self.size // self.slices for number in (piece, piece + 1)]
+        return range(self.process_index * self.size + cut[0], self.process_index * self.size + cut[1])
+
+
 class Batches:
-    """The batches of all processes by number: those of global batch g are g * `process_count` and the next ones.
+    """The pieces of the batches of one process by number: those of its batch at position p are p * slices and so on.
 
     Args:
         samples: decoded samples.
         augment: makes a row of a pair and a source of randomness.
         order: of the samples.
-        seed: of the run; with the position of a sample it fixes the randomness.
-        shape: size of a process's part of a batch, and number of processes.
+        config: the run: its `seed`, which with the position of a sample fixes the randomness, and batch size.
+        share: of the process.
+        reader: of the blocks of the source; None: samples are read one by one.
     """
 
     def __init__(
@@ -157,25 +196,52 @@ class Batches:
         samples: SubstitutedSamples | MixedSamples,
         augment: Augment,
         order: TrainingOrder,
-        seed: int,
-        shape: tuple[int, int],
+        config: Config,
+        *,
+        share: Share,
+        reader: BlockReader | None = None,
     ):
-        self._samples, self._augment, self._order = samples, augment, order
-        self._key = derive_key(seed, _AUGMENT_KEY)
-        self._size, self._process_count = shape
+        self._samples, self._augment, self._order, self._share = samples, augment, order, share
+        self._key = derive_key(config.seed, _AUGMENT_KEY)
+        self._batch_size = config.global_batch_size
+        self._reader = reader
+        self._announced: dict[int, int] = {}
 
     def __len__(self) -> int:
-        return sys.maxsize
+        left_out = sum(last - first + 1 for first, last in self._share.left_out)
+        return sys.maxsize - left_out * self._share.slices
 
-    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        batch, process = divmod(number, self._process_count)
-        first = process * self._size
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        position, piece = divmod(index, self._share.slices)
+        batch, rows = batch_number(position, self._share.left_out), self._share.rows(piece)
+        indices = self._order.batch(batch)[rows.start : rows.stop].tolist()
+        take = self._read_ahead(position, piece)
         columns: dict[str, np.ndarray] = {}
-        for row, index in enumerate(self._order.batch(batch)[first : first + self._size].tolist()):
-            position = number * self._size + row  # of the stream: the same for any number of processes
-            rng = np.random.Generator(np.random.Philox(key=np.array([self._key, position], np.uint64)))
-            for name, value in self._augment(self._samples[index], rng).items():
+        for row, sample in enumerate(indices):
+            place = batch * self._batch_size + rows[row]  # the same for any number of processes
+            rng = np.random.Generator(np.random.Philox(key=np.array([self._key, place], np.uint64)))
+            pair = self._samples.get(sample, None if take is None else functools.partial(take, row))
+            for name, value in self._augment(pair, rng).items():
                 if not row:
-                    columns[name] = np.empty((self._size, *value.shape), value.dtype)
+                    columns[name] = np.empty((len(rows), *value.shape), value.dtype)
                 columns[name][row] = value
         return columns
+
+    def _read_ahead(self, position: int, piece: int) -> Callable[[int], Sample] | None:
+        """Begin to read the blocks of a piece and of the same piece of the next batches; return its samples by row."""
+        reader = self._reader
+        if reader is None:
+            return None
+        rows = self._share.rows(piece)
+
+        def blocks(at: int) -> np.ndarray:
+            batch = batch_number(at, self._share.left_out)
+            numbers = self._order.batch(batch)[rows.start : rows.stop, None]
+            return np.concatenate([numbers, self._order.blocks(batch)[rows.start : rows.stop]], axis=1)
+
+        first = self._announced.get(piece, position)
+        for at in range(max(first, position), position + _AHEAD + 1):
+            reader.announce(blocks(at)[:, 1:])
+        self._announced[piece] = position + _AHEAD + 1
+        own = blocks(position)
+        return lambda row: reader.take(*own[row].tolist())

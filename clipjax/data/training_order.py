@@ -1,6 +1,7 @@
 """The order of a run: the samples of each global batch, over all epochs, and how it is named in checkpoints.
 
-Reading order: `OrderFormat`, `MixtureFormat`, `parse_order`, `TrainingOrder`, `make_order`, `choose_order`.
+Reading order: `OrderFormat`, `MixtureFormat`, `parse_order`, `TrainingOrder`, `make_order`, `choose_order`,
+`batch_number`.
 """
 
 import math
@@ -12,7 +13,7 @@ import numpy as np
 
 from clipjax.config import Config
 from clipjax.data.mixture import MixtureOrder, part_seed
-from clipjax.data.order import BlockOrder
+from clipjax.data.order import BlockOrder, blocks_of
 
 STORE_BLOCK = 64
 """Samples that one request reads from an object store, where a request takes as long as many samples."""
@@ -81,6 +82,11 @@ RunOrder = OrderFormat | MixtureFormat | None
 """What fixes the order of a run; None is Grain's order, of runs that began before it was recorded."""
 
 
+def parts_of(order: RunOrder) -> tuple[OrderFormat, ...]:
+    """Return the formats of the sources of a run."""
+    return order.parts if isinstance(order, MixtureFormat) else () if order is None else (order,)
+
+
 def parse_order(record: Any) -> RunOrder:
     """Return the order of a run from the JSON value in its checkpoints.
 
@@ -107,6 +113,10 @@ class TrainingOrder(Protocol):
         """Return the samples of a global batch, counted from 0 over all epochs: int64 [global_batch_size]."""
         ...
 
+    def blocks(self, number: int) -> np.ndarray:
+        """Return the block of each sample of a global batch: int64 [global_batch_size, 2], first sample and length."""
+        ...
+
 
 class _EndlessBlocks:
     """Epochs of a `BlockOrder`, one after the other."""
@@ -120,18 +130,26 @@ class _EndlessBlocks:
         epoch, in_epoch = divmod(number, self._per_epoch)
         return self._order.batch(epoch, in_epoch, self._batch_size)
 
+    def blocks(self, number: int) -> np.ndarray:
+        """Return the block of each sample of a global batch."""
+        return blocks_of(self.batch(number), self._order.size, self._order.block)
+
 
 class _GrainOrder:
     """The order of runs that began before it was recorded."""
 
     def __init__(self, size: int, config: Config):
-        self._samples = shuffled_by_grain(range(size), config)
+        self._samples, self._size = shuffled_by_grain(range(size), config), size
         self._batch_size = config.global_batch_size
 
     def batch(self, number: int) -> np.ndarray:
         """Return the samples of a global batch."""
         positions = range(number * self._batch_size, (number + 1) * self._batch_size)
         return np.array([self._samples[position] for position in positions], np.int64)
+
+    def blocks(self, number: int) -> np.ndarray:
+        """Return the block of each sample of a global batch: itself."""
+        return blocks_of(self.batch(number), self._size, 1)
 
 
 def shuffled_by_grain(source: Any, config: Config) -> Any:
@@ -163,7 +181,7 @@ def make_order(sizes: Sequence[int], config: Config, order: RunOrder) -> Trainin
     batch_size, seed = config.global_batch_size, config.seed
     if order is None:
         return _GrainOrder(sum(sizes), config)
-    parts = order.parts if isinstance(order, MixtureFormat) else (order,)
+    parts = parts_of(order)
     if batch_size % parts[0].lanes:
         raise ValueError(
             f"global_batch_size={batch_size} must be divisible by the {parts[0].lanes} lanes of the order that the run "
@@ -201,3 +219,20 @@ def choose_order(config: Config, is_remote: Sequence[bool]) -> OrderFormat | Mix
         for block in blocks
     ]
     return MixtureFormat(tuple(formats)) if config.data.mixture else formats[0]
+
+
+def batch_number(position: int, left_out: Sequence[tuple[int, int]]) -> int:
+    """Return the number of the global batch at a position of the stream: numbers that are left out have no position.
+
+    Args:
+        position: completed updates before this batch, so counted from 0.
+        left_out: ranges of batch numbers, first and last, in any order; they may overlap.
+    """
+    number, seen = position, -1
+    for first, last in sorted(left_out):
+        first = max(first, seen + 1)
+        if first > number:
+            break
+        number += max(0, last - first + 1)
+        seen = max(seen, last)
+    return number

@@ -1,6 +1,6 @@
 """Training batches of one process: the integer step is the only state; Grain reads ahead, in threads or processes.
 
-Reading order: `TrainStream`, `batch_number`, `BadSampleLimit`. The order is in `clipjax.data.training_order`, decoding
+Reading order: `TrainStream`, `BadSampleLimit`. The order is in `clipjax.data.training_order`, decoding
 and augmentation in `clipjax.data.training_batches`, worker processes in `clipjax.data.workers`. Axes: b batch of this
 process, s image_size, l tokens.
 """
@@ -20,47 +20,37 @@ import numpy as np
 
 from clipjax.config import Config, SamePair
 from clipjax.data import workers
+from clipjax.data.block_reader import BlockReader
 from clipjax.data.images import make_eval_transform
 from clipjax.data.mixture import sizes_of
 from clipjax.data.sample import NUM_COUNTERS, REASONS, Source, count_by_reason
-from clipjax.data.training_batches import GOOD, Augment, Batches, TooManyBadSamples, substituted
-from clipjax.data.training_order import DISK_ORDER, RunOrder, make_order, shuffled_by_grain
+from clipjax.data.training_batches import GOOD, Augment, Batches, Share, TooManyBadSamples, substituted
+from clipjax.data.training_order import DISK_ORDER, RunOrder, batch_number, make_order, parts_of, shuffled_by_grain
 from clipjax.data.workers import WorkersDie
 
 _JUDGED_READS = 1000  # the bad share of fewer samples says little
 _LATEST = 3
+_KEPT_WINDOWS = 3  # the one that is used, the one that is read ahead, and half used ones at the borders
+_SPARE_BLOCKS = 16
 
 
-def batch_number(position: int, left_out: Sequence[tuple[int, int]]) -> int:
-    """Return the number of the global batch at a position of the stream: numbers that are left out have no position.
+class _GrainBatches:
+    """The batches of one process by their position in its stream, in Grain's order."""
 
-    Args:
-        position: completed updates before this batch, so counted from 0.
-        left_out: ranges of batch numbers, first and last, in any order; they may overlap.
-    """
-    number, seen = position, -1
-    for first, last in sorted(left_out):
-        first = max(first, seen + 1)
-        if first > number:
-            break
-        number += max(0, last - first + 1)
-        seen = max(seen, last)
-    return number
-
-
-class _Share:
-    """The batches of one process by their position in its stream, as a source for Grain."""
-
-    def __init__(self, batches: Any, process_index: int, process_count: int, left_out: Sequence[tuple[int, int]]):
-        self._batches = batches
-        self._process_index, self._process_count = process_index, process_count
-        self._left_out = tuple(left_out)
+    def __init__(self, samples: Any, augment: Augment, config: Config, share: Share, process_count: int):
+        # The random map comes before the share, else its randomness would depend on the number of processes; the
+        # batch comes before the workers, else the stream would depend on their number.
+        pairs = shuffled_by_grain(samples, config).random_map(augment)
+        self._batches = pairs.batch(share.size, drop_remainder=True)
+        self._share, self._process_count = share, process_count
 
     def __len__(self) -> int:
-        return len(self._batches) // self._process_count - sum(last - first + 1 for first, last in self._left_out)
+        left_out = sum(last - first + 1 for first, last in self._share.left_out)
+        return len(self._batches) // self._process_count - left_out
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._batches[batch_number(index, self._left_out) * self._process_count + self._process_index]
+        number = batch_number(index, self._share.left_out) * self._process_count
+        return self._batches[number + self._share.process_index]
 
 
 def _close_if_alive(stream: "weakref.ReferenceType[TrainStream]") -> None:
@@ -131,14 +121,20 @@ class TrainStream:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
         augment = Augment(tokenize, make_eval_transform(config), data.crop, data.min_crop_area)
         samples = substituted(source, data.max_image_pixels)
+        blocks = [part for part in parts_of(order) if part.block > 1]
+        # Where blocks are read, each worker has rows of its own in every batch, so that none reads another's blocks.
+        self._slices = min(max(1, data.num_workers), local_size) if blocks else 1
+        self._reader: BlockReader | None = None
+        share = Share(local_size, process_index, self._slices, tuple(left_out))
         if order is None:
-            # The random map comes before the share, else its randomness would depend on the number of processes; the
-            # batch comes before the workers, else the stream would depend on their number.
-            batches = shuffled_by_grain(samples, config).random_map(augment).batch(local_size, drop_remainder=True)
+            batches = _GrainBatches(samples, augment, config, share, process_count)
         else:
+            most = sum(part.window * part.lanes for part in blocks) // (process_count * self._slices)
+            if blocks:
+                self._reader = BlockReader(source, _KEPT_WINDOWS * most + _SPARE_BLOCKS)
             numbers = make_order(sizes_of(source), config, order)
-            batches = Batches(samples, augment, numbers, config.seed, (local_size, process_count))
-        self._share = grain.MapDataset.source(_Share(batches, process_index, process_count, left_out))
+            batches = Batches(samples, augment, numbers, config, share=share, reader=self._reader)
+        self._pieces = grain.MapDataset.source(batches)
         self._source, self._data, self._position = source, data, start_step
         self._process_index, self._on_restart = process_index, on_restart
         self._max_restarts = config.recovery.max_worker_restarts
@@ -154,7 +150,7 @@ class TrainStream:
         import grain
 
         data = self._data
-        stream = self._share.slice(slice(self._position, None)).to_iter_dataset(
+        stream = self._pieces.slice(slice(self._position * self._slices, None)).to_iter_dataset(
             grain.ReadOptions(
                 num_threads=data.num_threads,
                 prefetch_buffer_size=max(data.num_threads, 0 if num_workers else data.prefetch_batches),
@@ -162,7 +158,7 @@ class TrainStream:
         )
         if num_workers:
             workers.mark_flags_as_parsed()
-            per_worker = max(1, data.prefetch_batches // num_workers)
+            per_worker = data.prefetch_batches if self._slices > 1 else max(1, data.prefetch_batches // num_workers)
             stream = stream.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers, per_worker), worker_init_fn=workers.begin_worker
             )
@@ -184,15 +180,16 @@ class TrainStream:
         self._latest.extend(
             (REASONS[reasons[i] % NUM_COUNTERS], int(requested[i])) for i in np.flatnonzero(reasons != GOOD)
         )
-        return {name: workers.own_memory(array) for name, array in batch.items()}
+        return batch
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, np.ndarray]:
         """Return the next batch; start workers again that have died."""
         while True:
             try:
                 # Grain starts the workers when the first batch is asked for.
                 with workers.signals_blocked() if self._data.num_workers else contextlib.nullcontext():
-                    return next(self._batches)
+                    pieces = [self._next_piece() for _ in range(self._slices)]
+                return pieces[0] if len(pieces) == 1 else _join(pieces)
             except RuntimeError as error:
                 code = workers.exit_code_of_death(error)
                 if code is None:
@@ -213,6 +210,9 @@ class TrainStream:
                 )
             self._batches = self._start(self._data.num_workers)
 
+    def _next_piece(self) -> dict[str, np.ndarray]:
+        return {name: workers.own_memory(array) for name, array in next(self._batches).items()}
+
     def read_here(self) -> None:
         """Go on without worker processes, at the same place: for the last steps after `WorkersDie`."""
         self._batches = self._start(num_workers=0)
@@ -227,6 +227,12 @@ class TrainStream:
         batches, self._batches = self._batches, None  # lets go of the batches that lay ready
         if batches is not None:
             batches.close()
+        if self._reader is not None:
+            self._reader.close()
+
+
+def _join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def pair_groups(batch: Mapping[str, np.ndarray], same_pair: SamePair) -> np.ndarray | None:

@@ -7,13 +7,14 @@ counted and left alone, other links and devices too; names are labels and never 
 """
 
 import bisect
+import contextlib
 import copy
 import errno
 import functools
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -37,6 +38,7 @@ _MAX_FILE_OVERHEAD_BYTES = 2**20  # of an image file beyond its pixels: profiles
 _MAX_OPEN_SHARDS = 128
 _MAX_SHOWN_KEY = 200
 _WINDOW = 4 * 2**10
+_MAX_BLOCK_BYTES = 256 * 2**20  # of consecutive samples that are read at once
 _log = logging.getLogger(__name__)
 
 
@@ -80,8 +82,37 @@ class _Shard:
             raise FileChanged(errno.ESTALE, "another program has written it anew", self._path)
         return entry.table()
 
-    def read(self, row: int) -> Sample:
+    def read_rows(self, first: int, count: int) -> list[Sample | BadSample]:
+        """Read consecutive samples at once where they lie together; see `read`."""
+        start, end = self._extent(first, count)
+        file: OpenFile = self._file
+        if 0 < end - start <= _MAX_BLOCK_BYTES:
+            file = Window(self._file, start, read_all(self._file, start, end - start))
+        found: list[Sample | BadSample] = []
+        for row in range(first, first + count):
+            try:
+                found.append(self.read(row, file))
+            except BadSample as bad:
+                found.append(bad)
+        return found
+
+    def _extent(self, first: int, count: int) -> tuple[int, int]:
+        """Return where samples begin and end."""
+        rows = [row for row in range(first, first + count) if self._table.fault(row) == NO_FAULT]
+        if self._table.header.is_compact:
+            spans = [self._table.span(row) for row in rows]
+        else:
+            members = [zip(*self._table.members(row), strict=True) for row in rows]
+            spans = [(place, place + size) for each in members for place, size in each if place >= 0]
+        ends = (end for _, end in spans)
+        return min((start for start, _ in spans), default=0), min(max(ends, default=0), self._file.size)
+
+    def read(self, row: int, file: OpenFile | None = None) -> Sample:
         """Read a sample.
+
+        Args:
+            row: number of the sample in the shard.
+            file: gives the bytes of the shard; None: its storage.
 
         Raises:
             BadSample: it cannot be used.
@@ -89,18 +120,19 @@ class _Shard:
             DamagedTar: the shard holds something else there.
             OSError: the shard cannot be read, or is another one.
         """
+        file = file or self._file
         if (fault := self._table.fault(row)) != NO_FAULT:
             raise BadSample(REASONS[fault])
         if not self._table.header.is_compact:
             offsets, sizes = self._table.members(row)
             keep_needed(offsets, sizes, self._limits)
-            return assemble(self._table.key(row), read_members(self._file, offsets, sizes), self._limits)
+            return assemble(self._table.key(row), read_members(file, offsets, sizes), self._limits)
         start, end = self._table.span(row)
         if end - start > self._limits.sample:  # something in it is too large
-            key, offsets, sizes = sample_in(members_between(windowed(self._file, _WINDOW), start, end))
+            key, offsets, sizes = sample_in(members_between(windowed(file, _WINDOW), start, end))
             keep_needed(offsets, sizes, self._limits)
-            return assemble(key, read_members(self._file, offsets, sizes), self._limits)
-        block = read_all(self._file, start, min(end, self._file.size) - start)
+            return assemble(key, read_members(file, offsets, sizes), self._limits)
+        block = read_all(file, start, min(end, file.size) - start)
         found = quick_sample(block)
         if found is None:  # something in it is out of the ordinary
             found = sample_in(members_between(functools.partial(_slice, block), 0, end - start))
@@ -114,6 +146,21 @@ class _Shard:
             return self._table.key(row)
         first = next(members_between(windowed(self._file, _WINDOW), *self._table.span(row)))
         return classify(first.name).key
+
+
+class Window:
+    """A part of a file in memory, and the file itself for what lies elsewhere."""
+
+    def __init__(self, file: OpenFile, start: int, block: bytes):
+        self._file, self._start, self._block = file, start, block
+        self.size, self.version = file.size, file.version
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return bytes from an offset on."""
+        begin = offset - self._start
+        if begin < 0 or begin + size > len(self._block):
+            return self._file.read(offset, size)
+        return self._block[begin : begin + size]
 
 
 def _slice(block: bytes, offset: int, size: int) -> bytes:
@@ -173,8 +220,27 @@ class TarSource:
 
     def __getitem__(self, index: int) -> Sample:
         shard, row = self._find(index)
+        with self._reading(shard) as opened:
+            return opened.read(row)
+
+    def read_block(self, first: int, count: int) -> list[Sample | BadSample]:
+        """Read consecutive samples, those of a shard by one request; the error of one stands in its place.
+
+        Raises:
+            UnreadableData: a shard cannot be read.
+        """
+        found: list[Sample | BadSample] = []
+        while len(found) < count:
+            shard, row = self._find(first + len(found))
+            here = min(count - len(found), self._first[shard + 1] - self._first[shard] - row)
+            with self._reading(shard) as opened:
+                found += opened.read_rows(row, here)
+        return found
+
+    @contextlib.contextmanager
+    def _reading(self, shard: int) -> Iterator[_Shard]:
         try:
-            return self._shard(shard).read(row)
+            yield self._shard(shard)
         except BadSample:
             raise
         except (OSError, ValueError, DamagedTar) as error:

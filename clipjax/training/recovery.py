@@ -14,7 +14,7 @@ from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.config import Config
-from clipjax.data.training_stream import batch_number
+from clipjax.data.training_order import batch_number
 from clipjax.monitoring.events import Events
 from clipjax.training.decisions import Decisions, Rollback, rollbacks_to, to_record
 

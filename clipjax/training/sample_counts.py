@@ -7,8 +7,7 @@ import numpy as np
 from clipjax.config import Config
 from clipjax.data.mixture import MixtureOrder, sizes_of
 from clipjax.data.sample import NUM_COUNTERS, count_by_reason
-from clipjax.data.training_order import make_order
-from clipjax.data.training_stream import batch_number
+from clipjax.data.training_order import batch_number, make_order
 from clipjax.training.decisions import Decisions
 from clipjax.training.inputs import Inputs
 

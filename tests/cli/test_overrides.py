@@ -14,7 +14,16 @@ from clipjax.checkpoints.manager import DamagedCheckpoint
 from clipjax.cli import eval as evaluate
 from clipjax.cli import plan, sweep, train
 from clipjax.cli.overrides import override, split_overrides
-from clipjax.config import BagOfWordsConfig, CbowConfig, Config, DecoderConfig, MixtureSource, ResNetConfig, SamePair, TaskConfig
+from clipjax.config import (
+    BagOfWordsConfig,
+    CbowConfig,
+    Config,
+    DecoderConfig,
+    MixtureSource,
+    ResNetConfig,
+    SamePair,
+    TaskConfig,
+)
 from clipjax.config.paths import is_path_field
 from clipjax.config.serialization import field_value, members, take_apart
 from clipjax.data.tokenizers.bytes import BytesTokenizer

@@ -18,7 +18,8 @@ from clipjax.data.images import EvalTransform
 from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, Sample
 from clipjax.data.sources import ArraySource
 from clipjax.data.training_batches import TooManyBadSamples
-from clipjax.data.training_stream import BadSampleLimit, TrainStream, batch_number
+from clipjax.data.training_order import batch_number
+from clipjax.data.training_stream import BadSampleLimit, TrainStream
 from clipjax.data.webdataset import TarSource
 
 SIZE = 8

@@ -22,7 +22,8 @@ def install(kind: str, poisoned: frozenset[int]) -> None:
     import jax.numpy as jnp
 
     from clipjax.data.training_batches import NoUsableSample
-    from clipjax.data.training_stream import TrainStream, batch_number
+    from clipjax.data.training_order import batch_number
+    from clipjax.data.training_stream import TrainStream
     from clipjax.models.clip import Clip
 
     read, encode = TrainStream._read, Clip.encode_batch
