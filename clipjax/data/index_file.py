@@ -1,6 +1,6 @@
 """Index files: where each sample of a tar shard begins, in 4 bytes a sample, to be mapped into memory.
 
-A file is 64 fixed bytes (magic, lengths, digests of header and body), a header in JSON, and the body. The body of a
+A file is 56 fixed bytes (magic, lengths, digests of header and body), a header in JSON, and the body. The body of a
 compact index is one uint32 a sample, its first header's place in blocks of 512 bytes, and one more for the end: a
 sample is read as one range, and its members are found by the headers in it. Shards whose samples lie apart have a full
 table of members, with their keys. Faults are few and stored as pairs of sample and fault.
@@ -30,7 +30,7 @@ from clipjax.runtime.storage import OpenFile
 
 FORMAT = 1
 _MAGIC = b"clipjaxI"
-_FIXED = struct.Struct("<8sIIQ16s16s8x")  # magic, format, bytes of the header, of the body, digests of both
+_FIXED = struct.Struct("<8sIIQ16s16s")  # magic, format, bytes of the header, of the body, digests of both
 _MAX_HEADER_BYTES = 2**18
 _MAX_COUNT = 2**32 - 1
 _PAIR = struct.Struct("<II")
