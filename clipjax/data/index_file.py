@@ -16,7 +16,7 @@ import mmap
 import os
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -229,24 +229,53 @@ def _check_types(header: IndexHeader) -> None:
         raise DamagedIndex("its header is wrong")
 
 
+class Checked(NamedTuple):
+    """An index file that has been checked.
+
+    Attributes:
+        fixed: its first bytes, with the digests of all others.
+        header: what it tells, but not of unused members and damage.
+    """
+
+    fixed: bytes
+    header: IndexHeader
+
+
 class IndexTable:
     """The places in one index file: mapped into memory, or held in it.
 
     Args:
         content: of the whole file.
+        checked: the file as it was when it was checked before, if it was.
 
     Raises:
         DamagedIndex: it cannot be used.
+
+    Attributes:
+        header: what the file tells.
+        checked: the file as it is, for the next time.
     """
 
-    def __init__(self, content: bytes | mmap.mmap):
+    def __init__(self, content: bytes | mmap.mmap, checked: Checked | None = None):
         self._content = content
-        self.header = header = parse_header(content[: _FIXED.size + _MAX_HEADER_BYTES], len(content))
+        fixed = content[: _FIXED.size]
+        is_new = checked is None or checked.fixed != fixed
+        if checked is None or is_new:
+            header = parse_header(content[: _FIXED.size + _MAX_HEADER_BYTES], len(content))
+            # What it tells of unused members has been told, and would take memory for each shard.
+            checked = Checked(fixed, dataclasses.replace(header, unused={}, damage=""))
+        self.checked, self.header = checked, checked.header
+        header = checked.header
         self._first = len(content) - header.body_bytes
-        if _digest(memoryview(content)[self._first :]) != _FIXED.unpack_from(content)[5]:
+        if is_new and _digest(memoryview(content)[self._first :]) != _FIXED.unpack_from(content)[5]:
             raise DamagedIndex("its digest is wrong")
-        place = self._first
-        self._starts = self._offsets = self._ends = self._sizes = np.zeros(0, "<u4")
+        if is_new or header.num_faults or not header.is_compact:
+            self._view_arrays()
+        if is_new and not (self._faults_fit() and (self._starts_fit() if header.is_compact else self._members_fit())):
+            raise DamagedIndex("its places are not in the shard")
+
+    def _view_arrays(self) -> None:
+        header, place = self.header, self._first
         if header.is_compact:
             self._starts, place = self._view("<u4", header.count + 1, place)
         else:
@@ -255,8 +284,6 @@ class IndexTable:
             self._sizes, place = self._view("<u4", header.count * NUM_COLUMNS, place)
         self._fault_rows, self._keys = self._view("<u4", header.num_faults, place)
         self._faults, _ = self._view("i1", header.num_faults, self._keys + header.key_bytes)
-        if not (self._faults_fit() and (self._starts_fit() if header.is_compact else self._members_fit())):
-            raise DamagedIndex("its places are not in the shard")
 
     def _view(self, dtype: str, count: int, place: int) -> tuple[np.ndarray, int]:
         """Return numbers of the body without a copy, and the place behind them."""
@@ -305,14 +332,18 @@ class IndexTable:
         return self._content[start:end].decode("utf-8", "backslashreplace")
 
 
-def map_table(place: str) -> IndexTable:
+def map_table(place: str, checked: Checked | None = None) -> IndexTable:
     """Map an index file.
+
+    Args:
+        place: its path.
+        checked: the file as it was when it was checked before, if it was.
 
     Raises:
         DamagedIndex: it cannot be used.
         OSError: it cannot be read.
     """
-    with open(place, "rb") as file:  # noqa: PTH123
+    with open(place, "rb", buffering=0) as file:  # noqa: PTH123
         if os.fstat(file.fileno()).st_size < _FIXED.size:
             raise DamagedIndex("it is cut off")  # nothing can be mapped of an empty file
-        return IndexTable(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return IndexTable(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), checked)

@@ -91,7 +91,9 @@ class _OtherShard(DamagedIndex):
 
 
 def _read_entry(place: str, path: str, file: OpenFile, *, is_thorough: bool) -> Entry:
-    header = map_table(place).header if is_thorough else read_header(place)
+    if is_thorough:
+        map_table(place)
+    header = read_header(place)
     if header.name != _base(path):
         raise DamagedIndex("it is of another shard")
     if (header.size, header.version) != (file.size, file.version):
@@ -137,7 +139,10 @@ def build(path: str, *, limit: int, may_wait: bool = True) -> Entry | None:
 
 
 def _index(file: OpenFile, path: str, limit: int) -> bytes:
-    return pack(index_shard(file, path), file, name=_base(path), limit=limit)
+    try:
+        return pack(index_shard(file, path), file, name=_base(path), limit=limit)
+    except OSError as error:  # some name no file
+        raise OSError(f"{path} cannot be indexed: {error.strerror or error}") from error
 
 
 def index_places(path: str) -> list[str]:

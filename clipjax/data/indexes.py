@@ -22,6 +22,7 @@ _LOOKING_THREADS = 16
 _SECONDS_PER_SHARD = 0.0006
 _SECONDS_PER_BYTE = 15e-6 / 30_000  # of samples of 30 kB
 _SECONDS_TO_START = 1.0  # worth the start of processes
+_SECONDS_TO_TELL = 20.0
 _MAX_STATS_BYTES = 2**20
 _MOST_SHOWN = 5
 _log = logging.getLogger(__name__)
@@ -77,10 +78,18 @@ def _build_all(
     """Build indexes, by paths of the shards; see `open_indexes`."""
     work = _Work([each.path for each in missing], limit, progress)
     num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(missing))
-    seconds = len(missing) * _SECONDS_PER_SHARD + sum(each.size for each in missing) * _SECONDS_PER_BYTE
+    size = sum(each.size for each in missing)
+    seconds = len(missing) * _SECONDS_PER_SHARD + size * _SECONDS_PER_BYTE
     if num_workers == 1 or seconds < _SECONDS_TO_START:
         work.run(build)
         return work.entries
+    if progress is _ignore and seconds > _SECONDS_TO_TELL:
+        _log.warning(
+            "indexing %d shards, %.1f GB, with %d processes; `clipjax data index` does it ahead of a run",
+            len(missing),
+            size / 1e9,
+            num_workers,
+        )
     builders = [Builder() for _ in range(num_workers)]
     try:
         with futures.ThreadPoolExecutor(num_workers) as pool:
