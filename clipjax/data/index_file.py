@@ -42,7 +42,7 @@ class DamagedIndex(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexHeader:
-    """What an index file tells besides the places.
+    """Facts of a shard that an index file tells besides the places.
 
     Attributes:
         name: base name of the shard.
@@ -57,6 +57,7 @@ class IndexHeader:
         largest: bytes of the largest member in it.
         unused: members that belong to no sample, by extension.
         damage: what cut the shard short, or "".
+        is_fresh: True if the shard had just been written: another content may have the same version.
     """
 
     name: str
@@ -71,6 +72,7 @@ class IndexHeader:
     largest: int
     unused: dict[str, Unused]
     damage: str
+    is_fresh: bool
 
     def holds_digest(self, limit: int) -> bool:
         """Return True if `digest` is that for a limit of an image file, too."""
@@ -109,7 +111,7 @@ def shard_digest(index: ShardIndex, file: OpenFile, limit: int) -> tuple[str, in
     return hasher.hexdigest(), largest
 
 
-def pack(index: ShardIndex, file: OpenFile, *, name: str, limit: int) -> bytes:
+def pack(index: ShardIndex, file: OpenFile, *, name: str, limit: int, is_fresh: bool = False) -> bytes:
     """Return the index file of a shard.
 
     Args:
@@ -117,6 +119,7 @@ def pack(index: ShardIndex, file: OpenFile, *, name: str, limit: int) -> bytes:
         file: the shard.
         name: its base name.
         limit: largest image file that a source reads, for the digest.
+        is_fresh: the shard had just been written before it was read.
 
     Raises:
         OSError: the shard cannot be read.
@@ -138,6 +141,7 @@ def pack(index: ShardIndex, file: OpenFile, *, name: str, limit: int) -> bytes:
         largest=largest,
         unused=index.unused,
         damage=index.damage,
+        is_fresh=is_fresh,
     )
     if is_compact:
         parts = [(index.starts // BLOCK).astype("<u4").tobytes()]
@@ -223,7 +227,7 @@ def _check_types(header: IndexHeader) -> None:
     if (
         any(type(number) is not int or not 0 <= number < 2**62 for number in (*numbers, *unused))
         or any(type(text) is not str for text in texts)
-        or type(header.is_compact) is not bool
+        or any(type(flag) is not bool for flag in (header.is_compact, header.is_fresh))
         or max(header.count, header.num_faults) > _MAX_COUNT
     ):
         raise DamagedIndex("its header is wrong")

@@ -10,17 +10,19 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 
 import numpy as np
 import pytest
 
+from clipjax.cli import data_index
 from clipjax.cli.data import main
 from clipjax.data import index_file, index_store, indexes, webdataset
 from clipjax.data.index_file import IndexTable, pack
 from clipjax.data.sample import UnreadableData
 from clipjax.data.tar_index import index_shard
 from clipjax.runtime.storage import open_file
-from tests.data.test_webdataset import entry, good, open_source, outcome, outcomes, pair, write
+from tests.data.test_webdataset import entry, good, open_source, outcome, outcomes, pair, set_time, write
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
@@ -143,6 +145,7 @@ def check_reads(path: pathlib.Path, lengths) -> int:
     whole, compact = path.read_bytes(), 0
     for length in (len(whole), *lengths):
         path.write_bytes(whole[:length])
+        set_time(path)
         try:
             source = open_source(path)
         except ValueError as error:
@@ -244,6 +247,23 @@ def test_a_shard_that_changed_is_indexed_again_and_told(tmp_path, caplog):
     )
     os.utime(paths[0], (1, 1))  # another time alone may mean another content, too
     assert len(open_source(*paths)) == 3 and len(caplog.records) == 2
+
+
+def test_a_shard_that_was_just_written_is_indexed_again(tmp_path, monkeypatch, caplog):
+    """A write within a tick of the clock leaves size and time as they are."""
+    monkeypatch.setattr(index_store, "_CLOCK_TICK_NS", 10**12)
+    path, now = tmp_path / "s.tar", time.time_ns()
+    for key in ("a", "b"):
+        with tarfile.open(path, "w") as tar:
+            for member, content in pair(key):
+                tar.addfile(member, io.BytesIO(content))
+        os.utime(path, ns=(now, now))
+        source = pickle.loads(pickle.dumps(open_source(path)))
+        assert outcomes(source) == {key: good(key)} and not caplog.records
+    monkeypatch.setattr(index_store, "_CLOCK_TICK_NS", 0)
+    open_source(path)
+    index = index_of(path).stat()
+    assert outcomes(open_source(path)) == {"b": good("b")} and index_of(path).stat().st_ino == index.st_ino
 
 
 def test_an_index_of_another_content_is_not_used_by_a_run_that_began_before(tmp_path):
@@ -475,6 +495,17 @@ def test_the_command_tells_what_it_did_and_does_nothing_twice(tmp_path, capsys):
     assert first.endswith(f"samples/s; the indexes lie in {tmp_path}/.clipjax-index\n")
     assert main(["index", "--source", f"{tmp_path}/?.tar"]) == 0
     assert "2 shards (none new), 4 samples, " in capsys.readouterr().out
+
+
+def test_the_command_shows_how_far_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data_index, "_PLAIN_SECONDS", 0.0)
+    for name in "ab":
+        write(tmp_path / f"{name}.tar", pair(name))
+        index_of(tmp_path / f"{name}.tar").unlink()
+    assert main(["index", f"{tmp_path}/?.tar"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:16] for line in lines] == ["shard 1/2   50% ", "shard 2/2  100% "]
+    assert all("pairs/s" in line and "left 0:00" in line for line in lines)
 
 
 @pytest.mark.parametrize(
