@@ -245,6 +245,10 @@ def test_members_that_are_not_used_are_named(path, caplog):
     assert outcomes(source) == {"a": good("a")}
     told = unused(source, caplog)
     assert f"3 like 0000.input.jpg, 3 like 0000.outputs.txt, 1 like link.jpg (a link) (first in {path})" in told
+    for name in ("k.jpg.txt", "k.caption", "k.text"):  # of a sample without a caption, and of one that has one
+        source = write(path, [*pair("a"), entry(name.replace("k", "a")), entry("k.jpg", IMAGE + b"k"), entry(name)])
+        assert outcomes(source) == {"a": good("a"), "k": Sample(IMAGE + b"k", (), -1, "k")}
+        assert f"not used: 1 like {name} (first" in caplog.records[-1].getMessage()
     caplog.clear()
     source = write(path, [*pair("a"), entry("a.npy"), entry("._a.jpg"), *(entry(f"a.{i}") for i in range(99))])
     assert outcomes(source) == {"a": good("a")} and not unused(source, caplog)
