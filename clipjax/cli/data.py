@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             given = f"{command!r} is none of" if command else "a command is missing, one of"
             raise ValueError(f"{given} {', '.join(COMMANDS)}; see {PROGRAM} --help")
-        if command == "index":  # takes its source without a name, too
-            rest = [each if each.startswith("-") else f"--source={each}" for each in rest]
+        if command == "index":
+            rest = data_index.name_source(rest)
         options = _parser(command).read(rest).options
         match command:
             case "scenes":

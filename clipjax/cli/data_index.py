@@ -23,6 +23,15 @@ _IN_PLACE_SECONDS = 0.1  # between two updates
 _PLAIN_SECONDS = 10.0
 
 
+def name_source(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with `--source=` before a source that is given without it."""
+    is_value = [before.startswith("--") and "=" not in before for before in ("", *argv)]
+    return [
+        each if each.startswith("-") or after_option else f"--source={each}"
+        for each, after_option in zip(argv, is_value, strict=False)
+    ]
+
+
 def run(source: str, num_workers: int | None) -> int:
     """Make the index files that are missing or damaged; return the exit code.
 

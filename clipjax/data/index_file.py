@@ -1,6 +1,6 @@
 """Index files: where each sample of a tar shard begins, in 4 bytes a sample, to be mapped into memory.
 
-A file is 64 fixed bytes (magic, lengths, digests of header and body), a header in JSON, and the body. The body of a
+A file is 56 fixed bytes (magic, lengths, digests of header and body), a header in JSON, and the body. The body of a
 compact index is one uint32 a sample, its first header's place in blocks of 512 bytes, and one more for the end: a
 sample is read as one range, and its members are found by the headers in it. Shards whose samples lie apart have a full
 table of members, with their keys. Faults are few and stored as pairs of sample and fault.
@@ -16,7 +16,7 @@ import mmap
 import os
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -30,7 +30,7 @@ from clipjax.runtime.storage import OpenFile
 
 FORMAT = 1
 _MAGIC = b"clipjaxI"
-_FIXED = struct.Struct("<8sIIQ16s16s8x")  # magic, format, bytes of the header, of the body, digests of both
+_FIXED = struct.Struct("<8sIIQ16s16s")  # magic, format, bytes of the header, of the body, digests of both
 _MAX_HEADER_BYTES = 2**18
 _MAX_COUNT = 2**32 - 1
 _PAIR = struct.Struct("<II")
@@ -42,7 +42,7 @@ class DamagedIndex(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexHeader:
-    """What an index file tells besides the places.
+    """Facts of a shard that an index file tells besides the places.
 
     Attributes:
         name: base name of the shard.
@@ -57,6 +57,7 @@ class IndexHeader:
         largest: bytes of the largest member in it.
         unused: members that belong to no sample, by extension.
         damage: what cut the shard short, or "".
+        is_fresh: True if the shard had just been written: another content may have the same version.
     """
 
     name: str
@@ -71,6 +72,7 @@ class IndexHeader:
     largest: int
     unused: dict[str, Unused]
     damage: str
+    is_fresh: bool
 
     def holds_digest(self, limit: int) -> bool:
         """Return True if `digest` is that for a limit of an image file, too."""
@@ -109,7 +111,7 @@ def shard_digest(index: ShardIndex, file: OpenFile, limit: int) -> tuple[str, in
     return hasher.hexdigest(), largest
 
 
-def pack(index: ShardIndex, file: OpenFile, *, name: str, limit: int) -> bytes:
+def pack(index: ShardIndex, file: OpenFile, *, name: str, limit: int, is_fresh: bool = False) -> bytes:
     """Return the index file of a shard.
 
     Args:
@@ -117,6 +119,7 @@ def pack(index: ShardIndex, file: OpenFile, *, name: str, limit: int) -> bytes:
         file: the shard.
         name: its base name.
         limit: largest image file that a source reads, for the digest.
+        is_fresh: the shard had just been written before it was read.
 
     Raises:
         OSError: the shard cannot be read.
@@ -138,6 +141,7 @@ def pack(index: ShardIndex, file: OpenFile, *, name: str, limit: int) -> bytes:
         largest=largest,
         unused=index.unused,
         damage=index.damage,
+        is_fresh=is_fresh,
     )
     if is_compact:
         parts = [(index.starts // BLOCK).astype("<u4").tobytes()]
@@ -223,10 +227,22 @@ def _check_types(header: IndexHeader) -> None:
     if (
         any(type(number) is not int or not 0 <= number < 2**62 for number in (*numbers, *unused))
         or any(type(text) is not str for text in texts)
-        or type(header.is_compact) is not bool
+        or any(type(flag) is not bool for flag in (header.is_compact, header.is_fresh))
         or max(header.count, header.num_faults) > _MAX_COUNT
     ):
         raise DamagedIndex("its header is wrong")
+
+
+class Checked(NamedTuple):
+    """An index file that has been checked.
+
+    Attributes:
+        fixed: its first bytes, with the digests of all others.
+        header: what it tells, but not of unused members and damage.
+    """
+
+    fixed: bytes
+    header: IndexHeader
 
 
 class IndexTable:
@@ -234,19 +250,36 @@ class IndexTable:
 
     Args:
         content: of the whole file.
+        checked: the file as it was when it was checked before, if it was.
 
     Raises:
         DamagedIndex: it cannot be used.
+
+    Attributes:
+        header: what the file tells.
+        checked: the file as it is, for the next time.
     """
 
-    def __init__(self, content: bytes | mmap.mmap):
+    def __init__(self, content: bytes | mmap.mmap, checked: Checked | None = None):
         self._content = content
-        self.header = header = parse_header(content[: _FIXED.size + _MAX_HEADER_BYTES], len(content))
+        fixed = content[: _FIXED.size]
+        is_new = checked is None or checked.fixed != fixed
+        if checked is None or is_new:
+            header = parse_header(content[: _FIXED.size + _MAX_HEADER_BYTES], len(content))
+            # What it tells of unused members has been told, and would take memory for each shard.
+            checked = Checked(fixed, dataclasses.replace(header, unused={}, damage=""))
+        self.checked, self.header = checked, checked.header
+        header = checked.header
         self._first = len(content) - header.body_bytes
-        if _digest(memoryview(content)[self._first :]) != _FIXED.unpack_from(content)[5]:
+        if is_new and _digest(memoryview(content)[self._first :]) != _FIXED.unpack_from(content)[5]:
             raise DamagedIndex("its digest is wrong")
-        place = self._first
-        self._starts = self._offsets = self._ends = self._sizes = np.zeros(0, "<u4")
+        if is_new or header.num_faults or not header.is_compact:
+            self._view_arrays()
+        if is_new and not (self._faults_fit() and (self._starts_fit() if header.is_compact else self._members_fit())):
+            raise DamagedIndex("its places are not in the shard")
+
+    def _view_arrays(self) -> None:
+        header, place = self.header, self._first
         if header.is_compact:
             self._starts, place = self._view("<u4", header.count + 1, place)
         else:
@@ -255,8 +288,6 @@ class IndexTable:
             self._sizes, place = self._view("<u4", header.count * NUM_COLUMNS, place)
         self._fault_rows, self._keys = self._view("<u4", header.num_faults, place)
         self._faults, _ = self._view("i1", header.num_faults, self._keys + header.key_bytes)
-        if not (self._faults_fit() and (self._starts_fit() if header.is_compact else self._members_fit())):
-            raise DamagedIndex("its places are not in the shard")
 
     def _view(self, dtype: str, count: int, place: int) -> tuple[np.ndarray, int]:
         """Return numbers of the body without a copy, and the place behind them."""
@@ -305,14 +336,18 @@ class IndexTable:
         return self._content[start:end].decode("utf-8", "backslashreplace")
 
 
-def map_table(place: str) -> IndexTable:
+def map_table(place: str, checked: Checked | None = None) -> IndexTable:
     """Map an index file.
+
+    Args:
+        place: its path.
+        checked: the file as it was when it was checked before, if it was.
 
     Raises:
         DamagedIndex: it cannot be used.
         OSError: it cannot be read.
     """
-    with open(place, "rb") as file:  # noqa: PTH123
+    with open(place, "rb", buffering=0) as file:  # noqa: PTH123
         if os.fstat(file.fileno()).st_size < _FIXED.size:
             raise DamagedIndex("it is cut off")  # nothing can be mapped of an empty file
-        return IndexTable(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return IndexTable(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), checked)

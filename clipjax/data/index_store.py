@@ -15,6 +15,7 @@ import logging
 import os
 import pathlib
 import stat
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ FOLDER = ".clipjax-index"
 """Folder of index files, beside the shards."""
 
 _SUFFIX = ".idx"
+_CLOCK_TICK_NS = 20_000_000  # Linux's times of files are up to 10 ms late
 _LONGEST_NAME = 200  # bytes; file systems take 255
 _LOOKING_THREADS = 16
 _FEW_BYTES = 256 * 2**20
@@ -91,11 +93,15 @@ class _OtherShard(DamagedIndex):
 
 
 def _read_entry(place: str, path: str, file: OpenFile, *, is_thorough: bool) -> Entry:
-    header = map_table(place).header if is_thorough else read_header(place)
+    if is_thorough:
+        map_table(place)
+    header = read_header(place)
     if header.name != _base(path):
         raise DamagedIndex("it is of another shard")
     if (header.size, header.version) != (file.size, file.version):
         raise _OtherShard("the shard has changed")
+    if header.is_fresh:
+        raise FileNotFoundError(errno.ENOENT, "the shard may have changed within a tick of the clock", place)
     return Entry(header, place)
 
 
@@ -137,7 +143,12 @@ def build(path: str, *, limit: int, may_wait: bool = True) -> Entry | None:
 
 
 def _index(file: OpenFile, path: str, limit: int) -> bytes:
-    return pack(index_shard(file, path), file, name=_base(path), limit=limit)
+    # Like git's racy files: a second write within a tick of the clock would leave size and time as they are.
+    is_fresh = not is_address(path) and abs(time.time_ns() - os.stat(path).st_mtime_ns) < _CLOCK_TICK_NS  # noqa: PTH116
+    try:
+        return pack(index_shard(file, path), file, name=_base(path), limit=limit, is_fresh=is_fresh)
+    except OSError as error:  # some name no file
+        raise OSError(f"{path} cannot be indexed: {error.strerror or error}") from error
 
 
 def index_places(path: str) -> list[str]:

@@ -19,9 +19,11 @@ from clipjax.runtime.storage import is_address
 from clipjax.runtime.terminal import printable
 
 _LOOKING_THREADS = 16
+_REMOTE_THREADS = 64  # each waits for a store to answer
 _SECONDS_PER_SHARD = 0.0006
 _SECONDS_PER_BYTE = 15e-6 / 30_000  # of samples of 30 kB
 _SECONDS_TO_START = 1.0  # worth the start of processes
+_SECONDS_TO_TELL = 20.0
 _MAX_STATS_BYTES = 2**20
 _MOST_SHOWN = 5
 _log = logging.getLogger(__name__)
@@ -49,7 +51,8 @@ def open_indexes(
         ValueError: a shard is no tar.
         OSError: a shard cannot be read.
     """
-    with futures.ThreadPoolExecutor(_LOOKING_THREADS) as pool:
+    threads = _REMOTE_THREADS if any(map(is_address, paths)) else _LOOKING_THREADS
+    with futures.ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(lambda path: find(path, is_thorough=is_thorough), paths))
     missing = [each for each in found if isinstance(each, Missing)]
     if not missing:
@@ -76,11 +79,19 @@ def _build_all(
 ) -> dict[str, Entry]:
     """Build indexes, by paths of the shards; see `open_indexes`."""
     work = _Work([each.path for each in missing], limit, progress)
-    num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(missing))
-    seconds = len(missing) * _SECONDS_PER_SHARD + sum(each.size for each in missing) * _SECONDS_PER_BYTE
+    num_workers = min(num_workers or _num_cores(), len(missing))
+    size = sum(each.size for each in missing)
+    seconds = len(missing) * _SECONDS_PER_SHARD + size * _SECONDS_PER_BYTE
     if num_workers == 1 or seconds < _SECONDS_TO_START:
         work.run(build)
         return work.entries
+    if progress is _ignore and seconds > _SECONDS_TO_TELL:
+        _log.warning(
+            "indexing %d shards, %.1f GB, with %d processes; `clipjax data index` does it ahead of a run",
+            len(missing),
+            size / 1e9,
+            num_workers,
+        )
     builders = [Builder() for _ in range(num_workers)]
     try:
         with futures.ThreadPoolExecutor(num_workers) as pool:
@@ -94,6 +105,11 @@ def _build_all(
         for builder in builders:
             builder.close()
     return work.entries
+
+
+def _num_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Work:

@@ -27,6 +27,28 @@ MAX_GAP_BYTES = 64 * 2**10
 
 _WINDOW = 4 * 2**10  # of a local file: a small member and the headers around it
 _REMOTE_WINDOW = 8 * 2**20
+_FOREIGN = frozenset(
+    [
+        "text",
+        "caption",
+        "captions",
+        "cap",
+        "prompt",
+        "svg",
+        "ppm",
+        "pgm",
+        "pbm",
+        "tga",
+        "psd",
+        "dng",
+        "cr2",
+        "nef",
+        "arw",
+        "ico",
+    ]
+)
+"""Extensions of texts and images that are never read, and are missed where a sample lacks the like."""
+
 _MOST_EXTENSIONS = 32
 _MAX_SHOWN_NAME = 200
 _MAX_SHOWN_EXTENSION = 20
@@ -119,6 +141,11 @@ class _Row:
         return self.offsets[IMAGE] >= 0 and max(self.offsets[1:]) >= 0
 
 
+def _extension(member: Member) -> str:
+    _, dot, extension = member.name.rpartition("/")[2].rpartition(".")
+    return extension.lower() if dot else ""
+
+
 class _Collector:
     """Members to samples.
 
@@ -132,6 +159,7 @@ class _Collector:
         self._files: dict[str, Member] = {}
         self._rare: dict[str, list[Member]] = {}
         self._dotted: dict[str, list[Member]] = {}
+        self._foreign: list[tuple[str, Member]] = []
         self._unused: dict[str, Unused] = {}
         self._latest: _Row | None = None
         self.is_used = False
@@ -148,6 +176,8 @@ class _Collector:
         self._files[member.name.removeprefix("./")] = member
         if place.is_certain:
             self._latest = self._put(place.key, place.column, member)
+        elif place.column < 0 and _extension(member) in _FOREIGN:
+            self._foreign.append((place.key, member))
         elif place.column < 0:
             self._leave(member, is_lost=False)
         else:
@@ -172,8 +202,7 @@ class _Collector:
 
     def _leave(self, member: Member, *, is_lost: bool) -> None:
         """Count a member that belongs to no sample."""
-        base = member.name.rpartition("/")[2]
-        extension = base.rpartition(".")[2].lower()[:_MAX_SHOWN_EXTENSION] if "." in base else ""
+        extension = _extension(member)[:_MAX_SHOWN_EXTENSION]
         name = member.name[:_MAX_SHOWN_NAME]
         if not member.is_file:
             extension, name = f"{extension} link", f"{name} (a link)"
@@ -195,6 +224,8 @@ class _Collector:
                     self._leave(member, is_lost=False)
         for key, members in self._dotted.items():
             self._add_dotted(key, members)
+        for key, member in self._foreign:
+            self._leave(member, is_lost=key not in self._rows or not self._rows[key].is_whole)
         if damage and self._latest is not None and not self._latest.is_whole:
             self._latest.fault = REASONS.index("truncated_tar")
         return self._table(damage)
@@ -204,11 +235,12 @@ class _Collector:
         places = [classify(member.name) for member in members]
         columns = {place.column for place in places}
         is_pair = IMAGE in columns and len(columns) > 1
-        is_further_field = places[0].base in self._rows
+        sample = self._rows.get(places[0].base or "")  # of which they may be further fields
         has_image = any(place.column == IMAGE and not place.is_rare for place in places)
         for member, place in zip(members, places, strict=True):
-            if not is_pair or is_further_field:
-                self._leave(member, is_lost=is_pair or not is_further_field)
+            if not is_pair or sample is not None:
+                is_lost = is_pair or sample is None or not (sample.is_whole or sample.offsets[place.column] >= 0)
+                self._leave(member, is_lost=is_lost)
             elif place.is_rare and has_image:
                 self._leave(member, is_lost=False)
             else:

@@ -1,4 +1,4 @@
-"""Names of members: what a member of a shard is, by its name alone.
+"""Names of members: which part of which sample a member of a shard is, by its name alone.
 
 A sample is the members that share everything before the first dot of their base name, as in WebDataset; what follows
 is the kind of the member. Names that tell more than one thing are classified here and judged in `tar_index.py`.
@@ -28,7 +28,7 @@ _RARE_IMAGES = frozenset(["tif", "tiff", "gif", "bmp", "avif", "jfif", "jpe", "h
 
 
 class Place(NamedTuple):
-    """What a member is by its name.
+    """The meaning of a member's name.
 
     Attributes:
         key: of the sample that it may belong to.
@@ -44,12 +44,12 @@ class Place(NamedTuple):
 
     @property
     def is_certain(self) -> bool:
-        """Whether it belongs to the sample of its key, whatever else there is."""
+        """True for a member of the sample of its key, whatever else there is."""
         return self.column >= 0 and not self.is_rare and self.base is None
 
 
 def classify(name: str) -> Place:
-    """Return what a member is by its name."""
+    """Return the meaning of a member's name."""
     directory, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, kind = base.partition(".")
     key = directory + slash + stem

@@ -14,7 +14,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -23,7 +23,7 @@ import xxhash
 
 from clipjax.data import index_store, indexes
 from clipjax.data.digests import DIGEST_THREADS, ShardDigest
-from clipjax.data.index_file import DamagedIndex, IndexHeader, IndexTable, map_table, shard_digest
+from clipjax.data.index_file import Checked, DamagedIndex, IndexHeader, IndexTable, map_table, shard_digest
 from clipjax.data.sample import REASONS, BadSample, Sample, UnreadableData
 from clipjax.data.tar_format import DamagedTar
 from clipjax.data.tar_index import NO_FAULT, index_shard
@@ -47,10 +47,16 @@ def max_file_bytes(max_image_pixels: int) -> int:
     return 4 * max_image_pixels + _MAX_FILE_OVERHEAD_BYTES
 
 
-class _Shard:
-    """An open shard with its index.
+def _make_opener() -> Callable[[str, str | bytes, int, Limits], "_Shard"]:
+    """Return a function that opens shards and keeps some of them open."""
+    return functools.lru_cache(_MAX_OPEN_SHARDS)(functools.partial(_open_shard, {}))
+
+
+def _open_shard(checked: dict[str, Checked], path: str, place: str | bytes, stamp: int, limits: Limits) -> "_Shard":
+    """Open a shard.
 
     Args:
+        checked: index files that have been checked in this process; changed.
         path: of the shard.
         place: of its index.
         stamp: of the shard when the source was opened.
@@ -58,29 +64,40 @@ class _Shard:
 
     Raises:
         OSError: it cannot be read, or is another one.
+        ValueError: its index is gone, and it is no tar any more.
     """
+    file = open_file(path)
+    if _stamp(file) != stamp:
+        raise _changed(path)
+    try:
+        known = checked.get(place) if isinstance(place, str) else None
+        table = IndexTable(place) if isinstance(place, bytes) else map_table(place, known)
+        if table.checked is known:
+            return _Shard(file, table, limits)
+        problem = "" if _stamp(table.header) == stamp else "it is of another content of the shard"
+    except (DamagedIndex, OSError) as error:
+        problem = str(error)
+    else:
+        if isinstance(place, str) and not problem:
+            checked[place] = table.checked
+    if problem:
+        _log.warning("the index of %s is made anew: %s", printable(path), printable(problem))
+        entry = index_store.build(path, limit=limits.image)
+        if entry is None or _stamp(entry.header) != stamp:
+            raise _changed(path)
+        table = entry.table()
+    return _Shard(file, table, limits)
 
-    def __init__(self, path: str, place: str | bytes, stamp: int, limits: Limits):
-        self._path, self._limits = path, limits
-        self._file = open_file(path)
-        if _stamp(self._file) != stamp:
-            raise FileChanged(errno.ESTALE, "another program has written it anew", path)
-        self._table = self._open_table(place, stamp)
 
-    def _open_table(self, place: str | bytes, stamp: int) -> IndexTable:
-        try:
-            table = IndexTable(place) if isinstance(place, bytes) else map_table(place)
-            if _stamp(table.header) == stamp:
-                return table
-            problem = "is of another content of the shard"
-        except (DamagedIndex, OSError) as error:
-            problem = str(error)
-        _log.warning("the index of %s is made anew: %s", printable(self._path), printable(problem))
-        entry = index_store.build(self._path, limit=self._limits.image)
-        assert entry is not None
-        if _stamp(entry.header) != stamp:
-            raise FileChanged(errno.ESTALE, "another program has written it anew", self._path)
-        return entry.table()
+def _changed(path: str) -> FileChanged:
+    return FileChanged(errno.ESTALE, "another program has written it anew", path)
+
+
+class _Shard:
+    """An open shard with its index."""
+
+    def __init__(self, file: OpenFile, table: IndexTable, limits: Limits):
+        self._file, self._table, self._limits = file, table, limits
 
     def read_rows(self, first: int, count: int) -> list[Sample | BadSample]:
         """Read consecutive samples at once where they lie together; see `read`."""
@@ -199,7 +216,7 @@ class TarSource:
         self._places = [entry.place for entry in entries]
         self._first = list(itertools.accumulate((header.count for header in headers), initial=0))
         self._stamps = np.array([_stamp(header) for header in headers], np.uint64)
-        self._open = functools.lru_cache(_MAX_OPEN_SHARDS)(_Shard)
+        self._open = _make_opener()
         self._digests: list[ShardDigest] | None = None
         if all(header.holds_digest(self._limits.image) for header in headers):
             self._digests = [
@@ -213,7 +230,7 @@ class TarSource:
         return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_digests")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _digests=None, _open=functools.lru_cache(_MAX_OPEN_SHARDS)(_Shard))
+        self.__dict__.update(state, _digests=None, _open=_make_opener())
 
     def __len__(self) -> int:
         return self._first[-1]

@@ -3,6 +3,7 @@
 import errno
 import gzip
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -34,7 +35,16 @@ def write(path: pathlib.Path, members, tar_format: int = tarfile.USTAR_FORMAT) -
     with tarfile.open(path, "w", format=tar_format) as tar:
         for member, content in members:
             tar.addfile(member, io.BytesIO(content))
+    set_time(path)
     return open_source(path)
+
+
+SECONDS = itertools.count(1_000_000_000)
+
+
+def set_time(path: pathlib.Path) -> None:
+    """Give a file a time of its own: files that are written within a tick of the clock have the same one."""
+    os.utime(path, (next(SECONDS),) * 2)
 
 
 def open_source(*paths: pathlib.Path, max_caption_bytes: int = 1000, max_image_pixels: int = 1000) -> TarSource:
@@ -235,6 +245,10 @@ def test_members_that_are_not_used_are_named(path, caplog):
     assert outcomes(source) == {"a": good("a")}
     told = unused(source, caplog)
     assert f"3 like 0000.input.jpg, 3 like 0000.outputs.txt, 1 like link.jpg (a link) (first in {path})" in told
+    for name in ("k.jpg.txt", "k.caption", "k.text"):  # of a sample without a caption, and of one that has one
+        source = write(path, [*pair("a"), entry(name.replace("k", "a")), entry("k.jpg", IMAGE + b"k"), entry(name)])
+        assert outcomes(source) == {"a": good("a"), "k": Sample(IMAGE + b"k", (), -1, "k")}
+        assert f"not used: 1 like {name} (first" in caplog.records[-1].getMessage()
     caplog.clear()
     source = write(path, [*pair("a"), entry("a.npy"), entry("._a.jpg"), *(entry(f"a.{i}") for i in range(99))])
     assert outcomes(source) == {"a": good("a")} and not unused(source, caplog)

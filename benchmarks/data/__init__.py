@@ -1,0 +1,1 @@
+"""Benchmarks of data: indexes, loading, sources."""
