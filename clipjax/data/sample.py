@@ -25,6 +25,7 @@ REASONS = (
     "corrupt_record",
     "duplicate_key",
     "truncated_tar",
+    "unsupported_format",
 )
 """Reasons for skipping a sample. Append only: counters in checkpoints refer to these names."""
 
