@@ -52,6 +52,8 @@ READ = (
     "data.num_threads",
     "data.max_image_pixels",
     "data.max_caption_bytes",
+    "data.background",
+    "data.exif_orientation",
     "data.resize",
     "data.interpolation",
     "data.mean",

@@ -3,7 +3,8 @@
 import enum
 from dataclasses import dataclass, field
 
-from clipjax.config.ranges import FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, bounded
+from clipjax.config.augment import AugmentConfig
+from clipjax.config.ranges import FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, Range, bounded
 
 
 class Crop(enum.Enum):
@@ -35,6 +36,8 @@ class TaskKind(enum.Enum):
     IMAGE_RETRIEVAL = "image_retrieval"
 
 
+COLOUR = Range("must lie between 0 and 255", lambda value: 0 <= value <= 255)
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
@@ -58,6 +61,9 @@ class DataConfig:
     min_crop_area: float = bounded(0.9, FRACTION)  # share of the image's area
     resize: Resize = Resize.SHORTER_SIDE  # in evaluation, and in training with crop=center
     interpolation: Interpolation = Interpolation.BICUBIC
+    background: tuple[int, int, int] | None = bounded(None, COLOUR)  # red, green, blue behind alpha; None: drop alpha
+    exif_orientation: bool = False  # turn pictures as their EXIF data says, which CLIP's reference ignores
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     mean: tuple[float, float, float] = bounded(CLIP_MEAN, FINITE)  # of pixels in 0..1, subtracted on the device
     std: tuple[float, float, float] = bounded(CLIP_STD, FINITE)
     num_workers: int = bounded(0, NOT_NEGATIVE)  # worker processes per training process; 0: threads of it decode
@@ -66,6 +72,13 @@ class DataConfig:
     max_bad_fraction: float = bounded(0.05, FRACTION)  # of the samples read; above it the run stops
     max_image_pixels: int = bounded(25_000_000, POSITIVE)  # refused from the header
     max_caption_bytes: int = bounded(65_536, POSITIVE)
+
+    def errors(self, path: str) -> list[str]:
+        """Return what is wrong between the fields, a line each."""
+        errors = self.augment.errors(f"{path}.augment")
+        if self.background is not None and len(self.background) != 3:
+            errors.append(f"{path}.background={self.background} must have three numbers, for red, green and blue")
+        return errors
 
 
 @dataclass(kw_only=True, slots=True)

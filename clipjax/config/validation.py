@@ -208,6 +208,7 @@ def _part_errors(config: Config) -> list[str]:
             f"data.mean={config.data.mean} and data.std={config.data.std} must have three numbers, for red, green and "
             "blue, and a standard deviation must be greater than 0"
         )
+    errors += config.data.errors("data")
     for path in ("optim.freeze", "init_match"):
         for pattern in field_value(config, path):
             try:
