@@ -56,7 +56,7 @@ setup(
         "numpy>=2.1",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
-        "pillow>=11",
+        "pillow>=11.3",  # the first with AVIF
         "prometheus-client>=0.21",
         "regex>=2024.11",
         "rich>=13,<16",

@@ -32,8 +32,8 @@ class AugmentConfig:
         strengths, probability = self.color_jitter, self.color_jitter_probability
         if len(strengths) != 4 or strengths[3] > _MAX_HUE:
             return [
-                f"{path}.color_jitter={strengths} must have four numbers, for brightness, contrast, saturation and hue, "
-                f"and the hue may turn by {_MAX_HUE} at most"
+                f"{path}.color_jitter={strengths} must have four numbers, for brightness, contrast, saturation and "
+                f"hue, and the hue may turn by {_MAX_HUE} at most"
             ]
         if (probability > 0) != any(strengths):
             return [
