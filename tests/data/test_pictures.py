@@ -311,8 +311,8 @@ OTHERS = {
     "ppm": saved(RGB, "PPM"),
     "film": b"\0\0\0\x20ftypisom" + bytes(50),
     "big-endian BigTIFF": tiff(bytes(130), order=">", big=True, bits=16, samples=1, photometric=1, **PAGE),
-    "floats": tiff(np.zeros((HEIGHT, WIDTH), np.float32).tobytes(), bits=32, samples=1, photometric=1, sample_format=3, **PAGE),
-    "32 bits": tiff(np.zeros((HEIGHT, WIDTH), np.int32).tobytes(), bits=32, samples=1, photometric=1, sample_format=2, **PAGE),
+    "floats": tiff(bytes(260), bits=32, samples=1, photometric=1, sample_format=3, **PAGE),
+    "32 bits": tiff(bytes(260), bits=32, samples=1, photometric=1, sample_format=2, **PAGE),
     "tiff of 3 bits": tiff(bytes(200), bits=3, samples=1, photometric=1, **PAGE),
     "bmp of a jpeg": bmp(RGB)[:30] + struct.pack("<I", 4) + bmp(RGB)[34:],
 }  # fmt: skip
@@ -325,9 +325,9 @@ def test_whole_files_of_another_kind(name):
 
 @pytest.mark.parametrize(
     "data",
-    [b"<html><svg></svg></html>", b"<!DOCTYPE html><html><svg/></html>", b"\0\0\1\0" + bytes(50), b"P3", b"Page not found",
-     b"BMW, a car", b"RIFFxxxxWEBP", b"GIF89a", b"II*\0", b"II*\0" + bytes(30), b"MM\0+" + bytes(3), bytes(1000),
-     b"\0\0\0\x1cftypavif" + bytes(20), b"<?xml version='1.0'?><feed/>"],
+    [b"<html><svg></svg></html>", b"<!DOCTYPE html><html><svg/></html>", b"\0\0\1\0" + bytes(50), b"P3",
+     b"Page not found", b"BMW, a car", b"RIFFxxxxWEBP", b"GIF89a", b"II*\0", b"II*\0" + bytes(30), b"MM\0+" + bytes(3),
+     bytes(1000), b"\0\0\0\x1cftypavif" + bytes(20), b"<?xml version='1.0'?><feed/>"],
 )  # fmt: skip
 def test_what_is_no_picture_is_corrupt(data):
     assert reason(data) == "corrupt_image"
@@ -395,7 +395,7 @@ def test_an_avif_above_the_limit():
 
 @pytest.mark.parametrize("image_format", ["PNG", "BMP", "AVIF"])
 def test_pillows_limit_does_not_count(monkeypatch, image_format):
-    """It refuses 179 million pixels, and warns from half of that on. It is the same for the whole process: left alone."""
+    """It refuses 179 million pixels, and warns from half of that on; it belongs to the whole process."""
     if image_format == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
     data = saved(RGB, image_format)

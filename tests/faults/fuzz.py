@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.config import Config, DataConfig
@@ -50,18 +50,32 @@ class Findings:
         return {"tries": self.tries, "outcomes": dict(self.outcomes), "wrong": self.wrong}
 
 
+_MODES = {
+    "JPEG": ("RGB", "L", "CMYK"),
+    "PNG": ("RGB", "L", "RGBA", "P", "I;16"),
+    "WEBP": ("RGB", "RGBA"),
+    "GIF": ("RGB", "L", "P"),
+    "BMP": ("RGB", "L", "P", "RGBA"),
+    "TIFF": ("RGB", "L", "RGBA", "P", "I;16", "CMYK"),
+    "AVIF": ("RGB", "RGBA"),
+}
+_KINDS = tuple(kind for kind in _MODES if kind != "AVIF" or features.check("avif"))
+_TIFF_COMPRESSIONS = ("raw", "tiff_lzw", "tiff_deflate", "packbits")
+
+
 def _picture(rng: random.Random, kind: str) -> bytes:
     size = rng.randint(1, 40), rng.randint(1, 40)
-    mode = rng.choice(("RGB", "L")) if kind == "JPEG" else rng.choice(("RGB", "L", "RGBA", "P", "I;16"))
-    mode = "RGB" if kind == "WEBP" else mode
+    mode = rng.choice(_MODES[kind])
     pixels = np.frombuffer(rng.randbytes(size[0] * size[1] * 4), np.uint8).reshape(size[1], size[0], 4)
     image = (
         Image.fromarray(pixels).convert("L").convert("I;16")
         if mode == "I;16"
+        else Image.frombytes("CMYK", size, pixels.tobytes())
+        if mode == "CMYK"
         else Image.fromarray(pixels).convert(mode)
     )
     content = io.BytesIO()
-    image.save(content, kind)
+    image.save(content, kind, **({"compression": rng.choice(_TIFF_COMPRESSIONS)} if kind == "TIFF" else {}))
     return content.getvalue()
 
 
@@ -108,13 +122,13 @@ def _break_tar(rng: random.Random, folder: pathlib.Path) -> str:
 
 def read_picture(content: bytes, folder: pathlib.Path) -> str:
     """Decode a picture."""
-    pixels = decode(content, max_pixels=_MAX_PIXELS)
+    pixels = decode(content, max_pixels=_MAX_PIXELS, background=(9, 9, 9), exif_orientation=True)
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, pixels.shape
     return "read"
 
 
 def _break_picture(rng: random.Random, folder: pathlib.Path) -> str:
-    return read_picture(break_bytes(_picture(rng, rng.choice(("JPEG", "PNG", "WEBP"))), rng), folder)
+    return read_picture(break_bytes(_picture(rng, rng.choice(_KINDS)), rng), folder)
 
 
 def _hostile_json(rng: random.Random) -> bytes:
