@@ -1,6 +1,7 @@
 """Data and evaluation, and what their fields choose from."""
 
 import enum
+import re
 from dataclasses import dataclass, field
 
 from clipjax.config.augment import AugmentConfig
@@ -44,11 +45,24 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def reads_columns(source: str) -> bool:
+    """Return True for a source whose columns can be chosen: Parquet and tables."""
+    return re.search(r"\.(parquet|parq|pq|csv|tsv|jsonl)\b", source.lower()) is not None
+
+
+def reads_image_files(source: str) -> bool:
+    """Return True for a source that may read image files: tables, and folders, whose names may be any."""
+    if source.startswith("tfds:"):
+        return False
+    return re.search(r"\.(tar|parquet|parq|pq|array_?record)\b", source.lower()) is None
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Sources of pairs, and the making of arrays from them.
 
-    A source is one string: `tfds:NAME/SPLIT`, or a path, glob or brace pattern of WebDataset tars.
+    A source is one string: `tfds:NAME/SPLIT`, `folder:DIR`, or a path, glob or brace pattern of files of one kind:
+    WebDataset tars, Parquet, tables of paths (`.csv`, `.tsv`, `.jsonl`) or ArrayRecord.
     A tokenizer is one string: `bytes`, `clip:PATH`, `sentencepiece:PATH` or `huggingface:PATH`.
     """
 
@@ -56,6 +70,9 @@ class DataConfig:
     tfds_dir: str | None = None  # folder of prepared TFDS data; None: TFDS's own default
     tfds_image_key: str = "image"
     tfds_caption_key: str = "captions"
+    image_field: str | None = None  # column of Parquet and tables; None: the first of a usual name
+    caption_field: str | None = None
+    image_root: str | None = None  # folder of the images that tables name, besides the table's own
     tokenizer: str = "bytes"
     crop: Crop = Crop.RANDOM_RESIZED
     min_crop_area: float = bounded(0.9, FRACTION)  # share of the image's area

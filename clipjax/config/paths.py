@@ -18,13 +18,16 @@ PATH_FIELDS = (
     "loss.distill_from",
     "data.train",
     "data.tfds_dir",
+    "data.image_root",
     "data.tokenizer",
 )
 """Fields that name a place, besides `TASK_PATH_FIELDS` of every task."""
 
 TASK_PATH_FIELDS = ("source", "gallery", "classes", "templates")
 
-_KIND = re.compile(r"(?:clip|sentencepiece|huggingface|siglip2?):")  # of a tokenizer, before its path
+_KIND = re.compile(
+    r"(?:clip|sentencepiece|huggingface|siglip2?|folder):"
+)  # of a tokenizer or a source, before its path
 _NOT_A_PATH = "tfds:"
 _SCHEME = re.compile(r"(?:^|[{,])\s*([A-Za-z][A-Za-z0-9+.-]+):/")  # C:/ is a drive
 _HOME = re.compile(r"(?:^|(?<=[{,]))~[^/{},]*")
@@ -34,7 +37,7 @@ def expand(text: str, name: str) -> str:
     """Return a path with `~` and `~user` expanded, also in the alternatives of a brace pattern.
 
     Args:
-        text: a path, a brace pattern, a tokenizer's `KIND:PATH`, or `tfds:NAME/SPLIT`, which is no path.
+        text: a path, a brace pattern, a tokenizer's `KIND:PATH`, `folder:PATH`, or `tfds:NAME/SPLIT`, which is no path.
         name: of the field or option, for messages.
 
     Raises:

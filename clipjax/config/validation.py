@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipjax.config.caption import DecoderConfig
+from clipjax.config.data import reads_columns, reads_image_files
 from clipjax.config.image import ImagePool
 from clipjax.config.loss import LossKind
 from clipjax.config.loss_validation import loss_errors
@@ -208,7 +209,7 @@ def _part_errors(config: Config) -> list[str]:
             f"data.mean={config.data.mean} and data.std={config.data.std} must have three numbers, for red, green and "
             "blue, and a standard deviation must be greater than 0"
         )
-    errors += config.data.errors("data")
+    errors += [*config.data.errors("data"), *_unused_columns(config)]
     for path in ("optim.freeze", "init_match"):
         for pattern in field_value(config, path):
             try:
@@ -226,6 +227,26 @@ def _part_errors(config: Config) -> list[str]:
         errors.append(
             f"log.prometheus_host={config.log.prometheus_host!r} would be ignored: nothing is served; set "
             "log.prometheus_port"
+        )
+    return errors
+
+
+def _unused_columns(config: Config) -> list[str]:
+    """Return the choices of columns that no source reads, a line each."""
+    tasks = config.eval.tasks.values()
+    named = [config.data.train, *(place or "" for task in tasks for place in (task.source, task.gallery))]
+    places = list(filter(None, named))
+    errors = []
+    for name in ("image_field", "caption_field"):
+        if getattr(config.data, name) is not None and not any(map(reads_columns, places)):
+            errors.append(
+                f"data.{name}={getattr(config.data, name)!r} would be ignored: no source is Parquet or a table (.csv, "
+                ".tsv, .jsonl); leave it None (TFDS has data.tfds_image_key and data.tfds_caption_key)"
+            )
+    if config.data.image_root is not None and not any(map(reads_image_files, places)):
+        errors.append(
+            f"data.image_root={config.data.image_root!r} would be ignored: no source is a table of paths or a folder; "
+            "leave it None"
         )
     return errors
 
