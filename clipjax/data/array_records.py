@@ -184,20 +184,15 @@ def _open_reader(path: str) -> Any:
 
 def _count_records(path: str) -> int:
     reader = _open_reader(path)
+    if not reader.ok():
+        raise ValueError(f"{path} is no ArrayRecord file, or is cut off; write it again")
+    count = int(reader.num_records())
     try:
-        if not reader.ok():
-            raise ValueError(f"{path} is no ArrayRecord file, or is cut off; write it again")
-        count = int(reader.num_records())
-        if count and not reader.read([0])[0].startswith(MARK):
-            raise ValueError(
-                f"{path} holds records of another program; data that TFDS has prepared is read as tfds:NAME/SPLIT"
-            )
-        return count
-    except ValueError:
-        raise
-    except Exception as error:  # a first record that is damaged is a bad sample later
-        if reader.ok():
-            return int(reader.num_records())
-        raise ValueError(f"{path} is no ArrayRecord file, or is damaged: {error}") from error
-    finally:
-        reader.close()
+        first = reader.read([0])[0] if count else MARK
+    except Exception:  # a damaged record is a bad sample later
+        first = MARK
+    if not first.startswith(MARK):
+        raise ValueError(
+            f"{path} holds records of another program; data that TFDS has prepared is read as tfds:NAME/SPLIT"
+        )
+    return count

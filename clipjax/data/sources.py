@@ -163,7 +163,9 @@ def _file_kind(spec: str, paths: Sequence[str]) -> str:
     Raises:
         ValueError: they are of several kinds, or of one that is not read.
     """
-    kinds = {_kind_of(path): path for path in reversed(paths)}
+    kinds: dict[str, str] = {}
+    for path in paths:
+        kinds.setdefault(_kind_of(path), path)
     for kind, path in kinds.items():
         if kind in _REMEDIES:
             raise ValueError(f"source {spec!r}: {path}: {_REMEDIES[kind]}")
