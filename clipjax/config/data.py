@@ -2,6 +2,7 @@
 
 import enum
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from clipjax.config.augment import AugmentConfig
@@ -45,18 +46,6 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def reads_columns(source: str) -> bool:
-    """Return True for a source whose columns can be chosen: Parquet and tables."""
-    return re.search(r"\.(parquet|parq|pq|csv|tsv|jsonl)\b", source.lower()) is not None
-
-
-def reads_image_files(source: str) -> bool:
-    """Return True for a source that may read image files: tables, and folders, whose names may be any."""
-    if source.startswith("tfds:"):
-        return False
-    return re.search(r"\.(tar|parquet|parq|pq|array_?record)\b", source.lower()) is None
-
-
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Sources of pairs, and the making of arrays from them.
@@ -96,6 +85,40 @@ class DataConfig:
         if self.background is not None and len(self.background) != 3:
             errors.append(f"{path}.background={self.background} must have three numbers, for red, green and blue")
         return errors
+
+
+def unused_columns(data: DataConfig, sources: Sequence[str], prefix: str) -> list[str]:
+    """Return the choices of columns and folders that no source reads, a line each.
+
+    Args:
+        data: with the choices.
+        sources: strings that name them.
+        prefix: of a field's name in a message.
+    """
+    errors = []
+    for name in ("image_field", "caption_field"):
+        if getattr(data, name) is not None and not any(map(_reads_columns, sources)):
+            errors.append(
+                f"{prefix}{name}={getattr(data, name)!r} would be ignored: no source is Parquet or a table (.csv, "
+                ".tsv, .jsonl); leave it out (TFDS has data.tfds_image_key and data.tfds_caption_key)"
+            )
+    if data.image_root is not None and not any(map(_reads_image_files, sources)):
+        errors.append(
+            f"{prefix}image_root={data.image_root!r} would be ignored: no source is a table of paths or a folder; "
+            "leave it out"
+        )
+    return errors
+
+
+def _reads_columns(source: str) -> bool:
+    return re.search(r"\.(parquet|parq|pq|csv|tsv|jsonl)\b", source.lower()) is not None
+
+
+def _reads_image_files(source: str) -> bool:
+    """Return True for tables of paths, and for folders, whose names may be any."""
+    if source.startswith("tfds:"):
+        return False
+    return re.search(r"\.(tar|parquet|parq|pq|array_?record)\b", source.lower()) is None
 
 
 @dataclass(kw_only=True, slots=True)

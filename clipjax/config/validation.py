@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipjax.config.caption import DecoderConfig
-from clipjax.config.data import reads_columns, reads_image_files
+from clipjax.config.data import unused_columns
 from clipjax.config.image import ImagePool
 from clipjax.config.loss import LossKind
 from clipjax.config.loss_validation import loss_errors
@@ -232,23 +232,9 @@ def _part_errors(config: Config) -> list[str]:
 
 
 def _unused_columns(config: Config) -> list[str]:
-    """Return the choices of columns that no source reads, a line each."""
     tasks = config.eval.tasks.values()
-    named = [config.data.train, *(place or "" for task in tasks for place in (task.source, task.gallery))]
-    places = list(filter(None, named))
-    errors = []
-    for name in ("image_field", "caption_field"):
-        if getattr(config.data, name) is not None and not any(map(reads_columns, places)):
-            errors.append(
-                f"data.{name}={getattr(config.data, name)!r} would be ignored: no source is Parquet or a table (.csv, "
-                ".tsv, .jsonl); leave it None (TFDS has data.tfds_image_key and data.tfds_caption_key)"
-            )
-    if config.data.image_root is not None and not any(map(reads_image_files, places)):
-        errors.append(
-            f"data.image_root={config.data.image_root!r} would be ignored: no source is a table of paths or a folder; "
-            "leave it None"
-        )
-    return errors
+    named = [config.data.train, *(place for task in tasks for place in (task.source, task.gallery) if place)]
+    return unused_columns(config.data, named, "data.")
 
 
 def check_embeddings(config: Config) -> None:

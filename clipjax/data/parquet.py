@@ -212,11 +212,12 @@ class _ParquetFile:
         try:
             self._file = pq.ParquetFile(self._reader)  # pyright: ignore[reportArgumentType]
             schema = self._file.schema_arrow
-        except (pa.ArrowException, OSError) as error:
+            names = list(schema.names)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             self._reader.raise_failure()
             raise ValueError(f"{path} is no Parquet file, or is cut off: {error}") from error
         self._fields = choose_fields(
-            schema.names,
+            names,
             place=path,
             images=IMAGE_BYTES,
             image_field=image_field,

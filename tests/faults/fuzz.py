@@ -24,7 +24,7 @@ from clipjax.config import Config, DataConfig
 from clipjax.data.images import decode
 from clipjax.data.sample import BadSample
 from clipjax.data.webdataset import TarSource
-from tests.faults import fuzz_records
+from tests.faults import fuzz_records, fuzz_sources
 from tests.faults.break_values import break_bytes
 
 SLOW_SECONDS = 5.0
@@ -229,6 +229,9 @@ def _read_override(rng: random.Random, folder: pathlib.Path) -> str:
 FUZZERS: dict[str, tuple[Callable[[random.Random, pathlib.Path], str], type[Exception]]] = {
     "tar": (_break_tar, ValueError),
     "picture": (_break_picture, BadSample),
+    "Parquet": (fuzz_sources.read_parquet, ValueError),
+    "table": (fuzz_sources.read_table, ValueError),
+    "ArrayRecord": (fuzz_sources.read_array_records, ValueError),
     "JSON of a sample": (_break_json, ValueError),
     "config record of a checkpoint": (fuzz_records.read_config, ValueError),
     "data record of a checkpoint": (fuzz_records.read_data, ValueError),
