@@ -60,8 +60,9 @@ setup(
         "obstore>=0.12,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
-        "pillow>=11",
+        "pillow>=11.3",  # the first with AVIF
         "prometheus-client>=0.21",
+        "pyarrow>=18",
         "regex>=2024.11",
         "rich>=13,<16",
         "safetensors>=0.5",

@@ -14,7 +14,9 @@ from clipjax.cli import arguments, data_index
 from clipjax.cli.errors import UNUSABLE_DATA, refusals
 from clipjax.cli.output import show
 from clipjax.config import DataConfig
+from clipjax.config.data import unused_columns
 from clipjax.data.digests import ShardDigest, digest_files, find_differences, from_record
+from clipjax.data.images import make_decoder
 from clipjax.data.sample import BadSample, Source
 from clipjax.data.sources import build_source
 from clipjax.runtime.files import read_bounded, require_file_writable, require_writable, write_atomic
@@ -24,7 +26,7 @@ PROGRAM = "clipjax data"
 COMMANDS = {
     "scenes": "make the embedded dataset of captioned pictures (tfds:scenes)",
     "tokenizer": "train a SentencePiece tokenizer on a source's captions",
-    "show": "look into a source: how many samples, and the first few",
+    "show": "look into a source: how many samples, their sizes and captions, what is unusable, and the first few",
     "index": "make the index files of a source's tars, which the first start of a run would make",
     "verify": "compare every byte of a source's files with a manifest",
 }
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             given = f"{command!r} is none of" if command else "a command is missing, one of"
             raise ValueError(f"{given} {', '.join(COMMANDS)}; see {PROGRAM} --help")
-        if command == "index":
+        if command != "scenes":
             rest = data_index.name_source(rest)
         options = _parser(command).read(rest).options
         match command:
@@ -78,12 +80,7 @@ def _parser(command: str) -> arguments.Parser:
         )
         where = "where to put it; TFDS's own default if left out"
     else:
-        parser.add_argument(
-            "--source",
-            type=arguments.data_source,
-            help="tfds:NAME/SPLIT, or a path, address, glob or brace pattern of tars",
-            missing=" is missing: tfds:NAME/SPLIT, or a path, address, glob or brace pattern of tars",
-        )
+        _add_source_options(parser)
         where = "where prepared TFDS data lies"
     if command == "tokenizer":
         parser.add_argument(
@@ -104,6 +101,12 @@ def _parser(command: str) -> arguments.Parser:
         parser.add_argument(
             "--num", metavar="N", type=arguments.whole_number(0), default=5, help="how many samples to print"
         )
+        parser.add_argument(
+            "--sheet",
+            metavar="FILE.png",
+            type=arguments.path,
+            help="draw small pictures with their captions into a PNG",
+        )
     if command == "index":
         parser.description = data_index.ABOUT
         parser.add_argument(
@@ -116,6 +119,40 @@ def _parser(command: str) -> arguments.Parser:
             parser.add_argument(f"--{name}", metavar="FILE", type=arguments.path, help=about)
     parser.add_argument("--tfds_dir", metavar="DIR", type=arguments.path, help=where)
     return parser
+
+
+def _add_source_options(parser: arguments.Parser) -> None:
+    places = "tfds:NAME/SPLIT, folder:DIR, or a path, glob or brace pattern of tars, Parquet, CSV, TSV or JSONL"
+    parser.add_argument(
+        "--source",
+        type=arguments.source,
+        help=f"{places}; also as the first argument, without --source=",
+        missing=f" is missing: {places}",
+    )
+    for name in ("image_field", "caption_field"):
+        about = f"column of Parquet and tables, as data.{name}"
+        parser.add_argument(f"--{name}", metavar="NAME", help=about)
+    parser.add_argument(
+        "--image_root", metavar="DIR", type=arguments.path, help="folder of the images that tables name"
+    )
+
+
+def _data(options: Namespace) -> DataConfig:
+    """Return the config of the source that the options name.
+
+    Raises:
+        ValueError: an option would be ignored.
+    """
+    data = DataConfig(
+        train=options.source,
+        tfds_dir=_directory(options),
+        image_field=options.image_field,
+        caption_field=options.caption_field,
+        image_root=None if options.image_root is None else str(options.image_root),
+    )
+    if errors := unused_columns(data, [options.source], "--"):
+        raise ValueError("\n".join(errors))
+    return data
 
 
 def _directory(options: Namespace) -> str | None:
@@ -132,7 +169,7 @@ def _scenes(options: Namespace) -> int:
 
 
 def _open(options: Namespace) -> Source:
-    return build_source(options.source, data=DataConfig(tfds_dir=_directory(options)))
+    return build_source(options.source, data=_data(options))
 
 
 def _captions(source: Source) -> Iterator[str]:
@@ -156,8 +193,18 @@ def _tokenizer(options: Namespace) -> int:
 
 
 def _show(options: Namespace) -> int:
-    source = _open(options)
-    print(f"{printable(options.source)}: {len(source)} samples")
+    from clipjax.data.contact_sheet import draw_sheet
+    from clipjax.data.survey import survey
+
+    sheet: pathlib.Path | None = options.sheet
+    if sheet is not None:
+        if sheet.suffix.lower() != ".png":
+            raise ValueError(f"--sheet={sheet} must end in .png: it is drawn as one")
+        require_file_writable(sheet, "--sheet")
+    source, decoder = _open(options), make_decoder(_data(options))
+    print(f"{printable(options.source)}: {len(source)} samples", flush=True)
+    found = survey(source, decoder)
+    print("\n".join(found.describe()), flush=True)
     for index in range(min(options.num, len(source))):
         try:
             sample = source[index]
@@ -165,6 +212,11 @@ def _show(options: Namespace) -> int:
             print(f"{printable(source.location(index))}: label {sample.label}; {captions}")
         except BadSample as error:
             print(f"{printable(source.location(index))}: unusable, {error.reason}")
+    if sheet is not None:
+        unusable = sum(found.reasons().values())
+        about = f"{len(source):,} samples; {unusable:,} of {len(found.looks):,} that were looked at are unusable"
+        write_atomic(sheet, draw_sheet(source, decoder, title=options.source, subtitle=about))
+        print(f"contact sheet: {printable(str(sheet))}")
     return 0
 
 

@@ -42,7 +42,8 @@ Needs nothing but the checkpoint and the data. Fields of the saved config that e
 example where the data lies now (--config.data.tfds_dir=DIR, --config.eval.tasks['NAME'].source=PATH) or the mesh
 (--config.mesh.fsdp=2); all others are refused. The mesh of the training run is not taken over.
 A task that fails, also by embeddings that are not finite, is named, and the exit code is 3; the others go on."""
-TASK_DATA = ("tfds_dir", "tfds_image_key", "tfds_caption_key")
+TFDS_DATA = ("tfds_dir", "tfds_image_key", "tfds_caption_key")
+TASK_DATA = (*TFDS_DATA, "image_field", "caption_field", "image_root")
 
 READ = (
     "eval.batch_size",
@@ -52,6 +53,8 @@ READ = (
     "data.num_threads",
     "data.max_image_pixels",
     "data.max_caption_bytes",
+    "data.background",
+    "data.exif_orientation",
     "data.resize",
     "data.interpolation",
     "data.mean",
@@ -219,7 +222,7 @@ def _refuse_unused_tfds(config: Config, overrides: Sequence[Override]) -> None:
         ValueError: all such overrides, a line each.
     """
     places = [place or "" for task in config.eval.tasks.values() for place in (task.source, task.gallery)]
-    fields = tuple(f"data.{name}" for name in TASK_DATA)
+    fields = tuple(f"data.{name}" for name in TFDS_DATA)
     unused = [one for one in overrides if one.path in fields]
     if unused and not any(place.startswith(TFDS_PREFIX) for place in places):
         lines = (f"config.{one.path}={one.text}: no task reads TFDS data; leave it out" for one in unused)

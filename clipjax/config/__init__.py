@@ -1,11 +1,12 @@
 """Every knob of a run: typed dataclasses with units. All of their names are imported from here.
 
-Reading order: `run.Config` is the whole; `model`, `loss` and `data` hold its parts; `image`, `text` and `caption`
-describe towers. Every default and every range lives there. `validation` says what is wrong with a config,
+Reading order: `run.Config` is the whole; `model`, `loss` and `data` (with `augment`) hold its parts; `image`, `text`
+and `caption` describe towers. Every default and every range lives there. `validation` says what is wrong with a config,
 `serialization` turns one into JSON and back, `presets` names known models. Free of JAX, since every config file imports
 it.
 """
 
+from clipjax.config.augment import AugmentConfig
 from clipjax.config.caption import BagOfWordsConfig, DecoderConfig
 from clipjax.config.data import (
     CLIP_MEAN,
@@ -41,6 +42,7 @@ __all__ = [
     "CLIP_STD",
     "Activation",
     "AttentionMethod",
+    "AugmentConfig",
     "BagOfWordsConfig",
     "CbowConfig",
     "CheckpointConfig",

@@ -1,9 +1,12 @@
 """Data and evaluation, and what their fields choose from."""
 
 import enum
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from clipjax.config.ranges import FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, bounded
+from clipjax.config.augment import AugmentConfig
+from clipjax.config.ranges import FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, Range, bounded
 
 
 class Crop(enum.Enum):
@@ -37,6 +40,8 @@ class TaskKind(enum.Enum):
 
 _SOURCE_RULE = "must name a source: tfds:NAME/SPLIT, or a path, glob or brace pattern of tars"
 
+COLOUR = Range("must lie between 0 and 255", lambda value: 0 <= value <= 255)
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
@@ -45,19 +50,20 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(kw_only=True, slots=True)
 class MixtureSource:
-    """One source of a mixture; `image_key` and `caption_key` stand in for `data.tfds_image_key` and so on."""
+    """One source of a mixture; `image_field` and `caption_field` stand in for those of `data`, and its TFDS keys."""
 
     source: str = ""
     weight: float = bounded(1.0, POSITIVE)  # share of the pairs, in proportion to the other weights
-    image_key: str | None = None
-    caption_key: str | None = None
+    image_field: str | None = None
+    caption_field: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Sources of pairs, and the making of arrays from them.
 
-    A source is one string: `tfds:NAME/SPLIT`, or a path, glob or brace pattern of WebDataset tars.
+    A source is one string: `tfds:NAME/SPLIT`, `folder:DIR`, or a path, glob or brace pattern of files of one kind:
+    WebDataset tars, Parquet, tables of paths (`.csv`, `.tsv`, `.jsonl`) or ArrayRecord.
     A tokenizer is one string: `bytes`, `clip:PATH`, `sentencepiece:PATH` or `huggingface:PATH`.
     """
 
@@ -66,11 +72,17 @@ class DataConfig:
     tfds_dir: str | None = None  # folder of prepared TFDS data; None: TFDS's own default
     tfds_image_key: str = "image"
     tfds_caption_key: str = "captions"
+    image_field: str | None = None  # column of Parquet and tables; None: the first of a usual name
+    caption_field: str | None = None
+    image_root: str | None = None  # folder of the images that tables name, besides the table's own
     tokenizer: str = "bytes"
     crop: Crop = Crop.RANDOM_RESIZED
     min_crop_area: float = bounded(0.9, FRACTION)  # share of the image's area
     resize: Resize = Resize.SHORTER_SIDE  # in evaluation, and in training with crop=center
     interpolation: Interpolation = Interpolation.BICUBIC
+    background: tuple[int, int, int] | None = bounded(None, COLOUR)  # red, green, blue behind alpha; None: drop alpha
+    exif_orientation: bool = False  # turn pictures as their EXIF data says, which CLIP's reference ignores
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     mean: tuple[float, float, float] = bounded(CLIP_MEAN, FINITE)  # of pixels in 0..1, subtracted on the device
     std: tuple[float, float, float] = bounded(CLIP_STD, FINITE)
     num_workers: int = bounded(0, NOT_NEGATIVE)  # worker processes per training process; 0: threads of it decode
@@ -92,15 +104,64 @@ class DataConfig:
         parts = ", ".join(f"{name}: {part.source}" for name, part in sorted(self.mixture.items()))
         return f"data.mixture={{{parts}}}" if parts else f"data.train={self.train!r}"
 
-    def errors(self) -> list[str]:
-        """Return what is wrong between the fields, a line each."""
+    def source_errors(self) -> list[str]:
+        """Return what is wrong with the choice of sources, a line each."""
         if not self.mixture:
             return [] if self.train else [f"data.train='' {_SOURCE_RULE}, or data.mixture several of them"]
         empty = [name for name, part in self.mixture.items() if not part.source]
         errors = [f"data.mixture.{name}.source='' {_SOURCE_RULE}" for name in empty]
         if self.train:
             errors.append(f"data.train={self.train!r} would be ignored beside data.mixture; leave one of them out")
+        for name, part in self.mixture.items():
+            if not (part.source.startswith("tfds:") or _reads_columns(part.source)):
+                for choice in ("image_field", "caption_field"):
+                    if (value := getattr(part, choice)) is not None:
+                        errors.append(
+                            f"data.mixture.{name}.{choice}={value!r} would be ignored: {part.source!r} is neither TFDS "
+                            "data nor Parquet nor a table; leave it out"
+                        )
         return errors
+
+    def errors(self, path: str) -> list[str]:
+        """Return what is wrong between the fields, a line each."""
+        errors = self.augment.errors(f"{path}.augment")
+        if self.background is not None and len(self.background) != 3:
+            errors.append(f"{path}.background={self.background} must have three numbers, for red, green and blue")
+        return errors
+
+
+def unused_columns(data: DataConfig, sources: Sequence[str], prefix: str) -> list[str]:
+    """Return the choices of columns and folders that no source reads, a line each.
+
+    Args:
+        data: with the choices.
+        sources: strings that name them.
+        prefix: of a field's name in a message.
+    """
+    errors = []
+    for name in ("image_field", "caption_field"):
+        if getattr(data, name) is not None and not any(map(_reads_columns, sources)):
+            errors.append(
+                f"{prefix}{name}={getattr(data, name)!r} would be ignored: no source is Parquet or a table (.csv, "
+                ".tsv, .jsonl); leave it out (TFDS has data.tfds_image_key and data.tfds_caption_key)"
+            )
+    if data.image_root is not None and not any(map(_reads_image_files, sources)):
+        errors.append(
+            f"{prefix}image_root={data.image_root!r} would be ignored: no source is a table of paths or a folder; "
+            "leave it out"
+        )
+    return errors
+
+
+def _reads_columns(source: str) -> bool:
+    return re.search(r"\.(parquet|parq|pq|csv|tsv|jsonl)\b", source.lower()) is not None
+
+
+def _reads_image_files(source: str) -> bool:
+    """Return True for tables of paths, and for folders, whose names may be any."""
+    if source.startswith("tfds:"):
+        return False
+    return re.search(r"\.(tar|parquet|parq|pq|array_?record)\b", source.lower()) is None
 
 
 @dataclass(kw_only=True, slots=True)

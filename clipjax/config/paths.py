@@ -19,13 +19,16 @@ PATH_FIELDS = (
     "loss.distill_from",
     "data.train",
     "data.tfds_dir",
+    "data.image_root",
     "data.tokenizer",
 )
 """Fields that name a place, besides `source` of each part of a mixture and `TASK_PATH_FIELDS` of every task."""
 
 TASK_PATH_FIELDS = ("source", "gallery", "classes", "templates")
 
-_KIND = re.compile(r"(?:clip|sentencepiece|huggingface|siglip2?):")  # of a tokenizer, before its path
+_KIND = re.compile(
+    r"(?:clip|sentencepiece|huggingface|siglip2?|folder):"
+)  # of a tokenizer or a source, before its path
 _NOT_A_PATH = "tfds:"
 
 STORES = ("gs", "s3", "az")
@@ -52,7 +55,8 @@ def expand(text: str, name: str, *, schemes: Collection[str] = ()) -> str:
     """Return a path with `~` and `~user` expanded, also in the alternatives of a brace pattern; or an address.
 
     Args:
-        text: a path, an address, a brace pattern, a tokenizer's `KIND:PATH`, or `tfds:NAME/SPLIT`, which is no path.
+        text: a path, an address, a brace pattern, a tokenizer's `KIND:PATH`, `folder:PATH`, or `tfds:NAME/SPLIT`, which
+            is no path.
         name: of the field or option, for messages.
         schemes: of the addresses that can be used here.
 

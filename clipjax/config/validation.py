@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipjax.config.caption import DecoderConfig
+from clipjax.config.data import unused_columns
 from clipjax.config.image import ImagePool
 from clipjax.config.loss import LossKind, SamePair
 from clipjax.config.loss_validation import loss_errors
@@ -201,7 +202,6 @@ def _batch_errors(config: Config) -> list[str]:
 def _part_errors(config: Config) -> list[str]:
     errors = []
     errors += loss_errors(config)
-    errors += config.data.errors()
     if config.data.mixture and config.loss.same_pair is SamePair.NONE:
         errors.append(
             "loss.same_pair=none must be index or caption with data.mixture: its sources have epochs of their own, so "
@@ -212,6 +212,7 @@ def _part_errors(config: Config) -> list[str]:
             f"data.mean={config.data.mean} and data.std={config.data.std} must have three numbers, for red, green and "
             "blue, and a standard deviation must be greater than 0"
         )
+    errors += [*config.data.source_errors(), *config.data.errors("data"), *_unused_columns(config)]
     for path in ("optim.freeze", "init_match"):
         for pattern in field_value(config, path):
             try:
@@ -231,6 +232,13 @@ def _part_errors(config: Config) -> list[str]:
             "log.prometheus_port"
         )
     return errors
+
+
+def _unused_columns(config: Config) -> list[str]:
+    tasks = config.eval.tasks.values()
+    trained = [config.data.train, *(part.source for part in config.data.mixture.values())]
+    named = [*trained, *(place for task in tasks for place in (task.source, task.gallery) if place)]
+    return unused_columns(config.data, named, "data.")
 
 
 def check_embeddings(config: Config) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.data.images import EvalTransform, decode
+from clipjax.data.images import Decoder, EvalTransform
 from clipjax.data.sample import REASONS, BadSample, Source
 from clipjax.data.training_batches import GOOD
 from clipjax.data.training_stream import per_process
@@ -23,6 +23,8 @@ def eval_batches(
     process_count: int = 1,
     max_examples: int | None = None,
     max_image_pixels: int,
+    background: tuple[int, int, int] | None = None,
+    exif_orientation: bool = False,
     num_threads: int,
 ) -> Iterator[dict[str, Any]]:
     """Go once through a source, in its order; every process gets as many batches.
@@ -38,6 +40,8 @@ def eval_batches(
         process_count: number of processes that share each batch.
         max_examples: number of samples to read, from the start; None reads all.
         max_image_pixels: limit of an image; larger ones are bad.
+        background: colour behind transparent pixels; None drops the alpha.
+        exif_orientation: turn pictures as their EXIF data says.
         num_threads: number of decoding threads.
 
     Returns:
@@ -52,13 +56,14 @@ def eval_batches(
     total = len(source) if max_examples is None else min(len(source), max_examples)
     parts = [range(start + process_index, start + batch_size, process_count) for start in range(0, total, batch_size)]
     assert all(len(part) == local_size for part in parts)
+    decode = Decoder(max_image_pixels, background, exif_orientation)
 
     def read(index: int) -> dict[str, Any]:
         if index >= total:
             return _eval_row(view.size, index=-1)
         try:
             sample = source[index]
-            image = view(decode(sample.image, max_pixels=max_image_pixels))
+            image = view(decode(sample.image))
         except BadSample as bad:
             return _eval_row(view.size, index=index, reason=REASONS.index(bad.reason))
         return _eval_row(view.size, index=index) | {

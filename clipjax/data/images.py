@@ -3,49 +3,100 @@
 Axes: h height, w width. Pixels stay uint8 up to the device, which normalises them.
 """
 
-import io
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from clipjax.config import Config, Interpolation, Resize
+from clipjax.config import Config, DataConfig, Interpolation, Resize
+from clipjax.data.jpeg import SIGNATURE, decode_jpeg, jpeg_orientation
+from clipjax.data.pictures import decode_picture
 from clipjax.data.sample import BadSample
 
-_FORMATS = ("PNG", "WEBP")
 _ASPECT = (3 / 4, 4 / 3)  # width / height of a random crop, as in torchvision
 _CROP_TRIES = 10
 _MAX_SIDE_RATIO = 16  # of an image's sides before a centre crop
 
 
-def decode(image: bytes | np.ndarray, *, max_pixels: int) -> np.ndarray:
-    """Decode a JPEG, PNG or WebP to RGB; pixels pass through.
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """The decoding that a config asks for: a sample's image to uint8 [h, w, 3]; its fields are those of `decode`."""
 
-    As in CLIP's reference, other colour modes are converted without a background and an EXIF rotation is ignored.
-    16-bit images keep their upper 8 bits.
+    max_pixels: int
+    background: tuple[int, int, int] | None = None
+    exif_orientation: bool = False
+
+    def __call__(self, image: bytes | np.ndarray) -> np.ndarray:
+        """Return the pixels. Raise `BadSample` if there are none to use."""
+        return decode(
+            image, max_pixels=self.max_pixels, background=self.background, exif_orientation=self.exif_orientation
+        )
+
+
+def make_decoder(data: DataConfig) -> Decoder:
+    """Return the decoder that a config asks for."""
+    return Decoder(data.max_image_pixels, data.background, data.exif_orientation)
+
+
+def decode(
+    image: bytes | np.ndarray,
+    *,
+    max_pixels: int,
+    background: tuple[int, int, int] | None = None,
+    exif_orientation: bool = False,
+) -> np.ndarray:
+    """Decode a picture to RGB; pixels pass through.
+
+    JPEGs are those of `clipjax.data.jpeg`, the others those of `clipjax.data.pictures`. 16-bit images keep their upper
+    8 bits. Colour profiles are not applied. The defaults are those of CLIP's reference.
 
     Args:
         image: encoded bytes, or pixels uint8 [h, w, 3].
-        max_pixels: larger images are refused from the header, before any pixel is decoded.
+        max_pixels: larger images are refused from the header, before any pixel is decoded. Pillow's own limit, of 179
+            megapixels, holds besides for GIF, TIFF and WebP alone.
+        background: colour behind transparent pixels; None drops the alpha, whatever colour it hides.
+        exif_orientation: turn the picture as its EXIF data says; arrays have none.
 
     Returns:
         uint8 [h, w, 3].
 
     Raises:
-        BadSample: `corrupt_image` (also for truncated and other files, and without pixels) or `image_too_large`.
+        BadSample: `corrupt_image` (also for files that are cut off, and without pixels), `image_too_large`, or
+            `unsupported_format` for files of a kind that is not decoded.
     """
+
+    def check_size(height: int, width: int) -> None:
+        _check_pixels(height, width, max_pixels)
+
     if isinstance(image, np.ndarray):
         if image.ndim != 3:
             raise BadSample("corrupt_image")
-        _check_pixels(image.shape[0], image.shape[1], max_pixels)
+        check_size(*image.shape[:2])
         return image
     try:
-        return _decode_jpeg(image, max_pixels) if image[:2] == b"\xff\xd8" else _decode_other(image, max_pixels)
+        if image.startswith(SIGNATURE):
+            pixels = decode_jpeg(image, check_size)
+            orientation = jpeg_orientation(image) if exif_orientation else 1
+        else:
+            pixels, orientation = decode_picture(image, check_size, background=background)
     except (BadSample, MemoryError):
         raise
     except Exception as error:  # the decoders raise many types on hostile bytes
-        raise BadSample("corrupt_image") from error
+        is_large = type(error).__name__ in ("DecompressionBombError", "DecompressionBombWarning")
+        raise BadSample("image_too_large" if is_large else "corrupt_image") from error
+    return _turn(pixels, orientation) if exif_orientation else pixels
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Show a picture upright whose EXIF orientation is 1 to 8 (Exif 2.32, tag 0x0112)."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _check_pixels(height: int, width: int, max_pixels: int) -> None:
@@ -58,32 +109,6 @@ def _check_pixels(height: int, width: int, max_pixels: int) -> None:
 def _require_pixels(image: np.ndarray) -> None:
     if not image.size:
         raise ValueError(f"an image of {image.shape[0]} x {image.shape[1]} pixels cannot be resized; leave it out")
-
-
-def _decode_jpeg(image: bytes, max_pixels: int) -> np.ndarray:
-    import simplejpeg
-
-    height, width, *_ = simplejpeg.decode_jpeg_header(image)
-    _check_pixels(int(height), int(width), max_pixels)
-    # Strict: Pillow would return a damaged file as a half grey image.
-    return simplejpeg.decode_jpeg(image, "RGB", strict=True)
-
-
-def _decode_other(image: bytes, max_pixels: int) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        opened = Image.open(io.BytesIO(image), formats=_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample("image_too_large") from error
-    with opened:
-        _check_pixels(opened.height, opened.width, max_pixels)
-        if opened.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
-            grey = (np.asarray(opened).astype(np.uint32) >> 8).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        # Straight from a palette with transparent entries, Pillow warns; the colours are the same.
-        flat = opened.convert("RGBA") if "transparency" in opened.info else opened
-        return np.asarray(flat.convert("RGB"))
 
 
 def random_resized_crop(

@@ -1,4 +1,4 @@
-"""Sources by a config string: prepared TFDS data or WebDataset tars; and arrays in memory.
+"""Sources by a config string: tars, TFDS, Parquet, tables, folders, ArrayRecord; and arrays in memory.
 
 Reading order: `build_source`, `ArraySource`, `recording_sources`.
 """
@@ -6,6 +6,7 @@ Reading order: `build_source`, `ArraySource`, `recording_sources`.
 import dataclasses
 import glob
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,14 +14,36 @@ import numpy as np
 
 from clipjax.config import DataConfig
 from clipjax.config.paths import READABLE, expand
+from clipjax.data.array_records import ArrayRecordSource
 from clipjax.data.digests import ShardDigest, digest_samples
+from clipjax.data.folders import FOLDER_PREFIX, FolderSource, holds_images
 from clipjax.data.mixture import MixedSource
+from clipjax.data.parquet import ParquetSource
 from clipjax.data.sample import BadSample as BadSample  # sources raise it
 from clipjax.data.sample import Sample, Source, clean_captions
+from clipjax.data.tables import TableSource
 from clipjax.data.tfds import TFDS_PREFIX, TfdsSource, data_folder
 from clipjax.data.webdataset import TarSource
 from clipjax.runtime import objects
 from clipjax.runtime.storage import is_address
+
+_KINDS = {
+    "parquet": r"\.(parquet|parq|pq)",
+    "table": r"\.(csv|tsv|jsonl)",
+    "array_record": r"\.array_?record(-\d+-of-\d+)?",
+    "compressed": r"\.(tgz|tbz2?|txz|tzst|zip|7z|rar|gz|bz2|xz|zst|lz4)",
+    "arrow": r"\.(arrow|feather)",
+    "tfrecord": r"\.tfrecords?(-\d+-of-\d+)?",
+    "json": r"\.(json|ndjson)",
+}
+"""Kinds of files by the end of their names; all others are tars."""
+
+_REMEDIES = {
+    "compressed": "a compressed archive has no random access; decompress it",
+    "arrow": "Arrow files are not read; write the data as Parquet (Dataset.to_parquet)",
+    "tfrecord": "TFRecord has no random access; prepare the data by TFDS with file_format='array_record', or as tars",
+    "json": "a table in JSON has one object per line and is called .jsonl",
+}
 
 
 class ArraySource:
@@ -89,10 +112,11 @@ def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> So
     """Build the source that a config string names.
 
     Args:
-        spec: `tfds:NAME/SPLIT`, or a path, address, glob or brace pattern of tars: `a.tar`, `dir/*.tar`,
-            `gs://b/cc3m/{00000..00331}.tar`. Shards are in the order of the pattern, those of one glob sorted.
-        data: limits, and the folder of TFDS data.
-        label_key: TFDS feature of the class number.
+        spec: `tfds:NAME/SPLIT`, `folder:DIR` or the path of a folder of images, or a path, glob or brace pattern of
+            files of one kind: tars (`a.tar`, `dir/*.tar`, `gs://b/cc3m/{00000..00331}.tar`), `.parquet`, `.csv`,
+            `.tsv`, `.jsonl` or `.array_record`. Files are in the order of the pattern, those of one glob sorted.
+        data: limits, columns, the folder of images that tables name, and the folder of TFDS data.
+        label_key: TFDS feature, or column, of the class number.
 
     Raises:
         ValueError: the string or its data cannot be used; the text names the remedy.
@@ -112,7 +136,56 @@ def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> So
             label_key=label_key,
             max_caption_bytes=data.max_caption_bytes,
         )
-    return TarSource(_expand(spec), max_caption_bytes=data.max_caption_bytes, max_image_pixels=data.max_image_pixels)
+    limits: dict[str, Any] = {"max_caption_bytes": data.max_caption_bytes, "max_image_pixels": data.max_image_pixels}
+    if (folder := _image_folder(spec)) is not None:
+        return FolderSource(folder, image_root=data.image_root, **limits)
+    paths = _expand(spec)
+    columns: dict[str, Any] = {
+        "image_field": data.image_field,
+        "caption_field": data.caption_field,
+        "label_key": label_key,
+    }
+    match _file_kind(spec, paths):
+        case "parquet":
+            return ParquetSource(paths, **columns, **limits)
+        case "table":
+            return TableSource(paths, **columns, image_root=data.image_root, **limits)
+        case "array_record":
+            return ArrayRecordSource(paths, **limits)
+    return TarSource(paths, **limits)
+
+
+def _image_folder(spec: str) -> str | None:
+    """Return the folder that a config string names, None if it names files."""
+    if spec.startswith(FOLDER_PREFIX):
+        return expand(spec, "source").removeprefix(FOLDER_PREFIX)
+    if is_address(spec):
+        return None
+    folder = expand(spec, "source")
+    return folder if pathlib.Path(folder).is_dir() and holds_images(folder) else None
+
+
+def _file_kind(spec: str, paths: Sequence[str]) -> str:
+    """Return the kind of the files that a pattern names.
+
+    Raises:
+        ValueError: they are of several kinds, or of one that is not read.
+    """
+    kinds: dict[str, str] = {}
+    for path in paths:
+        kinds.setdefault(_kind_of(path), path)
+    for kind, path in kinds.items():
+        if kind in _REMEDIES:
+            raise ValueError(f"source {spec!r}: {path}: {_REMEDIES[kind]}")
+    if len(kinds) > 1:
+        raise ValueError(
+            f"source {spec!r}: {' and '.join(kinds.values())} are of different kinds; one pattern names files of one"
+        )
+    return next(iter(kinds))
+
+
+def _kind_of(path: str) -> str:
+    return next((kind for kind, ending in _KINDS.items() if re.search(f"{ending}$", path.lower())), "tar")
 
 
 def tar_paths(spec: str) -> list[str]:
@@ -161,8 +234,10 @@ def build_training_source(data: DataConfig) -> Source:
     for name, part in sorted(data.mixture.items()):
         options = dataclasses.replace(
             data,
-            tfds_image_key=part.image_key or data.tfds_image_key,
-            tfds_caption_key=part.caption_key or data.tfds_caption_key,
+            tfds_image_key=part.image_field or data.tfds_image_key,
+            tfds_caption_key=part.caption_field or data.tfds_caption_key,
+            image_field=part.image_field or data.image_field,
+            caption_field=part.caption_field or data.caption_field,
         )
         try:
             parts[name] = build_source(part.source, data=options)
@@ -196,9 +271,11 @@ def data_folders(sources: Mapping[str, Source], tfds_dir: str | None) -> list[pa
         sources: by the string that names them in the config.
         tfds_dir: of the config.
     """
-    files = [path for source in sources.values() for path in source.files()]
+    listed = [source for source in sources.values() if isinstance(source, TableSource | FolderSource)]
+    files = [path for source in sources.values() if source not in listed for path in source.files()]
     paths = [pathlib.Path(path) for path in files if not is_address(path)]
-    folders = {path.parent for path in paths} | {path.resolve().parent for path in paths if path.is_symlink()}
+    folders = {pathlib.Path(folder) for source in listed for folder in source.folders()}
+    folders |= {path.parent for path in paths} | {path.resolve().parent for path in paths if path.is_symlink()}
     if any(spec.startswith(TFDS_PREFIX) for spec in sources):
         folders.add(pathlib.Path(data_folder(tfds_dir)))
     return sorted(folders)

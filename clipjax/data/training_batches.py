@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from clipjax.config import Config, Crop
+from clipjax.data.augmentations import Augmentations
 from clipjax.data.block_reader import BlockReader
-from clipjax.data.images import EvalTransform, decode, random_resized_crop
+from clipjax.data.images import Decoder, EvalTransform, random_resized_crop
 from clipjax.data.mixture import MixedSource
 from clipjax.data.order import derive_key
 from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, Sample, Source
@@ -52,9 +53,9 @@ class Pair:
 class SubstitutedSamples:
     """The decoded samples of a source, with a fixed substitute for each bad one, so that batches keep their shape."""
 
-    def __init__(self, source: Source, max_image_pixels: int):
+    def __init__(self, source: Source, decoder: Decoder):
         self._source = source
-        self._max_image_pixels = max_image_pixels
+        self._decoder = decoder
         size = len(source)
         # Steps of a golden-ratio share, made coprime, visit every sample once and do not stay in a bad shard.
         stride = max(1, round(size * (math.sqrt(5) - 1) / 2))
@@ -82,7 +83,7 @@ class SubstitutedSamples:
                 sample = self._source[probe] if attempt or take is None else take()
                 if not sample.captions:
                     raise BadSample("missing_caption")
-                image = decode(sample.image, max_pixels=self._max_image_pixels)
+                image = self._decoder(sample.image)
                 return Pair(image, sample.captions, probe, index, first_reason)
             except BadSample as bad:
                 if first_reason == GOOD:
@@ -100,9 +101,9 @@ class MixedSamples:
     A reason tells the source, too: it is counted as `NUM_COUNTERS` times the source's number, and the reason's own.
     """
 
-    def __init__(self, source: MixedSource, max_image_pixels: int):
+    def __init__(self, source: MixedSource, decoder: Decoder):
         self._source = source
-        self._parts = [SubstitutedSamples(part, max_image_pixels) for part in source.parts]
+        self._parts = [SubstitutedSamples(part, decoder) for part in source.parts]
 
     def __len__(self) -> int:
         return len(self._source)
@@ -125,12 +126,13 @@ class MixedSamples:
 
 @dataclass(frozen=True, slots=True)
 class Augment:
-    """The draw of a caption and a crop; `rng` is keyed by the seed and the sample's global position."""
+    """The draw of a caption and of changes of the picture; `rng` is keyed by the seed and the global position."""
 
     tokenize: Callable[[str], np.ndarray]
     view: EvalTransform
     crop: Crop
     min_area: float
+    augmentations: Augmentations
 
     def __call__(self, pair: Pair, rng: np.random.Generator) -> dict[str, Any]:
         """Return the row of a batch."""
@@ -142,7 +144,7 @@ class Augment:
         else:
             image = self.view(pair.image)
         return {
-            "image": image,
+            "image": self.augmentations(image, rng),
             "tokens": self.tokenize(caption),
             "index": np.int64(pair.index),
             "requested": np.int64(pair.requested),
@@ -150,11 +152,11 @@ class Augment:
         }
 
 
-def substituted(source: Source, max_image_pixels: int) -> SubstitutedSamples | MixedSamples:
+def substituted(source: Source, decoder: Decoder) -> SubstitutedSamples | MixedSamples:
     """Return the decoded samples of a source or a mixture."""
     if isinstance(source, MixedSource):
-        return MixedSamples(source, max_image_pixels)
-    return SubstitutedSamples(source, max_image_pixels)
+        return MixedSamples(source, decoder)
+    return SubstitutedSamples(source, decoder)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ import numpy as np
 
 from clipjax.config import Config, SamePair
 from clipjax.data import workers
+from clipjax.data.augmentations import make_augmentations
 from clipjax.data.block_reader import BlockReader
-from clipjax.data.images import make_eval_transform
+from clipjax.data.images import make_decoder, make_eval_transform
 from clipjax.data.mixture import sizes_of
 from clipjax.data.sample import NUM_COUNTERS, REASONS, Source, count_by_reason
 from clipjax.data.training_batches import GOOD, Augment, Batches, Share, TooManyBadSamples, substituted
@@ -119,8 +120,10 @@ class TrainStream:
             )
         if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
-        augment = Augment(tokenize, make_eval_transform(config), data.crop, data.min_crop_area)
-        samples = substituted(source, data.max_image_pixels)
+        augment = Augment(
+            tokenize, make_eval_transform(config), data.crop, data.min_crop_area, make_augmentations(config)
+        )
+        samples = substituted(source, make_decoder(data))
         blocks = [part for part in parts_of(order) if part.block > 1]
         # Where blocks are read, each worker has rows of its own in every batch, so that none reads another's blocks.
         self._slices = min(max(1, data.num_workers), local_size) if blocks else 1

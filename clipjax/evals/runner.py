@@ -142,6 +142,8 @@ class Task:
             process_count=jax.process_count(),
             max_examples=self.max_examples,
             max_image_pixels=self.config.data.max_image_pixels,
+            background=self.config.data.background,
+            exif_orientation=self.config.data.exif_orientation,
             num_threads=self.config.data.num_threads,
         )
 

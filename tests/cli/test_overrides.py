@@ -263,7 +263,8 @@ def test_every_field_that_holds_a_path_is_known():
     """A new field of type str is a path or one of these."""
     texts = {path for path, annotation in FIELDS.items() if take_apart(annotation).of is str}
     no_paths = {"data.tfds_image_key", "data.tfds_caption_key", "checkpoint.best_metric", f"{TASK}.tfds_label_key"}
-    no_paths |= {"log.prometheus_host", f"{PART}.image_key", f"{PART}.caption_key"}
+    no_paths |= {"log.prometheus_host", "data.image_field", "data.caption_field"}
+    no_paths |= {f"{PART}.image_field", f"{PART}.caption_field"}
     assert {path for path in texts if not is_path_field(path)} == no_paths
 
 

@@ -7,11 +7,14 @@ import threading
 import numpy as np
 import pytest
 
+from clipjax.config import Config, Crop
+from clipjax.data.augmentations import make_augmentations
 from clipjax.data.block_reader import BlockReader, read_block
+from clipjax.data.images import Decoder, EvalTransform
 from clipjax.data.mixture import MixedSource
 from clipjax.data.order import blocks_of
-from clipjax.data.sample import BadSample, Sample
-from clipjax.data.training_batches import Augment, Batches, Share, substituted
+from clipjax.data.sample import BadSample, Sample, Source
+from clipjax.data.training_batches import Augment, Batches, MixedSamples, Share, SubstitutedSamples, substituted
 from clipjax.data.training_order import MixtureFormat, OrderFormat, choose_order, make_order
 from clipjax.data.webdataset import TarSource
 from tests.data.test_mixture import mixed_config
@@ -59,11 +62,12 @@ class CountedBlocks:
         return []
 
 
-def augment() -> Augment:
-    from clipjax.config import Crop
-    from clipjax.data.images import EvalTransform
+def decoded(source: Source) -> SubstitutedSamples | MixedSamples:
+    return substituted(source, Decoder(10**6))
 
-    return Augment(tokenize, EvalTransform(4), Crop.CENTER, 0.9)
+
+def augment() -> Augment:
+    return Augment(tokenize, EvalTransform(4), Crop.CENTER, 0.9, make_augmentations(Config()))
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(10**6, 4096), (64 * 4096, 512), (300_017, 1024)])
@@ -92,7 +96,7 @@ def test_workers_read_their_blocks_once(most):
         for piece in range(2):
             source, share = CountedBlocks(size), Share(batch_size // 2, process, 2)
             reader = BlockReader(source, most)
-            batches = Batches(substituted(source, 10**6), augment(), numbers, config, share=share, reader=reader)
+            batches = Batches(decoded(source), augment(), numbers, config, share=share, reader=reader)
             for step in range(steps):
                 seen.update(batches[step * 2 + piece]["index"].tolist())
             reader.close()
@@ -111,7 +115,7 @@ def test_the_stream_is_that_of_single_reads(order, most, monkeypatch):
 
     def read(reader: BlockReader | None) -> list[dict[str, np.ndarray]]:
         share = Share(8)
-        batches = Batches(substituted(source, 10**6), augment(), numbers, config, share=share, reader=reader)
+        batches = Batches(decoded(source), augment(), numbers, config, share=share, reader=reader)
         return [batches[position] for position in range(25)]
 
     single = read(None)
@@ -127,7 +131,7 @@ def test_a_mixture_is_read_in_blocks_too():
     numbers = make_order(source.sizes, config, order)
 
     def read(reader: BlockReader | None) -> list[dict[str, np.ndarray]]:
-        batches = Batches(substituted(source, 10**6), augment(), numbers, config, share=Share(8), reader=reader)
+        batches = Batches(decoded(source), augment(), numbers, config, share=Share(8), reader=reader)
         return [batches[position] for position in range(30)]
 
     single = read(None)

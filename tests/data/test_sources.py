@@ -308,6 +308,26 @@ def test_patterns_that_match_nothing(shards, pattern, message):
         build_source(str(shards / pattern), data=DataConfig())
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *(
+            (f"a{ending}", "has no random access; decompress it")
+            for ending in (".tar.gz", ".tgz", ".zip", ".TAR.ZST", ".csv.gz")
+        ),
+        ("a.arrow", "write the data as Parquet"),
+        ("a.tfrecord-00000-of-00002", "TFRecord has no random access"),
+        ("a.json", "has one object per line and is called .jsonl"),
+        ("{a.csv,b.tar}", r"a.csv and .*b.tar are of different kinds; one pattern names files of one"),
+    ],
+)
+def test_files_of_other_kinds(tmp_path, name, message):
+    for each in ("a.csv", "b.tar") if name.startswith("{") else (name,):
+        (tmp_path / each).write_bytes(b"")
+    with pytest.raises(ValueError, match=message):
+        build_source(str(tmp_path / name), data=DataConfig())
+
+
 def test_empty_spec():
     with pytest.raises(ValueError, match="is empty; give tfds:NAME/SPLIT"):
         build_source("", data=DataConfig())

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.config import Config, DataConfig
@@ -25,7 +25,7 @@ from clipjax.data.images import decode
 from clipjax.data.index_store import FOLDER
 from clipjax.data.sample import BadSample
 from clipjax.data.webdataset import TarSource
-from tests.faults import fuzz_records
+from tests.faults import fuzz_records, fuzz_sources
 from tests.faults.break_values import break_bytes
 
 SLOW_SECONDS = 5.0
@@ -51,18 +51,32 @@ class Findings:
         return {"tries": self.tries, "outcomes": dict(self.outcomes), "wrong": self.wrong}
 
 
+_MODES = {
+    "JPEG": ("RGB", "L", "CMYK"),
+    "PNG": ("RGB", "L", "RGBA", "P", "I;16"),
+    "WEBP": ("RGB", "RGBA"),
+    "GIF": ("RGB", "L", "P"),
+    "BMP": ("RGB", "L", "P", "RGBA"),
+    "TIFF": ("RGB", "L", "RGBA", "P", "I;16", "CMYK"),
+    "AVIF": ("RGB", "RGBA"),
+}
+_KINDS = tuple(kind for kind in _MODES if kind != "AVIF" or features.check("avif"))
+_TIFF_COMPRESSIONS = ("raw", "tiff_lzw", "tiff_deflate", "packbits")
+
+
 def _picture(rng: random.Random, kind: str) -> bytes:
     size = rng.randint(1, 40), rng.randint(1, 40)
-    mode = rng.choice(("RGB", "L")) if kind == "JPEG" else rng.choice(("RGB", "L", "RGBA", "P", "I;16"))
-    mode = "RGB" if kind == "WEBP" else mode
+    mode = rng.choice(_MODES[kind])
     pixels = np.frombuffer(rng.randbytes(size[0] * size[1] * 4), np.uint8).reshape(size[1], size[0], 4)
     image = (
         Image.fromarray(pixels).convert("L").convert("I;16")
         if mode == "I;16"
+        else Image.frombytes("CMYK", size, pixels.tobytes())
+        if mode == "CMYK"
         else Image.fromarray(pixels).convert(mode)
     )
     content = io.BytesIO()
-    image.save(content, kind)
+    image.save(content, kind, **({"compression": rng.choice(_TIFF_COMPRESSIONS)} if kind == "TIFF" else {}))
     return content.getvalue()
 
 
@@ -109,13 +123,13 @@ def _break_tar(rng: random.Random, folder: pathlib.Path) -> str:
 
 def read_picture(content: bytes, folder: pathlib.Path) -> str:
     """Decode a picture."""
-    pixels = decode(content, max_pixels=_MAX_PIXELS)
+    pixels = decode(content, max_pixels=_MAX_PIXELS, background=(9, 9, 9), exif_orientation=True)
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, pixels.shape
     return "read"
 
 
 def _break_picture(rng: random.Random, folder: pathlib.Path) -> str:
-    return read_picture(break_bytes(_picture(rng, rng.choice(("JPEG", "PNG", "WEBP"))), rng), folder)
+    return read_picture(break_bytes(_picture(rng, rng.choice(_KINDS)), rng), folder)
 
 
 def _hostile_json(rng: random.Random) -> bytes:
@@ -216,6 +230,9 @@ def _read_override(rng: random.Random, folder: pathlib.Path) -> str:
 FUZZERS: dict[str, tuple[Callable[[random.Random, pathlib.Path], str], type[Exception]]] = {
     "tar": (_break_tar, ValueError),
     "picture": (_break_picture, BadSample),
+    "Parquet": (fuzz_sources.read_parquet, ValueError),
+    "table": (fuzz_sources.read_table, ValueError),
+    "ArrayRecord": (fuzz_sources.read_array_records, ValueError),
     "JSON of a sample": (_break_json, ValueError),
     "config record of a checkpoint": (fuzz_records.read_config, ValueError),
     "data record of a checkpoint": (fuzz_records.read_data, ValueError),

@@ -1,0 +1,100 @@
+"""Image files that tables and folders name, read only where they may be.
+
+Names come from data, so they are no trusted paths: a file is opened only inside of the allowed folders, with links
+resolved, and only if it is a regular file of a size that an image may have.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+
+from clipjax.data.sample import BadSample
+
+IMAGE_EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
+     ".mpo", ".heic", ".heif", ".jxl")
+)  # fmt: skip
+"""Endings of files that are taken for images; what they are is decided by their content."""
+
+_MAX_PIXEL_BYTES = 8  # four channels of 16 bits
+_MAX_OVERHEAD_BYTES = 2**20  # profiles, thumbnails
+_ABSENT = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENXIO,
+    errno.EINVAL,
+}  # fmt: skip
+"""Errors that tell of one file; others, such as of a broken disk, stop the run."""
+
+
+def max_image_bytes(max_pixels: int) -> int:
+    """Return the size above which a file is not even read: no image of so many pixels needs more."""
+    return _MAX_PIXEL_BYTES * max_pixels + _MAX_OVERHEAD_BYTES
+
+
+class ImageFiles:
+    """Files in one or several folders.
+
+    Args:
+        folders: relative names start at the first one; files must lie inside any of them.
+        max_bytes: limit of a file.
+    """
+
+    def __init__(self, folders: Sequence[str], *, max_bytes: int):
+        self._folders = [os.path.realpath(folder) for folder in folders]
+        self._max_bytes = max_bytes
+
+    @property
+    def folders(self) -> list[str]:
+        """The folders, with links resolved."""
+        return list(self._folders)
+
+    def find(self, name: str) -> str:
+        """Return the path of a file, with links resolved.
+
+        Raises:
+            BadSample: `missing_image` if it lies outside of the folders, or has no possible name.
+        """
+        try:
+            path = os.path.realpath(os.path.join(self._folders[0], name))  # noqa: PTH118
+            if any(os.path.commonpath([path, folder]) == folder for folder in self._folders):
+                return path
+        except ValueError:  # a null character, or a lone surrogate
+            pass
+        except OSError as error:
+            _raise_unless_absent(error)
+        raise BadSample("missing_image")
+
+    def read(self, name: str, *, max_bytes: int | None = None) -> bytes:
+        """Read a file.
+
+        Args:
+            name: path, relative or absolute.
+            max_bytes: limit of this file; that of all images if None.
+
+        Raises:
+            BadSample: `missing_image` if there is none that may be read, or `image_too_large`.
+            OSError: the disk fails.
+        """
+        path = self.find(name)
+        try:
+            return _read_regular(path, self._max_bytes if max_bytes is None else max_bytes)
+        except OSError as error:
+            _raise_unless_absent(error)
+            raise BadSample("missing_image") from None
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if error.errno not in _ABSENT:
+        raise error
+
+
+def _read_regular(path: str, max_bytes: int) -> bytes:
+    # Not to wait for the other end of a pipe.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "rb") as file:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode):
+            raise BadSample("missing_image")
+        if state.st_size > max_bytes:
+            raise BadSample("image_too_large")
+        return file.read(max_bytes + 1)[:max_bytes]

@@ -1,0 +1,280 @@
+"""JPEGs: decoding that refuses every loss of pixels, and only that.
+
+Reading order: `decode_jpeg`, `harmless_copy` (oddities that lose nothing), `_read_markers` (the format),
+`read_orientation` (EXIF).
+
+Source: ITU-T T.81, annex B; the warnings of libjpeg-turbo, `jerror.h`.
+"""
+
+import itertools
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from clipjax.data.sample import BadSample
+
+SIGNATURE = b"\xff\xd8"
+
+_APP0, _APP1, _APP2, _APP14, _COMMENT = 0xE0, 0xE1, 0xE2, 0xEE, 0xFE
+_START_OF_SCAN, _END, _START = 0xDA, 0xD9, 0xD8
+_STANDALONE = {0x01, *range(0xD0, 0xD8)}
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2  # with Huffman codes
+_DECODED = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
+_AFTER_SCAN = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
+_MAX_SEGMENTS = 10_000
+_MAX_STRAY_BYTES = 5  # between segments: the shortest one that matters, the restart interval, has 6
+_MAX_OWN_ZEROS = 2  # at the end of a scan: they may be its code
+_ORIENTATION_TAG, _SHORT = 0x0112, 3
+_MAX_TAGS = 1000
+
+
+def decode_jpeg(image: bytes, check_size: Callable[[int, int], None]) -> np.ndarray:
+    """Decode a JPEG to RGB; of several pictures in one file (MPO), the first.
+
+    The decoder stops at each of its warnings. It names only the first one, behind which others may hide, so a picture
+    that loses nothing by its oddities is decoded from a copy without them, and again every warning stops it.
+
+    Args:
+        image: encoded bytes.
+        check_size: function of height and width that raises if they are not allowed, before pixels are decoded.
+
+    Returns:
+        uint8 [h, w, 3]. CMYK and YCCK are taken as Adobe writes them, inverted, as Pillow does.
+
+    Raises:
+        BadSample: `unsupported_format` for lossless, hierarchical and 12-bit JPEGs.
+        ValueError: pixels are lost, or the file is no JPEG.
+    """
+    try:
+        return _decode_strictly(image, check_size)
+    except ValueError as error:
+        if isinstance(error, BadSample):
+            raise
+        if not _is_decoded(image):
+            raise BadSample("unsupported_format") from error
+        harmless = harmless_copy(image)
+        if harmless is None:
+            raise
+    return _decode_strictly(harmless, check_size)
+
+
+def _decode_strictly(image: bytes, check_size: Callable[[int, int], None]) -> np.ndarray:
+    import simplejpeg
+
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+    check_size(int(height), int(width))
+    # Strict: Pillow would return a damaged file as a half grey image.
+    if colours not in ("CMYK", "YCCK"):
+        return simplejpeg.decode_jpeg(image, "RGB", strict=True)
+    paper = simplejpeg.decode_jpeg(image, "CMYK", strict=True)  # 255 - ink
+    product = paper[..., :3].astype(np.uint16) * paper[..., 3:]
+    return ((product.astype(np.uint32) + 127) // 255).astype(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class _Marker:
+    """A marker with its segment: `image[start:end]`, behind `stray` bytes that belong to none."""
+
+    code: int
+    stray: bytes
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class _Frame:
+    """The header of a frame, and the scans seen so far: components, first and last coefficient, high and low bit."""
+
+    code: int
+    precision: int
+    components: bytes
+    scans: list[tuple[bytes, int, int, int, int]] = field(default_factory=list)
+
+    def is_complete(self) -> bool:
+        """Return True if the scans hold every bit of every coefficient."""
+        if self.code in _SEQUENTIAL:
+            return self.is_sequential()
+        done = {(name, k) for names, first, last, _, low in self.scans if low == 0 for name in names
+                for k in range(first, min(last, 63) + 1)}  # fmt: skip
+        return self.code == _PROGRESSIVE and done >= set(itertools.product(self.components, range(64)))
+
+    def is_sequential(self) -> bool:
+        """Return True if each component has one scan, with Huffman codes."""
+        names = Counter(name for scan in self.scans for name in scan[0])
+        return self.code in _SEQUENTIAL and names == Counter(self.components)
+
+
+def _read_markers(image: bytes) -> Iterator[_Marker]:
+    """Visit the markers up to the end of the picture; the code of a scan lies behind its segment.
+
+    Raises:
+        ValueError: a segment is cut off, or there are absurdly many.
+    """
+    position, in_scan = len(SIGNATURE), False
+    for _ in range(_MAX_SEGMENTS):
+        found = _AFTER_SCAN.search(image, position) if in_scan else None
+        start = found.start() if found else image.find(b"\xff", position)
+        if (in_scan and found is None) or start < 0:
+            return
+        stray = b"" if in_scan else image[position:start]
+        code_at = start
+        while image[code_at : code_at + 1] == b"\xff":
+            code_at += 1
+        code = image[code_at] if code_at < len(image) else -1
+        if code <= 0:
+            raise ValueError("no marker where one must be")
+        end = code_at + 1
+        if code not in (_START, _END) and code not in _STANDALONE:
+            end += int.from_bytes(image[end : end + 2])
+            if end > len(image) or end < code_at + 3:
+                raise ValueError("a segment is cut off")
+        yield _Marker(code, stray, start, end)
+        if code in (_START, _END):
+            return
+        position, in_scan = end, code == _START_OF_SCAN
+    raise ValueError("too many segments")
+
+
+def _read_frame(segment: bytes) -> _Frame:
+    """Read a frame header, from its precision on."""
+    return _Frame(0, segment[0], segment[6::3][: segment[5]])
+
+
+def _is_decoded(image: bytes) -> bool:
+    """Return False for the processes of JPEG that the decoder does not know."""
+    try:
+        for marker in _read_markers(image):
+            if marker.code in _FRAMES:
+                return marker.code in _DECODED and image[marker.end - _size(image, marker) + 2] == 8
+            if marker.code == 0xF7:  # JPEG-LS
+                return False
+    except (ValueError, IndexError):
+        return True
+    return True
+
+
+def _size(image: bytes, marker: _Marker) -> int:
+    """Return the length of a segment, its two bytes of length included."""
+    code_at = marker.start
+    while image[code_at] == 0xFF:
+        code_at += 1
+    return marker.end - code_at - 1
+
+
+def harmless_copy(image: bytes) -> bytes | None:
+    """Return a JPEG without oddities that lose no pixel, None if it has none or others besides.
+
+    - The header of a sequential scan names coefficients or bits: the process has no choice of them.
+    - A version of JFIF other than 1, and a colour profile that is cut: neither changes a pixel here.
+    - A colour transform that Adobe has not defined: libjpeg takes YCbCr or YCCK.
+    - Bytes between two segments: zeros, or too few to be a segment that has lost its marker.
+    - Zeros at the end of the last scan, if the rest of it is whole.
+    - No end marker, if the scans hold all bits of all coefficients. A file that is cut off lacks it too, so the copy
+      gets one; the decoder then stops where the code ends too early.
+
+    Never mended: bad or missing code, other bytes behind it, restart markers out of order, scans out of order.
+    """
+    try:
+        pieces = _mend(image)
+    except (ValueError, IndexError):
+        return None
+    copy = None if pieces is None else b"".join(pieces)
+    return None if copy == image else copy
+
+
+def _mend(image: bytes) -> list[bytes] | None:
+    pieces, frame, adobe, previous, scan_at = [SIGNATURE], None, None, 0, 0
+    for marker in _read_markers(image):
+        if scan_at:
+            pieces.append(image[scan_at : marker.start])
+            scan_at = 0
+        size = 0 if marker.code in (_START, _END) or marker.code in _STANDALONE else _size(image, marker)
+        body = image[marker.end - size + 2 : marker.end] if size else b""
+        is_stray = marker.stray.strip(b"\0") and (len(marker.stray) > _MAX_STRAY_BYTES or previous == _APP14)
+        if is_stray or marker.code == _START:
+            return None
+        previous = marker.code
+        if marker.code in _FRAMES:
+            frame = _read_frame(body)
+            frame.code = marker.code
+        elif marker.code == _START_OF_SCAN:
+            if frame is None:
+                return None
+            body = _mend_scan(body, frame)
+            scan_at = marker.end
+        elif marker.code == _END:
+            break
+        elif marker.code == _APP0 and body.startswith(b"JFIF\0") and len(body) >= 7:
+            body = body[:5] + b"\1" + body[6:]
+        elif marker.code == _APP2 and body.startswith(b"ICC_PROFILE\0"):
+            continue
+        elif marker.code == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
+            adobe = len(pieces)
+        head = bytes([0xFF, marker.code])
+        pieces.append(head + (len(body) + 2).to_bytes(2) + body if size else head)
+    else:
+        if frame is None or not frame.is_complete():
+            return None
+        if scan_at:
+            pieces.append(image[scan_at:].rstrip(b"\xff"))
+    if frame is None or (frame.code in _SEQUENTIAL and not frame.is_sequential()):
+        return None
+    if adobe is not None:
+        pieces[adobe] = _mend_adobe(pieces[adobe], len(frame.components))
+    return [*pieces[:-1], _without_zeros(pieces[-1]), bytes([0xFF, _END])]
+
+
+def _mend_scan(body: bytes, frame: _Frame) -> bytes:
+    """Note a scan; return its header with the numbers of a sequential one."""
+    names, numbers = body[1 : 1 + 2 * body[0] : 2], body[1 + 2 * body[0] :]
+    frame.scans.append((names, numbers[0], numbers[1], numbers[2] >> 4, numbers[2] & 15))
+    return body[: 1 + 2 * body[0]] + b"\x00\x3f\x00" if frame.code in _SEQUENTIAL else body
+
+
+def _mend_adobe(segment: bytes, components: int) -> bytes:
+    """Replace an unknown colour transform by the one that libjpeg takes for it."""
+    known = {3: (0, 1), 4: (0, 2)}.get(components)
+    at = 4 + 11
+    return segment if known is None or segment[at] in known else segment[:at] + bytes([known[1]]) + segment[at + 1 :]
+
+
+def _without_zeros(scan: bytes) -> bytes:
+    """Remove zeros behind the code of a scan. All of them: code that were lost would be read from what is left."""
+    bare = scan.rstrip(b"\0")
+    if len(scan) - len(bare) <= _MAX_OWN_ZEROS:
+        return scan
+    return bare + b"\0" if bare.endswith(b"\xff") else bare  # a byte of code that is 255 is written with a zero
+
+
+def jpeg_orientation(image: bytes) -> int:
+    """Return the EXIF orientation of a JPEG, 1 to 8; 1 if it has none that can be read."""
+    try:
+        for marker in _read_markers(image):
+            body = image[marker.start : marker.end].lstrip(b"\xff")[3:]
+            if marker.code == _APP1 and body.startswith(b"Exif\0\0"):
+                return read_orientation(body[6:])
+            if marker.code == _START_OF_SCAN:
+                break
+    except ValueError:
+        return 1
+    return 1
+
+
+def read_orientation(exif: bytes) -> int:
+    """Return the orientation in EXIF data (a TIFF header and its first directory), 1 if there is none."""
+    try:
+        order = {b"II*\0": "<", b"MM\0*": ">"}[exif[:4]]
+        (directory,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, directory)
+        for i in range(min(count, _MAX_TAGS)):
+            tag, kind, number, value = struct.unpack_from(order + "HHIH", exif, directory + 2 + 12 * i)
+            if tag == _ORIENTATION_TAG:
+                return value if kind == _SHORT and number == 1 and 1 <= value <= 8 else 1
+    except (KeyError, struct.error):
+        return 1
+    return 1
