@@ -94,7 +94,7 @@ class SavedCheckpoint:
 
     @property
     def place(self) -> str:
-        """Where the checkpoint lies: its path, or its address."""
+        """Path of the checkpoint, or its address."""
         return self._address or str(self.path)
 
     @property

@@ -77,7 +77,7 @@ class Layout:
 
 
 class Copies:
-    """What of a local folder is a true copy of an object; kept in `FOLDER/.mirror.json`.
+    """Record of the files of a local folder that are true copies of objects; kept in `FOLDER/.mirror.json`.
 
     Args:
         folder: the local one.

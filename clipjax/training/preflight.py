@@ -105,7 +105,7 @@ def check(parse: Callable[[], tuple[Config, Path | str]], *, replays: bool = Fal
 
 @dataclass(frozen=True)
 class Claim:
-    """What the command line names, once process 0 holds the workdir; see `Checked`.
+    """The settings and places of the command line, once process 0 holds the workdir; see `Checked`.
 
     Attributes:
         config: all settings.
