@@ -70,8 +70,8 @@ def _refusal(option: str, place: str, error: OSError) -> str:
     return f"{option}={place}: {error.strerror or error}{where}"
 
 
-def fetch(place: str, step: int | None = None) -> pathlib.Path:
-    """Return the local directory of a step on a store, loaded and verified.
+def fetch(place: str, step: int | None = None) -> tuple[pathlib.Path, str]:
+    """Return the local directory of a step on a store, loaded and verified, and the address of the step.
 
     What was loaded before stays in the folder that `staging.folder_of` gives, and is loaded again only if it changed.
 
@@ -95,12 +95,39 @@ def fetch(place: str, step: int | None = None) -> pathlib.Path:
             if verdict.usable:
                 for worse, why in bad.items():
                     warn(going_on(pathlib.Path(str(worse)), why, path))
-                return path
+                return path, address
             refuse_undecided(path, verdict)
             bad[number] = verdict
     except OSError as error:
         raise ValueError(_refusal("checkpoint", place, error)) from error
     raise DamagedCheckpoint(all_damaged(pathlib.Path(place), bad))
+
+
+def load_all(place: str) -> pathlib.Path:
+    """Return a local folder like the `checkpoints` folder on a store, with all that lies there, whole or not.
+
+    Args:
+        place: address of a workdir, its `checkpoints` folder, or a step, which is returned alone.
+
+    Raises:
+        ValueError: there is no checkpoint there, or the store cannot be used.
+    """
+    place = place.rstrip("/")
+    try:
+        listed = objects.list_folder(place)
+        if FILE in listed or "config/metadata" in listed:
+            return _load(place)
+        inside = any(path.startswith(f"{FOLDER}/") for path in listed)
+        folder = _load(objects.join(place, FOLDER) if inside else place)
+    except OSError as error:
+        raise ValueError(_refusal("checkpoint", place, error)) from error
+    for name in {path.split("/")[0] for path in staging.parts_of(folder)}:
+        if is_step_name(name):
+            return folder
+    raise ValueError(
+        f"no checkpoint at {place!r}: give a workdir that training has saved to, or one of its {FOLDER}/STEP "
+        "directories"
+    )
 
 
 def _find_steps(place: str, step: int | None) -> list[tuple[int, str]]:
@@ -159,6 +186,7 @@ def _load(place: str) -> pathlib.Path:
         for path in staging.parts_of(folder / name):
             if f"{name}/{path}" not in wanted:
                 (folder / name / path).unlink()
+        staging.delete_empty(folder / name)
         staging.download(place.rpartition("/")[0], missing, folder, copies)
         copies.write("")
     return folder / name

@@ -12,16 +12,18 @@ from clipjax.checkpoints import manifest
 from clipjax.checkpoints.exchange import publish
 from clipjax.checkpoints.folder import find_checkpoint, is_step, is_step_name, steps_in
 from clipjax.checkpoints.manifest import DamagedCheckpoint, UnusableCheckpoint, Verdict, examine
+from clipjax.checkpoints.mirrored import fetch
 from clipjax.checkpoints.reading import is_read_together, restore_arrays
 from clipjax.checkpoints.records import RECORDS, read_record, unpack_tokenizer
 from clipjax.checkpoints.verdicts import all_damaged, examine_together, going_on, refuse_damaged, refuse_undecided, warn
 from clipjax.config import Config
-from clipjax.config.paths import expand
+from clipjax.config.paths import STORES, expand
 from clipjax.config.serialization import from_dict
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.models.clip import abstract_model
 from clipjax.models.towers import PARAMETER_RULES
 from clipjax.runtime import sharding
+from clipjax.runtime.storage import is_address
 from clipjax.typing import Params
 
 _openings = itertools.count()
@@ -35,7 +37,8 @@ class SavedCheckpoint:
 
     Args:
         path: a workdir (its newest step is taken, or if that is damaged the newest good one, with a warning), its
-            `checkpoints` folder, or one step directory, which may have been copied under another name. Several
+            `checkpoints` folder, or one step directory, which may have been copied under another name; or the address
+            of one of these on an object store, of which the step is loaded into a local folder. Several
             processes find damage to an array in `params` only, which then goes on to an older step.
         step: another step in the same place.
 
@@ -46,7 +49,13 @@ class SavedCheckpoint:
     """
 
     def __init__(self, path: str | pathlib.Path, *, step: int | None = None) -> None:
-        self._places = _find_directories(pathlib.Path(expand(str(path), "checkpoint")), step)
+        given = expand(str(path), "checkpoint", schemes=STORES)
+        self._address = ""
+        if is_address(given):
+            directory, self._address = fetch(given, step)
+            self._places = [directory]
+        else:
+            self._places = _find_directories(pathlib.Path(given), step)
         self._is_named = len(self._places) == 1
         several = jax.distributed.is_initialized() and jax.process_count() > 1
         self._is_verified = not self._is_named and not several
@@ -82,6 +91,11 @@ class SavedCheckpoint:
             self.step = _step_of(self.path, self.records["data"])
         except (ValueError, KeyError, OSError) as error:
             raise ValueError(f"checkpoint {self.path} is damaged or not clipjax's: {error}") from error
+
+    @property
+    def place(self) -> str:
+        """Path of the checkpoint, or its address."""
+        return self._address or str(self.path)
 
     @property
     def params_group(self) -> str:

@@ -64,7 +64,7 @@ class SavesFail(RuntimeError):
 
 
 class Steps(Protocol):
-    """What keeps a copy of the steps elsewhere; only process 0 has one."""
+    """A copy of the steps elsewhere; only process 0 has one."""
 
     def remove(self, unit: str) -> None:
         """Delete a step there."""

@@ -1,6 +1,6 @@
 """Look at checkpoints: `clipjax checkpoint verify WORKDIR_OR_STEP [--json]`.
 
-Reads every byte and changes nothing; needs no accelerator and no JAX.
+Reads every byte and changes nothing; needs no accelerator, and for a path on a disk no JAX.
 """
 
 import json
@@ -76,19 +76,23 @@ def _parser() -> arguments.Parser:
     parser.add_argument(
         "path",
         metavar="WORKDIR_OR_STEP",
-        type=arguments.path,
-        help="a workdir, its checkpoints folder, or the directory of one step",
+        type=arguments.place,
+        help="a workdir, its checkpoints folder, or the directory of one step; a path, or gs://, s3://, az://",
     )
     parser.add_argument("--json", nargs=0, default=False, help="print the table as JSON")
     return parser
 
 
-def verify(path: pathlib.Path) -> list[Row]:
-    """Examine the step that a path names, or all of a workdir.
+def verify(path: pathlib.Path | str) -> list[Row]:
+    """Examine the step that a path or an address names, or all of a workdir; those on a store are loaded for that.
 
     Raises:
         ValueError: there is none.
     """
+    if isinstance(path, str):
+        from clipjax.checkpoints.mirrored import load_all  # which needs JAX
+
+        path = load_all(path)
     if is_step(path):
         return [_row(path, None)]
     folder, _ = find_checkpoint(path)

@@ -47,7 +47,7 @@ def _convert_parser() -> arguments.Parser:
     parser = arguments.Parser(CONVERT, "Open a peer's weights as a clipjax checkpoint.")
     _add_choice(parser, "from", SOURCES, "whose weights")
     _add_path(parser, "input", "a directory with *.safetensors or *.npz and the peer's config, or one such file")
-    _add_path(parser, "output", "the directory to make; clipjax.load, eval and config.init_from open it")
+    _add_place(parser, "output", "the directory to make; clipjax.load, eval and config.init_from open it")
     parser.add_argument(
         "--model", metavar="NAME", help="a preset (`clipjax presets`) where there is no config beside the weights"
     )
@@ -63,8 +63,8 @@ def _convert_parser() -> arguments.Parser:
 def _export_parser() -> arguments.Parser:
     parser = arguments.Parser(EXPORT, "Write a checkpoint as a peer's own loader opens it.")
     _add_choice(parser, "to", TARGETS, "whose format")
-    _add_path(parser, "checkpoint", "a workdir or one step of it")
-    _add_path(parser, "output", "the directory to make")
+    _add_place(parser, "checkpoint", "a workdir or one step of it")
+    _add_place(parser, "output", "the directory to make")
     return parser
 
 
@@ -80,6 +80,11 @@ def _add_choice(parser: arguments.Parser, name: str, known: Sequence[str], text:
 
 def _add_path(parser: arguments.Parser, name: str, text: str) -> None:
     parser.add_argument(f"--{name}", metavar="PATH", type=arguments.path, help=text, missing=f" is missing: {text}")
+
+
+def _add_place(parser: arguments.Parser, name: str, text: str) -> None:
+    text = f"{text}; a path, or gs://, s3://, az://"
+    parser.add_argument(f"--{name}", metavar="PLACE", type=arguments.place, help=text, missing=f" is missing: {text}")
 
 
 def _convert(options: Namespace) -> int:
@@ -104,5 +109,5 @@ def _export(options: Namespace) -> int:
     check_embeddings(saved.config)
     export(saved, target, output)
     without = ", both towers; not the decoder" if target == "stablehlo" and saved.config.model.caption else ""
-    print(printable(f"{saved.path} ({saved.params_group}) -> {target} {output}{without}"))
+    print(printable(f"{saved.place} ({saved.params_group}) -> {target} {output}{without}"))
     return 0

@@ -31,7 +31,7 @@ from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import Task, build_tasks, run_tasks, write_results
 from clipjax.models.clip import build_clip
 from clipjax.monitoring.run_logger import results_table
-from clipjax.runtime import compilation, consistency, files, processes, sharding
+from clipjax.runtime import compilation, consistency, processes, sharding, storage
 from clipjax.runtime.terminal import printable
 from clipjax.training import fingerprints
 
@@ -93,7 +93,7 @@ class Opened:
     config: Config
     tokenizer: Tokenizer
     tasks: dict[str, Task]
-    output: pathlib.Path | None
+    output: pathlib.Path | str | None
     changed: Sequence[str] = ()
 
 
@@ -118,7 +118,7 @@ def _parser() -> arguments.Parser:
     parser.add_argument(
         "--checkpoint",
         metavar="WORKDIR_OR_STEP",
-        type=arguments.path,
+        type=arguments.place,
         help="a workdir (its newest step is taken), or the directory of one step, which may have any name",
         missing="=WORKDIR_OR_STEP is missing: name a workdir that training has saved to",
     )
@@ -129,7 +129,7 @@ def _parser() -> arguments.Parser:
         help="a config file whose eval.tasks are run instead of the checkpoint's own, with its data.tfds_* fields",
     )
     parser.add_argument("--tasks", metavar="A,B", help="names of the config's eval.tasks; all of them if left out")
-    parser.add_argument("--output", metavar="FILE", type=arguments.path, help="JSON file for the results")
+    parser.add_argument("--output", metavar="FILE", type=arguments.place, help="JSON file for the results")
     arguments.add_launch_options(parser)
     return parser
 
@@ -145,8 +145,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
     expand_paths(config, skip=NOT_OPENED)
     changed = [f"--config.{change}" for change in changes(base, config, parsed.overrides)]
     if options.output:
-        files.require_writable(options.output.parent, "--output")
-        files.require_file_writable(options.output, "--output")
+        storage.require_writable(options.output, "--output")
     validate(config, batch_fields=("eval.batch_size",))
     _select_tasks(config, options.tasks, parsed.overrides)
     _refuse_unused_tfds(config, parsed.overrides)
@@ -190,10 +189,10 @@ def _base_config(saved: Config, tasks_from: str | None) -> Config:
     return config
 
 
-def _folders(saved: SavedCheckpoint, given: pathlib.Path) -> list[pathlib.Path]:
+def _folders(saved: SavedCheckpoint, given: pathlib.Path | str) -> list[pathlib.Path]:
     """Return the folders that came with a checkpoint: that of its workdir, or of the step alone, and the one given."""
     parent = saved.path.parent
-    return [parent.parent if parent.name == FOLDER else saved.path, given]
+    return [parent.parent if parent.name == FOLDER else saved.path, *([] if isinstance(given, str) else [given])]
 
 
 def _refuse_unread(overrides: Sequence[Override]) -> None:
@@ -259,12 +258,12 @@ def _evaluate(opened: Opened) -> int:
     written, refused = False, ""
     if output is not None and evaluation.results:
         written = True
-        refused = exchange.publish("results", lambda: write_results(output, saved.path, evaluation))
-    failures = [f"eval.tasks.{name} on {saved.path}: {reason}" for name, reason in evaluation.failures.items()]
+        refused = exchange.publish("results", lambda: write_results(output, saved.place, evaluation))
+    failures = [f"eval.tasks.{name} on {saved.place}: {reason}" for name, reason in evaluation.failures.items()]
     if refused:
         failures.append(f"--output={output}: the results, which are shown, cannot be written there: {refused}")
     if processes.is_first():
-        print(f"checkpoint {printable(str(saved.path))} ({saved.params_group}), step {saved.step}")
+        print(f"checkpoint {printable(saved.place)} ({saved.params_group}), step {saved.step}")
         if evaluation.results:
             print(results_table(evaluation.results))
         if written and not refused:

@@ -86,7 +86,7 @@ def _fault(space: str, scheme: str, slashes: str, rest: str, *, schemes: Collect
         if (space, scheme, slashes) == ("", known, "//") and rest:
             return ""
         return f"an address of {known} begins with {known}:// and a name, without spaces; write {known}://NAME/..."
-    used = f", which takes {', '.join(f'{each}://' for each in schemes)}" if schemes else ""
+    used = f" for this, which takes {', '.join(f'{each}://' for each in schemes)}" if schemes else ""
     return f"nothing here opens an address of {scheme}://{used}; copy it to a disk or mount it, and give the path there"
 
 

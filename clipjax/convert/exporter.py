@@ -17,7 +17,7 @@ from clipjax.runtime import sharding
 TARGETS = ("open_clip", "huggingface", "stablehlo")
 
 
-def export(saved: SavedCheckpoint, target: str, output: pathlib.Path) -> None:
+def export(saved: SavedCheckpoint, target: str, output: pathlib.Path | str) -> None:
     """Write a directory that the peer's own loader opens.
 
     Args:

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from clipjax.convert import pytorch
+from clipjax.runtime import objects
 from clipjax.runtime.files import read_bounded
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_EXPANSION = 100
 """The largest ratio of an archive's unpacked size to its own. Trained weights hardly shrink at all."""
+_LAST = ("manifest.json", "config.json")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -109,12 +111,22 @@ def _read_npz(file: pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{file} is damaged or no .npz of plain arrays: {error}") from error
 
 
-def check_new(path: pathlib.Path) -> None:
+def check_new(path: pathlib.Path | str) -> None:
     """Refuse to write over anything.
+
+    Args:
+        path: of a directory, or the address of a folder of an object store.
 
     Raises:
         ValueError: there is something of that name already.
     """
+    if isinstance(path, str):
+        try:
+            if objects.list_folder(path):
+                raise ValueError(f"--output={path} is not empty; choose another, or remove it")
+        except OSError as error:
+            raise ValueError(f"--output={path}: {error.strerror}; choose another") from error
+        return
     if path.is_symlink():
         raise ValueError(f"--output={path} is a link; name the directory itself")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -122,13 +134,22 @@ def check_new(path: pathlib.Path) -> None:
 
 
 @contextmanager
-def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def new_directory(path: pathlib.Path | str) -> Iterator[pathlib.Path]:
     """Give a directory to fill, which takes its name only when it is complete.
+
+    Args:
+        path: of the directory; or the address of a folder of an object store, to which the files are then sent, those
+            that tell that it is complete, such as a manifest, last.
 
     Raises:
         ValueError: there is something of that name already, or it cannot be made.
     """
     check_new(path)
+    if isinstance(path, str):
+        with tempfile.TemporaryDirectory() as temporary:
+            yield pathlib.Path(temporary)
+            _send(pathlib.Path(temporary), path)
+        return
     path = path.absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +165,15 @@ def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _send(folder: pathlib.Path, place: str) -> None:
+    files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.name in _LAST)
+    try:
+        for file in files:
+            objects.write_file(objects.join(place, file.relative_to(folder).as_posix()), file)
+    except OSError as error:
+        raise ValueError(f"--output={place}: {error.strerror}; remove what is there, and choose another") from error
 
 
 def write_weights(file: pathlib.Path, weights: Mapping[str, np.ndarray]) -> None:

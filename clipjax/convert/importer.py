@@ -168,7 +168,7 @@ def _table(source: str, config: ModelConfig, weights: Mapping[str, np.ndarray]) 
             return open_clip.table(config, custom_text=custom_text, weights=weights)
 
 
-def save(peer: PeerModel, output: pathlib.Path) -> None:
+def save(peer: PeerModel, output: pathlib.Path | str) -> None:
     """Write a checkpoint at step 0, as a whole or not at all.
 
     Raises:

@@ -28,8 +28,7 @@ from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
 from clipjax.evals.prompts import load_classes, load_templates
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
 from clipjax.evals.zero_shot import ZeroShot
-from clipjax.runtime import process_log, processes
-from clipjax.runtime.files import write_atomic
+from clipjax.runtime import process_log, processes, storage
 
 Results = dict[str, dict[str, float]]
 Measure = ZeroShot | Retrieval | ImageRetrieval
@@ -270,7 +269,7 @@ def _join(texts: Sequence[str]) -> str:
     return "; ".join(f"process {rank}: {text}" for rank, text in enumerate(texts) if text)
 
 
-def write_results(path: pathlib.Path, checkpoint: pathlib.Path | str, evaluation: Evaluation) -> str:
+def write_results(path: pathlib.Path | str, checkpoint: pathlib.Path | str, evaluation: Evaluation) -> str:
     """Write `{"checkpoint": ..., "tasks": {NAME: {METRIC: value}}}`, and `"failed": {NAME: reason}` if a task did.
 
     The file is whole or absent.
@@ -283,8 +282,7 @@ def write_results(path: pathlib.Path, checkpoint: pathlib.Path | str, evaluation
         content["failed"] = evaluation.failures
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
+        storage.write(path, text)
     except OSError as error:
         return str(error)
     return ""

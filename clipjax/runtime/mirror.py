@@ -245,6 +245,7 @@ class Mirror:
         def send(path: str) -> OSError | None:
             try:
                 before = (source / path).stat()
+                self._lease.require()
                 objects.write_file(objects.join(self.place, *filter(None, (inside, path))), source / path)
             except FileNotFoundError as error:
                 return None if not (source / path).exists() else error
@@ -316,6 +317,7 @@ class Mirror:
         place = objects.join(self.place, self._layout.parent, unit)
         listed = objects.list_folder(place)
         for path in sorted(listed, key=lambda path: path != self._layout.seal):
+            self._lease.require()
             objects.delete(objects.join(place, path))
             self._copies.forget(f"{self._layout.parent}/{unit}/{path}")
 
@@ -324,6 +326,7 @@ class Mirror:
         listed = objects.list_folder(place)
         seal, self._complete = self._layout.seal, self._complete - {unit}
         for path in sorted(listed, key=lambda path: path != seal):
+            self._lease.require()
             objects.copy(objects.join(place, path), objects.join(self.place, self._layout.parent, new, path))
             if path == seal:
                 objects.delete(objects.join(place, path))

@@ -1,48 +1,29 @@
 """Objects of the stores `gs://`, `s3://`, `az://`, and files of `http(s)://` servers: read, listed, written.
 
-obstore speaks with them, each with the credentials that its cloud's own tools would find. A request has a time limit,
-and is tried again with growing, random pauses after 5xx, 429, a timeout or a broken connection, also in the middle of
-the answer; all that within `RETRY_SECONDS`. Errors are `OSError`s with one sentence and the address.
+obstore speaks with them (`connections.py`), with the credentials that each cloud's own tools would find. A request has
+a time limit, and is tried again with growing, random pauses after 5xx, 429, a timeout or a broken connection, also in
+the middle of the answer; all that within `connections.RETRY_SECONDS`. Errors are `OSError`s with one sentence and the
+address.
 
-Reading order: `split`, `ObjectFile`, `read_bytes`, `list_files`, `list_folder`, `write_bytes`, `create`, `replace`.
+Reading order: `ObjectFile`, `read_bytes`, `list_files`, `list_folder`, `write_bytes`, `create`, `replace`.
 """
 
-import datetime
 import errno
 import fnmatch
-import functools
-import os
 import pathlib
 import re
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-REQUEST_SECONDS = 60.0
-"""Time limit of one request, from the connection to the last byte of the answer."""
+from clipjax.runtime.connections import WEB, explain, locate, split
 
-CONNECT_SECONDS = 5.0
-
-RETRY_SECONDS = 120.0
-"""Time after which no further try begins."""
-
-MAX_RETRIES = 8
 MAX_LISTED = 5_000_000
 PART_BYTES = 16 * 2**20
 """Files above this are sent in parts of this size, each with its own time limit."""
 
 _PARTS_AT_ONCE = 4
 _WILD = re.compile(r"[*?[]")
-_STORES = ("gs", "s3", "az")
-_WEB = ("http", "https")
-_EMULATOR = "STORAGE_EMULATOR_HOST"
-_CREDENTIALS = {
-    "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run where the machine has a role",
-    "az": "set AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
-}
-_ENVIRONMENT = re.compile(rf"(?:AWS|GOOGLE|AZURE)_|{_EMULATOR}$|(?:HTTPS?|NO)_PROXY$", re.IGNORECASE)
 
 
 class FileChanged(OSError):
@@ -60,24 +41,6 @@ class Listed:
 
     size: int
     version: str
-
-
-def split(place: str) -> tuple[str, str, str]:
-    """Return scheme, bucket (or server) and key of an address.
-
-    Raises:
-        ValueError: nothing here opens such an address.
-    """
-    scheme, _, rest = place.partition("://")
-    bucket, _, key = rest.partition("/")
-    if scheme not in (*_STORES, *_WEB) or not bucket:
-        known = ", ".join(f"{name}://" for name in (*_STORES, *_WEB))
-        raise ValueError(f"{place}: nothing here opens such an address; known are {known}, each followed by a name")
-    if scheme in _WEB:
-        if "?" in key or "#" in key:
-            raise ValueError(f"{place}: an address with a query is not read; give one that ends with the file's name")
-        key = urllib.parse.unquote(key)
-    return scheme, bucket, key
 
 
 def join(place: str, *names: str) -> str:
@@ -106,9 +69,9 @@ class ObjectFile:
 
         self._place = place
         try:
-            about = obstore.head(*_locate(place))
+            about = obstore.head(*locate(place))
         except Exception as error:
-            raise _explain(error, place) from error
+            raise explain(error, place) from error
         self.size: int = about["size"]
         self.version = _version(about)
 
@@ -125,7 +88,7 @@ class ObjectFile:
         if size <= 0:
             return b""
         try:
-            answer = obstore.get(*_locate(self._place), options={"range": (offset, offset + size)})
+            answer = obstore.get(*locate(self._place), options={"range": (offset, offset + size)})
             if _version(answer.meta) != self.version:
                 raise FileChanged(None, "another program has written the object anew", self._place)
             content = bytes(answer.bytes())
@@ -134,7 +97,7 @@ class ObjectFile:
         except Exception as error:
             if "416 Range" in str(error):
                 raise FileChanged(None, "another program has written the object anew", self._place) from error
-            raise _explain(error, self._place) from error
+            raise explain(error, self._place) from error
         if len(content) != size:
             raise OSError(errno.EIO, f"the store gave {len(content)} bytes instead of {size}", self._place)
         return content
@@ -162,14 +125,14 @@ def read_versioned(place: str, max_bytes: int) -> tuple[bytes, Any]:
     import obstore
 
     try:
-        answer = obstore.get(*_locate(place))
+        answer = obstore.get(*locate(place))
         if answer.meta["size"] > max_bytes:
             raise ValueError(f"{place!r} is larger than {max_bytes} bytes")
         return bytes(answer.bytes()), _token(answer.meta)
     except ValueError:
         raise
     except Exception as error:
-        raise _explain(error, place) from error
+        raise explain(error, place) from error
 
 
 def exists(place: str) -> bool:
@@ -198,7 +161,7 @@ def list_files(pattern: str) -> list[str]:
         ValueError: the address is of a web server, which lists nothing.
     """
     scheme, bucket, key = split(pattern)
-    if scheme in _WEB:
+    if scheme in WEB:
         raise ValueError(
             f"{pattern}: a web server lists no files, so * and ? match nothing there; write the numbers of the shards, "
             "as in {00000..00099}.tar"
@@ -233,7 +196,7 @@ def list_folder(place: str) -> dict[str, Listed]:
 def _list(place: str, *, deep: bool) -> Iterator[tuple[str, Listed]]:
     import obstore
 
-    store, key = _locate(place)
+    store, key = locate(place)
     count = 0
     try:
         pages = (
@@ -248,7 +211,7 @@ def _list(place: str, *, deep: bool) -> Iterator[tuple[str, Listed]]:
     except ValueError:
         raise
     except Exception as error:
-        raise _explain(error, place) from error
+        raise explain(error, place) from error
 
 
 def write_bytes(place: str, content: bytes) -> None:
@@ -292,18 +255,18 @@ def _put(place: str, content: bytes | pathlib.Path, **options: Any) -> Any:
     import obstore
     from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-    if split(place)[0] in _WEB:
+    if split(place)[0] in WEB:
         raise PermissionError(
             errno.EACCES, "a web server takes no files; write to a disk, gs://, s3:// or az://", place
         )
     try:
-        return _token(obstore.put(*_locate(place), content, **options))
+        return _token(obstore.put(*locate(place), content, **options))
     except (AlreadyExistsError, PreconditionError):
         return None
     except Exception as error:
         if isinstance(error, FileNotFoundError) and isinstance(options.get("mode"), dict):
             return None
-        raise _explain(error, place) from error
+        raise explain(error, place) from error
 
 
 def copy(place: str, target: str) -> None:
@@ -316,9 +279,9 @@ def copy(place: str, target: str) -> None:
     import obstore
 
     try:
-        obstore.copy(*_locate(place), split(target)[2])
+        obstore.copy(*locate(place), split(target)[2])
     except Exception as error:
-        raise _explain(error, place) from error
+        raise explain(error, place) from error
 
 
 def delete(place: str) -> None:
@@ -330,49 +293,11 @@ def delete(place: str) -> None:
     import obstore
 
     try:
-        obstore.delete(*_locate(place))
+        obstore.delete(*locate(place))
     except FileNotFoundError:
         return
     except Exception as error:
-        raise _explain(error, place) from error
-
-
-def _locate(place: str) -> tuple[Any, str]:
-    """Return store and key of an address; the connections of a store are kept."""
-    scheme, bucket, key = split(place)
-    environment = tuple(sorted(item for item in os.environ.items() if _ENVIRONMENT.match(item[0])))
-    return _open_store(scheme, bucket, environment, os.getpid()), key
-
-
-@functools.lru_cache(64)
-def _open_store(scheme: str, bucket: str, environment: tuple[tuple[str, str], ...], process: int) -> Any:
-    """Open a store by the environment variables that every tool of its cloud knows."""
-    from obstore import store
-
-    found = dict(environment)
-    emulator = found.get(_EMULATOR, "")
-    endpoint = found.get("AWS_ENDPOINT_URL_S3") or found.get("AWS_ENDPOINT_URL", "")
-    plain = scheme == "http" or (scheme == "s3" and endpoint.startswith("http://")) or (scheme == "gs" and emulator)
-    client: Any = {
-        "timeout": datetime.timedelta(seconds=REQUEST_SECONDS),
-        "connect_timeout": datetime.timedelta(seconds=CONNECT_SECONDS),
-        **({"allow_http": True} if plain else {}),
-    }
-    backoff = {"init_backoff": datetime.timedelta(seconds=0.1), "max_backoff": datetime.timedelta(seconds=10)}
-    retry: Any = {
-        "max_retries": MAX_RETRIES,
-        "retry_timeout": datetime.timedelta(seconds=RETRY_SECONDS),
-        "backoff": backoff,
-    }
-    if scheme in _WEB:
-        return store.HTTPStore(f"{scheme}://{bucket}", client_options=client, retry_config=retry)
-    if scheme == "gs":
-        url = emulator if "://" in emulator else f"http://{emulator}"
-        # An emulator asks for no credentials, but obstore would look for some before it writes.
-        config: Any = {"base_url": url.rstrip("/"), "bearer_token": "emulator"} if emulator else {}
-        return store.GCSStore(bucket, config=config, client_options=client, retry_config=retry)
-    kind = store.S3Store if scheme == "s3" else store.AzureStore
-    return kind(bucket, client_options=client, retry_config=retry)
+        raise explain(error, place) from error
 
 
 def _version(about: Any) -> str:
@@ -382,44 +307,3 @@ def _version(about: Any) -> str:
 def _token(about: Any) -> dict[str, str]:
     """Return what a conditional write compares: etag and generation, as far as the store has them."""
     return {name: about[name] for name in ("e_tag", "version") if about.get(name)}
-
-
-def _explain(error: Exception, place: str) -> OSError:
-    """Return an error of obstore as one of the operating system, with one sentence and the address."""
-    from obstore import exceptions
-
-    scheme, bucket, _ = split(place)
-    text = " ".join(str(error).partition("Debug source")[0].split())
-    status = re.search(r"status code: (\d+ [A-Z][A-Za-z ]*)", text)
-    if "NoSuchBucket" in text or "The specified container does not exist" in text:
-        return FileNotFoundError(errno.ENOENT, f"there is no bucket {bucket}", place)
-    if isinstance(error, FileNotFoundError):
-        missing = (
-            f"there is no bucket {bucket}" if scheme in _STORES and _has_no_bucket(place) else "there is no object"
-        )
-        return FileNotFoundError(errno.ENOENT, missing, place)
-    if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
-        said = status[1].strip() if status else "no permission"
-        return PermissionError(errno.EACCES, f"the store refuses access ({said}) with the credentials it got", place)
-    if "169.254." in text or "token request" in text or "credential" in text.lower():
-        return PermissionError(errno.EACCES, f"no credentials were found; {_CREDENTIALS.get(scheme, text)}", place)
-    if scheme == "s3" and status and status[1].startswith("30"):
-        return OSError(errno.EIO, "the bucket lies in another region; set AWS_REGION", place)
-    if scheme in _WEB and isinstance(error, exceptions.NotSupportedError):
-        return OSError(errno.EIO, "its server gives no parts of files; download it, and give the path on a disk", place)
-    if status is None and re.search(r"error sending request|connect|dns|timed out|timeout", text, re.IGNORECASE):
-        return TimeoutError(errno.ETIMEDOUT, f"the store cannot be reached, after retries ({text[-120:]})", place)
-    said = f"the server answers {status[1].strip()}, after retries" if status else text[:300]
-    return OSError(errno.EIO, said, place)
-
-
-def _has_no_bucket(place: str) -> bool:
-    """Return True if not only an object is missing, but the bucket."""
-    import obstore
-
-    store, _ = _locate(place)
-    try:
-        next(iter(obstore.list(store, "clipjax-asks-for-the-bucket", chunk_size=1)), None)
-    except Exception as error:
-        return "404" in str(error)
-    return False

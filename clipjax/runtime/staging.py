@@ -77,7 +77,7 @@ class Layout:
 
 
 class Copies:
-    """What of a local folder is a true copy of an object; kept in `FOLDER/.mirror.json`.
+    """Record of the files of a local folder that are true copies of objects; kept in `FOLDER/.mirror.json`.
 
     Args:
         folder: the local one.
@@ -157,7 +157,7 @@ def fill(folder: pathlib.Path, place: str, layout: Layout, *, continues: bool = 
         else:
             (folder / path).unlink()
             copies.forget(path)
-    _delete_empty(folder, keep=mine)
+    delete_empty(folder, keep=mine)
     download(place, {path: each for path, each in wanted.items() if path not in kept}, folder, copies)
     for name in found.aside:  # so that their names are taken
         (folder / layout.parent / name).mkdir(parents=True, exist_ok=True)
@@ -215,8 +215,8 @@ def _files(folder: pathlib.Path) -> list[str]:
     return [path for path in (each.relative_to(folder).as_posix() for each in paths) if path not in _OWN]
 
 
-def _delete_empty(folder: pathlib.Path, *, keep: Collection[str]) -> None:
-    """Delete the folders inside one that hold no file."""
+def delete_empty(folder: pathlib.Path, *, keep: Collection[str] = ()) -> None:
+    """Delete the folders inside one that hold no file, but those to keep."""
     for path in sorted((each for each in folder.rglob("*") if each.is_dir()), reverse=True):
         if not any(path.iterdir()) and not any(path.is_relative_to(folder / each) for each in keep):
             path.rmdir()

@@ -2,17 +2,19 @@
 
 `objects.py` speaks with the object stores.
 
-Reading order: `is_address`, `open_file`, `OpenFile`.
+Reading order: `is_address`, `open_file`, `OpenFile`, `require_writable`, `write`.
 """
 
 import os
+import pathlib
 import re
+import secrets
 from typing import Protocol
 
-from clipjax.runtime import objects
+from clipjax.runtime import files, objects
 from clipjax.runtime.objects import FileChanged
 
-__all__ = ["FileChanged", "OpenFile", "is_address", "open_file"]
+__all__ = ["FileChanged", "OpenFile", "is_address", "open_file", "require_writable", "write"]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # C:/ is a drive
 
@@ -55,6 +57,41 @@ def open_file(place: str) -> OpenFile:
         ValueError: the place is an address that nothing here opens.
     """
     return objects.ObjectFile(place) if is_address(place) else _LocalFile(place)
+
+
+def require_writable(place: pathlib.Path | str, option: str) -> None:
+    """Check that a file can be written, before the work whose result it is to hold; make its folder.
+
+    Args:
+        place: path of the file, or address of the object.
+        option: that names it, for the message.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    if isinstance(place, pathlib.Path):
+        files.require_writable(place.parent, option)
+        files.require_file_writable(place, option)
+        return
+    probe = f"{place}.write-probe-{secrets.token_hex(8)}"
+    try:
+        objects.write_bytes(probe, b"")
+        objects.delete(probe)
+    except OSError as error:
+        raise ValueError(f"{option}={place}: {error.strerror}; choose another place") from error
+
+
+def write(place: pathlib.Path | str, content: str) -> None:
+    """Write a file that is whole or absent at any time, or the one that was there before.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if isinstance(place, str):
+        objects.write_bytes(place, content.encode())
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(place, content)
 
 
 class _LocalFile:

@@ -26,6 +26,7 @@ from clipjax.runtime.compilation import compiler_options
 from clipjax.runtime.consistency import Fingerprint
 from clipjax.runtime.mirror import Mirror
 from clipjax.runtime.processes import announce, is_first
+from clipjax.runtime.storage import is_address
 from clipjax.runtime.watchdog import Watchdog
 from clipjax.training import fingerprints, left_out, optimizer
 from clipjax.training.decisions import FILE as DECISIONS_FILE
@@ -104,7 +105,7 @@ def check(parse: Callable[[], tuple[Config, Path | str]], *, replays: bool = Fal
 
 @dataclass(frozen=True)
 class Claim:
-    """What the command line names, once process 0 holds the workdir; see `Checked`.
+    """The settings and places of the command line, once process 0 holds the workdir; see `Checked`.
 
     Attributes:
         config: all settings.
@@ -202,7 +203,10 @@ def _open_here(claim: Claim, warnings: Sequence[str], made: list[Path], replays:
     decisions = Decisions(workdir, None if mirror is None else mirror.send)
     saved = newest_checkpoint(workdir) if replays else _open_newest(workdir, decisions)
     inputs = open_inputs(config, saved)
-    folders = [workdir, *(Path(each) for each in (config.init_from, config.loss.distill_from) if each)]
+    folders = [
+        workdir,
+        *(Path(each) for each in (config.init_from, config.loss.distill_from) if each and not is_address(each)),
+    ]
     folders += data_folders(inputs.sources, config.data.tfds_dir)
     compilation.enable(config.compile_cache, outside=folders)
     if config.checkpoint.best_metric is not None:

@@ -82,7 +82,7 @@ class Run:
 
     @property
     def place(self) -> str:
-        """Where the run's files are kept: the workdir, or the address that it is a local folder of."""
+        """The place where the run's files are kept: the workdir, or the address that it is a local folder of."""
         return self.session.checked.place
 
     @property

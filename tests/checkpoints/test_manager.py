@@ -276,8 +276,8 @@ def test_names_of_steps(name, is_one):
 def test_a_home_directory_is_expanded_and_an_address_refused(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(saved))
     assert SavedCheckpoint("~/checkpoints").step == 12
-    with pytest.raises(ValueError, match="checkpoint=gs://bucket/run: nothing here opens an address of gs://"):
-        SavedCheckpoint("gs://bucket/run")
+    with pytest.raises(ValueError, match="checkpoint=http://host/run: nothing here opens an address of http://"):
+        SavedCheckpoint("http://host/run")
 
 
 def test_copies_of_a_workdir_open_without_its_folder_of_checkpoints(saved, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipjax.runtime import objects
+from clipjax.runtime import connections
 from tests.runtime import stores
 
 
@@ -49,9 +49,9 @@ def web():
 @pytest.fixture
 def impatient(monkeypatch):
     """Time limits in which a test can see them."""
-    monkeypatch.setattr(objects, "REQUEST_SECONDS", 0.5)
-    monkeypatch.setattr(objects, "CONNECT_SECONDS", 0.5)
-    monkeypatch.setattr(objects, "MAX_RETRIES", 2)
-    objects._open_store.cache_clear()
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "MAX_RETRIES", 2)
+    connections._open_store.cache_clear()
     yield
-    objects._open_store.cache_clear()
+    connections._open_store.cache_clear()

@@ -1,6 +1,5 @@
 """The order of things in the loop: nothing is saved before the updates in it have been judged."""
 
-import pathlib
 import signal
 import types
 from unittest import mock
@@ -31,7 +30,7 @@ class Recorded:
             log=LogConfig(every_examples=1),
         )
         self.asked: list[tuple] = []
-        self.workdir, self.state, self.start = pathlib.Path("run"), 0, types.SimpleNamespace(step=0, evaluated=False)
+        self.place, self.state, self.start = "run", 0, types.SimpleNamespace(step=0, evaluated=False)
         nothing = types.SimpleNamespace(wait_seconds=0.0)
         self.logger = types.SimpleNamespace(message=print, flush=int, log_step=lambda *_: None)
         self.stream, self.signal = nothing, types.SimpleNamespace(due=self.due, error=None, number=15)

@@ -106,7 +106,7 @@ def test_an_update_that_spoils_the_parameters_is_told(workdir):
 @pytest.mark.parametrize(("number", "code"), [(None, 0), (15, 143), (2, 130)])
 def test_the_exit_code_is_that_of_the_signal(monkeypatch, number, code):
     monkeypatch.setattr(command.processes, "start", lambda _: None)
-    monkeypatch.setattr(command.preflight, "check", lambda _, **options: None)
+    monkeypatch.setattr(command.preflight, "check", lambda _, **options: types.SimpleNamespace(mirror=None))
     monkeypatch.setattr(command.replay, "replay", lambda *_, **__: number)
     assert command.main(["--config=c.py", "--workdir=run", "--replay=3"]) == code
 

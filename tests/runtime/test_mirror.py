@@ -1,0 +1,241 @@
+"""The copy of a folder on a store: what is complete there is complete, whatever fails in between."""
+
+import shutil
+import threading
+import time
+
+import pytest
+
+from clipjax.runtime import objects
+from clipjax.runtime.lease import LeaseLost
+from clipjax.runtime.mirror import Mirror
+from clipjax.runtime.staging import Layout, fill
+from tests.runtime.stores import BUCKET
+
+LAYOUT = Layout("units", "seal", str.isdecimal, lambda *_: False)
+
+
+class Held:
+    """A lease that is held until it is lost."""
+
+    token, lost, released = "token", False, False
+
+    def require(self):
+        if self.lost:
+            raise LeaseLost(None, "it is another run's", "")
+
+    def watch(self, on_lost):
+        self.on_lost = on_lost
+
+    def release(self):
+        self.released = True
+
+
+@pytest.fixture(params=["gs", "s3"])
+def mirror(request, tmp_path, monkeypatch):
+    server = request.getfixturevalue({"gs": "gcs", "s3": "s3"}[request.param])
+    monkeypatch.setenv("CLIPJAX_MIRROR_SECONDS", "0.05")
+    made = open_mirror(tmp_path, f"{request.param}://{BUCKET}/mirror/{request.node.originalname}")
+    made.server = server
+    yield made
+    server.reset()
+    made.close(0.0)
+    for path in objects.list_folder(made.place):
+        objects.delete(f"{made.place}/{path}")
+
+
+def open_mirror(folder, place):
+    copies, found = fill(folder, place, LAYOUT)
+    mirror = Mirror(folder, place, Held(), layout=LAYOUT, copies=copies, found=found)
+    mirror.said = []
+    return mirror
+
+
+def start(mirror):
+    mirror.start(say=mirror.said.append, on_lost=mirror.said.append)
+    return mirror
+
+
+def write(mirror, **files):
+    for path, content in files.items():
+        target = mirror.folder / path.replace("__", "/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
+
+def write_unit(mirror, unit, content=b"x"):
+    write(mirror, **{f"units__{unit}__{name}": content for name in ("a", "deep__b", "seal")})
+
+
+def on_store(mirror):
+    return sorted(objects.list_folder(mirror.place))
+
+
+def unit_files(*units):
+    return sorted(f"units/{unit}/{name}" for unit in units for name in ("a", "deep/b", "seal"))
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_plain_files_follow(mirror):
+    write(mirror, log=b"1", deep__log=b"2", **{".owner": b"", "log.tmp": b"", ".write-probe": b"", "units__9__x": b"9"})
+    start(mirror)
+    wait_for(lambda: on_store(mirror) == ["deep/log", "log"])
+    write(mirror, log=b"1 and more")
+    wait_for(lambda: objects.read_bytes(f"{mirror.place}/log", 100) == b"1 and more")
+    write(mirror, log=b"the end")
+    assert mirror.close() == "" and objects.read_bytes(f"{mirror.place}/log", 100) == b"the end"
+    assert mirror._lease.released and not mirror.said
+    mirror.server.reset()
+    assert mirror.flush() == "" and mirror.server.count("^PUT") == 0  # nothing is sent twice
+
+
+def test_a_unit_is_sent_with_its_seal_last_though_it_is_deleted_here(mirror):
+    write_unit(mirror, 1)
+    write(mirror, log=b"up to 1")
+    done = []
+    mirror.commit("1", then=lambda: done.append(on_store(mirror)))
+    shutil.rmtree(mirror.folder / "units" / "1")
+    assert start(mirror).flush() == "" and on_store(mirror) == ["log", *unit_files(1)]
+    assert done == [["log", *unit_files(1)]]
+    sent = [request for request in mirror.server.requests if request.startswith("PUT")]
+    assert "/log" in sent[0] and "units/1/seal" in sent[-1] and len(sent) == 4
+    assert not (mirror.folder / ".pinned" / "1").exists()
+
+
+@pytest.mark.parametrize("pattern", ["^PUT .*1/deep/b", "^PUT .*1/seal"])
+def test_a_unit_that_is_not_whole_has_no_seal(mirror, pattern, impatient):
+    fault = mirror.server.plant(pattern, status=503)
+    write_unit(mirror, 1)
+    start(mirror).commit("1")
+    wait_for(lambda: mirror.said)
+    assert "units/1/seal" not in on_store(mirror) and "training goes on, and tries again" in mirror.said[0]
+    fault.times = 0
+    wait_for(lambda: len(mirror.said) == 2)
+    assert on_store(mirror) == unit_files(1) and mirror.said[1].endswith("takes files again")
+
+
+def test_a_unit_of_which_the_store_has_lost_a_part_gets_no_seal(mirror):
+    mirror.server.plant(
+        "^PUT .*1/a", times=1, status=200, headers={"ETag": "1", "x-goog-generation": "1"}
+    )  # as if it took it
+    write_unit(mirror, 1)
+    start(mirror).commit("1")
+    wait_for(lambda: mirror.said)
+    assert "the store does not list a file as it was sent" in mirror.said[0]
+    assert mirror.flush() == "" and on_store(mirror) == unit_files(1)
+
+
+def test_an_old_unit_stays_until_a_newer_one_is_complete(mirror, impatient):
+    write_unit(mirror, 1)
+    start(mirror).commit("1")
+    assert mirror.flush() == ""
+    fault = mirror.server.plant("^PUT .*units/2/seal", status=503)
+    write_unit(mirror, 2)
+    mirror.commit("2")
+    mirror.remove("1")
+    wait_for(lambda: mirror.said)
+    assert set(unit_files(1)) <= set(on_store(mirror))
+    fault.times = 0
+    assert mirror.flush(5.0) == "" and on_store(mirror) == unit_files(2)
+    deleted = [request for request in mirror.server.requests if "DELETE" in request or "?delete" in request]
+    assert deleted
+
+
+def test_what_nobody_needs_any_more_is_not_sent(mirror, impatient):
+    fault = mirror.server.plant("^PUT .*units/1/", status=503)
+    for unit in (1, 2, 3):
+        write_unit(mirror, unit)
+        mirror.commit(str(unit))
+    mirror.remove("2")
+    start(mirror)
+    wait_for(lambda: mirror.said)
+    mirror.remove("1")
+    fault.times = 0
+    assert mirror.flush(5.0) == "" and on_store(mirror) == unit_files(3)
+    assert mirror.server.count("^PUT .*units/2/") == 0
+
+
+def test_a_unit_that_is_set_aside_loses_its_seal_and_keeps_its_contents(mirror):
+    write_unit(mirror, 1)
+    start(mirror).commit("1")
+    assert mirror.flush() == ""
+    (mirror.folder / "units" / "1").rename(mirror.folder / "units" / "1.bad")
+    mirror.rename("1", "1.bad")
+    assert mirror.flush() == "" and on_store(mirror) == unit_files("1.bad")
+    write_unit(mirror, 1, b"anew")
+    mirror.commit("1")
+    assert mirror.flush() == "" and on_store(mirror) == unit_files("1", "1.bad")
+    assert objects.read_bytes(f"{mirror.place}/units/1/a", 10) == b"anew"
+
+
+def test_marks_of_complete_units_follow(mirror):
+    write_unit(mirror, 1)
+    start(mirror).commit("1")
+    assert mirror.flush() == ""
+    write(mirror, units__1__good=b"")
+    (mirror.folder / "units" / "1" / "seal.new").write_bytes(b"with the best metric")
+    (mirror.folder / "units" / "1" / "seal.new").replace(mirror.folder / "units" / "1" / "seal")
+    assert mirror.flush() == "" and on_store(mirror) == sorted([*unit_files(1), "units/1/good"])
+    assert objects.read_bytes(f"{mirror.place}/units/1/seal", 100) == b"with the best metric"
+
+
+def test_what_a_killed_run_left_is_deleted_or_written_anew(mirror, tmp_path):
+    for path in ("units/1/a", "units/1/stale", "units/2/a"):
+        objects.write_bytes(f"{mirror.place}/{path}", b"half")
+    second = open_mirror(tmp_path / "second", mirror.place)
+    write_unit(second, 1)
+    start(second).commit("1")
+    assert second.close() == "" and on_store(second) == unit_files(1)
+
+
+def test_trouble_that_stays_is_told_at_the_end_with_the_place_of_what_is_missing(mirror, impatient):
+    mirror.server.plant("", status=503)
+    write(mirror, log=b"1")
+    start(mirror)
+    left = mirror.close(0.0)
+    assert "not everything is on" in left and "503" in left and str(mirror.folder) in left
+    assert len(mirror.said) <= 1
+
+
+def test_a_call_never_waits_for_the_store(mirror):
+    release = threading.Event()
+    mirror.server.plant("^PUT", times=1, before=lambda: release.wait(20))
+    write(mirror, log=b"1")
+    start(mirror)
+    wait_for(lambda: mirror.server.count("^PUT"))
+    begin = time.monotonic()
+    write_unit(mirror, 1)
+    mirror.commit("1")
+    mirror.remove("0")
+    mirror.rename("0", "0.bad")
+    assert time.monotonic() - begin < 0.2
+    release.set()
+    assert mirror.flush() == "" and "units/1/seal" in on_store(mirror)
+
+
+def test_nothing_is_written_once_the_lease_is_lost(mirror):
+    start(mirror)
+    mirror._lease.lost = True
+    mirror.server.reset()
+    write(mirror, log=b"1")
+    write_unit(mirror, 1)
+    mirror.commit("1")
+    assert mirror.flush() == "it is another run's"
+    with pytest.raises(LeaseLost):
+        mirror.send(mirror.folder / "log")
+    assert mirror.server.count("^PUT") == 0
+
+
+def test_a_file_can_be_waited_for(mirror, impatient):
+    write(mirror, decisions=b"1")
+    mirror.send(mirror.folder / "decisions")
+    assert on_store(mirror) == ["decisions"]
+    mirror.server.plant("^PUT", status=503)
+    with pytest.raises(OSError, match="503"):
+        mirror.send(mirror.folder / "decisions")
