@@ -135,6 +135,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
         self.close_connection = self.close_connection or fault.share < 1
 
+    def handle_expect_100(self) -> bool:
+        """Tell a client at once that it may send its body."""
+        goes_on = super().handle_expect_100()
+        self.wfile.flush()
+        return goes_on
+
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -157,7 +163,7 @@ def forward(port: int) -> Backend:
     def answer(method: str, path: str, headers: Headers, body: bytes) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         try:
-            sent = {name: value for name, value in headers.items() if name not in ("transfer-encoding", "connection")}
+            sent = {name: value for name, value in headers.items() if name not in _NOT_SENT}
             connection.request(method, path, body or None, {**sent, "content-length": str(len(body))})
             got = connection.getresponse()
             kept = {name: value for name, value in got.getheaders() if name.lower() not in _HOP}
@@ -170,6 +176,7 @@ def forward(port: int) -> Backend:
     return answer
 
 
+_NOT_SENT = ("transfer-encoding", "connection", "expect")
 _HOP = ("connection", "transfer-encoding", "content-length", "server", "date")
 
 
