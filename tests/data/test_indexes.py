@@ -497,6 +497,24 @@ def test_the_command_tells_what_it_did_and_does_nothing_twice(tmp_path, capsys):
     assert "2 shards (none new), 4 samples, " in capsys.readouterr().out
 
 
+def test_the_command_can_be_interrupted(tmp_path, capsys, monkeypatch):
+    for name in "abc":
+        write(tmp_path / f"{name}.tar", pair(name))
+        index_of(tmp_path / f"{name}.tar").unlink()
+
+    def interrupt(line, built: int, missing: int, samples: int) -> None:
+        line.built = built
+        if built == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_index._Line, "update", interrupt)
+        assert main(["index", f"{tmp_path}/?.tar"]) == 130
+    assert "stopped after 2 shards; the same command goes on from here" in capsys.readouterr().err
+    assert main(["index", f"{tmp_path}/?.tar"]) == 0
+    assert "3 shards (1 new), 3 samples" in capsys.readouterr().out
+
+
 def test_the_command_shows_how_far_it_is(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data_index, "_PLAIN_SECONDS", 0.0)
     for name in "ab":
