@@ -103,7 +103,9 @@ def test_without_tasks_there_is_no_best_metric(tmp_path):
 
 
 def files_in(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """All files but the indexes of shards, which are the data's and not the run's."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != ".clipjax-index")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def check(config: Config, workdir: pathlib.Path) -> None:
