@@ -14,6 +14,7 @@ import dataclasses
 import json
 import mmap
 import os
+import re
 import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -202,9 +203,7 @@ def parse_header(content: Any, size: int) -> IndexHeader:
         raise DamagedIndex("its digest is wrong")
     try:
         fields = json.loads(text)
-        fields["unused"] = {
-            name: Unused(*map(fields["unused"][name].get, ("count", "lost", "example"))) for name in fields["unused"]
-        }
+        fields["unused"] = {name: Unused(**each) for name, each in fields["unused"].items()}
         header = IndexHeader(**fields)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedIndex(f"its header is wrong: {error}") from None
@@ -228,7 +227,10 @@ def _check_types(header: IndexHeader) -> None:
         any(type(number) is not int or not 0 <= number < 2**62 for number in (*numbers, *unused))
         or any(type(text) is not str for text in texts)
         or any(type(flag) is not bool for flag in (header.is_compact, header.is_fresh))
-        or max(header.count, header.num_faults) > _MAX_COUNT
+        or header.count > min(header.size // BLOCK + 1, _MAX_COUNT)  # each has a header of its own
+        or header.num_faults > header.count
+        or header.key_bytes > 4 * header.size  # of names with escapes
+        or not re.fullmatch(r"[0-9a-f]{32}", header.digest)
     ):
         raise DamagedIndex("its header is wrong")
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import pickle
 import random
+import struct
 import subprocess
 import sys
 import tarfile
@@ -562,6 +563,43 @@ def test_an_index_of_others_is_not_believed(tmp_path):
                     continue
                 assert table.header.is_compact is False or found.keys() <= {"a", "b"} or found == expected
         index_of(path).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", 3),
+        ("name", "other.tar"),
+        ("size", -1),
+        ("size", 2**70),
+        ("count", 1),
+        ("count", "2"),
+        ("count", 10**9),
+        ("num_faults", 3),
+        ("key_bytes", 10**9),
+        ("is_compact", 1),
+        ("digest", "\x1b[2J"),
+        ("digest", None),
+        ("unused", []),
+        ("unused", {"a": {"count": "x", "lost": 0, "example": ""}}),
+        ("unused", {"a": 3}),
+        ("damage", ["x"]),
+        ("more", 1),
+    ],
+)
+def test_a_header_of_others_is_not_believed(tmp_path, field, value, caplog):
+    path = tmp_path / "s.tar"
+    write(path, [*pair("a"), *pair("b")])
+    content = index_of(path).read_bytes()
+    fixed = list(index_file._FIXED.unpack_from(content))
+    text = json.loads(content[index_file._FIXED.size :][: fixed[2]]) | {field: value}
+    forged = json.dumps(text).encode()
+    fixed[2] = len(forged)
+    fixed[4] = index_file._digest(struct.pack("<IIQ", *fixed[1:4]) + forged)
+    body = content[len(content) - fixed[3] :]
+    index_of(path).write_bytes(index_file._FIXED.pack(*fixed) + forged + body)
+    assert outcomes(open_source(path)) == {"a": good("a"), "b": good("b")}
+    assert len(caplog.records) == 1 and index_of(path).read_bytes() == content
 
 
 def forge(content: bytes, body: bytes) -> bytes:

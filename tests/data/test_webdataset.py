@@ -193,6 +193,23 @@ def test_what_is_not_needed_costs_no_pair(path, member, layout):
     assert outcomes(source) == {"k": good("k"), "z": good("z")}
 
 
+@pytest.mark.parametrize(
+    ("content", "label"),
+    [
+        (b'{"label": 3}', 3),
+        (b'{ "url": "x", "label":3}', 3),
+        (b'{"\\u006cabel": 3}', 3),
+        (b'\xef\xbb\xbf{"label": 3}', 3),
+        ('{"label": 3}'.encode("utf-16"), 3),
+        ('{"label": 3}'.encode("utf-32-be"), 3),
+        (b'{"url": "x"}', -1),
+        (b'{"a": {"label": 3}}', -1),
+    ],
+)
+def test_labels_beside_a_caption(path, content, label):
+    assert outcomes(write(path, [*pair("k"), entry("k.json", content)])) == {"k": good("k", label=label)}
+
+
 def test_blank_captions_in_a_list_are_left_out(path):
     members = [entry("k.jpg", IMAGE + b"k"), entry("k.json", b'{"caption": null, "captions": ["a", "", null, " b "]}')]
     assert outcomes(write(path, members)) == {"k": Sample(IMAGE + b"k", ("a", "b"), -1, "k")}
