@@ -103,7 +103,7 @@ def test_without_tasks_there_is_no_best_metric(tmp_path):
 
 
 def files_in(folder: pathlib.Path) -> dict[str, bytes]:
-    """All files but the indexes of shards, which are the data's and not the run's."""
+    """All files but the indexes of shards, which any reader of the data leaves beside them."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != ".clipjax-index")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
