@@ -26,12 +26,11 @@ _PLAIN_SECONDS = 10.0
 
 
 def name_source(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with `--source=` before a source that is given without it."""
+    """Return the arguments with `--source=` before the first one that is given without an option's name."""
     is_value = [before.startswith("--") and "=" not in before for before in ("", *argv)]
-    return [
-        each if each.startswith("-") or after_option else f"--source={each}"
-        for each, after_option in zip(argv, is_value, strict=False)
-    ]
+    stray = (i for i, each in enumerate(argv) if not (each.startswith("-") or is_value[i]))
+    first = next(stray, None)
+    return [f"--source={each}" if i == first else each for i, each in enumerate(argv)]
 
 
 def run(source: str, num_workers: int | None) -> int:

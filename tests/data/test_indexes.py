@@ -531,7 +531,8 @@ def test_the_command_shows_how_far_it_is(tmp_path, capsys, monkeypatch):
     ("argv", "message"),
     [
         ([], "--source is missing"),
-        (["a", "b"], "--source is given twice"),
+        (["a", "b"], "argument 'b' is not understood"),
+        (["a", "--source=b"], "--source is given twice"),
         (["tfds:scenes/train"], "is prepared TFDS data, which has an index"),
         (["none-*.tar"], "match no file"),
         (["a", "--num_workers=0"], "--num_workers=0 must be a whole number of at least 1"),
