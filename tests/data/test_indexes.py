@@ -19,7 +19,8 @@ import pytest
 from clipjax.cli import data_index
 from clipjax.cli.data import main
 from clipjax.data import index_file, index_store, indexes, webdataset
-from clipjax.data.index_file import IndexTable, pack
+from clipjax.data.index_file import pack
+from clipjax.data.index_table import IndexTable
 from clipjax.data.sample import UnreadableData
 from clipjax.data.tar_index import index_shard
 from clipjax.runtime.storage import open_file
@@ -592,19 +593,19 @@ def test_a_header_of_others_is_not_believed(tmp_path, field, value, caplog):
     path = tmp_path / "s.tar"
     write(path, [*pair("a"), *pair("b")])
     content = index_of(path).read_bytes()
-    fixed = list(index_file._FIXED.unpack_from(content))
-    text = json.loads(content[index_file._FIXED.size :][: fixed[2]]) | {field: value}
+    fixed = list(index_file.FIXED.unpack_from(content))
+    text = json.loads(content[index_file.FIXED.size :][: fixed[2]]) | {field: value}
     forged = json.dumps(text).encode()
     fixed[2] = len(forged)
-    fixed[4] = index_file._digest(struct.pack("<IIQ", *fixed[1:4]) + forged)
+    fixed[4] = index_file.digest_of(struct.pack("<IIQ", *fixed[1:4]) + forged)
     body = content[len(content) - fixed[3] :]
-    index_of(path).write_bytes(index_file._FIXED.pack(*fixed) + forged + body)
+    index_of(path).write_bytes(index_file.FIXED.pack(*fixed) + forged + body)
     assert outcomes(open_source(path)) == {"a": good("a"), "b": good("b")}
     assert len(caplog.records) == 1 and index_of(path).read_bytes() == content
 
 
 def forge(content: bytes, body: bytes) -> bytes:
     """An index file with another body and the digest of that."""
-    fixed = list(index_file._FIXED.unpack_from(content))
-    fixed[5] = index_file._digest(body)
-    return index_file._FIXED.pack(*fixed) + content[index_file._FIXED.size : len(content) - len(body)] + body
+    fixed = list(index_file.FIXED.unpack_from(content))
+    fixed[5] = index_file.digest_of(body)
+    return index_file.FIXED.pack(*fixed) + content[index_file.FIXED.size : len(content) - len(body)] + body
