@@ -4,7 +4,7 @@
 
 One real shard is indexed and stands under many names (hard links), each with an index file of its own, so that every
 path, index file and place is real, and only the contents are the same. A worker is a process that gets the pickled
-source and reads samples at random; its memory is what the kernel counts, mapped pages of index files included.
+source and reads samples at random.
 """
 
 import argparse

@@ -1,10 +1,12 @@
 """The work of `clipjax data index`: index files of all tars of a source, by several processes, with progress."""
 
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Sequence
 
+from clipjax.cli.errors import SIGNAL
 from clipjax.config import DataConfig
 from clipjax.data.index_store import Entry
 from clipjax.data.indexes import open_indexes
@@ -52,6 +54,10 @@ def run(source: str, num_workers: int | None) -> int:
             is_thorough=True,
             progress=line.update,
         )
+    except KeyboardInterrupt:
+        line.close()
+        print(f"clipjax data: stopped after {line.built:,} shards; the same command goes on from here", file=sys.stderr)
+        return SIGNAL + signal.SIGINT
     finally:
         line.close()
     headers = [entry.header for entry in entries]

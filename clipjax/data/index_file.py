@@ -1,4 +1,4 @@
-"""Index files: where each sample of a tar shard begins, in 4 bytes a sample, to be mapped into memory.
+"""Index files: where each sample of a tar shard begins, in 4 bytes a sample, read in place.
 
 A file is 56 fixed bytes (magic, lengths, digests of header and body), a header in JSON, and the body. The body of a
 compact index is one uint32 a sample, its first header's place in blocks of 512 bytes, and one more for the end: a
@@ -7,22 +7,21 @@ table of members, with their keys. Faults are few and stored as pairs of sample 
 
 A file of others may say anything, so nothing is believed that its shard's size, its own digests and lengths contradict.
 
-Reading order: `pack`, `IndexHeader`, `read_header`, `IndexTable`.
+Reading order: `pack`, `IndexHeader`, `read_header`; `index_table.py` reads the body.
 """
 
 import dataclasses
 import json
-import mmap
 import os
+import re
 import struct
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from clipjax.data.digests import CONTENTS, Hasher, spread
-from clipjax.data.sample import REASONS
 from clipjax.data.tar_format import BLOCK
 from clipjax.data.tar_index import NO_FAULT, ShardIndex, Unused
 from clipjax.data.tar_names import NUM_COLUMNS
@@ -30,10 +29,13 @@ from clipjax.runtime.storage import OpenFile
 
 FORMAT = 1
 _MAGIC = b"clipjaxI"
-_FIXED = struct.Struct("<8sIIQ16s16s")  # magic, format, bytes of the header, of the body, digests of both
-_MAX_HEADER_BYTES = 2**18
+FIXED = struct.Struct("<8sIIQ16s16s")
+"""Magic, format, bytes of the header and of the body, digests of both."""
+
+MAX_HEADER_BYTES = 2**18
+"""Largest header; it names a few members of a shard."""
+
 _MAX_COUNT = 2**32 - 1
-_PAIR = struct.Struct("<II")
 
 
 class DamagedIndex(ValueError):
@@ -151,14 +153,15 @@ def pack(index: ShardIndex, file: OpenFile, *, name: str, limit: int, is_fresh: 
     parts += [faulty.astype("<u4").tobytes(), *keys, index.faults[faulty].tobytes()]
     body = b"".join(parts)
     text = json.dumps(dataclasses.asdict(header)).encode()
-    assert len(body) == header.body_bytes and len(text) <= _MAX_HEADER_BYTES
+    assert len(body) == header.body_bytes and len(text) <= MAX_HEADER_BYTES
     text += b" " * (-len(text) % 8)  # the body's numbers lie at their places
     lengths = struct.pack("<IIQ", FORMAT, len(text), len(body))
-    digests = _digest(lengths + text), _digest(body)
-    return _FIXED.pack(_MAGIC, FORMAT, len(text), len(body), *digests) + text + body
+    digests = digest_of(lengths + text), digest_of(body)
+    return FIXED.pack(_MAGIC, FORMAT, len(text), len(body), *digests) + text + body
 
 
-def _digest(content: Any) -> bytes:
+def digest_of(content: Any) -> bytes:
+    """Return the digest of a part of an index file."""
     return xxhash.xxh3_128_digest(content)
 
 
@@ -173,18 +176,18 @@ def read_header(place: str) -> IndexHeader:
         start = file.read(4096)
         size = os.fstat(file.fileno()).st_size
         length = _header_length(start, size)
-        while len(start) < _FIXED.size + length and (more := file.read(_FIXED.size + length - len(start))):
+        while len(start) < FIXED.size + length and (more := file.read(FIXED.size + length - len(start))):
             start += more
     return parse_header(start, size)
 
 
 def _header_length(start: bytes, size: int) -> int:
-    if len(start) < _FIXED.size:
+    if len(start) < FIXED.size:
         raise DamagedIndex("it is cut off")
-    magic, version, length, body, *_ = _FIXED.unpack_from(start)
+    magic, version, length, body, *_ = FIXED.unpack_from(start)
     if magic != _MAGIC or version != FORMAT:
         raise DamagedIndex(f"it is of another format than {FORMAT}")
-    if length > _MAX_HEADER_BYTES or _FIXED.size + length + body != size:
+    if length > MAX_HEADER_BYTES or FIXED.size + length + body != size:
         raise DamagedIndex("its length is wrong")
     return length
 
@@ -195,16 +198,14 @@ def parse_header(content: Any, size: int) -> IndexHeader:
     Raises:
         DamagedIndex: it cannot be used.
     """
-    length = _header_length(bytes(content[: _FIXED.size]), size)
-    text = bytes(content[_FIXED.size : _FIXED.size + length])
-    _, version, length, body, digest, _ = _FIXED.unpack_from(content)
-    if _digest(struct.pack("<IIQ", version, length, body) + text) != digest:
+    length = _header_length(bytes(content[: FIXED.size]), size)
+    text = bytes(content[FIXED.size : FIXED.size + length])
+    _, version, length, body, digest, _ = FIXED.unpack_from(content)
+    if digest_of(struct.pack("<IIQ", version, length, body) + text) != digest:
         raise DamagedIndex("its digest is wrong")
     try:
         fields = json.loads(text)
-        fields["unused"] = {
-            name: Unused(*map(fields["unused"][name].get, ("count", "lost", "example"))) for name in fields["unused"]
-        }
+        fields["unused"] = {name: Unused(**each) for name, each in fields["unused"].items()}
         header = IndexHeader(**fields)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedIndex(f"its header is wrong: {error}") from None
@@ -228,126 +229,9 @@ def _check_types(header: IndexHeader) -> None:
         any(type(number) is not int or not 0 <= number < 2**62 for number in (*numbers, *unused))
         or any(type(text) is not str for text in texts)
         or any(type(flag) is not bool for flag in (header.is_compact, header.is_fresh))
-        or max(header.count, header.num_faults) > _MAX_COUNT
+        or header.count > min(header.size // BLOCK + 1, _MAX_COUNT)  # each has a header of its own
+        or header.num_faults > header.count
+        or header.key_bytes > 4 * header.size  # of names with escapes
+        or not re.fullmatch(r"[0-9a-f]{32}", header.digest)
     ):
         raise DamagedIndex("its header is wrong")
-
-
-class Checked(NamedTuple):
-    """An index file that has been checked.
-
-    Attributes:
-        fixed: its first bytes, with the digests of all others.
-        header: what it tells, but not of unused members and damage.
-    """
-
-    fixed: bytes
-    header: IndexHeader
-
-
-class IndexTable:
-    """The places in one index file: mapped into memory, or held in it.
-
-    Args:
-        content: of the whole file.
-        checked: the file as it was when it was checked before, if it was.
-
-    Raises:
-        DamagedIndex: it cannot be used.
-
-    Attributes:
-        header: what the file tells.
-        checked: the file as it is, for the next time.
-    """
-
-    def __init__(self, content: bytes | mmap.mmap, checked: Checked | None = None):
-        self._content = content
-        fixed = content[: _FIXED.size]
-        is_new = checked is None or checked.fixed != fixed
-        if checked is None or is_new:
-            header = parse_header(content[: _FIXED.size + _MAX_HEADER_BYTES], len(content))
-            # What it tells of unused members has been told, and would take memory for each shard.
-            checked = Checked(fixed, dataclasses.replace(header, unused={}, damage=""))
-        self.checked, self.header = checked, checked.header
-        header = checked.header
-        self._first = len(content) - header.body_bytes
-        if is_new and _digest(memoryview(content)[self._first :]) != _FIXED.unpack_from(content)[5]:
-            raise DamagedIndex("its digest is wrong")
-        if is_new or header.num_faults or not header.is_compact:
-            self._view_arrays()
-        if is_new and not (self._faults_fit() and (self._starts_fit() if header.is_compact else self._members_fit())):
-            raise DamagedIndex("its places are not in the shard")
-
-    def _view_arrays(self) -> None:
-        header, place = self.header, self._first
-        if header.is_compact:
-            self._starts, place = self._view("<u4", header.count + 1, place)
-        else:
-            self._offsets, place = self._view("<i8", header.count * NUM_COLUMNS, place)
-            self._ends, place = self._view("<u8", header.count, place)
-            self._sizes, place = self._view("<u4", header.count * NUM_COLUMNS, place)
-        self._fault_rows, self._keys = self._view("<u4", header.num_faults, place)
-        self._faults, _ = self._view("i1", header.num_faults, self._keys + header.key_bytes)
-
-    def _view(self, dtype: str, count: int, place: int) -> tuple[np.ndarray, int]:
-        """Return numbers of the body without a copy, and the place behind them."""
-        array = np.frombuffer(self._content, dtype, count, place)
-        return array, place + array.nbytes
-
-    def _faults_fit(self) -> bool:
-        rows = self._fault_rows.astype(np.int64)
-        in_order = bool((np.diff(rows, prepend=-1, append=self.header.count) > 0).all())
-        return in_order and bool(((self._faults >= 0) & (self._faults < len(REASONS))).all())
-
-    def _starts_fit(self) -> bool:
-        starts = self._starts.astype(np.int64)
-        return bool((np.diff(starts) > 0).all()) and starts[-1] * BLOCK < self.header.size + BLOCK
-
-    def _members_fit(self) -> bool:
-        ends, header = self._ends.astype(np.int64), self.header
-        rows = np.ones(header.count, np.bool_)
-        rows[self._fault_rows] = False
-        offsets, sizes = (each.reshape(-1, NUM_COLUMNS)[rows] for each in (self._offsets, self._sizes))
-        inside = (offsets <= header.size) & (offsets + sizes <= header.size)
-        keys_fit = bool((np.diff(ends, prepend=0) >= 0).all()) and (ends[-1] if len(ends) else 0) == header.key_bytes
-        return keys_fit and bool((self._offsets >= -1).all()) and bool((inside | (offsets < 0)).all())
-
-    def fault(self, row: int) -> int:
-        """Return why a sample cannot be used, an index into `REASONS`, or `NO_FAULT`."""
-        if not self.header.num_faults:
-            return NO_FAULT
-        place = int(np.searchsorted(self._fault_rows, row))
-        found = place < len(self._fault_rows) and self._fault_rows[place] == row
-        return int(self._faults[place]) if found else NO_FAULT
-
-    def span(self, row: int) -> tuple[int, int]:
-        """Return start and end of a sample; the index is compact."""
-        start, end = _PAIR.unpack_from(self._content, self._first + 4 * row)
-        return start * BLOCK, end * BLOCK
-
-    def members(self, row: int) -> tuple[list[int], list[int]]:
-        """Return offsets and sizes of a sample's members by column; the index is a full table."""
-        span = slice(row * NUM_COLUMNS, (row + 1) * NUM_COLUMNS)
-        return self._offsets[span].tolist(), self._sizes[span].tolist()
-
-    def key(self, row: int) -> str:
-        """Return the key of a sample; the index is a full table."""
-        start, end = (self._keys + int(self._ends[each]) if each >= 0 else self._keys for each in (row - 1, row))
-        return self._content[start:end].decode("utf-8", "backslashreplace")
-
-
-def map_table(place: str, checked: Checked | None = None) -> IndexTable:
-    """Map an index file.
-
-    Args:
-        place: its path.
-        checked: the file as it was when it was checked before, if it was.
-
-    Raises:
-        DamagedIndex: it cannot be used.
-        OSError: it cannot be read.
-    """
-    with open(place, "rb", buffering=0) as file:  # noqa: PTH123
-        if os.fstat(file.fileno()).st_size < _FIXED.size:
-            raise DamagedIndex("it is cut off")  # nothing can be mapped of an empty file
-        return IndexTable(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), checked)

@@ -19,7 +19,8 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from clipjax.data.index_file import DamagedIndex, IndexHeader, IndexTable, map_table, pack, read_header
+from clipjax.data.index_file import DamagedIndex, IndexHeader, pack, read_header
+from clipjax.data.index_table import IndexTable, open_table
 from clipjax.data.tar_index import index_shard
 from clipjax.runtime.files import write_atomic
 from clipjax.runtime.storage import OpenFile, is_address, open_file
@@ -56,7 +57,7 @@ class Entry(NamedTuple):
             DamagedIndex: it cannot be used.
             OSError: it cannot be read.
         """
-        return IndexTable(self.place) if isinstance(self.place, bytes) else map_table(self.place)
+        return IndexTable(self.place) if isinstance(self.place, bytes) else open_table(self.place)
 
 
 class Missing(NamedTuple):
@@ -94,7 +95,7 @@ class _OtherShard(DamagedIndex):
 
 def _read_entry(place: str, path: str, file: OpenFile, *, is_thorough: bool) -> Entry:
     if is_thorough:
-        map_table(place)
+        open_table(place)
     header = read_header(place)
     if header.name != _base(path):
         raise DamagedIndex("it is of another shard")

@@ -72,7 +72,7 @@ def _start() -> subprocess.Popen[str]:
         "PYTHONPATH": os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")]).rstrip(":"),
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "clipjax.data.index_workers"],
+        [sys.executable or "python3", "-m", "clipjax.data.index_workers"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

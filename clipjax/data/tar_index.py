@@ -105,7 +105,16 @@ def index_shard(file: OpenFile, path: str) -> ShardIndex:
         ValueError: the file is no tar.
         OSError: it cannot be read.
     """
-    collector, damage = _Collector(file.size), ""
+    collector = _Collector(file.size)
+    damage = _collect(collector, file, path)
+    if collector.has_links:  # rare, and the names of all files take more memory than all else
+        collector = _Collector(file.size, files={})
+        damage = _collect(collector, file, path)
+    return collector.finish(damage)
+
+
+def _collect(collector: "_Collector", file: OpenFile, path: str) -> str:
+    """Give all members to a collector; return what cuts the archive short, or ""."""
     read = windowed(file, _REMOTE_WINDOW if is_address(path) else _WINDOW)
     try:
         for member in walk(read, file.size):
@@ -113,8 +122,8 @@ def index_shard(file: OpenFile, path: str) -> ShardIndex:
     except DamagedTar as error:
         if not collector.is_used and not _starts_like_tar(file):
             raise ValueError(f"{path} is not a tar file; an archive that is compressed must be decompressed") from None
-        damage = str(error)
-    return collector.finish(damage)
+        return str(error)
+    return ""
 
 
 def _starts_like_tar(file: OpenFile) -> bool:
@@ -141,6 +150,10 @@ class _Row:
         return self.offsets[IMAGE] >= 0 and max(self.offsets[1:]) >= 0
 
 
+def _name(name: str) -> str:
+    return name.removeprefix("./")
+
+
 def _extension(member: Member) -> str:
     _, dot, extension = member.name.rpartition("/")[2].rpartition(".")
     return extension.lower() if dot else ""
@@ -151,29 +164,37 @@ class _Collector:
 
     Args:
         length: size of the archive.
+        files: to fill with the files by name, for hard links to find them; None: links are not followed.
+
+    Attributes:
+        is_used: a member has been given to a sample.
+        has_links: there were hard links, and they were not followed.
     """
 
-    def __init__(self, length: int):
+    def __init__(self, length: int, files: dict[str, Member] | None = None):
         self._length, self._end = length, next_header(0, length)
         self._rows: dict[str, _Row] = {}
-        self._files: dict[str, Member] = {}
+        self._files = files
         self._rare: dict[str, list[Member]] = {}
         self._dotted: dict[str, list[Member]] = {}
         self._foreign: list[tuple[str, Member]] = []
         self._unused: dict[str, Unused] = {}
         self._latest: _Row | None = None
-        self.is_used = False
+        self.is_used = self.has_links = False
 
     def add(self, member: Member) -> None:
         """Take the next member of the archive."""
         place = classify(member.name)
-        is_linked = member.target is not None
-        if is_linked and (target := self._files.get(member.target.removeprefix("./"))) is not None:  # pyright: ignore
-            member = member._replace(offset=target.offset, size=target.size, is_file=True)
+        if member.target is not None:
+            target = None if self._files is None else self._files.get(_name(member.target))
+            self.has_links |= self._files is None
+            if target is not None:
+                member = member._replace(offset=target.offset, size=target.size, is_file=True)
         if not member.is_file:
             self._leave(member, is_lost=place.column >= 0)
             return
-        self._files[member.name.removeprefix("./")] = member
+        if self._files is not None:
+            self._files[_name(member.name)] = member
         if place.is_certain:
             self._latest = self._put(place.key, place.column, member)
         elif place.column < 0 and _extension(member) in _FOREIGN:

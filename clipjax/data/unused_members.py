@@ -45,7 +45,7 @@ def tell_unused(paths: Sequence[str], headers: Sequence[IndexHeader]) -> None:
         )
     damaged = [(path, header) for path, header in zip(paths, headers, strict=True) if header.damage]
     for path, header in damaged[:_MOST_SHOWN]:
-        _log.warning("%s: %s; using the %d keys before", printable(path), header.damage, header.count)
+        _log.warning("%s: %s; using the %d keys before", printable(path), printable(header.damage), header.count)
     if len(damaged) > _MOST_SHOWN:
         _log.warning("and %d more shards are cut short or damaged", len(damaged) - _MOST_SHOWN)
 

@@ -23,7 +23,8 @@ import xxhash
 
 from clipjax.data import index_store, indexes
 from clipjax.data.digests import DIGEST_THREADS, ShardDigest
-from clipjax.data.index_file import Checked, DamagedIndex, IndexHeader, IndexTable, map_table, shard_digest
+from clipjax.data.index_file import DamagedIndex, IndexHeader, shard_digest
+from clipjax.data.index_table import Checked, IndexTable, open_table
 from clipjax.data.sample import REASONS, BadSample, Sample, UnreadableData
 from clipjax.data.tar_format import DamagedTar
 from clipjax.data.tar_index import NO_FAULT, index_shard
@@ -71,7 +72,7 @@ def _open_shard(checked: dict[str, Checked], path: str, place: str | bytes, stam
         raise _changed(path)
     try:
         known = checked.get(place) if isinstance(place, str) else None
-        table = IndexTable(place) if isinstance(place, bytes) else map_table(place, known)
+        table = IndexTable(place) if isinstance(place, bytes) else open_table(place, known)
         if table.checked is known:
             return _Shard(file, table, limits)
         problem = "" if _stamp(table.header) == stamp else "it is of another content of the shard"
@@ -205,7 +206,7 @@ class TarSource:
         OSError: a file cannot be read.
 
     Cost: shards without an index are walked through once, by a process per core (15 microseconds a sample). Index files
-    are mapped when a shard is read; worker processes get paths and counts.
+    are read in place, and shared by all processes that way; worker processes get paths and counts.
     """
 
     def __init__(self, paths: Sequence[str], *, max_caption_bytes: int, max_image_pixels: int):

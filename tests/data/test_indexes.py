@@ -6,6 +6,7 @@ import os
 import pathlib
 import pickle
 import random
+import struct
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,8 @@ import pytest
 from clipjax.cli import data_index
 from clipjax.cli.data import main
 from clipjax.data import index_file, index_store, indexes, webdataset
-from clipjax.data.index_file import IndexTable, pack
+from clipjax.data.index_file import pack
+from clipjax.data.index_table import IndexTable
 from clipjax.data.sample import UnreadableData
 from clipjax.data.tar_index import index_shard
 from clipjax.runtime.storage import open_file
@@ -497,6 +499,24 @@ def test_the_command_tells_what_it_did_and_does_nothing_twice(tmp_path, capsys):
     assert "2 shards (none new), 4 samples, " in capsys.readouterr().out
 
 
+def test_the_command_can_be_interrupted(tmp_path, capsys, monkeypatch):
+    for name in "abc":
+        write(tmp_path / f"{name}.tar", pair(name))
+        index_of(tmp_path / f"{name}.tar").unlink()
+
+    def interrupt(line, built: int, missing: int, samples: int) -> None:
+        line.built = built
+        if built == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_index._Line, "update", interrupt)
+        assert main(["index", f"{tmp_path}/?.tar"]) == 130
+    assert "stopped after 2 shards; the same command goes on from here" in capsys.readouterr().err
+    assert main(["index", f"{tmp_path}/?.tar"]) == 0
+    assert "3 shards (1 new), 3 samples" in capsys.readouterr().out
+
+
 def test_the_command_shows_how_far_it_is(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data_index, "_PLAIN_SECONDS", 0.0)
     for name in "ab":
@@ -512,7 +532,8 @@ def test_the_command_shows_how_far_it_is(tmp_path, capsys, monkeypatch):
     ("argv", "message"),
     [
         ([], "--source is missing"),
-        (["a", "b"], "--source is given twice"),
+        (["a", "b"], "argument 'b' is not understood"),
+        (["a", "--source=b"], "--source is given twice"),
         (["tfds:scenes/train"], "is prepared TFDS data, which has an index"),
         (["none-*.tar"], "match no file"),
         (["a", "--num_workers=0"], "--num_workers=0 must be a whole number of at least 1"),
@@ -546,8 +567,45 @@ def test_an_index_of_others_is_not_believed(tmp_path):
         index_of(path).write_bytes(content)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", 3),
+        ("name", "other.tar"),
+        ("size", -1),
+        ("size", 2**70),
+        ("count", 1),
+        ("count", "2"),
+        ("count", 10**9),
+        ("num_faults", 3),
+        ("key_bytes", 10**9),
+        ("is_compact", 1),
+        ("digest", "\x1b[2J"),
+        ("digest", None),
+        ("unused", []),
+        ("unused", {"a": {"count": "x", "lost": 0, "example": ""}}),
+        ("unused", {"a": 3}),
+        ("damage", ["x"]),
+        ("more", 1),
+    ],
+)
+def test_a_header_of_others_is_not_believed(tmp_path, field, value, caplog):
+    path = tmp_path / "s.tar"
+    write(path, [*pair("a"), *pair("b")])
+    content = index_of(path).read_bytes()
+    fixed = list(index_file.FIXED.unpack_from(content))
+    text = json.loads(content[index_file.FIXED.size :][: fixed[2]]) | {field: value}
+    forged = json.dumps(text).encode()
+    fixed[2] = len(forged)
+    fixed[4] = index_file.digest_of(struct.pack("<IIQ", *fixed[1:4]) + forged)
+    body = content[len(content) - fixed[3] :]
+    index_of(path).write_bytes(index_file.FIXED.pack(*fixed) + forged + body)
+    assert outcomes(open_source(path)) == {"a": good("a"), "b": good("b")}
+    assert len(caplog.records) == 1 and index_of(path).read_bytes() == content
+
+
 def forge(content: bytes, body: bytes) -> bytes:
     """An index file with another body and the digest of that."""
-    fixed = list(index_file._FIXED.unpack_from(content))
-    fixed[5] = index_file._digest(body)
-    return index_file._FIXED.pack(*fixed) + content[index_file._FIXED.size : len(content) - len(body)] + body
+    fixed = list(index_file.FIXED.unpack_from(content))
+    fixed[5] = index_file.digest_of(body)
+    return index_file.FIXED.pack(*fixed) + content[index_file.FIXED.size : len(content) - len(body)] + body

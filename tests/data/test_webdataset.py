@@ -193,6 +193,23 @@ def test_what_is_not_needed_costs_no_pair(path, member, layout):
     assert outcomes(source) == {"k": good("k"), "z": good("z")}
 
 
+@pytest.mark.parametrize(
+    ("content", "label"),
+    [
+        (b'{"label": 3}', 3),
+        (b'{ "url": "x", "label":3}', 3),
+        (b'{"\\u006cabel": 3}', 3),
+        (b'\xef\xbb\xbf{"label": 3}', 3),
+        ('{"label": 3}'.encode("utf-16"), 3),
+        ('{"label": 3}'.encode("utf-32-be"), 3),
+        (b'{"url": "x"}', -1),
+        (b'{"a": {"label": 3}}', -1),
+    ],
+)
+def test_labels_beside_a_caption(path, content, label):
+    assert outcomes(write(path, [*pair("k"), entry("k.json", content)])) == {"k": good("k", label=label)}
+
+
 def test_blank_captions_in_a_list_are_left_out(path):
     members = [entry("k.jpg", IMAGE + b"k"), entry("k.json", b'{"caption": null, "captions": ["a", "", null, " b "]}')]
     assert outcomes(write(path, members)) == {"k": Sample(IMAGE + b"k", ("a", "b"), -1, "k")}
@@ -430,15 +447,22 @@ def test_a_shard_that_changes_after_it_was_opened_stops_the_run(path, is_open, l
 
 
 def test_storage_that_fails_stops_the_run(path, monkeypatch):
-    source = write(path, pair("a"))
-    monkeypatch.setattr(os, "pread", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))))
+    source, read = write(path, pair("a")), os.pread
+
+    def fail(descriptor: int, size: int, offset: int) -> bytes:
+        if size > 64:  # of the shard; the index is read number by number
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(descriptor, size, offset)
+
+    assert source[0] == good("a")
+    monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(UnreadableData, match="cannot be read as it was opened: Input/output error; let what"):
+        source[0]
+    monkeypatch.setattr(os, "pread", lambda *where: read(*where)[:64])
+    with pytest.raises(UnreadableData, match="it ends after 64 bytes instead of"):
         source[0]
     monkeypatch.undo()
     assert source[0] == good("a")
-    monkeypatch.setattr(os, "pread", lambda *_: b"x")
-    with pytest.raises(UnreadableData, match="it ends after"):
-        source[0]
 
 
 @pytest.mark.parametrize(

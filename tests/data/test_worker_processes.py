@@ -12,9 +12,11 @@ import time
 import pytest
 
 from clipjax.data import workers
+from clipjax.data.sample import UnreadableData
 from clipjax.data.training_stream import TrainStream
 from clipjax.data.workers import WorkersDie
-from tests.data.test_training_stream import assert_same, make_config, make_source, take, tokenize
+from tests.data.test_training_stream import assert_same, jpeg, make_config, make_source, take, tokenize
+from tests.data.test_webdataset import entry, write
 
 ROOT = pathlib.Path(__file__).parents[2]
 READ = """
@@ -68,6 +70,23 @@ def test_workers_of_a_killed_process_end_with_it(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)  # the pipes close when the last worker, which has inherited them, has ended
     assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_changes_stops_the_stream_with_an_error_of_its_own_class(tmp_path, num_workers):
+    """Commands tell by the class that a person has to look at the data."""
+    path = tmp_path / "s.tar"
+    members = [
+        entry(f"{i:02d}.{kind}", jpeg() if kind == "jpg" else b"x") for i in range(32) for kind in ("jpg", "txt")
+    ]
+    config = make_config(8, num_workers=num_workers, num_threads=1, prefetch_batches=1)
+    stream = TrainStream(write(path, members), tokenize=tokenize, config=config)
+    next(stream)
+    write(path, [entry("marker"), *members])
+    with pytest.raises(UnreadableData, match=f"shard {path} cannot be read as it was opened: another program"):
+        for _ in range(8):
+            next(stream)
+    stream.close()
 
 
 def test_a_closed_stream_says_so():
