@@ -21,6 +21,7 @@ SIGNATURE = b"\xff\xd8"
 
 _APP0, _APP1, _APP2, _APP14, _COMMENT = 0xE0, 0xE1, 0xE2, 0xEE, 0xFE
 _START_OF_SCAN, _END, _START = 0xDA, 0xD9, 0xD8
+_JPEG_LS = 0xF7
 _STANDALONE = {0x01, *range(0xD0, 0xD8)}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2  # with Huffman codes
@@ -47,7 +48,8 @@ def decode_jpeg(image: bytes, check_size: Callable[[int, int], None]) -> np.ndar
         uint8 [h, w, 3]. CMYK and YCCK are taken as Adobe writes them, inverted, as Pillow does.
 
     Raises:
-        BadSample: `unsupported_format` for lossless, hierarchical and 12-bit JPEGs.
+        BadSample: `unsupported_format` for lossless, hierarchical and 12-bit JPEGs, and for samplings of colours that
+            TurboJPEG has no name for (it decodes 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1 and 4:4:1).
         ValueError: pixels are lost, or the file is no JPEG.
     """
     try:
@@ -146,16 +148,28 @@ def _read_frame(segment: bytes) -> _Frame:
 
 
 def _is_decoded(image: bytes) -> bool:
-    """Return False for the processes of JPEG that the decoder does not know."""
+    """Return False for the processes and samplings of JPEG that the decoder does not know."""
     try:
         for marker in _read_markers(image):
             if marker.code in _FRAMES:
-                return marker.code in _DECODED and image[marker.end - _size(image, marker) + 2] == 8
-            if marker.code == 0xF7:  # JPEG-LS
+                frame = image[marker.end - _size(image, marker) + 2 : marker.end]
+                return marker.code in _DECODED and frame[0] == 8 and _has_name(frame[7::3][: frame[5]])
+            if marker.code == _JPEG_LS:
                 return False
     except (ValueError, IndexError):
         return True
     return True
+
+
+def _has_name(sampling: bytes) -> bool:
+    """Return True for factors (horizontal, vertical: 4 bits each) that TurboJPEG has a name for, by its `getSubsamp`."""
+    if len(sampling) < 2:
+        return True
+    first, others = sampling[0], set(sampling[1:3])
+    usual = first in (0x11, 0x21, 0x22, 0x12, 0x41, 0x14) and others == {0x11}
+    doubled = first == 0x22 and others in ({0x21}, {0x12})
+    equal = others == {first} and (first >> 4) * (first & 15) <= 3
+    return usual or doubled or equal
 
 
 def _size(image: bytes, marker: _Marker) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from clipjax.data.avif import count_frame_pixels
 from clipjax.data.jpeg import read_orientation
 from clipjax.data.sample import BadSample
 
@@ -31,7 +32,7 @@ _PNG_USED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0")
 _TILE_WIDTH, _TILE_LENGTH, _WIDTH, _LENGTH = 322, 323, 256, 257
 _ORIENTATION_TAG = 0x0112
-_AVIF_BRANDS = {b"avif", b"avis"}
+_AVIF_BRANDS, _AVIF_SLACK = {b"avif", b"avis"}, 16
 _MAX_TAGS = 10_000
 _MAX_TEXT_HEAD = 4096
 _OTHERS = (
@@ -94,6 +95,8 @@ def _open(image: bytes, check_size: Callable[[int, int], None]) -> Any:
         with _unsupported_if("unknown pixel mode", image):
             return TiffImagePlugin.TiffImageFile(io.BytesIO(image))
     if image[4:8] == b"ftyp" and _AVIF_BRANDS & _brands(image) and AvifImagePlugin.SUPPORTED:
+        # The count is up to four times what there is, of tiles with their edges, and of an alpha as large.
+        check_size(1, max(1, count_frame_pixels(image) // _AVIF_SLACK))
         return AvifImagePlugin.AvifImageFile(io.BytesIO(image))
     raise BadSample("unsupported_format" if _is_known(image) else "corrupt_image")
 

@@ -132,11 +132,15 @@ def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> So
             label_key=label_key,
             max_caption_bytes=data.max_caption_bytes,
         )
-    limits = {"max_caption_bytes": data.max_caption_bytes, "max_image_pixels": data.max_image_pixels}
+    limits: dict[str, Any] = {"max_caption_bytes": data.max_caption_bytes, "max_image_pixels": data.max_image_pixels}
     if (folder := _image_folder(spec)) is not None:
         return FolderSource(folder, image_root=data.image_root, **limits)
     paths = _expand(spec)
-    columns = {"image_field": data.image_field, "caption_field": data.caption_field, "label_key": label_key}
+    columns: dict[str, Any] = {
+        "image_field": data.image_field,
+        "caption_field": data.caption_field,
+        "label_key": label_key,
+    }
     match _file_kind(spec, paths):
         case "parquet":
             return ParquetSource(paths, **columns, **limits)

@@ -178,6 +178,14 @@ def test_other_processes_are_another_format(at, value):
     assert read(data) == "unsupported_format"
 
 
+@pytest.mark.parametrize("sampling", [b"\x31\x11\x11", b"\x22\x21\x11", b"\x13\x11\x11"])
+def test_samplings_without_a_name_are_another_format(sampling):
+    frame = BASELINE.index(b"\xff\xc0")
+    data = bytearray(BASELINE)
+    data[frame + 11 : frame + 20 : 3] = sampling
+    assert read(bytes(data)) == "unsupported_format"
+
+
 def test_cmyk_is_that_of_adobe():
     data = jpeg(picture(4))
     ink = np.asarray(Image.open(io.BytesIO(data))).astype(float)

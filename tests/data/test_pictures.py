@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, features
 
 from clipjax.config import DataConfig
+from clipjax.data.avif import count_frame_pixels
 from clipjax.data.eval_batches import eval_batches
 from clipjax.data.images import Decoder, EvalTransform, decode, make_decoder
 from clipjax.data.sample import BadSample
@@ -391,6 +392,29 @@ def test_bombs_are_refused_from_their_header(name):
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
 def test_an_avif_above_the_limit():
     assert reason(saved(RGB, "AVIF"), max_pixels=HEIGHT * WIDTH - 1) == "image_too_large"
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+@pytest.mark.parametrize("is_animated", [False, True])
+def test_the_frames_of_an_avif_are_counted(mode, is_animated):
+    frames = [Image.new(mode, (300, 200), 40 * i) for i in range(3)]
+    options = {"save_all": True, "append_images": frames[1:]} if is_animated else {}
+    data = saved(frames[0], "AVIF", **options)
+    assert decode(data, max_pixels=60_000).shape == (200, 300, 3)
+    # 512 x 256 are the sizes that fit into as many bits; an animation has a still picture and a track.
+    parts = (2 if mode == "RGBA" else 1) * (2 if is_animated else 1)
+    assert count_frame_pixels(data) == parts * 512 * 256
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_a_large_frame_in_a_small_avif_is_refused_before_it_is_decoded():
+    """The decoder would decode 4 megapixels, and scale them to 64 x 64."""
+    data = saved(Image.new("L", (2048, 2048)), "AVIF")
+    at = data.index(b"ispe") + 8
+    data = data[:at] + struct.pack(">II", 64, 64) + data[at + 8 :]
+    assert reason(data, max_pixels=100_000) == "image_too_large"
+    assert decode(data, max_pixels=2048 * 2048).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "BMP", "AVIF"])
