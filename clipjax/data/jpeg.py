@@ -162,7 +162,7 @@ def _is_decoded(image: bytes) -> bool:
 
 
 def _has_name(sampling: bytes) -> bool:
-    """Return True for factors (horizontal, vertical: 4 bits each) that TurboJPEG has a name for, by its `getSubsamp`."""
+    """Return True for factors (two times 4 bits) that TurboJPEG has a name for, as its `getSubsamp` finds them."""
     if len(sampling) < 2:
         return True
     first, others = sampling[0], set(sampling[1:3])
