@@ -1,11 +1,12 @@
 """JPEGs: decoding that refuses every loss of pixels, and only that.
 
-Reading order: `decode_jpeg`, `harmless_copy` (oddities that lose nothing), `_read_markers` (the format),
+Reading order: `decode_jpeg`, `harmless_copies` (oddities that lose nothing), `_read_markers` (the format),
 `read_orientation` (EXIF).
 
 Source: ITU-T T.81, annex B; the warnings of libjpeg-turbo, `jerror.h`.
 """
 
+import contextlib
 import itertools
 import re
 import struct
@@ -26,10 +27,12 @@ _STANDALONE = {0x01, *range(0xD0, 0xD8)}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2  # with Huffman codes
 _DECODED = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
-_AFTER_SCAN = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
+_AFTER_SCAN = re.compile(rb"(?<!\xff)\xff++[^\x00\xd0-\xd7]", re.DOTALL)  # in linear time, whatever the bytes
+_FILL = re.compile(rb"\xff*")
 _MAX_SEGMENTS = 10_000
+_MAX_SCANS = 100  # each goes over all pixels, however few bytes it has; encoders write about ten
 _MAX_STRAY_BYTES = 5  # between segments: the shortest one that matters, the restart interval, has 6
-_MAX_OWN_ZEROS = 2  # at the end of a scan: they may be its code
+_MAX_OWN_ZEROS = 2  # at the end of a scan: its code, or an end marker that is overwritten
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
 _MAX_TAGS = 1000
 
@@ -52,6 +55,10 @@ def decode_jpeg(image: bytes, check_size: Callable[[int, int], None]) -> np.ndar
             TurboJPEG has no name for (it decodes 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1 and 4:4:1).
         ValueError: pixels are lost, or the file is no JPEG.
     """
+    if image.count(b"\xff\xda") > _MAX_SCANS:  # there may be a film behind the picture, too
+        scans = sum(marker.code == _START_OF_SCAN for marker in _read_markers(image))
+        if scans > _MAX_SCANS:
+            raise ValueError(f"{scans} scans")
     try:
         return _decode_strictly(image, check_size)
     except ValueError as error:
@@ -59,10 +66,13 @@ def decode_jpeg(image: bytes, check_size: Callable[[int, int], None]) -> np.ndar
             raise
         if not _is_decoded(image):
             raise BadSample("unsupported_format") from error
-        harmless = harmless_copy(image)
-        if harmless is None:
+        copies = harmless_copies(image)
+        if not copies:
             raise
-    return _decode_strictly(harmless, check_size)
+    for copy in copies[:-1]:
+        with contextlib.suppress(ValueError):
+            return _decode_strictly(copy, check_size)
+    return _decode_strictly(copies[-1], check_size)
 
 
 def _decode_strictly(image: bytes, check_size: Callable[[int, int], None]) -> np.ndarray:
@@ -124,9 +134,7 @@ def _read_markers(image: bytes) -> Iterator[_Marker]:
         if (in_scan and found is None) or start < 0:
             return
         stray = b"" if in_scan else image[position:start]
-        code_at = start
-        while image[code_at : code_at + 1] == b"\xff":
-            code_at += 1
+        code_at = _code_at(image, start)
         code = image[code_at] if code_at < len(image) else -1
         if code <= 0:
             raise ValueError("no marker where one must be")
@@ -174,34 +182,47 @@ def _has_name(sampling: bytes) -> bool:
 
 def _size(image: bytes, marker: _Marker) -> int:
     """Return the length of a segment, its two bytes of length included."""
-    code_at = marker.start
-    while image[code_at] == 0xFF:
-        code_at += 1
-    return marker.end - code_at - 1
+    return marker.end - _code_at(image, marker.start) - 1
 
 
-def harmless_copy(image: bytes) -> bytes | None:
-    """Return a JPEG without oddities that lose no pixel, None if it has none or others besides.
+def _code_at(image: bytes, start: int) -> int:
+    """Return the place of a marker's code, behind any number of fill bytes."""
+    found = _FILL.match(image, start)
+    assert found is not None
+    return found.end()
+
+
+def harmless_copies(image: bytes) -> list[bytes]:
+    """Return a JPEG without oddities that lose no pixel, to be tried in turn; none if it has none or others besides.
 
     - The header of a sequential scan names coefficients or bits: the process has no choice of them.
     - A version of JFIF other than 1, and a colour profile that is cut: neither changes a pixel here.
     - A colour transform that Adobe has not defined: libjpeg takes YCbCr or YCCK.
     - Bytes between two segments: zeros, or too few to be a segment that has lost its marker.
-    - Zeros at the end of the last scan, if the rest of it is whole.
+    - Zeros behind the code of the last scan. All zeros go, also those that may be code: if code were lost, the decoder
+      would make pixels of zeros that stay.
     - No end marker, if the scans hold all bits of all coefficients. A file that is cut off lacks it too, so the copy
       gets one; the decoder then stops where the code ends too early.
 
     Never mended: bad or missing code, other bytes behind it, restart markers out of order, scans out of order.
     """
     try:
-        pieces = _mend(image)
+        pieces, has_end = _mend(image)
     except (ValueError, IndexError):
-        return None
-    copy = None if pieces is None else b"".join(pieces)
-    return None if copy == image else copy
+        return []
+    end = bytes([0xFF, _END])
+    bare = [*pieces[:-1], _without_zeros(pieces[-1]), end]
+    copies = ([*pieces, end], bare) if has_end else (bare,)
+    return [copy for copy in dict.fromkeys(map(b"".join, copies)) if copy != image]
 
 
-def _mend(image: bytes) -> list[bytes] | None:
+def _mend(image: bytes) -> tuple[list[bytes], bool]:
+    """Return the pieces of a JPEG without its oddities and its end, the last scan last, and True if it has an end.
+
+    Raises:
+        ValueError: it has another oddity, or is cut off.
+    """
+    has_end = False
     pieces, frame, adobe, previous, scan_at = [SIGNATURE], None, None, 0, 0
     for marker in _read_markers(image):
         if scan_at:
@@ -211,17 +232,18 @@ def _mend(image: bytes) -> list[bytes] | None:
         body = image[marker.end - size + 2 : marker.end] if size else b""
         is_stray = marker.stray.strip(b"\0") and (len(marker.stray) > _MAX_STRAY_BYTES or previous == _APP14)
         if is_stray or marker.code == _START:
-            return None
+            raise ValueError("a part may be lost")
         previous = marker.code
         if marker.code in _FRAMES:
             frame = _read_frame(body)
             frame.code = marker.code
         elif marker.code == _START_OF_SCAN:
             if frame is None:
-                return None
+                raise ValueError("a scan without a frame")
             body = _mend_scan(body, frame)
             scan_at = marker.end
         elif marker.code == _END:
+            has_end = True
             break
         elif marker.code == _APP0 and body.startswith(b"JFIF\0") and len(body) >= 7:
             body = body[:5] + b"\1" + body[6:]
@@ -231,16 +253,15 @@ def _mend(image: bytes) -> list[bytes] | None:
             adobe = len(pieces)
         head = bytes([0xFF, marker.code])
         pieces.append(head + (len(body) + 2).to_bytes(2) + body if size else head)
-    else:
-        if frame is None or not frame.is_complete():
-            return None
-        if scan_at:
-            pieces.append(image[scan_at:].rstrip(b"\xff"))
+    if scan_at and not has_end:
+        pieces.append(image[scan_at:].rstrip(b"\xff"))
     if frame is None or (frame.code in _SEQUENTIAL and not frame.is_sequential()):
-        return None
+        raise ValueError("a component without a scan, or with two")
+    if not (has_end or frame.is_complete()):
+        raise ValueError("scans are missing")
     if adobe is not None:
         pieces[adobe] = _mend_adobe(pieces[adobe], len(frame.components))
-    return [*pieces[:-1], _without_zeros(pieces[-1]), bytes([0xFF, _END])]
+    return pieces, has_end
 
 
 def _mend_scan(body: bytes, frame: _Frame) -> bytes:
@@ -258,7 +279,7 @@ def _mend_adobe(segment: bytes, components: int) -> bytes:
 
 
 def _without_zeros(scan: bytes) -> bytes:
-    """Remove zeros behind the code of a scan. All of them: code that were lost would be read from what is left."""
+    """Remove zeros at the end of a scan."""
     bare = scan.rstrip(b"\0")
     if len(scan) - len(bare) <= _MAX_OWN_ZEROS:
         return scan

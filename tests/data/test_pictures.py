@@ -1,12 +1,15 @@
 """Pictures of every format against references that are computed here from the values that were written."""
 
+import contextlib
 import dataclasses
 import io
 import struct
 import threading
+import time
 import tracemalloc
 import warnings
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -61,6 +64,18 @@ def reason(data: bytes, max_pixels: int = 10_000) -> str:
     with pytest.raises(BadSample) as caught:
         decode(data, max_pixels=max_pixels)
     return caught.value.reason
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Put the largest number of bytes that Python held meanwhile into the list that is given."""
+    found: list[int] = []
+    tracemalloc.start()
+    try:
+        yield found
+        found.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
 
 
 BACKGROUNDS = pytest.mark.parametrize("background", [None, SEA, (0, 0, 0)])
@@ -214,9 +229,11 @@ def test_16_bit_tiff_keeps_its_upper_bits(order, big):
 def test_tiff_is_turned_by_its_own_tag():
     """Orientation belongs to the format, and Pillow always applies it."""
     grey = random_values(256, 1)[..., 0].astype(np.uint8)
-    data = tiff(grey.tobytes(), bits=8, samples=1, photometric=1, orientation=6, **PAGE)
-    for option in (False, True):
-        np.testing.assert_array_equal(read(data, exif_orientation=option)[..., 0], np.rot90(grey, -1))
+    for orientation, upright in UPRIGHT.items():
+        data = tiff(grey.tobytes(), bits=8, samples=1, photometric=1, orientation=orientation, **PAGE)
+        for option in (False, True):
+            np.testing.assert_array_equal(read(data, exif_orientation=option)[..., 0], upright(grey))
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), upright(grey))
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_deflate", "packbits"])
@@ -353,11 +370,9 @@ def text_bomb(kind: bytes) -> bytes:
 def test_texts_in_a_png_cost_nothing(kind):
     """A workflow of megabytes is beside a good picture, and so may be a text that unpacks to 200 MB."""
     data = png(RGB, 8, COLOUR, text_bomb(kind))
-    tracemalloc.start()
-    np.testing.assert_array_equal(read(data), RGB)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2 * len(data) + 1_000_000
+    with peak_memory() as peak:
+        np.testing.assert_array_equal(read(data), RGB)
+    assert peak[0] < 2 * len(data) + 1_000_000
 
 
 def webp(kind: bytes, body: bytes) -> bytes:
@@ -383,10 +398,36 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_refused_from_their_header(name):
-    tracemalloc.start()
-    assert reason(BOMBS[name], max_pixels=25_000_000) == "image_too_large"
-    assert tracemalloc.get_traced_memory()[1] < 1_000_000
-    tracemalloc.stop()
+    with peak_memory() as peak:
+        assert reason(BOMBS[name], max_pixels=25_000_000) == "image_too_large"
+    assert peak[0] < 1_000_000
+
+
+LARGE = 4_000_000
+SLOW = {
+    "fill bytes of a jpeg": b"\xff\xd8" + b"\xff" * LARGE,
+    "fill bytes of a scan": saved(RGB, "JPEG")[:-2] + b"\xff" * LARGE + b"\0\1" * 50,
+    "stuffed bytes of a scan": saved(RGB, "JPEG")[:-2] + b"\xff\0" * (LARGE // 2),
+    "comments of a jpeg": b"\xff\xd8" + b"\xff\xfe\0\2" * (LARGE // 4),
+    "restarts in a header": b"\xff\xd8" + b"\xff\xd0" * (LARGE // 2),
+    "chunks of a png": b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 9, 9, 8, 2, 0, 0, 0))
+    + chunk(b"tEXt", b"") * (LARGE // 12),
+    "comments of a gif": b"GIF89a" + struct.pack("<HHBBB", 9, 9, 0, 0, 0) + b"!\xfe" + b"\1a" * (LARGE // 2),
+    "extensions of a gif": b"GIF89a" + struct.pack("<HHBBB", 9, 9, 0, 0, 0) + b"!\xfe\0" * (LARGE // 3),
+    "tags of a tiff": b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, LARGE // 20) + bytes(LARGE),
+    "offsets of a tiff": b"II*\0" + struct.pack("<IHHHIIHHII", 8, 2, 256, 4, 1, 9, 273, 4, LARGE // 4, 34)
+    + bytes(LARGE),
+    "boxes of an avif": b"\0\0\0\x1cftypavif" + bytes(16) + b"\0\0\0\x08free" * (LARGE // 8),
+    "zeros": bytes(LARGE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_large_rubbish_costs_little_time_and_memory(name):
+    start = time.process_time()
+    with peak_memory() as peak:
+        assert reason(SLOW[name], max_pixels=25_000_000) == "corrupt_image"
+    assert time.process_time() - start < 2 and peak[0] < 5 * LARGE
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
