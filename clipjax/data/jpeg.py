@@ -32,7 +32,6 @@ _FILL = re.compile(rb"\xff*")
 _MAX_SEGMENTS = 10_000
 _MAX_SCANS = 100  # each goes over all pixels, however few bytes it has; encoders write about ten
 _MAX_STRAY_BYTES = 5  # between segments: the shortest one that matters, the restart interval, has 6
-_MAX_OWN_ZEROS = 2  # at the end of a scan: its code, or an end marker that is overwritten
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
 _MAX_TAGS = 1000
 
@@ -281,8 +280,6 @@ def _mend_adobe(segment: bytes, components: int) -> bytes:
 def _without_zeros(scan: bytes) -> bytes:
     """Remove zeros at the end of a scan."""
     bare = scan.rstrip(b"\0")
-    if len(scan) - len(bare) <= _MAX_OWN_ZEROS:
-        return scan
     return bare + b"\0" if bare.endswith(b"\xff") else bare  # a byte of code that is 255 is written with a zero
 
 
