@@ -20,7 +20,7 @@ from clipjax.data.sample import BadSample
 
 SIGNATURE = b"\xff\xd8"
 
-_APP0, _APP1, _APP2, _APP14, _COMMENT = 0xE0, 0xE1, 0xE2, 0xEE, 0xFE
+_APP0, _APP1, _APP2, _APP14 = 0xE0, 0xE1, 0xE2, 0xEE
 _START_OF_SCAN, _END, _START = 0xDA, 0xD9, 0xD8
 _JPEG_LS = 0xF7
 _STANDALONE = {0x01, *range(0xD0, 0xD8)}
@@ -83,8 +83,8 @@ def _decode_strictly(image: bytes, check_size: Callable[[int, int], None]) -> np
     if colours not in ("CMYK", "YCCK"):
         return simplejpeg.decode_jpeg(image, "RGB", strict=True)
     paper = simplejpeg.decode_jpeg(image, "CMYK", strict=True)  # 255 - ink
-    product = paper[..., :3].astype(np.uint16) * paper[..., 3:]
-    return ((product.astype(np.uint32) + 127) // 255).astype(np.uint8)
+    product = paper[..., :3].astype(np.uint16) * paper[..., 3:]  # at most 255 * 255
+    return ((product + np.uint16(127)) // 255).astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,19 +99,23 @@ class _Marker:
 
 @dataclass(slots=True)
 class _Frame:
-    """The header of a frame, and the scans seen so far: components, first and last coefficient, high and low bit."""
+    """The header of a frame, and the scans seen so far: components, first and last coefficient, lowest bit."""
 
     code: int
-    precision: int
     components: bytes
-    scans: list[tuple[bytes, int, int, int, int]] = field(default_factory=list)
+    scans: list[tuple[bytes, int, int, int]] = field(default_factory=list)
 
     def is_complete(self) -> bool:
         """Return True if the scans hold every bit of every coefficient."""
         if self.code in _SEQUENTIAL:
             return self.is_sequential()
-        done = {(name, k) for names, first, last, _, low in self.scans if low == 0 for name in names
-                for k in range(first, min(last, 63) + 1)}  # fmt: skip
+        done = {
+            (name, k)
+            for names, first, last, low in self.scans
+            for name in names
+            for k in range(first, min(last, 63) + 1)
+            if low == 0
+        }
         return self.code == _PROGRESSIVE and done >= set(itertools.product(self.components, range(64)))
 
     def is_sequential(self) -> bool:
@@ -147,11 +151,6 @@ def _read_markers(image: bytes) -> Iterator[_Marker]:
             return
         position, in_scan = end, code == _START_OF_SCAN
     raise ValueError("too many segments")
-
-
-def _read_frame(segment: bytes) -> _Frame:
-    """Read a frame header, from its precision on."""
-    return _Frame(0, segment[0], segment[6::3][: segment[5]])
 
 
 def _is_decoded(image: bytes) -> bool:
@@ -234,8 +233,7 @@ def _mend(image: bytes) -> tuple[list[bytes], bool]:
             raise ValueError("a part may be lost")
         previous = marker.code
         if marker.code in _FRAMES:
-            frame = _read_frame(body)
-            frame.code = marker.code
+            frame = _Frame(marker.code, body[6::3][: body[5]])
         elif marker.code == _START_OF_SCAN:
             if frame is None:
                 raise ValueError("a scan without a frame")
@@ -266,7 +264,7 @@ def _mend(image: bytes) -> tuple[list[bytes], bool]:
 def _mend_scan(body: bytes, frame: _Frame) -> bytes:
     """Note a scan; return its header with the numbers of a sequential one."""
     names, numbers = body[1 : 1 + 2 * body[0] : 2], body[1 + 2 * body[0] :]
-    frame.scans.append((names, numbers[0], numbers[1], numbers[2] >> 4, numbers[2] & 15))
+    frame.scans.append((names, numbers[0], numbers[1], numbers[2] & 15))
     return body[: 1 + 2 * body[0]] + b"\x00\x3f\x00" if frame.code in _SEQUENTIAL else body
 
 
