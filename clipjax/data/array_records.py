@@ -22,6 +22,7 @@ from clipjax.data.fields import captions_of, label_of
 from clipjax.data.image_files import max_image_bytes
 from clipjax.data.sample import BadSample, Sample
 from clipjax.runtime.files import require_file_writable
+from clipjax.runtime.storage import is_address
 
 MARK = b"CLIPJAX1"
 WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -183,6 +184,8 @@ def _open_reader(path: str) -> Any:
 
 
 def _count_records(path: str) -> int:
+    if is_address(path):
+        raise ValueError(f"{path}: ArrayRecord files must lie on a disk; copy them there")
     reader = _open_reader(path)
     if not reader.ok():
         raise ValueError(f"{path} is no ArrayRecord file, or is cut off; write it again")

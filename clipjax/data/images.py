@@ -11,7 +11,7 @@ import numpy as np
 
 from clipjax.config import Config, DataConfig, Interpolation, Resize
 from clipjax.data.jpeg import SIGNATURE, decode_jpeg, jpeg_orientation
-from clipjax.data.pictures import decode_picture
+from clipjax.data.pictures import decode_picture, turn
 from clipjax.data.sample import BadSample
 
 _ASPECT = (3 / 4, 4 / 3)  # width / height of a random crop, as in torchvision
@@ -85,18 +85,7 @@ def decode(
     except Exception as error:  # the decoders raise many types on hostile bytes
         is_large = type(error).__name__ in ("DecompressionBombError", "DecompressionBombWarning")
         raise BadSample("image_too_large" if is_large else "corrupt_image") from error
-    return _turn(pixels, orientation) if exif_orientation else pixels
-
-
-def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Show a picture upright whose EXIF orientation is 1 to 8 (Exif 2.32, tag 0x0112)."""
-    if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
+    return turn(pixels, orientation) if exif_orientation else pixels
 
 
 def _check_pixels(height: int, width: int, max_pixels: int) -> None:

@@ -1,11 +1,12 @@
 """JPEGs: decoding that refuses every loss of pixels, and only that.
 
-Reading order: `decode_jpeg`, `harmless_copy` (oddities that lose nothing), `_read_markers` (the format),
+Reading order: `decode_jpeg`, `harmless_copies` (oddities that lose nothing), `_read_markers` (the format),
 `read_orientation` (EXIF).
 
 Source: ITU-T T.81, annex B; the warnings of libjpeg-turbo, `jerror.h`.
 """
 
+import contextlib
 import itertools
 import re
 import struct
@@ -19,16 +20,18 @@ from clipjax.data.sample import BadSample
 
 SIGNATURE = b"\xff\xd8"
 
-_APP0, _APP1, _APP2, _APP14, _COMMENT = 0xE0, 0xE1, 0xE2, 0xEE, 0xFE
+_APP0, _APP1, _APP2, _APP14 = 0xE0, 0xE1, 0xE2, 0xEE
 _START_OF_SCAN, _END, _START = 0xDA, 0xD9, 0xD8
+_JPEG_LS = 0xF7
 _STANDALONE = {0x01, *range(0xD0, 0xD8)}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2  # with Huffman codes
 _DECODED = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
-_AFTER_SCAN = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
+_AFTER_SCAN = re.compile(rb"(?<!\xff)\xff++[^\x00\xd0-\xd7]", re.DOTALL)  # in linear time, whatever the bytes
+_FILL = re.compile(rb"\xff*")
 _MAX_SEGMENTS = 10_000
+_MAX_SCANS = 100  # each goes over all pixels, however few bytes it has; encoders write about ten
 _MAX_STRAY_BYTES = 5  # between segments: the shortest one that matters, the restart interval, has 6
-_MAX_OWN_ZEROS = 2  # at the end of a scan: they may be its code
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
 _MAX_TAGS = 1000
 
@@ -47,9 +50,14 @@ def decode_jpeg(image: bytes, check_size: Callable[[int, int], None]) -> np.ndar
         uint8 [h, w, 3]. CMYK and YCCK are taken as Adobe writes them, inverted, as Pillow does.
 
     Raises:
-        BadSample: `unsupported_format` for lossless, hierarchical and 12-bit JPEGs.
+        BadSample: `unsupported_format` for lossless, hierarchical and 12-bit JPEGs, and for samplings of colours that
+            TurboJPEG has no name for (it decodes 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1 and 4:4:1).
         ValueError: pixels are lost, or the file is no JPEG.
     """
+    if image.count(b"\xff\xda") > _MAX_SCANS:  # there may be a film behind the picture, too
+        scans = sum(marker.code == _START_OF_SCAN for marker in _read_markers(image))
+        if scans > _MAX_SCANS:
+            raise ValueError(f"{scans} scans")
     try:
         return _decode_strictly(image, check_size)
     except ValueError as error:
@@ -57,10 +65,13 @@ def decode_jpeg(image: bytes, check_size: Callable[[int, int], None]) -> np.ndar
             raise
         if not _is_decoded(image):
             raise BadSample("unsupported_format") from error
-        harmless = harmless_copy(image)
-        if harmless is None:
+        copies = harmless_copies(image)
+        if not copies:
             raise
-    return _decode_strictly(harmless, check_size)
+    for copy in copies[:-1]:
+        with contextlib.suppress(ValueError):
+            return _decode_strictly(copy, check_size)
+    return _decode_strictly(copies[-1], check_size)
 
 
 def _decode_strictly(image: bytes, check_size: Callable[[int, int], None]) -> np.ndarray:
@@ -72,8 +83,8 @@ def _decode_strictly(image: bytes, check_size: Callable[[int, int], None]) -> np
     if colours not in ("CMYK", "YCCK"):
         return simplejpeg.decode_jpeg(image, "RGB", strict=True)
     paper = simplejpeg.decode_jpeg(image, "CMYK", strict=True)  # 255 - ink
-    product = paper[..., :3].astype(np.uint16) * paper[..., 3:]
-    return ((product.astype(np.uint32) + 127) // 255).astype(np.uint8)
+    product = paper[..., :3].astype(np.uint16) * paper[..., 3:]  # at most 255 * 255
+    return ((product + np.uint16(127)) // 255).astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +99,23 @@ class _Marker:
 
 @dataclass(slots=True)
 class _Frame:
-    """The header of a frame, and the scans seen so far: components, first and last coefficient, high and low bit."""
+    """The header of a frame, and the scans seen so far: components, first and last coefficient, lowest bit."""
 
     code: int
-    precision: int
     components: bytes
-    scans: list[tuple[bytes, int, int, int, int]] = field(default_factory=list)
+    scans: list[tuple[bytes, int, int, int]] = field(default_factory=list)
 
     def is_complete(self) -> bool:
         """Return True if the scans hold every bit of every coefficient."""
         if self.code in _SEQUENTIAL:
             return self.is_sequential()
-        done = {(name, k) for names, first, last, _, low in self.scans if low == 0 for name in names
-                for k in range(first, min(last, 63) + 1)}  # fmt: skip
+        done = {
+            (name, k)
+            for names, first, last, low in self.scans
+            for name in names
+            for k in range(first, min(last, 63) + 1)
+            if low == 0
+        }
         return self.code == _PROGRESSIVE and done >= set(itertools.product(self.components, range(64)))
 
     def is_sequential(self) -> bool:
@@ -122,9 +137,7 @@ def _read_markers(image: bytes) -> Iterator[_Marker]:
         if (in_scan and found is None) or start < 0:
             return
         stray = b"" if in_scan else image[position:start]
-        code_at = start
-        while image[code_at : code_at + 1] == b"\xff":
-            code_at += 1
+        code_at = _code_at(image, start)
         code = image[code_at] if code_at < len(image) else -1
         if code <= 0:
             raise ValueError("no marker where one must be")
@@ -140,54 +153,74 @@ def _read_markers(image: bytes) -> Iterator[_Marker]:
     raise ValueError("too many segments")
 
 
-def _read_frame(segment: bytes) -> _Frame:
-    """Read a frame header, from its precision on."""
-    return _Frame(0, segment[0], segment[6::3][: segment[5]])
-
-
 def _is_decoded(image: bytes) -> bool:
-    """Return False for the processes of JPEG that the decoder does not know."""
+    """Return False for the processes and samplings of JPEG that the decoder does not know."""
     try:
         for marker in _read_markers(image):
             if marker.code in _FRAMES:
-                return marker.code in _DECODED and image[marker.end - _size(image, marker) + 2] == 8
-            if marker.code == 0xF7:  # JPEG-LS
+                frame = image[marker.end - _size(image, marker) + 2 : marker.end]
+                return marker.code in _DECODED and frame[0] == 8 and _has_name(frame[7::3][: frame[5]])
+            if marker.code == _JPEG_LS:
                 return False
     except (ValueError, IndexError):
         return True
     return True
 
 
+def _has_name(sampling: bytes) -> bool:
+    """Return True for factors (two times 4 bits) that TurboJPEG has a name for, as its `getSubsamp` finds them."""
+    if len(sampling) < 2:
+        return True
+    first, others = sampling[0], set(sampling[1:3])
+    usual = first in (0x11, 0x21, 0x22, 0x12, 0x41, 0x14) and others == {0x11}
+    doubled = first == 0x22 and others in ({0x21}, {0x12})
+    equal = others == {first} and (first >> 4) * (first & 15) <= 3
+    return usual or doubled or equal
+
+
 def _size(image: bytes, marker: _Marker) -> int:
     """Return the length of a segment, its two bytes of length included."""
-    code_at = marker.start
-    while image[code_at] == 0xFF:
-        code_at += 1
-    return marker.end - code_at - 1
+    return marker.end - _code_at(image, marker.start) - 1
 
 
-def harmless_copy(image: bytes) -> bytes | None:
-    """Return a JPEG without oddities that lose no pixel, None if it has none or others besides.
+def _code_at(image: bytes, start: int) -> int:
+    """Return the place of a marker's code, behind any number of fill bytes."""
+    found = _FILL.match(image, start)
+    assert found is not None
+    return found.end()
+
+
+def harmless_copies(image: bytes) -> list[bytes]:
+    """Return a JPEG without oddities that lose no pixel, to be tried in turn; none if it has none or others besides.
 
     - The header of a sequential scan names coefficients or bits: the process has no choice of them.
     - A version of JFIF other than 1, and a colour profile that is cut: neither changes a pixel here.
     - A colour transform that Adobe has not defined: libjpeg takes YCbCr or YCCK.
     - Bytes between two segments: zeros, or too few to be a segment that has lost its marker.
-    - Zeros at the end of the last scan, if the rest of it is whole.
+    - Zeros behind the code of the last scan. All zeros go, also those that may be code: if code were lost, the decoder
+      would make pixels of zeros that stay.
     - No end marker, if the scans hold all bits of all coefficients. A file that is cut off lacks it too, so the copy
       gets one; the decoder then stops where the code ends too early.
 
     Never mended: bad or missing code, other bytes behind it, restart markers out of order, scans out of order.
     """
     try:
-        pieces = _mend(image)
+        pieces, has_end = _mend(image)
     except (ValueError, IndexError):
-        return None
-    copy = None if pieces is None else b"".join(pieces)
-    return None if copy == image else copy
+        return []
+    end = bytes([0xFF, _END])
+    bare = [*pieces[:-1], _without_zeros(pieces[-1]), end]
+    copies = ([*pieces, end], bare) if has_end else (bare,)
+    return [copy for copy in dict.fromkeys(map(b"".join, copies)) if copy != image]
 
 
-def _mend(image: bytes) -> list[bytes] | None:
+def _mend(image: bytes) -> tuple[list[bytes], bool]:
+    """Return the pieces of a JPEG without its oddities and its end, the last scan last, and True if it has an end.
+
+    Raises:
+        ValueError: it has another oddity, or is cut off.
+    """
+    has_end = False
     pieces, frame, adobe, previous, scan_at = [SIGNATURE], None, None, 0, 0
     for marker in _read_markers(image):
         if scan_at:
@@ -197,17 +230,17 @@ def _mend(image: bytes) -> list[bytes] | None:
         body = image[marker.end - size + 2 : marker.end] if size else b""
         is_stray = marker.stray.strip(b"\0") and (len(marker.stray) > _MAX_STRAY_BYTES or previous == _APP14)
         if is_stray or marker.code == _START:
-            return None
+            raise ValueError("a part may be lost")
         previous = marker.code
         if marker.code in _FRAMES:
-            frame = _read_frame(body)
-            frame.code = marker.code
+            frame = _Frame(marker.code, body[6::3][: body[5]])
         elif marker.code == _START_OF_SCAN:
             if frame is None:
-                return None
+                raise ValueError("a scan without a frame")
             body = _mend_scan(body, frame)
             scan_at = marker.end
         elif marker.code == _END:
+            has_end = True
             break
         elif marker.code == _APP0 and body.startswith(b"JFIF\0") and len(body) >= 7:
             body = body[:5] + b"\1" + body[6:]
@@ -217,22 +250,21 @@ def _mend(image: bytes) -> list[bytes] | None:
             adobe = len(pieces)
         head = bytes([0xFF, marker.code])
         pieces.append(head + (len(body) + 2).to_bytes(2) + body if size else head)
-    else:
-        if frame is None or not frame.is_complete():
-            return None
-        if scan_at:
-            pieces.append(image[scan_at:].rstrip(b"\xff"))
+    if scan_at and not has_end:
+        pieces.append(image[scan_at:].rstrip(b"\xff"))
     if frame is None or (frame.code in _SEQUENTIAL and not frame.is_sequential()):
-        return None
+        raise ValueError("a component without a scan, or with two")
+    if not (has_end or frame.is_complete()):
+        raise ValueError("scans are missing")
     if adobe is not None:
         pieces[adobe] = _mend_adobe(pieces[adobe], len(frame.components))
-    return [*pieces[:-1], _without_zeros(pieces[-1]), bytes([0xFF, _END])]
+    return pieces, has_end
 
 
 def _mend_scan(body: bytes, frame: _Frame) -> bytes:
     """Note a scan; return its header with the numbers of a sequential one."""
     names, numbers = body[1 : 1 + 2 * body[0] : 2], body[1 + 2 * body[0] :]
-    frame.scans.append((names, numbers[0], numbers[1], numbers[2] >> 4, numbers[2] & 15))
+    frame.scans.append((names, numbers[0], numbers[1], numbers[2] & 15))
     return body[: 1 + 2 * body[0]] + b"\x00\x3f\x00" if frame.code in _SEQUENTIAL else body
 
 
@@ -244,10 +276,8 @@ def _mend_adobe(segment: bytes, components: int) -> bytes:
 
 
 def _without_zeros(scan: bytes) -> bytes:
-    """Remove zeros behind the code of a scan. All of them: code that were lost would be read from what is left."""
+    """Remove zeros at the end of a scan."""
     bare = scan.rstrip(b"\0")
-    if len(scan) - len(bare) <= _MAX_OWN_ZEROS:
-        return scan
     return bare + b"\0" if bare.endswith(b"\xff") else bare  # a byte of code that is 255 is written with a zero
 
 

@@ -16,6 +16,7 @@ whole process, and formats that start other programs.
 """
 
 import contextlib
+import functools
 import io
 import struct
 from collections.abc import Callable, Iterator
@@ -23,16 +24,19 @@ from typing import Any
 
 import numpy as np
 
+from clipjax.data.avif import count_frame_pixels
 from clipjax.data.jpeg import read_orientation
 from clipjax.data.sample import BadSample
 
-_PNG, _MAX_PNG_CHUNKS = b"\x89PNG\r\n\x1a\n", 1_000_000
+_PNG, _MAX_PNG_CHUNKS = b"\x89PNG\r\n\x1a\n", 100_000
 _PNG_USED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0")
 _TILE_WIDTH, _TILE_LENGTH, _WIDTH, _LENGTH = 322, 323, 256, 257
 _ORIENTATION_TAG = 0x0112
-_AVIF_BRANDS = {b"avif", b"avis"}
-_MAX_TAGS = 10_000
+_AVIF_BRANDS, _AVIF_SLACK = {b"avif", b"avis"}, 16
+_MAX_TAGS, _MAX_VALUES = 10_000, 1_000_000  # of a TIFF: Pillow makes an object of each
+_TIFF_BYTES = (1, 2, 6, 7)  # kinds of values that stay bytes
+_MAX_GIF_BLOCKS = 100_000  # before the first frame
 _MAX_TEXT_HEAD = 4096
 _OTHERS = (
     b"%PDF-", b"%!PS", b"\xc5\xd0\xd3\xc6", b"8BPS\0\1", b"8BPS\0\2", b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n",
@@ -67,23 +71,37 @@ def decode_picture(
     opened = _open(image, check_size)
     with opened:
         check_size(opened.height, opened.width)
-        return np.ascontiguousarray(_to_rgb(opened, image, background)), _orientation(opened, image)
+        pixels = np.ascontiguousarray(_to_rgb(opened, image, background))
+        if image.startswith(_TIFF):
+            return turn(pixels, _tiff_tags(image).get(_ORIENTATION_TAG, 1)), 1
+        return pixels, _orientation(opened, image)
+
+
+def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Show a picture upright whose orientation is 1 to 8 (Exif 2.32, tag 0x0112)."""
+    if 5 <= orientation <= 8:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _open(image: bytes, check_size: Callable[[int, int], None]) -> Any:
     """Open a picture with the class of Pillow for its kind; sizes in headers are checked first."""
-    from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+    from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, PngImagePlugin, WebPImagePlugin
 
     if image.startswith(_PNG):
         width, height = struct.unpack_from(">II", image, 16)
         check_size(height, width)
         return PngImagePlugin.PngImageFile(io.BytesIO(b"".join(_png_pieces(image))))
     if image.startswith((b"GIF87a", b"GIF89a")):
-        width, height = struct.unpack_from("<HH", image, 6)
-        check_size(height, width)
+        check_size(*struct.unpack_from("<HH", image, 6))
+        check_size(*_gif_size(image))
         return GifImagePlugin.GifImageFile(io.BytesIO(image))
     if image.startswith(b"BM"):
-        with _unsupported_if("nsupported", image):
+        with _unsupported_if("nsupported"):
             return BmpImagePlugin.BmpImageFile(io.BytesIO(image))
     if image.startswith(b"RIFF") and image[8:12] == b"WEBP":
         if size := _webp_size(image):  # opening it takes memory for its pixels
@@ -91,15 +109,17 @@ def _open(image: bytes, check_size: Callable[[int, int], None]) -> Any:
         return WebPImagePlugin.WebPImageFile(io.BytesIO(image))
     if image.startswith(_TIFF):
         _check_tiff(image, check_size)
-        with _unsupported_if("unknown pixel mode", image):
-            return TiffImagePlugin.TiffImageFile(io.BytesIO(image))
+        with _unsupported_if("unknown pixel mode"):
+            return _tiff_class()(io.BytesIO(image))
     if image[4:8] == b"ftyp" and _AVIF_BRANDS & _brands(image) and AvifImagePlugin.SUPPORTED:
+        # The count is up to four times what there is, of tiles with their edges, and of an alpha as large.
+        check_size(1, max(1, count_frame_pixels(image) // _AVIF_SLACK))
         return AvifImagePlugin.AvifImageFile(io.BytesIO(image))
     raise BadSample("unsupported_format" if _is_known(image) else "corrupt_image")
 
 
 @contextlib.contextmanager
-def _unsupported_if(words: str, image: bytes) -> Iterator[None]:
+def _unsupported_if(words: str) -> Iterator[None]:
     """Tell what Pillow cannot do from what is damaged, by its message."""
     try:
         yield
@@ -132,6 +152,28 @@ def _png_chunk(image: bytes, kind: bytes) -> bytes:
     return b""
 
 
+def _gif_size(image: bytes) -> tuple[int, int]:
+    """Return height and width of the screen, or of the first frame where that is larger.
+
+    Raises:
+        BadSample: `corrupt_image` if there is no frame behind a reasonable number of comments.
+    """
+    width, height, flags = struct.unpack_from("<HHB", image, 6)
+    position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    for _ in range(_MAX_GIF_BLOCKS):
+        kind = image[position : position + 1]
+        if kind == b",":
+            left, top, columns, rows = struct.unpack_from("<HHHH", image, position + 1)
+            return max(height, top + rows), max(width, left + columns)
+        if kind == b"!":
+            position += 2  # its blocks follow, the last one is empty
+            kind = image[position : position + 1]
+        if not kind:
+            break
+        position += 1 + kind[0]
+    raise BadSample("corrupt_image")
+
+
 def _webp_size(image: bytes) -> tuple[int, int] | None:
     """Return height and width from the header of a WebP."""
     match image[12:16]:
@@ -154,6 +196,18 @@ def _check_tiff(image: bytes, check_size: Callable[[int, int], None]) -> None:
         check_size(tags.get(_TILE_LENGTH, 0), tags.get(_TILE_WIDTH, 0))
 
 
+@functools.cache
+def _tiff_class() -> Any:
+    """Return Pillow's class without its last step: that unpacks all of the EXIF data, and turns the picture."""
+    from PIL import TiffImagePlugin
+
+    class TiffPixels(TiffImagePlugin.TiffImageFile):
+        def load_end(self) -> None:
+            pass
+
+    return TiffPixels
+
+
 def _tiff_tags(image: bytes) -> dict[int, int]:
     """Return the tags of the first page that are one whole number.
 
@@ -167,9 +221,13 @@ def _tiff_tags(image: bytes) -> dict[int, int]:
     try:
         (directory,) = struct.unpack_from(order + ("Q" if is_big else "I"), image, 8 if is_big else 4)
         (count,) = struct.unpack_from(order + ("Q" if is_big else "H"), image, directory)
+        if count > _MAX_TAGS:
+            raise BadSample("corrupt_image")
         start, size = directory + (8 if is_big else 2), 20 if is_big else 12
-        for i in range(min(count, _MAX_TAGS)):
+        for i in range(count):
             tag, kind, number = struct.unpack_from(order + entry, image, start + size * i)
+            if number > _MAX_VALUES and kind not in _TIFF_BYTES:
+                raise BadSample("corrupt_image")
             if number == 1 and kind in numbers:
                 place = start + size * i + struct.calcsize(order + entry)
                 tags[tag] = struct.unpack_from(order + numbers[kind], image, place)[0]
@@ -218,8 +276,6 @@ def _compose(pixels: np.ndarray, background: tuple[int, int, int]) -> np.ndarray
 def _orientation(opened: Any, image: bytes) -> int:
     if image.startswith(_PNG):
         return read_orientation(_png_chunk(image, b"eXIf"))
-    if image.startswith(_TIFF):
-        return 1  # Pillow has applied it
     exif = opened.info.get("exif", b"")
     return read_orientation(exif.removeprefix(b"Exif\0\0"))
 

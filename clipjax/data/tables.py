@@ -81,11 +81,18 @@ class TableSource:
     def location(self, index: int) -> str:
         """Return the table, the row in it, from 1 behind the header, and the image that it names."""
         table, row = self._place(index)
+        place = f"{self._tables[table].path}, row {row + 1}, image"
         try:
-            named = (self._tables[table].row(row).image or "")[:_MAX_SHOWN_NAME]
+            name = self._tables[table].row(row).image or ""
         except BadSample:
-            named = "?"
-        return f"{self._tables[table].path}, row {row + 1}, image {named if named.isprintable() else ascii(named)}"
+            return f"{place} ?"
+        shown = name[:_MAX_SHOWN_NAME]
+        place += f" {shown if shown.isprintable() else ascii(shown)}"
+        try:
+            self._files[table].find(name)
+        except BadSample:
+            place += " (neither in the table's folder nor in data.image_root)"
+        return place
 
     def digests(self) -> list[ShardDigest]:
         """Return a digest of each table: of its whole text, and of some images."""

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from clipjax.data.images import decode
-from clipjax.data.jpeg import harmless_copy
+from clipjax.data.jpeg import harmless_copies
 from clipjax.data.sample import BadSample
 
 pytestmark = pytest.mark.newest
@@ -148,6 +148,16 @@ def test_every_cut_is_refused_or_loses_nothing(name):
         np.testing.assert_array_equal(read(data[:end]), whole)
 
 
+@pytest.mark.parametrize("odd", [False, True])
+def test_the_end_of_a_file_that_became_zeros_is_refused_or_loses_nothing(odd):
+    """A download that was cut off, into a file that had its size before."""
+    data = with_scan_numbers(BASELINE, b"\0\0\0") if odd else BASELINE
+    outcomes = [read(data[:-count] + bytes(count)) for count in range(1, 400)]
+    assert [not isinstance(outcome, str) for outcome in outcomes[:2]] == [True, True]  # of the end marker alone
+    for outcome in outcomes:
+        assert isinstance(outcome, str) or (outcome == by_pillow(BASELINE)).all()
+
+
 def test_an_oddity_saves_no_damaged_picture():
     """What is refused without the oddity is refused with it."""
     rng = np.random.default_rng(0)
@@ -167,7 +177,7 @@ def test_an_oddity_saves_no_damaged_picture():
 
 def test_a_plain_file_has_no_other_copy():
     for data in (BASELINE, PROGRESSIVE, RESTARTS, b"", b"\xff\xd8", b"\xff\xd8\xff", BASELINE[:40], b"\xff\xd8" * 50):
-        assert harmless_copy(data) is None
+        assert harmless_copies(data) == []
 
 
 @pytest.mark.parametrize(("at", "value"), [(1, 0xC3), (1, 0xC5), (1, 0xCB), (4, 12)])
@@ -176,6 +186,14 @@ def test_other_processes_are_another_format(at, value):
     frame = BASELINE.index(b"\xff\xc0")
     data = BASELINE[: frame + at] + bytes([value]) + BASELINE[frame + at + 1 :]
     assert read(data) == "unsupported_format"
+
+
+@pytest.mark.parametrize("sampling", [b"\x31\x11\x11", b"\x22\x21\x11", b"\x13\x11\x11"])
+def test_samplings_without_a_name_are_another_format(sampling):
+    frame = BASELINE.index(b"\xff\xc0")
+    data = bytearray(BASELINE)
+    data[frame + 11 : frame + 20 : 3] = sampling
+    assert read(bytes(data)) == "unsupported_format"
 
 
 def test_cmyk_is_that_of_adobe():
@@ -211,6 +229,47 @@ def test_the_first_picture_of_a_phone():
     first.save(stream, "MPO", save_all=True, append_images=[second], quality=90)
     assert Image.open(io.BytesIO(stream.getvalue())).n_frames == 2
     np.testing.assert_array_equal(read(stream.getvalue()), by_pillow(stream.getvalue()))
+
+
+def flat(scans: list[list[int]], *, side: int = 64) -> bytes:
+    """A sequential JPEG of one grey, whose components come in several scans; the tables are those of Annex K.
+
+    A block is its difference of 0 and the end of the block: 00 1010 for luma, 00 00 for chroma (tables K.3 to K.6).
+    """
+    plain = jpeg(Image.new("RGB", (side, side), (128, 128, 128)), subsampling=0)
+    data = plain[: plain.index(b"\xff\xda")]
+    for names in scans:
+        tables = b"".join(bytes([name, 0 if name == 1 else 0x11]) for name in names)
+        data += segment(0xDA, bytes([len(names)]) + tables + b"\0\x3f\0")
+        bits = "".join("001010" if name == 1 else "0000" for name in names) * (side // 8) ** 2
+        bits += "1" * (-len(bits) % 8)
+        data += int(bits, 2).to_bytes(len(bits) // 8).replace(b"\xff", b"\xff\0")
+    return data + EOI
+
+
+@pytest.mark.parametrize("scans", [[[3], [2], [1]], [[3], [1, 2]], [[2, 3], [1]], [[1, 2, 3]], [[1], [2], [3]]])
+def test_a_sequential_picture_in_several_scans(scans):
+    data = flat(scans)
+    assert (read(data) == 128).all() and (read(with_scan_numbers(data, b"\0\0\0")) == 128).all()
+    if 1 in scans[-1] and 3 not in scans[-1]:
+        assert (read(data[:-2]) == 128).all()
+    else:  # its code ends with zeros, which may also be those of a file that was cut off, so the end must be there
+        assert data.endswith(b"\0" + EOI) and read(data[:-2]) == "corrupt_image"
+    if len(scans) > 1:  # a colour is missing, and nothing in the code tells it
+        assert read(data[: data.rindex(b"\xff\xda")]) == "corrupt_image"
+
+
+def test_a_component_in_two_scans_is_refused():
+    assert read(with_scan_numbers(flat([[1, 2, 3], [1, 2, 3]]), b"\0\0\0")) == "corrupt_image"
+
+
+def test_scans_are_limited():
+    """Not those of a film that lies behind the picture, nor what a comment holds."""
+    start, end = PROGRESSIVE.rindex(b"\xff\xda"), len(PROGRESSIVE) - 2
+    assert read(PROGRESSIVE[:end] + PROGRESSIVE[start:end] * 200 + EOI) == "corrupt_image"
+    film, comment = b"\xff\xda" * 300, segment(0xFE, b"\xff\xda" * 300)
+    for data in (PROGRESSIVE + film, PROGRESSIVE[:2] + comment + PROGRESSIVE[2:]):
+        np.testing.assert_array_equal(read(data), by_pillow(PROGRESSIVE))
 
 
 def test_an_odd_bomb_is_refused_from_its_header():

@@ -4,9 +4,7 @@ import dataclasses
 import io
 import struct
 import threading
-import tracemalloc
 import warnings
-import zlib
 
 import numpy as np
 import pytest
@@ -17,29 +15,29 @@ from clipjax.data.eval_batches import eval_batches
 from clipjax.data.images import Decoder, EvalTransform, decode, make_decoder
 from clipjax.data.sample import BadSample
 from clipjax.data.sources import ArraySource
+from tests.data.picture_files import (
+    COLOUR,
+    COLOUR_ALPHA,
+    GREY,
+    GREY_ALPHA,
+    HEIGHT,
+    PAGE,
+    PALETTE,
+    RGB,
+    RGBA,
+    WIDTH,
+    bmp,
+    chunk,
+    gif,
+    png,
+    random_values,
+    saved,
+    tiff,
+)
 
 pytestmark = pytest.mark.newest
 
-GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6
-HEIGHT, WIDTH = 5, 13
 SEA = (10, 200, 77)
-
-
-def random_values(top: int, channels: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, top, (HEIGHT, WIDTH, channels), dtype=np.uint16)
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(values: np.ndarray, bits: int, kind: int, *chunks: bytes) -> bytes:
-    """Write a PNG by its specification (ISO/IEC 15948): values [h, w, c] of so many bits, most significant first."""
-    planes = ((values[..., None].astype(np.uint32) >> np.arange(bits - 1, -1, -1)) & 1).astype(np.uint8)
-    rows = np.packbits(planes.reshape(len(values), -1), axis=1)
-    data = b"".join(b"\0" + row.tobytes() for row in rows)
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, kind, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
 def over(rgb: np.ndarray, alpha: np.ndarray, background: tuple[int, int, int] | None) -> np.ndarray:
@@ -110,17 +108,6 @@ def test_png_with_alpha(kind, channels, bits, background):
     np.testing.assert_array_equal(read(png(values, bits, kind), background=background), expected)
 
 
-RGB = random_values(256, 3).astype(np.uint8)
-RGBA = random_values(256, 4, seed=1).astype(np.uint8)
-
-
-def saved(pixels: np.ndarray | Image.Image, image_format: str, **options) -> bytes:
-    stream = io.BytesIO()
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    image.save(stream, image_format, **options)
-    return stream.getvalue()
-
-
 @BACKGROUNDS
 def test_webp_with_alpha(background):
     data = saved(RGBA, "WEBP", lossless=True, exact=True)
@@ -140,20 +127,6 @@ def test_animations_show_their_first_frame():
     np.testing.assert_array_equal(read(data), np.asarray(few.convert("RGB")))
 
 
-def gif(indices: np.ndarray, colours: np.ndarray, *, hidden: int | None) -> bytes:
-    """Write a GIF89a whose code never grows: a clear code before each index."""
-    codes = [code for index in indices.ravel().tolist() for code in (256, index)] + [257]
-    bits = np.concatenate([(code >> np.arange(9)) & 1 for code in codes]).astype(np.uint8)
-    data = np.packbits(bits, bitorder="little").tobytes()
-    blocks = b"".join(bytes([len(data[i : i + 255])]) + data[i : i + 255] for i in range(0, len(data), 255))
-    height, width = indices.shape
-    control = b"" if hidden is None else b"!\xf9\x04" + bytes([1, 0, 0, hidden, 0])
-    return (
-        b"GIF89a" + struct.pack("<HHBBB", width, height, 0xF7, 0, 0) + colours.tobytes() + control
-        + b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x08" + blocks + b"\0;"
-    )  # fmt: skip
-
-
 @BACKGROUNDS
 @pytest.mark.parametrize("hidden", [None, 7])
 def test_gif(background, hidden):
@@ -165,42 +138,10 @@ def test_gif(background, hidden):
     np.testing.assert_array_equal(read(data, background=background), over(colours[indices], alpha, background))
 
 
-def bmp(pixels: np.ndarray) -> bytes:
-    """Write a BMP of 24 bits: rows from below, blue first, each row to a multiple of four bytes."""
-    rows = [row[:, ::-1].tobytes() + bytes(-3 * pixels.shape[1] % 4) for row in pixels[::-1]]
-    size = sum(map(len, rows))
-    head = struct.pack("<IiiHHIIiiII", 40, pixels.shape[1], pixels.shape[0], 1, 24, 0, size, 0, 0, 0, 0)
-    return b"BM" + struct.pack("<IHHI", 54 + size, 0, 0, 54) + head + b"".join(rows)
-
-
 def test_bmp():
     np.testing.assert_array_equal(read(bmp(RGB)), RGB)
     grey = saved(Image.fromarray(RGB).convert("L"), "BMP")
     np.testing.assert_array_equal(read(grey), np.repeat(np.asarray(Image.fromarray(RGB).convert("L"))[..., None], 3, 2))
-
-
-def tiff(pixels: bytes, *, order: str = "<", big: bool = False, **tags: int | tuple[int, int]) -> bytes:
-    """Write a TIFF 6.0 of one page, or a BigTIFF: tags by the names below, as (kind, value) or a whole number."""
-    numbers = {"width": 256, "length": 257, "bits": 258, "compression": 259, "photometric": 262, "strip": 273,
-               "orientation": 274, "samples": 277, "rows": 278, "count": 279, "tile_width": 322, "tile_length": 323,
-               "sample_format": 339, "tile": 324, "tile_count": 325}  # fmt: skip
-    offset, kinds = (16, {4: "I"}) if big else (8, {4: "I"})
-    tags = {"strip": offset, "count": len(pixels)} | tags
-    entries = b""
-    for number, value in sorted((numbers[name], value) for name, value in tags.items()):
-        entries += struct.pack(order + ("HHQ" if big else "HHI"), number, 4, 1)
-        entries += struct.pack(order + kinds[4], value) + bytes(4 if big else 0)
-    mark = b"II" if order == "<" else b"MM"
-    where = offset + len(pixels)
-    if big:
-        head = mark + struct.pack(order + "HHHQ", 43, 8, 0, where)
-        return head + pixels + struct.pack(order + "Q", len(tags)) + entries + bytes(8)
-    return (
-        mark + struct.pack(order + "HI", 42, where) + pixels + struct.pack(order + "H", len(tags)) + entries + bytes(4)
-    )
-
-
-PAGE = {"width": WIDTH, "length": HEIGHT, "compression": 1, "rows": HEIGHT}
 
 
 @pytest.mark.parametrize(("order", "big"), [("<", False), (">", False), ("<", True)])
@@ -213,9 +154,11 @@ def test_16_bit_tiff_keeps_its_upper_bits(order, big):
 def test_tiff_is_turned_by_its_own_tag():
     """Orientation belongs to the format, and Pillow always applies it."""
     grey = random_values(256, 1)[..., 0].astype(np.uint8)
-    data = tiff(grey.tobytes(), bits=8, samples=1, photometric=1, orientation=6, **PAGE)
-    for option in (False, True):
-        np.testing.assert_array_equal(read(data, exif_orientation=option)[..., 0], np.rot90(grey, -1))
+    for orientation, upright in UPRIGHT.items():
+        data = tiff(grey.tobytes(), bits=8, samples=1, photometric=1, orientation=orientation, **PAGE)
+        for option in (False, True):
+            np.testing.assert_array_equal(read(data, exif_orientation=option)[..., 0], upright(grey))
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), upright(grey))
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_deflate", "packbits"])
@@ -336,82 +279,6 @@ def test_what_is_no_picture_is_corrupt(data):
 def test_content_decides():
     """A name or a type is never asked for: there is none in the call. An EPS behind another beginning runs nothing."""
     assert reason(b"\xc5\xd0\xd3\xc6" + bytes(30)) == "unsupported_format"
-
-
-def text_bomb(kind: bytes) -> bytes:
-    packed = zlib.compress(bytes(50_000_000), 9)
-    return {
-        b"zTXt": chunk(b"zTXt", b"a\0\0" + packed),
-        b"iTXt": chunk(b"iTXt", b"a\0\1\0\0\0" + packed),
-        b"iCCP": chunk(b"iCCP", b"a\0\0" + packed),
-        b"tEXt": chunk(b"tEXt", b"workflow\0" + bytes([65]) * 5_000_000),
-    }[kind]
-
-
-@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP", b"tEXt"])
-def test_texts_in_a_png_cost_nothing(kind):
-    """A workflow of megabytes is beside a good picture, and so may be a text that unpacks to 200 MB."""
-    data = png(RGB, 8, COLOUR, text_bomb(kind))
-    tracemalloc.start()
-    np.testing.assert_array_equal(read(data), RGB)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2 * len(data) + 1_000_000
-
-
-def webp(kind: bytes, body: bytes) -> bytes:
-    part = kind + struct.pack("<I", len(body)) + body
-    return b"RIFF" + struct.pack("<I", len(part) + 4) + b"WEBP" + part
-
-
-SIDE = 16_000
-BOMBS = {
-    "png": b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)),
-    "gif": b"GIF89a" + struct.pack("<HHBBB", SIDE, SIDE, 0, 0, 0),
-    "gif frame": b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6) + b","
-    + struct.pack("<HHHHB", 0, 0, SIDE, SIDE, 0) + b"\2\1\0\0;",
-    "bmp": bmp(RGB)[:18] + struct.pack("<ii", SIDE, SIDE) + bmp(RGB)[26:],
-    "webp lossy": webp(b"VP8 ", b"\x30\1\0\x9d\1\x2a" + struct.pack("<HH", SIDE, SIDE) + bytes(20)),
-    "webp lossless": webp(b"VP8L", b"\x2f" + struct.pack("<I", (SIDE - 1) | (SIDE - 1) << 14) + bytes(20)),
-    "webp canvas": webp(b"VP8X", bytes(4) + ((SIDE - 1).to_bytes(3, "little")) * 2 + bytes(20)),
-    "tiff": tiff(bytes(100), bits=8, samples=1, photometric=1, **PAGE | {"width": SIDE, "length": SIDE}),
-    "tiff tile": tiff(bytes(100), bits=8, samples=1, photometric=1, compression=8, width=WIDTH, length=HEIGHT,
-                      tile_width=SIDE, tile_length=SIDE, tile=8, tile_count=100),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_bombs_are_refused_from_their_header(name):
-    tracemalloc.start()
-    assert reason(BOMBS[name], max_pixels=25_000_000) == "image_too_large"
-    assert tracemalloc.get_traced_memory()[1] < 1_000_000
-    tracemalloc.stop()
-
-
-@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
-def test_an_avif_above_the_limit():
-    assert reason(saved(RGB, "AVIF"), max_pixels=HEIGHT * WIDTH - 1) == "image_too_large"
-
-
-@pytest.mark.parametrize("image_format", ["PNG", "BMP", "AVIF"])
-def test_pillows_limit_does_not_count(monkeypatch, image_format):
-    """It refuses 179 million pixels, and warns from half of that on; it belongs to the whole process."""
-    if image_format == "AVIF" and not features.check("avif"):
-        pytest.skip("this Pillow has no AVIF")
-    data = saved(RGB, image_format)
-    for limit in (HEIGHT * WIDTH - 1, 1):  # warns, raises
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises((Image.DecompressionBombError, Image.DecompressionBombWarning)):
-            Image.open(io.BytesIO(data))
-        assert decode(data, max_pixels=HEIGHT * WIDTH).shape == (HEIGHT, WIDTH, 3)
-        assert limit == Image.MAX_IMAGE_PIXELS
-
-
-@pytest.mark.parametrize("image_format", ["GIF", "TIFF", "WEBP"])
-def test_where_pillows_limit_counts_the_reason_is_the_size(monkeypatch, image_format):
-    data = BOMBS["gif frame"] if image_format == "GIF" else saved(RGB, image_format)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
-    assert reason(data, max_pixels=2**40) == "image_too_large"
 
 
 def test_threads_decode_all_formats_at_once():

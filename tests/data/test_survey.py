@@ -56,8 +56,11 @@ def test_a_class_stands_for_a_caption():
 
 
 def test_survey_is_spread_over_the_source():
-    found = survey(ArraySource([png(1, 1)] * 100, ["a"] * 100), DECODER, most=5)
-    assert [look.index for look in found.looks] == [0, 25, 50, 74, 99]
+    found = survey(ArraySource([png(1, 1)] * 105, ["a"] * 105), DECODER, most=30)
+    assert [look.index for look in found.looks] == [*range(10), *range(48, 58), *range(95, 105)]
+    for size in (1, 9, 10, 11, 29, 30, 31, 33):
+        places = [look.index for look in survey(ArraySource([b"x"] * size, ["a"] * size), DECODER, most=30).looks]
+        assert len(places) == len(set(places)) == min(size, 30) and places[0] == 0 and places[-1] == size - 1
 
 
 def test_survey_of_nothing_usable():
