@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from clipjax.checkpoints import exchange, folder, manifest, saving
+from clipjax.checkpoints import exchange, first, folder, manifest, saving
 from clipjax.checkpoints.folder import GOOD, Aside
 from clipjax.checkpoints.manifest import (
     DamagedCheckpoint,
@@ -60,6 +60,7 @@ class Checkpoints:
         on_failure: gets the step and the reason of each failure, maybe in another thread.
         on_commit: gets each step that is complete, in another thread of process 0.
         copy: of the steps elsewhere, which follows what happens to them here.
+        apart: process 0 alone sees the workdir.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class Checkpoints:
         on_failure: OnFailure | None = None,
         on_commit: OnCommit | None = None,
         copy: saving.Steps | None = None,
+        apart: bool = False,
     ) -> None:
         self._folder = (workdir / FOLDER).absolute()
-        self._workdir, self._config, self._max_failed_saves = workdir, config, max_failed_saves
+        self._workdir, self._config, self._max_failed_saves, self._apart = workdir, config, max_failed_saves, apart
         self._on_failure, self._on_commit, self._copy = on_failure or saving.tell_failure, on_commit, copy
         if processes.is_first():
             folder.remove_leftovers(self._folder)
@@ -208,7 +210,7 @@ class Checkpoints:
         self._save = Save(
             self._folder,
             content,
-            arrays,
+            first.gather(arrays) if self._apart else arrays,
             records,
             key=key,
             doomed=doomed,
@@ -357,7 +359,7 @@ class Checkpoints:
             self.set_aside(step, "incomplete" if verdict.state is State.INCOMPLETE else "damaged")
 
     def _examine(self, step: int) -> Verdict:
-        return examine_together(self._folder / str(step), next(self._keys), step=step)
+        return examine_together(self._folder / str(step), next(self._keys), step=step, apart=self._apart)
 
     def restore(self, step: int, abstract_arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the arrays, placed by the shardings of `abstract_arrays`, and the records.
@@ -368,11 +370,16 @@ class Checkpoints:
         if self._verified != step:
             refuse_damaged(self.path(step), self._examine(step))
         self._verified = None
-        arrays = restore_arrays(self.path(step), abstract_arrays)
+        restore = first.restore if self._apart else restore_arrays
+        arrays = restore(self.path(step), abstract_arrays)
         try:
-            return arrays, {name: read_record(self.path(step), name) for name in RECORDS}
+            return arrays, {name: self.read_record(step, name) for name in RECORDS}
         except (OSError, ValueError) as error:
             raise DamagedCheckpoint(f"checkpoint {self.path(step)} is damaged: {error}") from error
+
+    def read_record(self, step: int, name: str) -> Any:
+        """Return a JSON record of a step; all processes call this. Raises what `records.read_record` does."""
+        return (first.read_first if self._apart else read_record)(self.path(step), name)
 
     def wait(self) -> None:
         """Wait until everything saved so far is on disk, as long as it is being written.

@@ -3,12 +3,9 @@
 Reading order: `open_mirror`, `fetch`.
 """
 
-import contextlib
-import fcntl
 import json
-import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 from clipjax.checkpoints.folder import is_step_name
 from clipjax.checkpoints.manifest import FILE, DamagedCheckpoint, Verdict, examine
@@ -179,7 +176,7 @@ def _load(place: str) -> pathlib.Path:
     name = place.rpartition("/")[2]
     folder = staging.folder_of(place)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock"):
+    with staging.locked(folder / ".lock"):
         copies, listed = staging.Copies(folder, place), objects.list_folder(place)
         wanted = {f"{name}/{path}": each for path, each in listed.items()}
         missing = {path: each for path, each in wanted.items() if not copies.is_true(path, each)}
@@ -190,13 +187,3 @@ def _load(place: str) -> pathlib.Path:
         staging.download(place.rpartition("/")[0], missing, folder, copies)
         copies.write("")
     return folder / name
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -27,7 +27,7 @@ class Held:
     def watch(self, on_lost):
         self.on_lost = on_lost
 
-    def release(self):
+    def release(self, *, delete=False):
         self.released = True
 
 
