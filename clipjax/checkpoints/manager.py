@@ -25,6 +25,7 @@ from clipjax.checkpoints.manifest import (
     UnusableCheckpoint,
     Verdict,
     best_of,
+    best_step,
     examine,
 )
 from clipjax.checkpoints.reading import restore_arrays
@@ -283,7 +284,7 @@ class Checkpoints:
     def _take_doomed(self) -> list[int]:
         """Return the steps that are no longer to be kept, and forget them."""
         good = self.good_steps()
-        kept = {*good[-self._config.keep_last :], self._best()}
+        kept = {*good[-self._config.keep_last :], best_step(self._steps, self._config.best_metric)}
         doomed = [step for step in good if step not in kept]
         for step in doomed:
             del self._steps[step]
@@ -291,14 +292,6 @@ class Checkpoints:
             if self._copy is not None:
                 self._copy.remove(str(step))
         return doomed
-
-    def _best(self) -> int | None:
-        """Return the best step by `best_metric`; one that was judged by another metric is none."""
-        metric, found = self._config.best_metric, []
-        for step, best in self._steps.items():
-            if metric is not None and best is not None and best[0] == metric and not math.isnan(best[1]):
-                found.append((best[1], step))
-        return max(found)[1] if found else None
 
     def read_data(self, name: str, default: Any, steps: Sequence[int] | None = None) -> dict[int, Any]:
         """Return a field of the `data` record of every step whose records are unchanged, as process 0 sees them.
