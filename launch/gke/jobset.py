@@ -9,9 +9,9 @@ Print it, read it, then pipe it: `launch/gke/jobset.py ... | kubectl apply -f -`
 cluster; `--dry-run` shows command and manifest on stderr and leaves stdout empty, so that a pipe applies nothing.
 
 `--service_account` names one that may write to the bucket of the workdir. `--bucket=NAME` mounts one at /bucket by the
-Cloud Storage FUSE driver, for what clipjax reads by path alone; the cluster needs that driver for it. A failed or preempted
-process restarts the whole set, at most --restarts times, and the run goes on from its checkpoint; exit codes 2
-(refused arguments) and 3 (unusable data or checkpoint) fail the set at once.
+Cloud Storage FUSE driver, for what clipjax reads by path alone; the cluster needs that driver for it. A failed
+or preempted process restarts the whole set, at most --restarts times, and the run goes on from its checkpoint; exit
+codes 2 (refused arguments) and 3 (unusable data or checkpoint) fail the set at once.
 """
 
 import argparse

@@ -56,7 +56,7 @@ JOB = ("replicatedJobs", 0, "template", "spec")
 CONTAINER = (*JOB, "template", "spec", "containers", 0)
 
 
-@pytest.mark.parametrize("arguments", [GPU, TPU], ids=["gpu", "tpu"])
+@pytest.mark.parametrize("arguments", [GPU, TPU, ("--bucket=data", *GPU)], ids=["gpu", "tpu", "bucket"])
 def test_jobsets_fit_the_api(arguments):
     manifest = json.loads(call("gke/jobset.py", *arguments).stdout)
     assert fits(manifest)
