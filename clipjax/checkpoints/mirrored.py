@@ -5,7 +5,7 @@ Reading order: `open_mirror`, `fetch`.
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from clipjax.checkpoints.folder import is_step_name
 from clipjax.checkpoints.manifest import FILE, DamagedCheckpoint, Verdict, examine
@@ -35,12 +35,13 @@ LAYOUT = staging.Layout(FOLDER, FILE, is_step_name, _is_old_format)
 """A step directory is a unit, and its manifest the seal."""
 
 
-def open_mirror(place: str, folder: pathlib.Path, tell: Callable[[str], None]) -> Mirror:
+def open_mirror(place: str, folder: pathlib.Path, plain: Collection[str], tell: Callable[[str], None]) -> Mirror:
     """Take a workdir on a store, and fill its local folder, which this process has locked.
 
     Args:
         place: address of the workdir.
         folder: the local one.
+        plain: names of the files and folders beside the checkpoints that a start needs.
         tell: shows a line while this waits.
 
     Raises:
@@ -51,7 +52,7 @@ def open_mirror(place: str, folder: pathlib.Path, tell: Callable[[str], None]) -
     except OSError as error:
         raise ValueError(_refusal("--workdir", place, error)) from error
     try:
-        copies, found = staging.fill(folder, place, LAYOUT, continues=lease.continues)
+        copies, found = staging.fill(folder, place, LAYOUT, plain=plain, continues=lease.continues)
         copies.write(lease.token)
     except OSError as error:
         lease.release()

@@ -130,13 +130,16 @@ class Copies:
         write_atomic(self._folder / STATE, json.dumps(record))
 
 
-def fill(folder: pathlib.Path, place: str, layout: Layout, *, continues: bool = False) -> tuple[Copies, "Found"]:
+def fill(
+    folder: pathlib.Path, place: str, layout: Layout, *, plain: Collection[str], continues: bool = False
+) -> tuple[Copies, "Found"]:
     """Make a local folder a copy of a folder of a store.
 
     Args:
         folder: the local one, which this process has locked.
         place: address of the folder of the store.
         layout: its units.
+        plain: names of the files and folders beside the units; what else lies there is left alone.
         continues: nobody but the last user of this local folder has written to the store.
 
     Raises:
@@ -145,7 +148,11 @@ def fill(folder: pathlib.Path, place: str, layout: Layout, *, continues: bool = 
     """
     copies = Copies(folder, place)
     shutil.rmtree(folder / PINNED, ignore_errors=True)
-    listed = {path: each for path, each in objects.list_folder(place).items() if path not in _OWN}
+    listed = {
+        path: each
+        for path, each in objects.list_folder(place).items()
+        if path.partition("/")[0] in (*plain, layout.parent) and path not in _OWN
+    }
     found = find(listed, place, layout)
     unsent = _unsent_units(folder, layout, found.complete) if continues else set()
     mine = {f"{layout.parent}/{unit}" for unit in unsent}

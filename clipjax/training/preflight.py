@@ -37,6 +37,7 @@ from clipjax.training.resume import check_same_run
 
 _FILES = (METRICS_FILE, RESULTS_FILE, owner.FILE, run_record.FILE, events.FILE, DECISIONS_FILE)
 _FOLDERS = (CHECKPOINTS_FOLDER, process_log.FOLDER, left_out.FOLDER, profile.FOLDER, TENSORBOARD_FOLDER)
+_LOADED = (*_FILES, process_log.FOLDER, left_out.FOLDER)  # of a workdir on a store: what a start reads or adds to
 _OTHER_WORKDIR = "move it away, or use another workdir"
 _OTHERS_SECONDS = 1.0  # in which the other processes delete their logs
 
@@ -154,7 +155,7 @@ def _claim(parse: Callable[[], tuple[Config, Path | str]], made: list[Path], mir
         _check_entries(workdir)
         warning = owner.take(workdir, place=place if isinstance(place, str) else "")
         if isinstance(place, str):
-            mirrors.append(open_mirror(place, workdir, announce))
+            mirrors.append(open_mirror(place, workdir, _LOADED, announce))
             _check_entries(workdir)
     return Claim(config, workdir, str(place), next(iter(mirrors), None), warning)
 
