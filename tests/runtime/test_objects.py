@@ -169,6 +169,7 @@ def test_no_credentials(monkeypatch, impatient, tmp_path):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("clipjax.runtime.connections._boto3_credentials", lambda: None)  # moto gives boto3 some
     for place, remedy in {"gs://b/x": "gcloud auth", "s3://b/x": "AWS_ACCESS_KEY_ID"}.items():
         with pytest.raises(PermissionError, match=f"no credentials were found; .*{remedy}"):
             open_file(place)
