@@ -9,7 +9,6 @@ ROOT = pathlib.Path(__file__).parent
 TEST = [
     "beartype>=0.20",
     "gcp-storage-emulator>=2026.7",
-    "gcsfs>=2025.9",
     "import-linter>=2.1",
     "kubeflow-trainer-api>=2.1,<3",  # types of the JobSet API
     "moto[server]>=5.1",
@@ -74,7 +73,6 @@ setup(
         "xxhash>=3.5",
     ],
     extras_require={
-        "gcs": ["gcsfs>=2025.9"],  # for Orbax to write checkpoints straight to gs://
         "gpu": ["jax[cuda12]>=0.10.2"],
         "gpu13": ["jax[cuda13]>=0.10.2"],
         "plan": ["jax[tpu]>=0.10.2"],  # the TPU compiler, for `clipjax plan` on any machine

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from clipjax.checkpoints import exchange, folder, manifest, saving
+from clipjax.checkpoints import exchange, first, folder, manifest, saving
 from clipjax.checkpoints.folder import GOOD, Aside
 from clipjax.checkpoints.manifest import (
     DamagedCheckpoint,
@@ -25,6 +25,7 @@ from clipjax.checkpoints.manifest import (
     UnusableCheckpoint,
     Verdict,
     best_of,
+    best_step,
     examine,
 )
 from clipjax.checkpoints.reading import restore_arrays
@@ -60,6 +61,7 @@ class Checkpoints:
         on_failure: gets the step and the reason of each failure, maybe in another thread.
         on_commit: gets each step that is complete, in another thread of process 0.
         copy: of the steps elsewhere, which follows what happens to them here.
+        apart: process 0 alone sees the workdir.
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class Checkpoints:
         on_failure: OnFailure | None = None,
         on_commit: OnCommit | None = None,
         copy: saving.Steps | None = None,
+        apart: bool = False,
     ) -> None:
         self._folder = (workdir / FOLDER).absolute()
-        self._workdir, self._config, self._max_failed_saves = workdir, config, max_failed_saves
+        self._workdir, self._config, self._max_failed_saves, self._apart = workdir, config, max_failed_saves, apart
         self._on_failure, self._on_commit, self._copy = on_failure or saving.tell_failure, on_commit, copy
         if processes.is_first():
             folder.remove_leftovers(self._folder)
@@ -208,7 +211,7 @@ class Checkpoints:
         self._save = Save(
             self._folder,
             content,
-            arrays,
+            first.gather(arrays) if self._apart else arrays,
             records,
             key=key,
             doomed=doomed,
@@ -281,7 +284,7 @@ class Checkpoints:
     def _take_doomed(self) -> list[int]:
         """Return the steps that are no longer to be kept, and forget them."""
         good = self.good_steps()
-        kept = {*good[-self._config.keep_last :], self._best()}
+        kept = {*good[-self._config.keep_last :], best_step(self._steps, self._config.best_metric)}
         doomed = [step for step in good if step not in kept]
         for step in doomed:
             del self._steps[step]
@@ -289,14 +292,6 @@ class Checkpoints:
             if self._copy is not None:
                 self._copy.remove(str(step))
         return doomed
-
-    def _best(self) -> int | None:
-        """Return the best step by `best_metric`; one that was judged by another metric is none."""
-        metric, found = self._config.best_metric, []
-        for step, best in self._steps.items():
-            if metric is not None and best is not None and best[0] == metric and not math.isnan(best[1]):
-                found.append((best[1], step))
-        return max(found)[1] if found else None
 
     def read_data(self, name: str, default: Any, steps: Sequence[int] | None = None) -> dict[int, Any]:
         """Return a field of the `data` record of every step whose records are unchanged, as process 0 sees them.
@@ -357,7 +352,7 @@ class Checkpoints:
             self.set_aside(step, "incomplete" if verdict.state is State.INCOMPLETE else "damaged")
 
     def _examine(self, step: int) -> Verdict:
-        return examine_together(self._folder / str(step), next(self._keys), step=step)
+        return examine_together(self._folder / str(step), next(self._keys), step=step, apart=self._apart)
 
     def restore(self, step: int, abstract_arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the arrays, placed by the shardings of `abstract_arrays`, and the records.
@@ -368,11 +363,16 @@ class Checkpoints:
         if self._verified != step:
             refuse_damaged(self.path(step), self._examine(step))
         self._verified = None
-        arrays = restore_arrays(self.path(step), abstract_arrays)
+        restore = first.restore if self._apart else restore_arrays
+        arrays = restore(self.path(step), abstract_arrays)
         try:
-            return arrays, {name: read_record(self.path(step), name) for name in RECORDS}
+            return arrays, {name: self.read_record(step, name) for name in RECORDS}
         except (OSError, ValueError) as error:
             raise DamagedCheckpoint(f"checkpoint {self.path(step)} is damaged: {error}") from error
+
+    def read_record(self, step: int, name: str) -> Any:
+        """Return a JSON record of a step; all processes call this. Raises what `records.read_record` does."""
+        return (first.read_first if self._apart else read_record)(self.path(step), name)
 
     def wait(self) -> None:
         """Wait until everything saved so far is on disk, as long as it is being written.

@@ -9,6 +9,7 @@ A file that the storage does not give is no damage: it is asked for again, and t
 
 import enum
 import json
+import math
 import os
 import pathlib
 import time
@@ -316,3 +317,14 @@ def best_of(directory: pathlib.Path) -> tuple[str, float] | None:
             return None
     except (UnusableCheckpoint, OSError):
         return None
+
+
+def best_step(found: Mapping[int, tuple[str, float] | None], metric: str | None) -> int | None:
+    """Return the best of some steps by a metric; one that was judged by another metric is none.
+
+    Args:
+        found: the metric and its value of each step.
+        metric: that chooses; None: none does.
+    """
+    values = [(best[1], step) for step, best in found.items() if best is not None and best[0] == metric]
+    return max((each for each in values if not math.isnan(each[0])), default=(0.0, None))[1]

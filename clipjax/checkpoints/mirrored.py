@@ -3,12 +3,9 @@
 Reading order: `open_mirror`, `fetch`.
 """
 
-import contextlib
-import fcntl
 import json
-import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from clipjax.checkpoints.folder import is_step_name
 from clipjax.checkpoints.manifest import FILE, DamagedCheckpoint, Verdict, examine
@@ -38,12 +35,13 @@ LAYOUT = staging.Layout(FOLDER, FILE, is_step_name, _is_old_format)
 """A step directory is a unit, and its manifest the seal."""
 
 
-def open_mirror(place: str, folder: pathlib.Path, tell: Callable[[str], None]) -> Mirror:
+def open_mirror(place: str, folder: pathlib.Path, plain: Collection[str], tell: Callable[[str], None]) -> Mirror:
     """Take a workdir on a store, and fill its local folder, which this process has locked.
 
     Args:
         place: address of the workdir.
         folder: the local one.
+        plain: names of the files and folders beside the checkpoints that a start needs.
         tell: shows a line while this waits.
 
     Raises:
@@ -54,7 +52,7 @@ def open_mirror(place: str, folder: pathlib.Path, tell: Callable[[str], None]) -
     except OSError as error:
         raise ValueError(_refusal("--workdir", place, error)) from error
     try:
-        copies, found = staging.fill(folder, place, LAYOUT, continues=lease.continues)
+        copies, found = staging.fill(folder, place, LAYOUT, plain=plain, continues=lease.continues)
         copies.write(lease.token)
     except OSError as error:
         lease.release()
@@ -179,7 +177,7 @@ def _load(place: str) -> pathlib.Path:
     name = place.rpartition("/")[2]
     folder = staging.folder_of(place)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock"):
+    with staging.locked(folder / ".lock"):
         copies, listed = staging.Copies(folder, place), objects.list_folder(place)
         wanted = {f"{name}/{path}": each for path, each in listed.items()}
         missing = {path: each for path, each in wanted.items() if not copies.is_true(path, each)}
@@ -190,13 +188,3 @@ def _load(place: str) -> pathlib.Path:
         staging.download(place.rpartition("/")[0], missing, folder, copies)
         copies.write("")
     return folder / name
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

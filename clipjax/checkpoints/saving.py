@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -39,11 +40,22 @@ OnFailure = Callable[[int, str], None]
 OnCommit = Callable[[int], None]
 
 
-def array_handler() -> ocp.StandardCheckpointHandler:
-    """Return Orbax's writer and reader of arrays; it waits for no other process, and its failures are told once."""
+def array_handler(*, alone: bool = False) -> ocp.StandardCheckpointHandler:
+    """Return Orbax's writer and reader of arrays; it waits for no other process, and its failures are told once.
+
+    Args:
+        alone: of arrays with copies on several processes it writes the first copy, whole; else each process a part.
+    """
     silence_orbax()
     options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={jax.process_index()})
-    return ocp.StandardCheckpointHandler(multiprocessing_options=options)
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
+    if alone:
+        arrays = ocp.type_handlers.ArrayHandler(primary_host=0, replica_id=0, use_replica_parallel=False)
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+        )
+        handler._impl = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=options)
+    return handler
 
 
 def temporary_path(folder: pathlib.Path, step: int) -> pathlib.Path:
@@ -118,7 +130,7 @@ class Save:
         self._groups, self._key, self._doomed = tuple(arrays), key, doomed
         self._on_failure, self._on_commit, self._before_commit = on_failure, on_commit, before_commit
         self._temporary = temporary_path(folder, content.step)
-        self._handler = array_handler()
+        self._handler = array_handler(alone=any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(arrays)))
         futures, error = self._start(arrays)
         threading.Thread(target=self._run, args=(futures, error), name=_THREAD, daemon=True).start()
 

@@ -11,7 +11,12 @@ from clipjax.runtime import processes
 
 
 def examine_together(
-    path: pathlib.Path, key: str, *, step: int | None = None, groups: Collection[str] | None = None
+    path: pathlib.Path,
+    key: str,
+    *,
+    step: int | None = None,
+    groups: Collection[str] | None = None,
+    apart: bool = False,
 ) -> Verdict:
     """Return the verdict of all processes, which all of them ask for; each reads a part of the files.
 
@@ -20,8 +25,12 @@ def examine_together(
         key: of this conversation.
         step: that it must be of; None: any.
         groups: of arrays that are examined, besides the records; None: all.
+        apart: process 0 alone sees it, and reads all of it.
     """
-    own = examine(path, step=step, groups=groups, part=(jax.process_index(), jax.process_count()))
+    if apart:
+        own = examine(path, step=step, groups=groups) if processes.is_first() else Verdict(State.VERIFIED)
+    else:
+        own = examine(path, step=step, groups=groups, part=(jax.process_index(), jax.process_count()))
     parts = exchange.gather(f"{key}/parts", [own.state.value, own.fault])
     verdicts = [Verdict(State(state), fault) for state, fault in parts]
     verdicts.sort(key=lambda verdict: not verdict.undecided)  # one that cannot read speaks for all

@@ -125,7 +125,7 @@ def _add_source_options(parser: arguments.Parser) -> None:
     places = "tfds:NAME/SPLIT, folder:DIR, or a path, glob or brace pattern of tars, Parquet, CSV, TSV or JSONL"
     parser.add_argument(
         "--source",
-        type=arguments.source,
+        type=arguments.data_source,
         help=f"{places}; also as the first argument, without --source=",
         missing=f" is missing: {places}",
     )

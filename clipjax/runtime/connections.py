@@ -83,8 +83,21 @@ def _open_store(scheme: str, bucket: str, environment: tuple[tuple[str, str], ..
         # An emulator asks for no credentials, but obstore would look for some before it writes.
         config: Any = {"base_url": url.rstrip("/"), "bearer_token": "emulator"} if emulator else {}
         return store.GCSStore(bucket, config=config, client_options=client, retry_config=retry)
-    kind = store.S3Store if scheme == "s3" else store.AzureStore
-    return kind(bucket, client_options=client, retry_config=retry)
+    if scheme == "az":
+        return store.AzureStore(bucket, client_options=client, retry_config=retry)
+    provider = None if "AWS_ACCESS_KEY_ID" in found else _boto3_credentials()
+    return store.S3Store(bucket, client_options=client, retry_config=retry, credential_provider=provider)
+
+
+def _boto3_credentials() -> Any:
+    """Return what boto3 finds, where it is installed: it knows profiles and single sign-on, which obstore does not."""
+    try:
+        import boto3
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        return None
+    session = boto3.Session()
+    return None if session.get_credentials() is None else Boto3CredentialProvider(session)
 
 
 def explain(error: Exception, place: str) -> OSError:

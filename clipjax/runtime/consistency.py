@@ -25,8 +25,6 @@ REMEDIES = {
     "config": "give every process the same config file and command line",
     "code": "install the same version of clipjax and of its requirements on every machine",
     "checkpoint": "the workdir, and what init_from and distill_from name, must be one place that every machine sees",
-    "staging": "a workdir on an object store is kept in a local folder, which all processes of a run must share; run "
-    "them all on one machine, or set CLIPJAX_STAGING to a folder on a disk that all machines see",
     "data": "every machine must see the same data and tokenizer, whole and unchanged",
 }
 """Advice for each section of a fingerprint."""
@@ -146,12 +144,8 @@ def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     return ", ".join(shown[:_SHOWN]) + (f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "")
 
 
-def check_shared(workdir: pathlib.Path, section: str = "checkpoint") -> None:
+def check_shared(workdir: pathlib.Path) -> None:
     """Check that all processes have the same workdir, and not each its own of this name.
-
-    Args:
-        workdir: to check.
-        section: of `REMEDIES`, with what the user can do.
 
     Raises:
         ValueError: on every process: a file that process 0 makes there does not appear for all.
@@ -160,12 +154,12 @@ def check_shared(workdir: pathlib.Path, section: str = "checkpoint") -> None:
         return
     probe = workdir / f".shared-probe-{secrets.token_hex(8)}"
     if processes.is_first():
-        processes.kv_set(f"shared/{section}", probe.name)
+        processes.kv_set("shared/probe", probe.name)
         with contextlib.suppress(OSError):  # then the others do not see it
             probe.write_bytes(b"")
-    probe = workdir / processes.kv_get(f"shared/{section}", timeout_seconds=WAIT_SECONDS)
+    probe = workdir / processes.kv_get("shared/probe", timeout_seconds=WAIT_SECONDS)
     try:
-        run_on_all(f"shared-{section}", lambda: (None, {section: {"workdir of process 0": _appears(probe)}}))
+        run_on_all("shared", lambda: (None, {"checkpoint": {"workdir of process 0": _appears(probe)}}))
     finally:
         if processes.is_first():
             probe.unlink(missing_ok=True)
@@ -177,6 +171,5 @@ def _appears(probe: pathlib.Path) -> str:
         if processes.is_first() or time.monotonic() > deadline:
             return "seen" if processes.is_first() else "not seen"
         time.sleep(0.2)
-        with contextlib.suppress(OSError):
-            list(probe.parent.iterdir())  # makes NFS look again
+        list(probe.parent.iterdir())  # makes NFS look again
     return "seen"

@@ -69,7 +69,7 @@ class Lease:
         }
         self._lock = threading.Lock()
         self._lost = ""
-        self.continues = False
+        self.continues = self._is_new = False
         self._version = self._take(own_token, tell)
         self._renewed_at = time.monotonic()
         self._ended = threading.Event()
@@ -85,6 +85,7 @@ class Lease:
         """Return the version of the object, which is now this holder's."""
         while True:
             if version := objects.create(self._object, self._content()):
+                self._is_new = True
                 return version
             found = _read(self._object)
             if found is None:
@@ -161,14 +162,17 @@ class Lease:
         if on_lost is not None:
             on_lost(self._lost)
 
-    def release(self) -> None:
-        """Give the folder up at once, if the store can be reached."""
+    def release(self, *, delete: bool = False) -> None:
+        """Give the folder up, if the store can be reached; with `delete` leave no object that was not there before."""
         with self._lock:
             if self._ended.is_set():
                 return
             self._ended.set()
             if not self._lost:
                 with contextlib.suppress(OSError):  # it passes after its time
+                    if delete and self._is_new:
+                        objects.delete(self._object)
+                        return
                     objects.replace(self._object, self._content(released=True), self._version)
 
 

@@ -15,10 +15,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 from clipjax.runtime import objects, process_log
-from clipjax.runtime.lease import Lease, LeaseLost
-from clipjax.runtime.staging import PINNED, STATE, Copies, Found, Layout, parts_of
+from clipjax.runtime.lease import LeaseLost
+from clipjax.runtime.staging import PINNED, Copies, Found, Layout, parts_of
 
 INTERVAL_SECONDS = 30.0
 """Time between two looks for changed files; longer where sending them takes more than a tenth of it."""
@@ -32,8 +33,26 @@ CLOSE_SECONDS = 300.0
 _MAX_WAIT_SECONDS = 300.0  # between two tries
 _RETRY_SECONDS = 1.0  # at the end
 _WORKERS = 4
-_LEFT_OUT = re.compile(rf"\.owner$|{re.escape(STATE)}$|.*\.tmp$|(.*/)?\.[^/]*probe")
+_LEFT_OUT = re.compile(r"\.|.*\.tmp$|(.*/)?\.[^/]*probe")
 Work = Callable[[], None]
+
+
+class Holder(Protocol):
+    """The part of a `Lease` that a mirror needs."""
+
+    @property
+    def token(self) -> str:
+        """Name of this holding."""
+        ...
+
+    def require(self) -> None:
+        """Make sure that the lease is held now; raise `LeaseLost` if it is not."""
+
+    def watch(self, on_lost: Callable[[str], None]) -> None:
+        """Call a function with the reason once the lease is lost."""
+
+    def release(self, *, delete: bool = False) -> None:
+        """Give the folder up."""
 
 
 class Mirror:
@@ -53,7 +72,7 @@ class Mirror:
     """
 
     def __init__(
-        self, folder: pathlib.Path, place: str, lease: Lease, *, layout: Layout, copies: Copies, found: Found
+        self, folder: pathlib.Path, place: str, lease: Holder, *, layout: Layout, copies: Copies, found: Found
     ) -> None:
         self.folder, self.place, self._lease, self._layout, self._copies = folder, place, lease, layout, copies
         self._complete, self._leftovers = set(found.complete), set(found.incomplete)
@@ -76,11 +95,24 @@ class Mirror:
         """
         self._say = say
         self._lease.watch(on_lost)
+        self._commit_unsent()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="mirror")
+        self._thread.start()
+
+    def _commit_unsent(self) -> None:
         for unit in self._unsent:
             self.commit(unit)
         self._unsent = []
-        self._thread = threading.Thread(target=self._run, daemon=True, name="mirror")
-        self._thread.start()
+
+    def send_unsent(self) -> None:
+        """Send what the last run on this machine had not sent yet, and wait until the store has it.
+
+        Raises:
+            OSError: the store does not take it.
+        """
+        self._commit_unsent()
+        if error := self._pass():
+            raise error
 
     def commit(self, unit: str, then: Work | None = None) -> None:
         """Send a unit that is complete in the local folder; it may be deleted there meanwhile.
@@ -144,7 +176,7 @@ class Mirror:
             self._ending = True
             self._wake.notify_all()
         if self._thread is None:
-            self._lease.release()
+            self._lease.release(delete=True)  # nothing was written
             return ""
         self._thread.join()
         left = self.flush(seconds)

@@ -10,6 +10,8 @@ written last, is there. Units that are not complete are not loaded.
 Reading order: `folder_of`, `Layout`, `Copies`, `fill`.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +20,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -128,13 +130,16 @@ class Copies:
         write_atomic(self._folder / STATE, json.dumps(record))
 
 
-def fill(folder: pathlib.Path, place: str, layout: Layout, *, continues: bool = False) -> tuple[Copies, "Found"]:
+def fill(
+    folder: pathlib.Path, place: str, layout: Layout, *, plain: Collection[str], continues: bool = False
+) -> tuple[Copies, "Found"]:
     """Make a local folder a copy of a folder of a store.
 
     Args:
         folder: the local one, which this process has locked.
         place: address of the folder of the store.
         layout: its units.
+        plain: names of the files and folders beside the units; what else lies there is left alone.
         continues: nobody but the last user of this local folder has written to the store.
 
     Raises:
@@ -143,7 +148,11 @@ def fill(folder: pathlib.Path, place: str, layout: Layout, *, continues: bool = 
     """
     copies = Copies(folder, place)
     shutil.rmtree(folder / PINNED, ignore_errors=True)
-    listed = {path: each for path, each in objects.list_folder(place).items() if path not in _OWN}
+    listed = {
+        path: each
+        for path, each in objects.list_folder(place).items()
+        if path.partition("/")[0] in (*plain, layout.parent) and path not in _OWN
+    }
     found = find(listed, place, layout)
     unsent = _unsent_units(folder, layout, found.complete) if continues else set()
     mine = {f"{layout.parent}/{unit}" for unit in unsent}
@@ -236,13 +245,21 @@ def download(place: str, files: Mapping[str, Listed], folder: pathlib.Path, copi
         ValueError: a name is none that a file can have.
     """
     for path in files:
-        parts = path.split("/")
-        if not path.isprintable() or any(part in ("", ".", "..") for part in parts):
-            raise ValueError(f"{place}: {path!r} is no name that a file can have; remove that object")
+        check_name(place, path)
     with ThreadPoolExecutor(_WORKERS) as pool:
         for path in pool.map(lambda path: _load(objects.join(place, path), folder / path, path), files):
             if copies is not None:
                 copies.note(path, files[path].version)
+
+
+def check_name(place: str, path: str) -> None:
+    """Refuse the path of an object inside a folder of a store that no file inside a local folder can have.
+
+    Raises:
+        ValueError: it is such a path.
+    """
+    if not path.isprintable() or any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError(f"{place}: {path!r} is no name that a file can have; remove that object")
 
 
 def _load(place: str, target: pathlib.Path, path: str) -> str:
@@ -254,6 +271,17 @@ def _load(place: str, target: pathlib.Path, path: str) -> str:
             file.write(opened.read(offset, _PART_BYTES))
     temporary.replace(target)
     return path
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Hold a file's lock in the `with` block, which other processes of this machine wait for."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def parts_of(folder: pathlib.Path, *, skip: Collection[str] = ()) -> list[str]:

@@ -3,12 +3,13 @@
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import optax
 
+from clipjax.checkpoints.apart import find_folder
 from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.checkpoints.mirrored import open_mirror
 from clipjax.checkpoints.records import FOLDER as CHECKPOINTS_FOLDER
@@ -36,6 +37,7 @@ from clipjax.training.resume import check_same_run
 
 _FILES = (METRICS_FILE, RESULTS_FILE, owner.FILE, run_record.FILE, events.FILE, DECISIONS_FILE)
 _FOLDERS = (CHECKPOINTS_FOLDER, process_log.FOLDER, left_out.FOLDER, profile.FOLDER, TENSORBOARD_FOLDER)
+_LOADED = (*_FILES, process_log.FOLDER, left_out.FOLDER)  # of a workdir on a store: what a start reads or adds to
 _OTHER_WORKDIR = "move it away, or use another workdir"
 _OTHERS_SECONDS = 1.0  # in which the other processes delete their logs
 
@@ -48,7 +50,8 @@ class Checked:
         config: all of its settings.
         workdir: the folder of its files.
         place: where they are kept: the workdir, or the address that it is a local folder of.
-        mirror: keeps them there, on process 0; None: they are kept in the workdir, or this is another process.
+        mirror: keeps them there, on process 0, and on others their logs; None: they are kept in the workdir.
+        apart: some processes do not see the workdir of process 0.
         inputs: data, tokenizer, tasks, first weights.
         tx: the optimizer.
         decisions: that the run has taken.
@@ -59,6 +62,7 @@ class Checked:
     workdir: Path
     place: str
     mirror: Mirror | None
+    apart: bool
     inputs: Inputs
     tx: optax.GradientTransformationExtraArgs
     decisions: Decisions
@@ -82,16 +86,17 @@ def check(parse: Callable[[], tuple[Config, Path | str]], *, replays: bool = Fal
     mirrors: list[Mirror] = []
     try:
         claim, _ = consistency.run_on_all("owner", lambda: (_claim(parse, made, mirrors), {}))
+        if claim.place != str(claim.workdir):
+            claim, _ = consistency.run_on_all("staging", lambda claim=claim: (_spread(claim), {}))
         config, workdir, warning = claim.config, claim.workdir, claim.warning
-        if claim.place != str(workdir):
-            consistency.check_shared(workdir, "staging")
         warnings = [warning, *_missing_devices(workdir)] if is_first() else []
         stuck = config.recovery.stuck_seconds  # ten times that for what a slow file system may take
         with Watchdog(None if stuck is None else 10 * stuck) as watchdog, watchdog.paused("preflight"):
             opened, facts = consistency.run_on_all(
                 "train", lambda: _open_here(claim, warnings, made, replays), kinds=(UnusableCheckpoint,)
             )
-            consistency.check_shared(workdir)
+            if not claim.apart:
+                consistency.check_shared(workdir)
             if is_first() and not replays:
                 record_start(opened.workdir, facts)
     except BaseException as error:
@@ -113,6 +118,7 @@ class Claim:
         place: where they are kept.
         mirror: keeps them there.
         warning: for the user.
+        apart: some processes do not see the workdir of process 0.
     """
 
     config: Config
@@ -120,6 +126,14 @@ class Claim:
     place: str
     mirror: Mirror | None
     warning: str
+    apart: bool = False
+
+
+def _spread(claim: Claim) -> Claim:
+    """Return the claim of this process, once process 0 has filled its local folder of a workdir on a store."""
+    files = (run_record.FILE, DECISIONS_FILE)
+    workdir, mirror, apart = find_folder(claim.place, claim.workdir, claim.mirror, files)
+    return replace(claim, workdir=workdir, mirror=mirror, apart=apart)
 
 
 def _claim(parse: Callable[[], tuple[Config, Path | str]], made: list[Path], mirrors: list[Mirror]) -> Claim:
@@ -141,7 +155,7 @@ def _claim(parse: Callable[[], tuple[Config, Path | str]], made: list[Path], mir
         _check_entries(workdir)
         warning = owner.take(workdir, place=place if isinstance(place, str) else "")
         if isinstance(place, str):
-            mirrors.append(open_mirror(place, workdir, announce))
+            mirrors.append(open_mirror(place, workdir, _LOADED, announce))
             _check_entries(workdir)
     return Claim(config, workdir, str(place), next(iter(mirrors), None), warning)
 
@@ -231,7 +245,7 @@ def _open_here(claim: Claim, warnings: Sequence[str], made: list[Path], replays:
         "data": fingerprints.data_fingerprint(inputs.sources, inputs.tokenizer, checkpoints),
     }
     exporter = Exporter(config.log) if is_first() and config.log.prometheus_port is not None else None
-    return Checked(config, workdir, claim.place, mirror, inputs, tx, decisions, exporter), facts
+    return Checked(config, workdir, claim.place, mirror, claim.apart, inputs, tx, decisions, exporter), facts
 
 
 def _open_newest(workdir: Path, decisions: Decisions) -> SavedCheckpoint | None:

@@ -47,7 +47,7 @@ def replay(checked: Checked, step: int, rollback: int | None = None, *, show: Ca
     """
     config, inputs = checked.config, checked.inputs
     with open_session(checked, record=False) as session:
-        checkpoints = Checkpoints(checked.workdir, config.checkpoint)
+        checkpoints = Checkpoints(checked.workdir, config.checkpoint, apart=checked.apart)
         decisions = session.decisions
         state, start = start_state(
             session.program,

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.manifest import DamagedCheckpoint, UndecidedCheckpoint
-from clipjax.checkpoints.records import pack_tokenizer, read_record
+from clipjax.checkpoints.records import pack_tokenizer
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.config import Config
 from clipjax.config.paths import expanded
@@ -273,7 +273,7 @@ def _restore(checkpoints: Checkpoints, step: int, placed: TrainState, mesh: Mesh
     """Return state and position of a checkpoint, in any format."""
     path = checkpoints.path(step)
     try:
-        data = read_record(path, "data")
+        data = checkpoints.read_record(step, "data")
     except (OSError, ValueError) as error:
         raise _damaged(path, f"data: {error}") from error
     position, version = _position(path, data, step), data.get("format", 1)

@@ -168,7 +168,8 @@ def open_checkpoints(session: Session, on_failure: OnFailure) -> Checkpoints:
         max_failed_saves=config.recovery.max_failed_saves,
         on_failure=on_failure,
         on_commit=record if mirror is None else send,
-        copy=mirror,
+        copy=mirror if processes.is_first() else None,
+        apart=session.checked.apart,
     )
 
 
@@ -190,7 +191,8 @@ def _mirrored(checked: Checked, signal: Shutdown, watchdog: Watchdog) -> Iterato
                 mirror.flush()
         raise
     with watchdog.paused("the last upload"):
-        left = exchange.publish("mirror/left", lambda: "" if mirror is None else mirror.flush())
+        own = "" if mirror is None else mirror.flush()
+        left = exchange.publish("mirror/left", lambda: own)
     if left:
         raise RunStopped(left)
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """A JobSet for clipjax train on GKE, as JSON for `kubectl apply -f -`: TPU slices or GPU nodes.
 
-    launch/gke/jobset.py --name=NAME --image=IMAGE --bucket=BUCKET --tpu=tpu-v5-lite-podslice --topology=4x4 \\
-        [--slices=N] [--chips=4] -- --config=FILE --workdir=/bucket/runs/NAME [any argument of clipjax train]
-    launch/gke/jobset.py --name=NAME --image=IMAGE --bucket=BUCKET --gpu=nvidia-h100-80gb --nodes=2 [--gpus=8] -- ...
+    launch/gke/jobset.py --name=NAME --image=IMAGE --tpu=tpu-v5-lite-podslice --topology=4x4 [--slices=N] [--chips=4] \\
+        --service_account=ACCOUNT -- --config=FILE --workdir=gs://BUCKET/runs/NAME [any argument of clipjax train]
+    launch/gke/jobset.py --name=NAME --image=IMAGE --gpu=nvidia-h100-80gb --nodes=2 [--gpus=8] ... -- ...
 
 Print it, read it, then pipe it: `launch/gke/jobset.py ... | kubectl apply -f -`. The script itself never talks to a
 cluster; `--dry-run` shows command and manifest on stderr and leaves stdout empty, so that a pipe applies nothing.
 
-The bucket is mounted at /bucket by the Cloud Storage FUSE driver, since clipjax's workdir is a path, not an address:
-the cluster needs that driver, and `--service_account` names one that may write to the bucket. A failed or preempted
-process restarts the whole set, at most --restarts times, and the run goes on from its checkpoint; exit codes 2
-(refused arguments) and 3 (unusable data or checkpoint) fail the set at once.
+`--service_account` names one that may write to the bucket of the workdir. `--bucket=NAME` mounts one at /bucket by the
+Cloud Storage FUSE driver, for what clipjax reads by path alone; the cluster needs that driver for it. A failed
+or preempted process restarts the whole set, at most --restarts times, and the run goes on from its checkpoint; exit
+codes 2 (refused arguments) and 3 (unusable data or checkpoint) fail the set at once.
 """
 
 import argparse
@@ -41,8 +41,9 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("name", "image", "bucket"):
+    for name in ("name", "image"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--bucket", help="to mount at /bucket (none)")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--tpu", help="value of cloud.google.com/gke-tpu-accelerator")
     kind.add_argument("--gpu", help="value of cloud.google.com/gke-accelerator")
@@ -83,6 +84,7 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("the arguments of clipjax train are missing; give them after --")
     pods, jobs = (options.nodes, 1) if options.gpu else (_hosts(options), options.slices)
     exclusive = {} if options.gpu else {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    annotations = {"gke-gcsfuse/volumes": "true"} if options.bucket else {}
     template = {
         "parallelism": pods,
         "completions": pods,
@@ -93,7 +95,7 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
                 {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [2, 3]}}
             ]
         },
-        "template": {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": _pod(options)},
+        "template": {"metadata": {"annotations": annotations}, "spec": _pod(options)},
     }
     rules = [{"name": "refused", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
     return {
@@ -138,16 +140,20 @@ def _pod(options: argparse.Namespace) -> dict[str, Any]:
         "env": env,
         "ports": [{"containerPort": PORT, "protocol": "TCP"}],
         "resources": {"limits": limits},
-        "volumeMounts": [{"name": "bucket", "mountPath": "/bucket"}, {"name": "memory", "mountPath": "/dev/shm"}],
+        "volumeMounts": [{"name": "memory", "mountPath": "/dev/shm"}],
     }
-    bucket = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {"bucketName": options.bucket}}
+    volumes: list[dict[str, Any]] = [{"name": "memory", "emptyDir": {"medium": "Memory"}}]
+    if options.bucket:
+        bucket = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {"bucketName": options.bucket}}
+        volumes.append({"name": "bucket", "csi": bucket})
+        container["volumeMounts"].append({"name": "bucket", "mountPath": "/bucket"})
     return {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": 120,
         "serviceAccountName": options.service_account,
         "nodeSelector": nodes,
         "containers": [container],
-        "volumes": [{"name": "bucket", "csi": bucket}, {"name": "memory", "emptyDir": {"medium": "Memory"}}],
+        "volumes": volumes,
     }
 
 

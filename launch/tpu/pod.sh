@@ -4,15 +4,15 @@
 #   launch/tpu/pod.sh create  NAME --zone=ZONE --type=v5litepod-64 --version=RUNTIME [--queued] [--spot] [--dry-run]
 #   launch/tpu/pod.sh setup   NAME --zone=ZONE --source=URL_OF_CLIPJAX [--dry-run]
 #   launch/tpu/pod.sh copy    NAME --zone=ZONE [--dry-run] PATH...     configs, tokenizers: to the home of all hosts
-#   launch/tpu/pod.sh train   NAME --zone=ZONE [--dry-run] --config=FILE[:ARG] --workdir=DIR [clipjax train ...]
+#   launch/tpu/pod.sh train   NAME --zone=ZONE [--dry-run] --config=FILE[:ARG] --workdir=gs://... [clipjax train ...]
 #   launch/tpu/pod.sh stop    NAME --zone=ZONE [--dry-run]      SIGTERM to the processes: they save and leave
 #   launch/tpu/pod.sh delete  NAME --zone=ZONE [--queued] [--dry-run]
 #
 #   --queued   as a queued resource, which waits until the chips are there (gcloud ... queued-resources)
 #   --dry-run  print the gcloud command and run nothing
 #
-# The workdir and the data must be one path on all hosts: mount the bucket with Cloud Storage FUSE, or use Filestore;
-# clipjax opens paths, not gs:// addresses. After a preemption create the pod again, then the same train command.
+# The workdir is gs://BUCKET/RUN, which the pod's service account may write to; data that is read by path must be there
+# on all hosts. After a preemption create the pod again, then the same train command.
 set -euo pipefail
 
 usage() { sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p}' "$0"; }

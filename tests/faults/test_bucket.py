@@ -3,8 +3,11 @@
 Another machine is another staging folder: nothing of the run but the store is there.
 """
 
+import contextlib
+import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 
@@ -14,7 +17,8 @@ from clipjax.checkpoints import mirrored
 from clipjax.checkpoints.manifest import State, examine
 from clipjax.runtime import objects, staging
 from tests.faults.crash import UNDISTURBED
-from tests.faults.tiny_run import LAST_STEP, TinyRun, differences, ended
+from tests.faults.tiny_run import LAST_STEP, TinyRun, differences, ended, losses
+from tests.launch.conftest import free_ports
 from tests.runtime.stores import BUCKET, StoreServer
 
 pytestmark = pytest.mark.process
@@ -45,10 +49,10 @@ class BucketRun(TinyRun):
         words = super().command(name, *options)
         return [f"--workdir={self.address(name)}" if word.startswith("--workdir=") else word for word in words]
 
-    def start_on(self, machine: str, name: str) -> subprocess.Popen:
+    def start_on(self, machine: str, name: str, *options: str) -> subprocess.Popen:
         staging_folder = self.folder / machine
         more = {"CLIPJAX_STAGING": str(staging_folder), "CLIPJAX_LEASE_SECONDS": "1", "CLIPJAX_MIRROR_SECONDS": "0.5"}
-        return self.start(name, environment={**self.variables, **more})
+        return self.start(name, *options, environment={**self.variables, **more})
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +103,43 @@ def assert_restorable(address: str, folder: pathlib.Path) -> None:
     staging.download(address, wanted, folder)
     for step in found.complete:
         assert examine(folder / "checkpoints" / step, step=int(step)).state is State.VERIFIED
+
+
+@pytest.mark.slow
+def test_two_hosts_without_a_shared_disk(folder, gcs, gcs_session):
+    """Both are killed while a checkpoint is uploaded; two other hosts go on, as one process with a disk would."""
+    run, shared = BucketRun(folder).on("gs", gcs, gcs_session[1]), TinyRun(folder)
+    options = ("--config.total_examples=480", "--config.mesh.fsdp=2", "--config.eval.every_examples=480")
+
+    def start(name, starter, machines):
+        launch = ("--num_processes=2", f"--coordinator=localhost:{free_ports(1)[0]}")
+        return [starter(machine, name, *options, *launch, f"--process_id={i}") for i, machine in enumerate(machines)]
+
+    def finish(both):
+        try:
+            assert [process.wait(200) for process in both] == [0, 0]
+        finally:
+            for process in both:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+    finish(start("on-a-disk", lambda _, *words: shared.start(*words), ("", "")))
+    first = start("two-hosts", run.start_on, ("host-0", "host-1"))
+
+    def kill():
+        for process in first:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    fault = gcs.plant("PUT .*checkpoints/40/train/", times=1, before=kill)
+    assert [process.wait(200) for process in first] == [-signal.SIGKILL] * 2 and fault.hits == 1
+    gcs.reset()
+    assert_restorable(run.address("two-hosts"), folder / "look-two-hosts")
+    finish(start("two-hosts", run.start_on, ("host-2", "host-3")))
+    workdir = run.workdir("two-hosts")
+    staging.download(run.address("two-hosts"), objects.list_folder(run.address("two-hosts")), workdir)
+    assert losses(workdir) == losses(run.workdir("on-a-disk")) and len(losses(workdir)) > 60
+    results = [json.loads((each / "results.json").read_text())["tasks"] for each in (workdir, run.workdir("on-a-disk"))]
+    assert results[0] == results[1]
+    assert {path.name for path in (workdir / "logs").iterdir()} == {"rank-00000.log", "rank-00001.log"}
+    assert re.findall(r"^step (\d+) of 60", run.output("two-hosts"), re.MULTILINE) == ["0", "20"]

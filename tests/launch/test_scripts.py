@@ -20,7 +20,7 @@ pytestmark = pytest.mark.process
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 ENV = environment(CLIPJAX=f"{sys.executable} -m clipjax", PYTHONPATH=str(LAUNCH.parent))
-GKE = ("--name=run", "--image=registry/clipjax", "--bucket=b", "--", "--config=c.py", "--workdir=/bucket/run")
+GKE = ("--name=run", "--image=registry/clipjax", "--", "--config=c.py", "--workdir=gs://b/run")
 GPU = ("--gpu=nvidia-h100-80gb", "--nodes=2", *GKE)
 TPU = ("--tpu=tpu-v5-lite-podslice", "--topology=4x4", "--slices=2", *GKE)
 
@@ -56,7 +56,7 @@ JOB = ("replicatedJobs", 0, "template", "spec")
 CONTAINER = (*JOB, "template", "spec", "containers", 0)
 
 
-@pytest.mark.parametrize("arguments", [GPU, TPU], ids=["gpu", "tpu"])
+@pytest.mark.parametrize("arguments", [GPU, TPU, ("--bucket=data", *GPU)], ids=["gpu", "tpu", "bucket"])
 def test_jobsets_fit_the_api(arguments):
     manifest = json.loads(call("gke/jobset.py", *arguments).stdout)
     assert fits(manifest)
@@ -88,7 +88,15 @@ def test_jobsets_name_the_processes():
     job = gpu["spec"]["replicatedJobs"][0]["template"]["spec"]
     container = job["template"]["spec"]["containers"][0]
     assert job["completions"] == 2 and container["env"][0]["value"] == "run-train-0-0.run:8476"
-    assert container["command"] == ["clipjax", "train", "--config=c.py", "--workdir=/bucket/run"]
+    assert container["command"] == ["clipjax", "train", "--config=c.py", "--workdir=gs://b/run"]
+    assert [volume["name"] for volume in job["template"]["spec"]["volumes"]] == ["memory"]
+    assert [mount["name"] for mount in container["volumeMounts"]] == ["memory"]
+    assert not job["template"]["metadata"]["annotations"]
+    mounted = json.loads(call("gke/jobset.py", "--bucket=data", *GPU).stdout)
+    pod = mounted["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    assert pod["spec"]["volumes"][1]["csi"]["volumeAttributes"] == {"bucketName": "data"}
+    assert pod["spec"]["containers"][0]["volumeMounts"][1] == {"name": "bucket", "mountPath": "/bucket"}
     slices = tpu["spec"]["replicatedJobs"][0]
     assert slices["replicas"] == 2 and slices["template"]["spec"]["completions"] == 4
 

@@ -12,6 +12,7 @@ from clipjax.runtime.mirror import Mirror
 from clipjax.runtime.staging import Layout, fill
 from tests.runtime.stores import BUCKET
 
+PLAIN = ("plain", "sub", "log", "deep", "new")
 LAYOUT = Layout("units", "seal", str.isdecimal, lambda *_: False)
 
 
@@ -27,7 +28,7 @@ class Held:
     def watch(self, on_lost):
         self.on_lost = on_lost
 
-    def release(self):
+    def release(self, *, delete=False):
         self.released = True
 
 
@@ -45,7 +46,7 @@ def mirror(request, tmp_path, monkeypatch):
 
 
 def open_mirror(folder, place):
-    copies, found = fill(folder, place, LAYOUT)
+    copies, found = fill(folder, place, LAYOUT, plain=PLAIN)
     mirror = Mirror(folder, place, Held(), layout=LAYOUT, copies=copies, found=found)
     mirror.said = []
     return mirror

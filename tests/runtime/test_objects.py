@@ -169,9 +169,23 @@ def test_no_credentials(monkeypatch, impatient, tmp_path):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("clipjax.runtime.connections._boto3_credentials", lambda: None)  # moto gives boto3 some
     for place, remedy in {"gs://b/x": "gcloud auth", "s3://b/x": "AWS_ACCESS_KEY_ID"}.items():
         with pytest.raises(PermissionError, match=f"no credentials were found; .*{remedy}"):
             open_file(place)
+
+
+def test_a_profile_gives_credentials_where_boto3_is_installed(s3, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.delenv(name)
+    keys = "[other]\naws_access_key_id = of-the-profile\naws_secret_access_key = x\nregion = eu-west-1\n"
+    (tmp_path / "credentials").write_text(keys)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "other")
+    sent, real = [], s3.backend
+    monkeypatch.setattr(s3, "backend", lambda *request: sent.append(request[2]["authorization"]) or real(*request))
+    objects.write_bytes(f"s3://{BUCKET}/profile", b"1")
+    assert "Credential=of-the-profile/" in sent[0]
 
 
 def test_small_objects(store):

@@ -8,6 +8,7 @@ from clipjax.runtime import objects, staging
 from clipjax.runtime.staging import Copies, Layout, fill, folder_of
 from tests.runtime.stores import BUCKET
 
+PLAIN = ("plain", "sub", "log", "deep", "new")
 LAYOUT = Layout("units", "seal", str.isdecimal, lambda *_: False)
 
 
@@ -27,6 +28,7 @@ def place(gcs, request):
         "units/1/seal": b"s",
         "units/2/x": b"2",
         "units/3.aside/x": b"3",
+        "data/shard.tar": b"somebody else's",
     }.items():
         objects.write_bytes(f"{place}/{path}", content)
     gcs.reset()
@@ -37,46 +39,46 @@ WHOLE = {"plain": b"a", "sub/plain": b"b", "units/1/x": b"1", "units/1/deep/y": 
 
 
 def test_what_is_complete_is_loaded_once(place, gcs, tmp_path):
-    copies, found = fill(tmp_path, place, LAYOUT)
+    copies, found = fill(tmp_path, place, LAYOUT, plain=PLAIN)
     copies.write("token")
     assert tree(tmp_path) == WHOLE
     assert (found.complete, found.incomplete, found.aside) == ({"1"}, {"2"}, {"3.aside"})
     assert (tmp_path / "units" / "3.aside").is_dir()  # its name is taken
     gcs.reset()
-    fill(tmp_path, place, LAYOUT)
+    fill(tmp_path, place, LAYOUT, plain=PLAIN)
     assert tree(tmp_path) == WHOLE and gcs.count("^GET /bucket/") == 0
     objects.write_bytes(f"{place}/units/1/x", b"changed")
-    fill(tmp_path, place, LAYOUT)
+    fill(tmp_path, place, LAYOUT, plain=PLAIN)
     assert tree(tmp_path) == WHOLE | {"units/1/x": b"changed"} and gcs.count("^GET /bucket/") == 1
 
 
 def test_the_store_wins(place, tmp_path):
-    copies, _ = fill(tmp_path, place, LAYOUT)
+    copies, _ = fill(tmp_path, place, LAYOUT, plain=PLAIN)
     copies.write("token")
     for path in ("units/9/seal", "units/2.aside/seal", "other/file", "plain", ".pinned/7/x", "units/1/more"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(b"of another run")
     (tmp_path / "link").symlink_to("/etc/hostname")
     (tmp_path / ".owner").write_bytes(b"lock")
-    _, found = fill(tmp_path, place, LAYOUT)
+    _, found = fill(tmp_path, place, LAYOUT, plain=PLAIN)
     assert tree(tmp_path) == WHOLE | {".owner": b"lock"} and not found.unsent
     assert not (tmp_path / "other").exists()
 
 
 def test_what_this_machine_had_not_sent_yet_is_kept_if_nobody_came_between(place, tmp_path):
-    copies, _ = fill(tmp_path, place, LAYOUT)
+    copies, _ = fill(tmp_path, place, LAYOUT, plain=PLAIN)
     copies.write("token")
     (tmp_path / "units" / "9").mkdir()
     for path in ("units/9/seal", "units/9/x", "units/10.tmp", "plain", "new"):
         (tmp_path / path).write_bytes(b"not sent yet")
-    _, found = fill(tmp_path, place, LAYOUT, continues=True)
+    _, found = fill(tmp_path, place, LAYOUT, plain=PLAIN, continues=True)
     assert found.unsent == {"9"}
     unsent = dict.fromkeys(("plain", "new", "units/9/seal", "units/9/x"), b"not sent yet")
     assert tree(tmp_path) == WHOLE | unsent
 
 
 def test_a_record_of_another_place_or_a_damaged_one_says_nothing(place, tmp_path):
-    copies, _ = fill(tmp_path, place, LAYOUT)
+    copies, _ = fill(tmp_path, place, LAYOUT, plain=PLAIN)
     copies.write("token")
     assert Copies(tmp_path, place).token == "token" and Copies(tmp_path, f"{place}-2").token == ""
     for content in (b"", b"[]", b'{"place": 1}', b"[" * 100_000, b'{"place": "%s", "token": "t", "files": {"a": 1}}'):
@@ -87,9 +89,9 @@ def test_a_record_of_another_place_or_a_damaged_one_says_nothing(place, tmp_path
 def test_an_object_that_is_cut_off_or_away_ends_with_an_error(place, gcs, tmp_path, impatient):
     gcs.plant("^GET .*sub/plain", status=503)
     with pytest.raises(OSError, match="503"):
-        fill(tmp_path, place, LAYOUT)
+        fill(tmp_path, place, LAYOUT, plain=PLAIN)
     gcs.reset()
-    fill(tmp_path, place, LAYOUT)
+    fill(tmp_path, place, LAYOUT, plain=PLAIN)
     assert tree(tmp_path) == WHOLE
 
 
@@ -100,7 +102,7 @@ def test_names_that_no_file_can_have_are_refused(place, gcs, tmp_path):
     for bad in ("../../outside", "bad\x1bname"):
         listed[f"{name}/{bad}"] = listed[f"{name}/plain"]
         with pytest.raises((ValueError, OSError)):
-            fill(tmp_path / "in", place, LAYOUT)
+            fill(tmp_path / "in", place, LAYOUT, plain=PLAIN)
         del listed[f"{name}/{bad}"]
     assert not (tmp_path / "outside").exists()
     with pytest.raises(ValueError, match="is no name that a file can have"):

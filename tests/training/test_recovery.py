@@ -78,6 +78,23 @@ def test_decisions_are_read_back_and_a_half_line_has_not_taken_effect(tmp_path):
     assert again.records() == [to_record(DECISION)]
 
 
+def test_a_decision_that_does_not_reach_the_store_takes_no_effect(tmp_path):
+    sent, away = [], OSError(5, "the store is away")
+
+    def send(path):
+        if away:
+            raise away
+        sent.append(path.read_bytes())
+
+    decisions = Decisions(tmp_path, send)
+    verdict = decisions.take(lambda: DECISION)
+    assert isinstance(verdict, str) and "cannot be recorded" in verdict and "the store is away" in verdict
+    assert not decisions.taken and not Decisions(tmp_path).taken  # nor for a start after a kill
+    away = None
+    assert decisions.take(lambda: DECISION) == DECISION
+    assert sent == [(tmp_path / "decisions.jsonl").read_bytes()] and Decisions(tmp_path).taken == [DECISION]
+
+
 @pytest.mark.parametrize(
     "line",
     [
