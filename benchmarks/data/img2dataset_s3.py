@@ -140,7 +140,9 @@ def train(work: pathlib.Path, variables: Mapping[str, str]) -> dict[str, object]
 
 def run(words: Sequence[str], variables: Mapping[str, str]) -> str:
     """Run clipjax; return what it prints."""
-    done = subprocess.run([sys.executable, "-m", "clipjax", *words], env=dict(variables), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "clipjax", *words], env=dict(variables), capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     return done.stdout
