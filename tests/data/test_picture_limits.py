@@ -109,7 +109,7 @@ def test_large_rubbish_costs_little_time_and_memory(name):
     start = time.process_time()
     with peak_memory() as peak:
         assert reason(SLOW[name], max_pixels=25_000_000) == "corrupt_image"
-    assert time.process_time() - start < 2 and peak[0] < 5 * LARGE
+    assert time.process_time() - start < 5 and peak[0] < 5 * LARGE
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
