@@ -51,6 +51,8 @@ READ = (
     "mesh",
     *(f"data.{name}" for name in TASK_DATA),
     "data.num_threads",
+    "data.cache_dir",
+    "data.cache_gib",
     "data.max_image_pixels",
     "data.max_caption_bytes",
     "data.background",

@@ -88,6 +88,8 @@ class DataConfig:
     num_workers: int = bounded(0, NOT_NEGATIVE)  # worker processes per training process; 0: threads of it decode
     num_threads: int = bounded(2, POSITIVE)  # reading and decoding threads per worker
     prefetch_batches: int = bounded(2, POSITIVE)
+    cache_dir: str | None = None  # folder on a disk of each machine for copies of shards that are read from stores
+    cache_gib: float = bounded(100.0, POSITIVE)  # of these copies
     order_block: int | None = bounded(None, POSITIVE)  # consecutive pairs that are shuffled as one; None: by the store
     max_bad_fraction: float = bounded(0.05, FRACTION)  # of the samples read; above it the run stops
     max_image_pixels: int = bounded(25_000_000, POSITIVE)  # refused from the header
@@ -103,6 +105,16 @@ class DataConfig:
         """Field and value of the training pairs, for messages."""
         parts = ", ".join(f"{name}: {part.source}" for name, part in sorted(self.mixture.items()))
         return f"data.mixture={{{parts}}}" if parts else f"data.train={self.train!r}"
+
+    def cache_errors(self, sources: Sequence[str]) -> list[str]:
+        """Return what is wrong with the choice of a cache for sources, a line each."""
+        if self.cache_dir is None:
+            default = type(self)().cache_gib
+            ignored = f"data.cache_gib={self.cache_gib} would be ignored without data.cache_dir; set that, or leave it out"
+            return [ignored] if self.cache_gib != default else []
+        if any("://" in source for source in sources):
+            return []
+        return [f"data.cache_dir={self.cache_dir!r} would be ignored: no source lies in a store; leave it out"]
 
     def source_errors(self) -> list[str]:
         """Return what is wrong with the choice of sources, a line each."""

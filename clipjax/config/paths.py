@@ -19,6 +19,7 @@ PATH_FIELDS = (
     "loss.distill_from",
     "data.train",
     "data.tfds_dir",
+    "data.cache_dir",
     "data.image_root",
     "data.tokenizer",
 )

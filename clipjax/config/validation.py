@@ -238,7 +238,7 @@ def _unused_columns(config: Config) -> list[str]:
     tasks = config.eval.tasks.values()
     trained = [config.data.train, *(part.source for part in config.data.mixture.values())]
     named = [*trained, *(place for task in tasks for place in (task.source, task.gallery) if place)]
-    return unused_columns(config.data, named, "data.")
+    return [*unused_columns(config.data, named, "data."), *config.data.cache_errors(named)]
 
 
 def check_embeddings(config: Config) -> None:

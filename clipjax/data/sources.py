@@ -25,6 +25,7 @@ from clipjax.data.tables import TableSource
 from clipjax.data.tfds import TFDS_PREFIX, TfdsSource, data_folder
 from clipjax.data.webdataset import TarSource
 from clipjax.runtime import objects
+from clipjax.runtime.file_cache import FileCache
 from clipjax.runtime.storage import is_address
 
 _KINDS = {
@@ -152,7 +153,8 @@ def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> So
             return TableSource(paths, **columns, image_root=data.image_root, **limits)
         case "array_record":
             return ArrayRecordSource(paths, **limits)
-    return TarSource(paths, **limits)
+    cache = None if data.cache_dir is None else FileCache(data.cache_dir, round(data.cache_gib * 2**30))
+    return TarSource(paths, **limits, cache=cache)
 
 
 def _image_folder(spec: str) -> str | None:

@@ -32,7 +32,8 @@ from clipjax.data.tar_names import classify
 from clipjax.data.tar_ranges import members_between, quick_sample, sample_in, windowed
 from clipjax.data.tar_samples import Limits, assemble, keep_needed, read_all, read_members, slices
 from clipjax.data.unused_members import require_samples, tell_unused
-from clipjax.runtime.storage import FileChanged, OpenFile, open_file
+from clipjax.runtime.file_cache import FileCache
+from clipjax.runtime.storage import FileChanged, OpenFile, is_address, open_file
 from clipjax.runtime.terminal import printable
 
 _MAX_FILE_OVERHEAD_BYTES = 2**20  # of an image file beyond its pixels: profiles, thumbnails
@@ -48,15 +49,24 @@ def max_file_bytes(max_image_pixels: int) -> int:
     return 4 * max_image_pixels + _MAX_FILE_OVERHEAD_BYTES
 
 
-def _make_opener() -> Callable[[str, str | bytes, int, Limits], "_Shard"]:
+def _make_opener(cache: FileCache | None) -> Callable[..., "_Shard"]:
     """Return a function that opens shards and keeps some of them open."""
-    return functools.lru_cache(_MAX_OPEN_SHARDS)(functools.partial(_open_shard, {}))
+    return functools.lru_cache(_MAX_OPEN_SHARDS)(functools.partial(_open_shard, cache, {}))
 
 
-def _open_shard(checked: dict[str, Checked], path: str, place: str | bytes, stamp: int, limits: Limits) -> "_Shard":
+def _open_shard(
+    cache: FileCache | None,
+    checked: dict[str, Checked],
+    path: str,
+    place: str | bytes,
+    *,
+    stamp: int,
+    limits: Limits,
+) -> "_Shard":
     """Open a shard.
 
     Args:
+        cache: of copies of shards; None: there are none.
         checked: index files that have been checked in this process; changed.
         path: of the shard.
         place: of its index.
@@ -67,7 +77,7 @@ def _open_shard(checked: dict[str, Checked], path: str, place: str | bytes, stam
         OSError: it cannot be read, or is another one.
         ValueError: its index is gone, and it is no tar any more.
     """
-    file = open_file(path)
+    file = open_file(path) if cache is None or not is_address(path) else cache.open(path)
     if _stamp(file) != stamp:
         raise _changed(path)
     try:
@@ -200,6 +210,7 @@ class TarSource:
         paths: uncompressed tar files.
         max_caption_bytes: limit of a caption; longer ones make a sample bad.
         max_image_pixels: limit of an image; files that are larger than its raw pixels are not even read.
+        cache: of copies of shards that lie in stores; None: they are read from there each time.
 
     Raises:
         ValueError: a file is no tar, or there is no sample at all.
@@ -209,7 +220,15 @@ class TarSource:
     are read in place, and shared by all processes that way; worker processes get paths and counts.
     """
 
-    def __init__(self, paths: Sequence[str], *, max_caption_bytes: int, max_image_pixels: int):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        max_caption_bytes: int,
+        max_image_pixels: int,
+        cache: FileCache | None = None,
+    ):
+        self._cache = cache
         self._paths = [os.fspath(path) for path in paths]
         self._limits = Limits(max_file_bytes(max_image_pixels), max_caption_bytes)
         entries = indexes.open_indexes(self._paths, limit=self._limits.image)
@@ -217,7 +236,7 @@ class TarSource:
         self._places = [entry.place for entry in entries]
         self._first = list(itertools.accumulate((header.count for header in headers), initial=0))
         self._stamps = np.array([_stamp(header) for header in headers], np.uint64)
-        self._open = _make_opener()
+        self._open = _make_opener(cache)
         self._digests: list[ShardDigest] | None = None
         if all(header.holds_digest(self._limits.image) for header in headers):
             self._digests = [
@@ -231,7 +250,7 @@ class TarSource:
         return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_digests")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _digests=None, _open=_make_opener())
+        self.__dict__.update(state, _digests=None, _open=_make_opener(self._cache))
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -275,7 +294,9 @@ class TarSource:
         return shard, int(index) - self._first[shard]
 
     def _shard(self, shard: int) -> _Shard:
-        return self._open(self._paths[shard], self._places[shard], self._stamps[shard], self._limits)
+        return self._open(
+            self._paths[shard], self._places[shard], stamp=self._stamps[shard], limits=self._limits
+        )
 
     def location(self, index: int) -> str:
         """Return the shard and the key."""

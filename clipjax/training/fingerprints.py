@@ -14,7 +14,7 @@ from clipjax.data.sample import Source
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.monitoring.run_record import versions
 
-HOST_LOCAL = ("data.tfds_dir", "data.num_", "data.prefetch_batches", "compile_cache")
+HOST_LOCAL = ("data.tfds_dir", "data.cache_", "data.num_", "data.prefetch_batches", "compile_cache")
 """Fields (by prefix) that may differ between machines: none of them touches what is computed."""
 
 

@@ -38,6 +38,7 @@ RESUMABLE = (
     "init_from",
     "compile_cache",
     "data.tfds_dir",
+    "data.cache_",
     "data.train",
     "data.max_bad_fraction",
     "data.num_",
