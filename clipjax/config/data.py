@@ -110,7 +110,9 @@ class DataConfig:
         """Return what is wrong with the choice of a cache for sources, a line each."""
         if self.cache_dir is None:
             default = type(self)().cache_gib
-            ignored = f"data.cache_gib={self.cache_gib} would be ignored without data.cache_dir; set that, or leave it out"
+            ignored = (
+                f"data.cache_gib={self.cache_gib} would be ignored without data.cache_dir; set that, or leave it out"
+            )
             return [ignored] if self.cache_gib != default else []
         if any("://" in source for source in sources):
             return []

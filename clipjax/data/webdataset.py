@@ -250,7 +250,7 @@ class TarSource:
         return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_digests")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _digests=None, _open=_make_opener(self._cache))
+        self.__dict__.update(state, _digests=None, _open=_make_opener(state["_cache"]))
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -294,9 +294,7 @@ class TarSource:
         return shard, int(index) - self._first[shard]
 
     def _shard(self, shard: int) -> _Shard:
-        return self._open(
-            self._paths[shard], self._places[shard], stamp=self._stamps[shard], limits=self._limits
-        )
+        return self._open(self._paths[shard], self._places[shard], stamp=self._stamps[shard], limits=self._limits)
 
     def location(self, index: int) -> str:
         """Return the shard and the key."""

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from clipjax.config import Config, TaskConfig
+from clipjax.config import Config, MixtureSource, TaskConfig
 from clipjax.config.paths import PATH_FIELDS, expand, expand_paths
 from clipjax.config.serialization import field_value
 
@@ -113,11 +113,15 @@ def test_all_fields_of_a_config():
     config = Config()
     config.init_from = config.compile_cache = config.loss.distill_from = config.data.tfds_dir = "~/x"
     config.data.train, config.data.tokenizer, config.data.image_root = "~/x", "clip:~/x", "~/x"
+    config.data.cache_dir, config.data.mixture = "~/x", {"a": MixtureSource(source="~/x")}
     config.eval.tasks = {"t": TaskConfig(source="~/x", gallery="~/x", classes="~/x", templates="~/x")}
     expand_paths(config)
     task = config.eval.tasks["t"]
     values = [field_value(config, path) for path in PATH_FIELDS]
-    assert {*values, task.source, task.gallery, task.classes, task.templates} == {"/homes/me/x", "clip:/homes/me/x"}
+    assert {*values, config.data.mixture["a"].source, task.source, task.gallery, task.classes, task.templates} == {
+        "/homes/me/x",
+        "clip:/homes/me/x",
+    }
 
 
 def test_everything_wrong_is_one_error_and_skipped_fields_stay():

@@ -230,3 +230,17 @@ def test_any_number_of_workers_on_a_store(on_store):
 @pytest.mark.parametrize("kind", WRITERS)
 def test_up_to_eight_workers(kind, tmp_path):
     check_exact(make_config(DataConfig(train=WRITERS[kind](tmp_path), num_threads=1)), (0, 1, 2, 4, 8), interruptions=8)
+
+
+@pytest.mark.parametrize("on_store", ["gs"], indirect=True)
+def test_copies_on_a_disk_change_nothing_and_spare_the_store(on_store, tmp_path, gcs):
+    config = make_config(DataConfig(train=on_store, cache_dir=str(tmp_path / "copies")))
+    check_exact(config)
+    gcs.requests.clear()
+    read(config, 0, STEPS)
+    without = len([request for request in gcs.requests if request.startswith("GET")])
+    config.data.cache_dir = None
+    gcs.requests.clear()
+    read(config, 0, STEPS)
+    assert len(list((tmp_path / "copies").glob("*.copy"))) == len(list(shards()))
+    assert without < len([request for request in gcs.requests if request.startswith("GET")])
