@@ -1,8 +1,9 @@
 """Index files by the place of their shards: found, or built by one of several processes.
 
-An index lies beside its shard in `.clipjax-index/`, or in a cache folder if nothing can be written there. Whoever
-builds one holds a lock on its name, which ends with the process, so that many processes and machines that start
-together each take a shard that nobody holds. What cannot be written anywhere is held in memory.
+An index lies beside its shard in `.clipjax-index/`, or in a cache folder if nothing can be written there. That of a
+shard in an object store lies there too, and each machine has a copy of it in its cache folder. Whoever builds one holds
+a lock on its name, which ends with the process, so that many processes and machines that start together each take a
+shard that nobody holds. What cannot be written anywhere is held in memory.
 
 Reading order: `find`, `build`, `index_places`, `_locked`.
 """
@@ -22,6 +23,7 @@ from typing import NamedTuple
 from clipjax.data.index_file import DamagedIndex, IndexHeader, pack, read_header
 from clipjax.data.index_table import IndexTable, open_table
 from clipjax.data.tar_index import index_shard
+from clipjax.runtime import objects
 from clipjax.runtime.files import write_atomic
 from clipjax.runtime.storage import OpenFile, is_address, open_file
 
@@ -31,10 +33,7 @@ FOLDER = ".clipjax-index"
 _SUFFIX = ".idx"
 _CLOCK_TICK_NS = 20_000_000  # Linux's times of files are up to 10 ms late
 _LONGEST_NAME = 200  # bytes; file systems take 255
-_LOOKING_THREADS = 16
-_FEW_BYTES = 256 * 2**20
-_MAX_STATS_BYTES = 2**20
-_MOST_SHOWN = 5
+_MAX_SHARED_BYTES = 2**30  # of an index in a store
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that have none
 _log = logging.getLogger(__name__)
 
@@ -68,17 +67,21 @@ class Missing(NamedTuple):
     reason: str
 
 
-def find(path: str, *, is_thorough: bool = False) -> Entry | Missing:
+def find(path: str, *, is_thorough: bool = False, listed: objects.Listed | None = None) -> Entry | Missing:
     """Return the index of a shard if it has one.
 
     Args:
         path: of the shard.
         is_thorough: also look at its places.
+        listed: size and version of the shard, where they are known.
 
     Raises:
         OSError: the shard cannot be read.
     """
-    file, reason = open_file(path), ""
+    if listed is not None:
+        with contextlib.suppress(DamagedIndex, OSError):
+            return _read_entry(index_places(path)[0], path, listed, is_thorough=is_thorough)
+    file, reason = open_file(path), ""  # some stores list other versions than they give
     for place in index_places(path):
         try:
             return _read_entry(place, path, file, is_thorough=is_thorough)
@@ -86,14 +89,46 @@ def find(path: str, *, is_thorough: bool = False) -> Entry | Missing:
             reason = "changed" if isinstance(error, _OtherShard) else "damaged"
         except OSError:
             continue
-    return Missing(path, file.size, reason)
+    found = _fetch(path, file)
+    return Missing(path, file.size, reason) if found is None else found
+
+
+def _fetch(path: str, file: OpenFile | objects.Listed) -> Entry | None:
+    """Return the index that lies beside a shard in its store, if it is that of the shard as it is now."""
+    if not is_address(path):
+        return None
+    try:
+        content = objects.read_bytes(_shared_place(path), _MAX_SHARED_BYTES)
+        header = IndexTable(content).header
+    except (DamagedIndex, OSError, ValueError):
+        return None
+    if (header.name, header.size, header.version) != (_base(path), file.size, file.version):
+        return None
+    (place,) = index_places(path)
+    try:
+        _make_folder(pathlib.Path(place).parent)
+        write_atomic(pathlib.Path(place), content)
+        return Entry(header, place)
+    except OSError:  # nothing can be written on this machine
+        return Entry(header, content)
+
+
+def _share(path: str, content: bytes) -> None:
+    """Write the index of a shard beside it in its store, for the other machines; some stores take nothing."""
+    with contextlib.suppress(OSError):
+        objects.write_bytes(_shared_place(path), content)
+
+
+def _shared_place(path: str) -> str:
+    folder, _, base = path.partition("?")[0].rpartition("/")
+    return objects.join(folder, FOLDER, base + _SUFFIX)
 
 
 class _OtherShard(DamagedIndex):
     """An index of another content of the shard."""
 
 
-def _read_entry(place: str, path: str, file: OpenFile, *, is_thorough: bool) -> Entry:
+def _read_entry(place: str, path: str, file: OpenFile | objects.Listed, *, is_thorough: bool) -> Entry:
     if is_thorough:
         open_table(place)
     header = read_header(place)
@@ -133,7 +168,11 @@ def build(path: str, *, limit: int, may_wait: bool = True) -> Entry | None:
                 continue
             with contextlib.suppress(DamagedIndex, OSError):
                 return _read_entry(place, path, file, is_thorough=True)
+            if (found := _fetch(path, file)) is not None:  # another machine has built it meanwhile
+                return found
             content = content or _index(file, path, limit)
+            if is_address(path):
+                _share(path, content)
             try:
                 write_atomic(pathlib.Path(place), content)
             except OSError:  # the disk may be full

@@ -8,12 +8,15 @@ import json
 import logging
 import os
 import pathlib
+import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 
+from clipjax.config.paths import STORES
 from clipjax.data.index_store import Entry, Missing, build, find
 from clipjax.data.index_workers import Builder
+from clipjax.runtime import objects
 from clipjax.runtime.files import read_bounded
 from clipjax.runtime.storage import is_address
 from clipjax.runtime.terminal import printable
@@ -26,6 +29,8 @@ _SECONDS_TO_START = 1.0  # worth the start of processes
 _SECONDS_TO_TELL = 20.0
 _MAX_STATS_BYTES = 2**20
 _MOST_SHOWN = 5
+_LISTING = tuple(f"{scheme}://" for scheme in STORES)
+_MANY = 8  # shards of a folder that are worth a listing
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +58,8 @@ def open_indexes(
     """
     threads = _REMOTE_THREADS if any(map(is_address, paths)) else _LOOKING_THREADS
     with futures.ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(lambda path: find(path, is_thorough=is_thorough), paths))
+        listed = _list_shards(paths, pool)
+        found = list(pool.map(lambda path: find(path, is_thorough=is_thorough, listed=listed.get(path)), paths))
     missing = [each for each in found if isinstance(each, Missing)]
     if not missing:
         return [each for each in found if isinstance(each, Entry)]
@@ -69,6 +75,14 @@ def open_indexes(
     built = _build_all(missing, limit=limit, num_workers=num_workers, progress=progress or _ignore)
     _compare_with_stats([each.path for each in missing], built)
     return [built[each.path] if isinstance(each, Missing) else each for each in found]
+
+
+def _list_shards(paths: Sequence[str], pool: futures.Executor) -> dict[str, objects.Listed]:
+    """Return size and version of shards in folders of stores: a thousand by one request, if there are many."""
+    folders = collections.Counter(path.rpartition("/")[0] for path in paths if path.startswith(_LISTING))
+    many = [folder for folder, count in folders.items() if count >= _MANY]
+    listings = zip(many, pool.map(objects.list_objects, many), strict=True)
+    return {objects.join(folder, name): each for folder, listing in listings for name, each in listing.items()}
 
 
 def _ignore(built: int, missing: int, samples: int) -> None: ...
@@ -125,7 +139,10 @@ class _Work:
     """
 
     def __init__(self, paths: Sequence[str], limit: int, progress: Callable[[int, int, int], None]):
-        self._jobs = collections.deque(dict.fromkeys(paths))
+        jobs = list(dict.fromkeys(paths))
+        if any(map(is_address, jobs)):
+            random.shuffle(jobs)  # machines that start together begin with others, and find what each has built
+        self._jobs = collections.deque(jobs)
         self._limit, self._progress, self._missing = limit, progress, len(self._jobs)
         self._lock, self._samples, self._is_stopped = threading.Lock(), 0, False
         self.entries: dict[str, Entry] = {}

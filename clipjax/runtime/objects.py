@@ -193,6 +193,15 @@ def list_folder(place: str) -> dict[str, Listed]:
     return {path[start:].lstrip("/"): listed for path, listed in _list(place, deep=True)}
 
 
+def list_objects(place: str) -> dict[str, Listed]:
+    """Return the objects in a folder of a store, without those in folders inside it, by name.
+
+    Raises:
+        OSError: the store does not tell.
+    """
+    return {path.rpartition("/")[2]: listed for path, listed in _list(place, deep=False)}
+
+
 def _list(place: str, *, deep: bool) -> Iterator[tuple[str, Listed]]:
     import obstore
 

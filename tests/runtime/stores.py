@@ -269,7 +269,7 @@ class Gcs:
         more = f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if page[-1:] != found[-1:] else ""
         items = "".join(
             f"<Contents><Key>{escape(name)}</Key><LastModified>{about['updated']}</LastModified>"
-            f"<ETag>{about['etag']}</ETag><Size>{about['size']}</Size></Contents>"
+            f"<ETag>&quot;{about['generation']}&quot;</ETag><Size>{about['size']}</Size></Contents>"
             for name in page
             for about in [self.storage.objects[bucket][name]]
         )
