@@ -3,6 +3,7 @@
 import jax
 
 from clipjax.config import steps_of, total_steps
+from clipjax.data.sample import UnreadableData
 from clipjax.data.training_batches import NoUsableSample, TooManyBadSamples
 from clipjax.evals.runner import Evaluation
 from clipjax.runtime import processes
@@ -18,6 +19,7 @@ def train(checked: Checked) -> int | None:
 
     Raises:
         TooManyBadSamples: too much of the data is unusable; the state before is saved, if all processes find so.
+        UnreadableData: the data has changed, or its storage does not give it; a process alone saves the state before.
         RunStopped: a person has to look at it: updates that are not finite, dead workers, differing replicas.
         SavesFail: the checkpoints cannot be written.
         DamagedCheckpoint: no checkpoint of the workdir can be restored.
@@ -47,8 +49,9 @@ def _train(run: Run) -> int | None:
     for step in range(start.step + 1, last + 1):
         try:
             batch = run.next_batch(step)
-        except TooManyBadSamples as error:
-            here_alone = isinstance(error, NoUsableSample) and jax.process_count() > 1  # nobody would join in a save
+        except (TooManyBadSamples, UnreadableData) as error:
+            # Of the others, nobody would join in a save.
+            here_alone = isinstance(error, NoUsableSample | UnreadableData) and jax.process_count() > 1
             if step > 1 and not here_alone:  # a step 0 would only keep a corrected config from starting
                 _settle(run, state, step - 1)
                 run.save(state, step - 1, last=True)

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from clipjax.config import CheckpointConfig, Config, EvalConfig, LogConfig
+from clipjax.data.sample import UnreadableData
 from clipjax.data.training_batches import NoUsableSample, TooManyBadSamples
 from clipjax.runtime.shutdown import Shutdown
 from clipjax.training import loop
@@ -146,6 +147,8 @@ def test_a_signal_during_an_evaluation_or_a_save_lets_it_end_and_stops_after_the
         (TooManyBadSamples("above the limit"), 4, 3, [2]),  # all of them find so
         (NoUsableSample("100 in a row"), 1, 3, [2]),
         (NoUsableSample("100 in a row"), 4, 3, []),  # the others are in the step, and would not join in a save
+        (UnreadableData("shard a.tar cannot be read"), 1, 3, [2]),
+        (UnreadableData("shard a.tar cannot be read"), 4, 3, []),
         (NoUsableSample("100 in a row"), 1, 1, []),  # a corrected config is not refused for a step 0
     ],
 )
