@@ -35,7 +35,7 @@ STATE = ".mirror.json"
 PINNED = ".pinned"
 """Folder of the units that are being sent."""
 
-_PART_BYTES = 32 * 2**20  # of a download, each with its own time limit
+_PART_BYTES = 8 * 2**20  # of a download, each with its own time limit, so that slow lines do
 _WORKERS = 8
 _MAX_STATE_BYTES = 2**28
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
