@@ -8,10 +8,12 @@ ROOT = pathlib.Path(__file__).parent
 
 TEST = [
     "beartype>=0.20",
+    "flask>=3",  # with flask-cors moto's server; its extra "server" brings all services, and 20 packages more
+    "flask-cors>=5",
     "gcp-storage-emulator>=2026.7",
     "import-linter>=2.1",
     "kubeflow-trainer-api>=2.1,<3",  # types of the JobSet API
-    "moto[server]>=5.1",
+    "moto[s3]>=5.1",
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.3",
     "pytest-xdist>=3.6",

@@ -19,10 +19,10 @@ from typing import Any
 from clipjax.runtime.connections import WEB, explain, locate, split
 
 MAX_LISTED = 5_000_000
-PART_BYTES = 16 * 2**20
+PART_BYTES = 8 * 2**20
 """Files above this are sent in parts of this size, each with its own time limit."""
 
-_PARTS_AT_ONCE = 4
+_PARTS_AT_ONCE = 2
 _WILD = re.compile(r"[*?[]")
 
 

@@ -35,7 +35,7 @@ STATE = ".mirror.json"
 PINNED = ".pinned"
 """Folder of the units that are being sent."""
 
-_PART_BYTES = 32 * 2**20  # of a download, each with its own time limit
+_PART_BYTES = 8 * 2**20  # of a download, each with its own time limit, so that slow lines do
 _WORKERS = 8
 _MAX_STATE_BYTES = 2**28
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -107,6 +107,10 @@ class Copies:
         """Forget a file."""
         self._known.pop(path, None)
 
+    def is_known(self, path: str) -> bool:
+        """Return True if a file was noted."""
+        return path in self._known
+
     def is_unchanged(self, path: str) -> bool:
         """Return True if a file is as it was when it was noted."""
         try:
@@ -154,13 +158,13 @@ def fill(
         if path.partition("/")[0] in (*plain, layout.parent) and path not in _OWN
     }
     found = find(listed, place, layout)
-    unsent = _unsent_units(folder, layout, found.complete) if continues else set()
+    unsent = _unsent_units(folder, layout, found.complete, copies) if continues else set()
     mine = {f"{layout.parent}/{unit}" for unit in unsent}
     wanted = {path: each for path, each in listed.items() if _unit_of(path, layout) in (None, *found.complete)}
     kept = set()
     for path in _files(folder):
         unit = _unit_of(path, layout)
-        is_own = unit in unsent if unit is not None else continues
+        is_own = unit in unsent if unit is not None else continues and not copies.is_unchanged(path)
         if is_own or (path in wanted and copies.is_true(path, wanted[path])):
             kept.add(path)
         else:
@@ -213,10 +217,12 @@ def _unit_of(path: str, layout: Layout) -> str | None:
     return parts[1] if parts[0] == layout.parent and len(parts) > 1 else None
 
 
-def _unsent_units(folder: pathlib.Path, layout: Layout, sent: Collection[str]) -> set[str]:
+def _unsent_units(folder: pathlib.Path, layout: Layout, sent: Collection[str], copies: Copies) -> set[str]:
+    """Return the units of a folder that have never been on the store; others somebody has deleted there."""
     seals = (folder / layout.parent).glob(f"*/{layout.seal}")
     found = {seal.relative_to(folder / layout.parent).parts[0] for seal in seals}
-    return {unit for unit in found if layout.is_unit(unit) and unit not in sent}
+    found = {unit for unit in found if layout.is_unit(unit) and unit not in sent}
+    return {unit for unit in found if not copies.is_known(f"{layout.parent}/{unit}/{layout.seal}")}
 
 
 def _files(folder: pathlib.Path) -> list[str]:

@@ -250,11 +250,13 @@ class Run:
 
         Raises:
             SavesFail: the last checkpoint could not be saved.
-            RunStopped: only `results.json` could not be written; the results are shown before.
+            RunStopped: the store that keeps the workdir does not take it; or only `results.json` could not be written,
+                and the results are shown before.
         """
         self.wait_for_saves()
         self.recovery.mark_all()
         self.logger.flush()
+        self.session.send_all()
         if evaluation is None:  # the run was complete before: its log is, but a kill may have come before results.json
             with self.session.phase("evaluation"):
                 evaluation = run_tasks(self.inputs.tasks, self._encoder(state))

@@ -5,6 +5,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ from clipjax.training.program import Program, build_program
 from clipjax.training.recovery import RunStopped
 from clipjax.training.replicas import ReplicaCheck, steps_between_checks
 from clipjax.typing import Params
+
+_sendings = itertools.count()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -84,6 +87,15 @@ class Session:
         """
         with self.goodput.phase(cause), self.watchdog.paused(name or cause):
             yield
+
+    def send_all(self) -> None:
+        """Wait until all that lies in the workdir is where it is kept, if that is a store; all processes call this.
+
+        Raises:
+            RunStopped: on all processes: something is not; it lies in the local folder.
+        """
+        if self.checked.place != str(self.checked.workdir):
+            _send_all(self.checked, self.watchdog)
 
     @property
     def replica_check_every(self) -> int:
@@ -190,9 +202,18 @@ def _mirrored(checked: Checked, signal: Shutdown, watchdog: Watchdog) -> Iterato
             with watchdog.paused("the last upload"):
                 mirror.flush()
         raise
+    _send_all(checked, watchdog)
+
+
+def _send_all(checked: Checked, watchdog: Watchdog) -> None:
+    """Wait until the store has all that lies in the workdir; all processes call this.
+
+    Raises:
+        RunStopped: on all processes: it has not.
+    """
     with watchdog.paused("the last upload"):
-        own = "" if mirror is None else mirror.flush()
-        left = exchange.publish("mirror/left", lambda: own)
+        own = "" if checked.mirror is None else checked.mirror.flush()
+        left = exchange.publish(f"mirror/left/{next(_sendings)}", lambda: own)
     if left:
         raise RunStopped(left)
 

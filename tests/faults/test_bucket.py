@@ -49,10 +49,12 @@ class BucketRun(TinyRun):
         words = super().command(name, *options)
         return [f"--workdir={self.address(name)}" if word.startswith("--workdir=") else word for word in words]
 
-    def start_on(self, machine: str, name: str, *options: str) -> subprocess.Popen:
+    def start_on(
+        self, machine: str, name: str, *options: str, prefix: tuple[str, ...] = ("-m", "clipjax")
+    ) -> subprocess.Popen:
         staging_folder = self.folder / machine
         more = {"CLIPJAX_STAGING": str(staging_folder), "CLIPJAX_LEASE_SECONDS": "1", "CLIPJAX_MIRROR_SECONDS": "0.5"}
-        return self.start(name, *options, environment={**self.variables, **more})
+        return self.start(name, *options, prefix=prefix, environment={**self.variables, **more})
 
 
 @pytest.fixture(scope="module")
@@ -105,26 +107,72 @@ def assert_restorable(address: str, folder: pathlib.Path) -> None:
         assert examine(folder / "checkpoints" / step, step=int(step)).state is State.VERIFIED
 
 
+SHORT_CLOSE = """
+import sys
+from clipjax.cli.main import console
+from clipjax.runtime import connections, mirror
+mirror.CLOSE_SECONDS, connections.MAX_RETRIES = 1.0, 1
+sys.argv[0] = "clipjax"
+console()
+"""
+
+
+@pytest.mark.slow
+def test_what_the_store_did_not_take_is_sent_by_the_next_start_on_the_same_machine(folder, gcs, gcs_session):
+    run, name, options = BucketRun(folder).on("gs", gcs, gcs_session[1]), "away", "--config.total_examples=480"
+    gcs.plant("PUT .*checkpoints/(40|60)/", status=503)
+    process = run.start_on("one-machine", name, options, prefix=("-c", SHORT_CLOSE))
+    with ended(process):
+        assert process.wait(120) == 3, run.output(name)
+    output = run.output(name)
+    assert "does not take the run's files: the server answers 503" in output and "Traceback" not in output
+    assert "what is missing lies in" in output and "done:" not in output
+    assert not objects.exists(f"{run.address(name)}/results.json")  # the sign of a finished run
+    gcs.reset()
+    process = run.start_on("one-machine", name, options)
+    with ended(process):
+        assert process.wait(120) == 0, run.output(name)
+    assert re.findall(r"^step (\d+) of 60", run.output(name), re.MULTILINE) == ["0", "60"]
+    assert objects.exists(f"{run.address(name)}/checkpoints/60/manifest.json")
+
+
+def start_two(start, *options):
+    """Start two processes with their number and options that lead them to each other."""
+    launch = ("--num_processes=2", f"--coordinator=localhost:{free_ports(1)[0]}")
+    return [start(i, *options, *launch, f"--process_id={i}") for i in range(2)]
+
+
+def finish_two(both):
+    try:
+        assert [process.wait(200) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_rollback_of_two_hosts_without_a_shared_disk(folder, gcs, gcs_session):
+    run, shared = BucketRun(folder).on("gs", gcs, gcs_session[1]), TinyRun(folder)
+    poison = ("-m", "tests.faults.poison", "nan", "30,31,32")
+    options = ("--config.total_examples=480", "--config.mesh.fsdp=2", "--config.recovery.max_skipped_in_a_row=3")
+    finish_two(start_two(lambda _, *words: shared.start("poison-disk", *words, prefix=poison), *options))
+    finish_two(start_two(lambda i, *words: run.start_on(f"p-{i}", "poison", *words, prefix=poison), *options))
+    workdir = run.workdir("poison")
+    staging.download(run.address("poison"), objects.list_folder(run.address("poison")), workdir)
+    assert losses(workdir) == losses(run.workdir("poison-disk"))
+    decisions = [(each / "decisions.jsonl").read_bytes() for each in (workdir, run.workdir("poison-disk"))]
+    assert decisions[0] == decisions[1] and b'"to_step": 20' in decisions[0]
+
+
 @pytest.mark.slow
 def test_two_hosts_without_a_shared_disk(folder, gcs, gcs_session):
     """Both are killed while a checkpoint is uploaded; two other hosts go on, as one process with a disk would."""
     run, shared = BucketRun(folder).on("gs", gcs, gcs_session[1]), TinyRun(folder)
     options = ("--config.total_examples=480", "--config.mesh.fsdp=2", "--config.eval.every_examples=480")
 
-    def start(name, starter, machines):
-        launch = ("--num_processes=2", f"--coordinator=localhost:{free_ports(1)[0]}")
-        return [starter(machine, name, *options, *launch, f"--process_id={i}") for i, machine in enumerate(machines)]
-
-    def finish(both):
-        try:
-            assert [process.wait(200) for process in both] == [0, 0]
-        finally:
-            for process in both:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-
-    finish(start("on-a-disk", lambda _, *words: shared.start(*words), ("", "")))
-    first = start("two-hosts", run.start_on, ("host-0", "host-1"))
+    finish_two(start_two(lambda _, *words: shared.start("on-a-disk", *words), *options))
+    first = start_two(lambda i, *words: run.start_on(f"host-{i}", "two-hosts", *words), *options)
 
     def kill():
         for process in first:
@@ -135,7 +183,7 @@ def test_two_hosts_without_a_shared_disk(folder, gcs, gcs_session):
     assert [process.wait(200) for process in first] == [-signal.SIGKILL] * 2 and fault.hits == 1
     gcs.reset()
     assert_restorable(run.address("two-hosts"), folder / "look-two-hosts")
-    finish(start("two-hosts", run.start_on, ("host-2", "host-3")))
+    finish_two(start_two(lambda i, *words: run.start_on(f"host-{i + 2}", "two-hosts", *words), *options))
     workdir = run.workdir("two-hosts")
     staging.download(run.address("two-hosts"), objects.list_folder(run.address("two-hosts")), workdir)
     assert losses(workdir) == losses(run.workdir("on-a-disk")) and len(losses(workdir)) > 60

@@ -8,6 +8,7 @@ import email.utils
 import hashlib
 import http.client
 import http.server
+import logging
 import re
 import threading
 import time
@@ -326,6 +327,7 @@ def s3_server() -> Iterator[tuple[StoreServer, dict[str, str]]]:
     import boto3
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
     _, port = moto.get_host_and_port()

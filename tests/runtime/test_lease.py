@@ -10,7 +10,7 @@ from clipjax.runtime import objects
 from clipjax.runtime.lease import VARIABLE, Lease, LeaseLost
 from tests.runtime.stores import BUCKET
 
-SECONDS = 0.6
+SECONDS = 1.0
 
 
 @pytest.fixture(params=["gs", "s3"])
@@ -30,7 +30,7 @@ def die(lease: Lease) -> None:
 
 def test_a_second_run_is_refused_while_the_first_lives(place):
     first = Lease(place)
-    time.sleep(2 * SECONDS)  # it is renewed
+    time.sleep(1.2 * SECONDS)  # it is renewed
     said = []
     with pytest.raises(ValueError, match=f"--workdir={place}: another run holds it: process .* on host .* wait for it"):
         Lease(place, tell=said.append)

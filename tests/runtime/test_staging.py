@@ -77,6 +77,15 @@ def test_what_this_machine_had_not_sent_yet_is_kept_if_nobody_came_between(place
     assert tree(tmp_path) == WHOLE | unsent
 
 
+def test_what_somebody_has_deleted_on_the_store_does_not_come_back(place, tmp_path):
+    copies, _ = fill(tmp_path, place, LAYOUT, plain=PLAIN)
+    copies.write("token")
+    for path in ("plain", "units/1/x", "units/1/deep/y", "units/1/seal"):
+        objects.delete(f"{place}/{path}")
+    _, found = fill(tmp_path, place, LAYOUT, plain=PLAIN, continues=True)
+    assert tree(tmp_path) == {"sub/plain": b"b"} and not found.unsent and not found.complete
+
+
 def test_a_record_of_another_place_or_a_damaged_one_says_nothing(place, tmp_path):
     copies, _ = fill(tmp_path, place, LAYOUT, plain=PLAIN)
     copies.write("token")
