@@ -27,7 +27,7 @@ _LARGEST = 2**31
 
 @dataclass(frozen=True)
 class OrderFormat:
-    """What fixes the order of a run besides its seed and its data; it is kept in the run's checkpoints.
+    """The choices that fix the order of a run besides its seed and its data; its checkpoints keep them.
 
     Attributes:
         block: consecutive samples that stay together until the shuffle inside a window; 1: a full permutation.
@@ -65,7 +65,7 @@ DISK_ORDER = OrderFormat()
 
 @dataclass(frozen=True)
 class MixtureFormat:
-    """What fixes the order of a mixture.
+    """The choices that fix the order of a mixture.
 
     Attributes:
         parts: formats of its sources, with the same number of lanes.
@@ -79,7 +79,7 @@ class MixtureFormat:
 
 
 RunOrder = OrderFormat | MixtureFormat | None
-"""What fixes the order of a run; None is Grain's order, of runs that began before it was recorded."""
+"""The choices that fix the order of a run; None is Grain's order, of runs that began before it was recorded."""
 
 
 def parts_of(order: RunOrder) -> tuple[OrderFormat, ...]:

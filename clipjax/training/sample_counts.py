@@ -1,4 +1,4 @@
-"""What the log tells of a run's samples: how many of each source were due, and how many of them could not be used."""
+"""Counts of a run's samples for the log: how many of each source were due, and how many of them could not be used."""
 
 from typing import Any
 
