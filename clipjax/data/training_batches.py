@@ -158,7 +158,6 @@ class Augment:
             "skip_reason": np.int32(pair.reason),
         }
 
-
     def _tokens(self, caption: str, rng: np.random.Generator) -> np.ndarray:
         """Return the tokens of a caption; one that is too long loses some."""
         if self.truncation is TextTruncation.NONE:

@@ -307,7 +307,9 @@ def _take_params(state: TrainState, init_checkpoint: SavedCheckpoint, config: Co
     """
     given = dict(load_params(init_checkpoint, mesh))
     batch_stats = given.pop("batch_stats", None)
-    fit = jax.jit(lambda given: fit_positions(given, init_checkpoint.config.model, config.model))
+    fit = jax.jit(
+        lambda given: fit_positions(given, init_checkpoint.config.model, config.model, config.init_keep_positions)
+    )
     theirs = dict(zip(leaf_paths(given), jax.tree.leaves(fit(given)), strict=True))
     params = map_with_path(lambda name, ours: theirs[name] if comes_from_init(config, name) else ours, state.params)
     params = jax.device_put(params, sharding.shardings_of(state.params))
