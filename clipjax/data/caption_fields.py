@@ -3,17 +3,23 @@
 Reading order: `Weights`, `read_captions` (a source's side), `draw_captions` (the training stream's side).
 """
 
+import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from clipjax.data.sample import BadSample, FieldCaptions, clean_captions
+from clipjax.data.digests import spread
+from clipjax.data.sample import BadSample, FieldCaptions, Source, clean_captions
+from clipjax.runtime.terminal import printable
 
 Weights = tuple[tuple[str, float], ...]
 """Fields of captions that a source reads, each with its weight; none: the source's own field."""
 
+_LOOKS = 32  # samples that are looked at for fields that none has
 _MAX_CAPTIONS = 1000
+_log = logging.getLogger(__name__)
 _SHOWN = 20
 
 
@@ -41,6 +47,26 @@ def require_fields(weights: Weights, there: Sequence[str], place: str) -> None:
         )
 
 
+def tell_absent(weights: Weights, source: Source, place: str) -> None:
+    """Warn of fields that none of some samples has: a source of single objects cannot tell which fields it has.
+
+    Args:
+        weights: of the fields.
+        source: reads them.
+        place: its name, for the message.
+
+    Raises:
+        UnreadableData: the source cannot be read.
+    """
+    places, seen = spread(len(source), _LOOKS), set[str]()
+    for index in places:
+        with contextlib.suppress(BadSample):
+            seen |= {field.name for field in source[index].fields}
+    if absent := [name for name, _ in weights if name not in seen]:
+        names = ", ".join(printable(repr(name)) for name in absent)
+        _log.warning("data.captions: none of %d samples of %s has %s", len(places), printable(place), names)
+
+
 def read_captions(
     weights: Weights, value_of: Callable[[str], Any], *, max_bytes: int
 ) -> tuple[tuple[str, ...], tuple[FieldCaptions, ...]]:
@@ -66,7 +92,7 @@ def read_captions(
             fault, is_missing = (bad, False) if is_missing else (fault, False)
             continue
         if captions:
-            found.append(FieldCaptions(weight, captions))
+            found.append(FieldCaptions(name, weight, captions))
     if not found:
         raise fault
     return tuple(caption for field in found for caption in field.captions), tuple(found)

@@ -64,6 +64,7 @@ class UnreadableData(ValueError):
 class FieldCaptions:
     """Captions that a sample has in one field, at least one, and the weight of the field in training."""
 
+    name: str
     weight: float
     captions: tuple[str, ...]
 

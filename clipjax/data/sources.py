@@ -15,7 +15,7 @@ import numpy as np
 from clipjax.config import DataConfig
 from clipjax.config.paths import READABLE, expand
 from clipjax.data.array_records import RECORD_CAPTIONS, ArrayRecordSource
-from clipjax.data.caption_fields import require_fields, to_weights
+from clipjax.data.caption_fields import require_fields, tell_absent, to_weights
 from clipjax.data.digests import ShardDigest, digest_samples
 from clipjax.data.folders import FOLDER_PREFIX, FolderSource, holds_images
 from clipjax.data.mixture import MixedSource
@@ -161,7 +161,10 @@ def build_source(
         case "array_record":
             require_fields(to_weights(captions), [RECORD_CAPTIONS], f"source {spec!r}")
             return ArrayRecordSource(paths, **limits)
-    return TarSource(paths, **limits, captions=captions)
+    source = TarSource(paths, **limits, captions=captions)
+    if captions:
+        tell_absent(to_weights(captions), source, spec)
+    return source
 
 
 def _image_folder(spec: str) -> str | None:
