@@ -112,9 +112,11 @@ class TableFile:
         if not self._separator:
             values = _parse_json(record)
             image = values.get(fields.image)
-            cells = [None if name is None else values.get(name) for name in (fields.caption, fields.label, fields.key)]
+            caption, label, key = (
+                None if name is None else values.get(name) for name in (fields.caption, fields.label, fields.key)
+            )
             captions = {name: values.get(name) for name in fields.captions}
-            return Row(image if isinstance(image, str) else None, *cells, captions)
+            return Row(image if isinstance(image, str) else None, caption, label, key, captions)
         if len(record) != len(self._columns):
             raise BadSample("corrupt_record")
         image, caption, label, key, *captions = (
