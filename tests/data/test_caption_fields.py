@@ -67,7 +67,7 @@ def about(**values) -> bytes:
 
 
 TAR_SAMPLES = {
-    "all": ({"txt": b" alt ", "json": about(recap="new", about={"long": ["l1", "l2"]})}, 
+    "all": ({"txt": b" alt ", "json": about(recap="new", about={"long": ["l1", "l2"]})},
             {"about/long": ("l1", "l2"), "recap": ("new",), "txt": ("alt",)}),
     "plain": ({"txt": b"alt"}, {"txt": ("alt",)}),
     "json": ({"json": about(recap=["r", None, " "])}, {"recap": ("r",)}),
@@ -230,9 +230,7 @@ def test_folders_and_records_have_one_field(tmp_path):
     write_array_records(records, [Sample(jpeg(1), ("one",))])
     for train, field in ((str(tmp_path / "pictures"), "txt"), (str(records), "captions")):
         assert build_training_source(DataConfig(train=train, captions={field: 1.0}))[0].captions == ("one",)
-        with pytest.raises(
-            ValueError, match=f"data.captions names 'recap', and the fields that are there are '{field}'"
-        ):
+        with pytest.raises(ValueError, match=f"names 'recap', and the fields that are there are '{field}'"):
             build_training_source(DataConfig(train=train, captions={field: 1.0, "recap": 1.0}))
     (tmp_path / "classes" / "x").mkdir(parents=True)
     (tmp_path / "classes" / "x" / "a.jpg").write_bytes(jpeg(1))
