@@ -294,4 +294,6 @@ def describe_loss(config: Config, mesh: Mesh) -> str:
     way = f"{method.value} over {devices} devices{slices}, " if devices > 1 else ""
     tile = f"tiles of at most {DEFAULT_TILE if loss.tile is None else loss.tile}"
     cached = "" if config.microbatch_size is None else f", {config.microbatch_size} pairs encoded at a time"
-    return f"loss: {loss.kind.value}, {way}{tile}{cached}"
+    count = config.data.captions_per_image
+    texts = "" if count == 1 else f", mean over {count} captions of each image"
+    return f"loss: {loss.kind.value}, {way}{tile}{cached}{texts}"
