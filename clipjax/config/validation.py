@@ -238,9 +238,10 @@ def _part_errors(config: Config) -> list[str]:
 
 def _unused_columns(config: Config) -> list[str]:
     data, tasks = config.data, config.eval.tasks.values()
-    trained = {data.train: data.captions} | {part.source: part.captions for part in data.mixture.values()}
+    parts = [(data.train, data.captions), *((part.source, part.captions) for part in data.mixture.values())]
     evaluated = [place for task in tasks for place in (task.source, task.gallery) if place]
-    plain = [source for source, captions in trained.items() if not (captions or data.captions)]
+    plain = [source for source, captions in parts if not (captions or data.captions)]
+    trained = [source for source, _ in parts]
     return unused_columns(data, [*trained, *evaluated], "data.", plain=[*plain, *evaluated])
 
 

@@ -160,6 +160,38 @@ def test_nested_names(values, name, expected):
     assert find_value(values, name) == expected
 
 
+def hostile_value(random: np.random.Generator, depth: int = 0):
+    """Any JSON value."""
+    kind = int(random.integers(9 if depth < 3 else 7))
+    if kind == 7:
+        return [hostile_value(random, depth + 1) for _ in range(random.integers(4))]
+    if kind == 8:
+        return {str(random.choice(["a", "b", "a/b", ""])): hostile_value(random, depth + 1) for _ in range(3)}
+    return [None, "", " ", "text", "\ud800", "x" * 100, 3][kind]
+
+
+def test_any_json_gives_captions_or_a_reason(tmp_path):
+    random = rng(1)
+    names = {"a": 1.0, "a/b": 1.0, "b/a/b": 1.0, "txt": 1.0}
+    samples = {f"k{i}": {"json": json.dumps(hostile_value(random)).encode()} for i in range(600)}
+    for key in list(samples)[::3]:
+        samples[key]["txt"] = [b"alt", b"\xff", b" "][int(random.integers(3))]
+    source = open_tar(tmp_path / "a.tar", samples, names)
+    found = collections.Counter(
+        each if isinstance(each, str) else "good" for each in (outcome(source, i) for i in range(len(source)))
+    )
+    assert len(source) == 600 and found["good"] > 50
+    assert {"missing_caption", "empty_caption", "bad_metadata", "caption_not_utf8", "caption_too_long"} <= set(found)
+    for i in range(600):
+        parsed = json.loads(samples[f"k{i}"]["json"])
+        for name, captions in (outcome(source, i) if isinstance(outcome(source, i), dict) else {}).items():
+            assert all(caption.strip() == caption != "" and len(caption) <= 40 for caption in captions)
+            if name != "txt":
+                value = find_value(parsed, name)
+                texts = [value] if isinstance(value, str) else value
+                assert [each.strip() for each in texts if each and each.strip()] == list(captions)
+
+
 def parquet(path: pathlib.Path) -> str:
     columns = {
         "jpg": [jpeg(1), jpeg(2), jpeg(3)],

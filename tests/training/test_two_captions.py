@@ -28,7 +28,7 @@ from clipjax.data.sources import ArraySource
 from clipjax.data.tokenizers.bytes import BytesTokenizer
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import TrainStream
-from clipjax.losses import LossInputs, build_loss
+from clipjax.losses import LossInputs, build_loss, describe_loss
 from clipjax.models.clip import build_clip
 from clipjax.models.towers import PARAMETER_RULES
 from clipjax.planning import memory, traffic
@@ -37,6 +37,7 @@ from clipjax.pytrees import leaf_paths
 from clipjax.runtime import sharding
 from clipjax.training.gradients import build_gradients
 from clipjax.training.program import build_program
+from clipjax.training.replay import _finite_rows
 from clipjax.training.run import device_batch
 from clipjax.typing import Encoded
 
@@ -235,6 +236,19 @@ def test_a_run_takes_the_batches_of_its_stream():
         stream.close()
     assert shapes["tokens"].shape == (PAIRS, 2, 8) and shapes["group"].shape == (PAIRS, 2)
     assert losses[-1] < losses[0] - 0.1  # the same batch again and again is learned
+
+
+def test_a_text_that_is_not_finite_is_found_among_two():
+    text = jnp.ones((4, 2, 3)).at[2, 1, 0].set(jnp.nan)
+    assert _finite_rows(text).tolist() == [True, True, False, True]
+    assert _finite_rows(text[:, 1]).tolist() == [True, True, False, True]
+
+
+def test_the_log_tells_of_two_captions():
+    config, mesh = make_config(), sharding.make_mesh(MeshConfig())
+    assert describe_loss(config, mesh).endswith(", mean over 2 captions of each image")
+    config.data.captions_per_image = 1
+    assert "captions" not in describe_loss(config, mesh)
 
 
 def test_the_text_tower_counts_twice():
