@@ -92,8 +92,7 @@ class TfdsSource:
                 "set data.tfds_image_key"
             )
         if self._captions:
-            there = [*_feature_names(features)]
-            require_fields(self._captions, there, f"source {self._spec!r}")
+            require_fields(self._captions, list(_text_features(features)), f"source {self._spec!r}")
         elif _nested(features, caption_key) is None and _nested(features, label_key) is None:
             raise ValueError(
                 f"source {self._spec!r}: there is neither a caption feature {caption_key!r} nor a label feature "
@@ -186,12 +185,13 @@ def _nested(tree: Any, path: str) -> Any:
     return tree
 
 
-def _feature_names(features: Any, outer: str = "") -> Iterator[str]:
-    """Yield the names of features, `outer/inner` for those inside of others."""
+def _text_features(features: Any, outer: str = "") -> Iterator[str]:
+    """Yield the names of features with one text or several, `outer/inner` for those inside of others."""
     for name in list(features.keys()):
-        if hasattr(features[name], "keys"):
-            yield from _feature_names(features[name], f"{outer}{name}/")
-        else:
+        feature = features[name]
+        if hasattr(feature, "keys"):
+            yield from _text_features(feature, f"{outer}{name}/")
+        elif feature.np_dtype == np.object_ and len(feature.shape) <= 1:
             yield f"{outer}{name}"
 
 
