@@ -14,7 +14,8 @@ Params = Mapping[str, Any]
 Batch = Mapping[str, Any]
 """`image` uint8 [b, h, w, 3], `tokens` int32 [b, l], `skip_reason` int32 [b] (why another pair stands in for this one,
 an index into `data.sample.REASONS`; -1: none does). Where configured, `group` int32 [b] (equal for pairs that are no
-negatives of each other), `index` int32 [b] (of the sample in its source)."""
+negatives of each other), `index` int32 [b] (of the sample in its source). With k texts of each image, `tokens` is
+int32 [b, k, l], and `group` int32 [b, k] where it depends on the text."""
 
 Metrics = dict[str, Any]
 """Scalars by name."""
@@ -28,7 +29,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         image_embed: unit-norm float32 [b, e].
-        text_embed: unit-norm float32 [b, e].
+        text_embed: unit-norm float32 [b, e], or [b, k, e] with k texts of each image.
         logit_scale: multiplier of similarities, a scalar.
         logit_bias: added to logits, a scalar, or None.
         nll: negative log-likelihood of each caption, float32 [b], or None where nothing predicts captions.

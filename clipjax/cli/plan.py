@@ -21,7 +21,7 @@ PROGRAM = "clipjax plan"
 ABOUT = """Tell what a run will need before it starts, by compiling its step for accelerators that are not here.
 
 Takes the config and overrides of `clipjax train`, and refuses what that would refuse of them; a field that does not
-change the step (data.*, eval.*, log.*, checkpoint.*, ...) does not change the plan.
+change the step (where the data lies, eval.*, log.*, checkpoint.*, ...) does not change the plan.
 Exit code 0 if the run fits, 3 if it does not, 2 if something is refused."""
 
 

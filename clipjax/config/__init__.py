@@ -19,6 +19,7 @@ from clipjax.config.data import (
     Resize,
     TaskConfig,
     TaskKind,
+    TextTruncation,
 )
 from clipjax.config.image import ImagePool, Positions, ResNetConfig, ViTConfig
 from clipjax.config.layers import Activation, Projection
@@ -31,6 +32,7 @@ from clipjax.config.run import (
     LogConfig,
     MeshConfig,
     OptimConfig,
+    flops_per_pair,
     resolve_mesh,
     steps_of,
     total_steps,
@@ -74,7 +76,9 @@ __all__ = [
     "TaskKind",
     "TextPool",
     "TextTransformerConfig",
+    "TextTruncation",
     "ViTConfig",
+    "flops_per_pair",
     "resolve_mesh",
     "steps_of",
     "total_steps",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from clipjax.config.augment import AugmentConfig
-from clipjax.config.ranges import FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, Range, bounded
+from clipjax.config.ranges import FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, RANGES, Range, bounded
 
 
 class Crop(enum.Enum):
@@ -30,6 +30,18 @@ class Interpolation(enum.Enum):
     BILINEAR = "bilinear"
 
 
+class TextTruncation(enum.Enum):
+    """Tokens of a text that is too long that training keeps, before its end token.
+
+    `none` is no choice: the first ones, as in evaluation. `random` keeps a random subset in its order, `block` a random
+    run (CLIPA, arXiv 2305.07017, section 3).
+    """
+
+    NONE = "none"
+    RANDOM = "random"
+    BLOCK = "block"
+
+
 class TaskKind(enum.Enum):
     """Measurement of an evaluation task."""
 
@@ -39,6 +51,8 @@ class TaskKind(enum.Enum):
 
 
 _SOURCE_RULE = "must name a source: tfds:NAME/SPLIT, or a path, glob or brace pattern of tars"
+
+CAPTIONS = Range("must be 1 or 2", lambda value: value in (1, 2))
 
 COLOUR = Range("must lie between 0 and 255", lambda value: 0 <= value <= 255)
 
@@ -50,12 +64,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(kw_only=True, slots=True)
 class MixtureSource:
-    """One source of a mixture; `image_field` and `caption_field` stand in for those of `data`, and its TFDS keys."""
+    """One source of a mixture; fields of `data` that it sets stand in for those, `*_field` also for the TFDS keys."""
 
     source: str = ""
     weight: float = bounded(1.0, POSITIVE)  # share of the pairs, in proportion to the other weights
     image_field: str | None = None
     caption_field: str | None = None
+    captions: dict[str, float] = field(default_factory=dict, metadata={RANGES: (POSITIVE,)})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,6 +90,11 @@ class DataConfig:
     image_field: str | None = None  # column of Parquet and tables; None: the first of a usual name
     caption_field: str | None = None
     image_root: str | None = None  # folder of the images that tables name, besides the table's own
+    # In training: weights of the fields of which one gives the caption at each sight. For tars `txt` or a name in the
+    # JSON (`outer/inner` in objects), else a column or feature; empty: the one field that the fields above name.
+    captions: dict[str, float] = field(default_factory=dict, metadata={RANGES: (POSITIVE,)})
+    captions_per_image: int = bounded(1, CAPTIONS)  # in training; 2: the loss is the mean over both
+    text_truncation: TextTruncation = TextTruncation.NONE  # in training, of texts beyond model.text.context_length
     tokenizer: str = "bytes"
     crop: Crop = Crop.RANDOM_RESIZED
     min_crop_area: float = bounded(0.9, FRACTION)  # share of the image's area
@@ -134,30 +154,51 @@ class DataConfig:
                             f"data.mixture.{name}.{choice}={value!r} would be ignored: {part.source!r} is neither TFDS "
                             "data nor Parquet nor a table; leave it out"
                         )
+            if part.captions and part.caption_field is not None:
+                errors.append(
+                    f"data.mixture.{name}.caption_field={part.caption_field!r} would be ignored beside "
+                    f"data.mixture.{name}.captions; leave one of them out"
+                )
         return errors
 
     def errors(self, path: str) -> list[str]:
         """Return what is wrong between the fields, a line each."""
         errors = self.augment.errors(f"{path}.augment")
+        captions = {path: self.captions}
+        captions |= {f"{path}.mixture.{name}": part.captions for name, part in self.mixture.items()}
+        for place, fields in captions.items():
+            if any(not name.strip("/") for name in fields):
+                errors.append(f"{place}.captions={fields} has a field without a name; name each, as in {{'txt': 1.0}}")
         if self.background is not None and len(self.background) != 3:
             errors.append(f"{path}.background={self.background} must have three numbers, for red, green and blue")
         return errors
 
 
-def unused_columns(data: DataConfig, sources: Sequence[str], prefix: str) -> list[str]:
+def unused_columns(
+    data: DataConfig, sources: Sequence[str], prefix: str, *, plain: Sequence[str] | None = None
+) -> list[str]:
     """Return the choices of columns and folders that no source reads, a line each.
 
     Args:
         data: with the choices.
         sources: strings that name them.
         prefix: of a field's name in a message.
+        plain: those of them whose captions `captions` does not name; None: all.
     """
     errors = []
     for name in ("image_field", "caption_field"):
-        if getattr(data, name) is not None and not any(map(_reads_columns, sources)):
+        value = getattr(data, name)
+        if value is None:
+            continue
+        if not any(map(_reads_columns, sources)):
             errors.append(
-                f"{prefix}{name}={getattr(data, name)!r} would be ignored: no source is Parquet or a table (.csv, "
-                ".tsv, .jsonl); leave it out (TFDS has data.tfds_image_key and data.tfds_caption_key)"
+                f"{prefix}{name}={value!r} would be ignored: no source is Parquet or a table (.csv, .tsv, .jsonl); "
+                "leave it out (TFDS has data.tfds_image_key and data.tfds_caption_key)"
+            )
+        elif name == "caption_field" and plain is not None and not any(map(_reads_columns, plain)):
+            errors.append(
+                f"{prefix}{name}={value!r} would be ignored: {prefix}captions names the columns of the training pairs, "
+                "and no task reads any; leave one of them out"
             )
     if data.image_root is not None and not any(map(_reads_image_files, sources)):
         errors.append(

@@ -19,7 +19,7 @@ def loss_errors(config: Config) -> list[str]:
         errors.append(f"loss.label_smoothing={loss.label_smoothing}: only loss.kind=softmax has targets to smooth")
     if loss.label_smoothing and loss.same_pair is not SamePair.NONE:
         errors.append(f"loss.label_smoothing={loss.label_smoothing} needs loss.same_pair=none")
-    errors += _loss_option_errors(config)
+    errors += _loss_option_errors(config) + _two_captions_errors(config)
     size, batch = config.microbatch_size, config.global_batch_size
     if size is not None and size < 1:
         errors.append(f"microbatch_size={size} must be at least 1, or None for the whole batch")
@@ -28,6 +28,21 @@ def loss_errors(config: Config) -> list[str]:
         nearest = min(divisors, key=lambda n: abs(n - size))
         errors.append(f"microbatch_size={size} must divide global_batch_size={batch}; nearest: {nearest}")
     return errors
+
+
+def _two_captions_errors(config: Config) -> list[str]:
+    """Return what is not defined for an image with several captions."""
+    loss, count = config.loss, config.data.captions_per_image
+    undefined = {
+        "loss.kind=global, which remembers one text of every sample": loss.kind is LossKind.GLOBAL,
+        "model.caption, which predicts one text of every image": config.model.caption is not None,
+        "loss.distill_from, whose teacher reads one text of every image": loss.distill_from is not None,
+    }
+    return [
+        f"data.captions_per_image={count} is not defined with {what}; set it to 1, or leave that out"
+        for what, is_there in undefined.items()
+        if is_there and count > 1
+    ]
 
 
 def _loss_option_errors(config: Config) -> list[str]:

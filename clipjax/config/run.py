@@ -77,6 +77,8 @@ class Config:
     init_from: str | None = None  # a clipjax checkpoint whose parameters start this run
     compile_cache: str | None = "auto"  # directory of compiled steps, for you alone; auto: one of yours, None on CPUs
     init_match: tuple[str, ...] = ()  # regular expressions of the parameters to take from it, ("image/.*",); (): all
+    # Places of a longer context that stay as they are in it, the others interpolated (Long-CLIP: 20); 0: all are.
+    init_keep_positions: int = bounded(0, NOT_NEGATIVE)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -86,6 +88,12 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+
+
+def flops_per_pair(config: Config) -> int:
+    """Return the FLOPs of one forward pass of one image with all captions that it is trained with at a sight."""
+    model, more = config.model, config.data.captions_per_image - 1
+    return model.flops() + more * model.text.flops(model.embed_dim)
 
 
 def total_steps(config: Config) -> int:

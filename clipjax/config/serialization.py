@@ -281,6 +281,7 @@ def numbers(config: Any, path: str = "") -> Iterator[tuple[str, int | float, Map
             inside, value = f"{path}.{item.name}" if path else item.name, getattr(config, item.name)
             yield from numbers(value, inside)
             items = [(f"{inside}[{i}]", one) for i, one in enumerate(value)] if isinstance(value, tuple) else []
+            items += [(f"{inside}.{name}", one) for name, one in value.items()] if isinstance(value, dict) else []
             for place, number in items or [(inside, value)]:
                 if isinstance(number, int | float) and not isinstance(number, bool):
                     yield place, number, item.metadata

@@ -221,6 +221,8 @@ def _part_errors(config: Config) -> list[str]:
                 errors.append(f"{path}={pattern!r} is no regular expression: {error}")
     if config.init_match and config.init_from is None:
         errors.append(f"init_match={config.init_match} needs init_from, a clipjax checkpoint")
+    if config.init_keep_positions and config.init_from is None:
+        errors.append(f"init_keep_positions={config.init_keep_positions} needs init_from, a clipjax checkpoint")
     for name, task in config.eval.tasks.items():
         errors += task.errors(f"eval.tasks.{name}")
     best = config.checkpoint.best_metric
@@ -235,10 +237,13 @@ def _part_errors(config: Config) -> list[str]:
 
 
 def _unused_columns(config: Config) -> list[str]:
-    tasks = config.eval.tasks.values()
-    trained = [config.data.train, *(part.source for part in config.data.mixture.values())]
-    named = [*trained, *(place for task in tasks for place in (task.source, task.gallery) if place)]
-    return [*unused_columns(config.data, named, "data."), *config.data.cache_errors(named)]
+    data, tasks = config.data, config.eval.tasks.values()
+    parts = [(data.train, data.captions), *((part.source, part.captions) for part in data.mixture.values())]
+    evaluated = [place for task in tasks for place in (task.source, task.gallery) if place]
+    plain = [source for source, captions in parts if not (captions or data.captions)]
+    trained = [source for source, _ in parts]
+    unused = unused_columns(data, [*trained, *evaluated], "data.", plain=[*plain, *evaluated])
+    return [*unused, *data.cache_errors([*trained, *evaluated])]
 
 
 def check_embeddings(config: Config) -> None:

@@ -24,6 +24,9 @@ from clipjax.data.sample import BadSample, Sample
 from clipjax.runtime.files import require_file_writable
 from clipjax.runtime.storage import is_address
 
+RECORD_CAPTIONS = "captions"
+"""The one field of captions of a record."""
+
 MARK = b"CLIPJAX1"
 WRITER_OPTIONS = "group_size:1,uncompressed"
 """One record per chunk, for random access; images are compressed already."""
@@ -37,7 +40,7 @@ _HASHED_BYTES = 65_536
 
 def encode_record(sample: Sample) -> bytes:
     """Return the record of a sample."""
-    about: dict[str, Any] = {"key": sample.key, "captions": list(sample.captions), "label": sample.label}
+    about: dict[str, Any] = {"key": sample.key, RECORD_CAPTIONS: list(sample.captions), "label": sample.label}
     image = sample.image
     if isinstance(image, np.ndarray):
         about["shape"] = list(image.shape)
@@ -66,7 +69,7 @@ def decode_record(record: bytes, *, max_caption_bytes: int, max_image_pixels: in
     label = about.get("label", -1)
     return Sample(
         image=_image(record[_HEAD + size :], about.get("shape"), max_image_pixels),
-        captions=captions_of(about.get("captions"), max_bytes=max_caption_bytes),
+        captions=captions_of(about.get(RECORD_CAPTIONS), max_bytes=max_caption_bytes),
         label=-1 if label == -1 else label_of(label),
         key=key,
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clipjax.data.caption_fields import Weights, require_fields
 from clipjax.data.sample import BadSample, clean_caption, is_label
 
 IMAGE_BYTES = ("jpg", "jpeg", "png", "webp", "image", "image_bytes", "img", "picture", "bytes")
@@ -25,12 +26,21 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Columns of a table by their use; None: there is none."""
+    """Columns of a table by their use; None: there is none.
+
+    Attributes:
+        image: encoded images, or their places.
+        caption: one caption or several; None where `captions` has columns.
+        label: the class.
+        key: name of the sample.
+        captions: columns of captions that are read by field.
+    """
 
     image: str
     caption: str | None
     label: str | None
     key: str | None
+    captions: tuple[str, ...] = ()
 
 
 def choose_fields(
@@ -41,6 +51,7 @@ def choose_fields(
     image_field: str | None,
     caption_field: str | None,
     label_key: str,
+    captions: Weights = (),
     holds_images: Callable[[str], bool] = lambda column: True,
 ) -> Fields:
     """Choose the columns to read: those that the config names, otherwise those of a usual name.
@@ -52,6 +63,7 @@ def choose_fields(
         image_field: the config's choice.
         caption_field: the config's choice.
         label_key: name of the column of classes.
+        captions: columns of captions that are read by field, with their weights; none: one column is.
         holds_images: True for a column that may be the image's without being named.
 
     Raises:
@@ -60,16 +72,17 @@ def choose_fields(
     listed = ", ".join(repr(name) for name in columns[:_SHOWN]) + (", ..." if len(columns) > _SHOWN else "")
     there = f"{place}: the columns are {listed or 'none'}"
     image = _find(columns if image_field else list(filter(holds_images, columns)), images, image_field)
-    caption = _find([name for name in columns if name != image], CAPTIONS, caption_field)
+    caption = None if captions else _find([name for name in columns if name != image], CAPTIONS, caption_field)
     label = _find(columns, (label_key,), None)
     if image is None:
         expected = f"none is {image_field!r}" if image_field else f"none is called {', '.join(images)}"
         raise ValueError(f"{there}; {expected}: set data.image_field to the column of the images")
-    if caption is None and (caption_field or label is None):
+    require_fields(captions, [name for name in columns if name != image], place)
+    if caption is None and not captions and (caption_field or label is None):
         expected = f"none is {caption_field!r}" if caption_field else f"none is called {', '.join(CAPTIONS)}"
         raise ValueError(f"{there}; {expected}: set data.caption_field to the column of the captions")
     key = _find([name for name in columns if name not in (image, caption)], KEYS, None)
-    return Fields(image, caption, label, key)
+    return Fields(image, caption, label, key, tuple(name for name, _ in captions))
 
 
 def _find(columns: Iterable[str], names: Sequence[str], chosen: str | None) -> str | None:

@@ -113,6 +113,10 @@ class FolderSource:
         paths = (os.path.join(self._folder, name) for name in names)  # noqa: PTH118
         return [path for path in paths if os.path.isfile(path)]  # noqa: PTH113
 
+    def caption_fields(self) -> list[str]:
+        """Return the fields of captions: the texts beside the images, if there are any."""
+        return [_CAPTION.removeprefix(".")] if self._has_captions else []
+
     def folders(self) -> list[str]:
         """Return the folders in which all files lie."""
         return self._files.folders

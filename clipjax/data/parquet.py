@@ -10,12 +10,13 @@ import collections
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
 import numpy as np
 
+from clipjax.data.caption_fields import Weights, read_captions, to_weights
 from clipjax.data.digests import CONTENTS, DIGEST_THREADS, Hasher, ShardDigest, spread
 from clipjax.data.fields import IMAGE_BYTES, Fields, captions_of, choose_fields, key_of, label_of
 from clipjax.data.image_files import max_image_bytes
@@ -40,6 +41,7 @@ class ParquetSource:
         label_key: column of the class, which need not be there.
         max_caption_bytes: limit of a caption; longer ones make a sample bad.
         max_image_pixels: limit of an image; cells that are larger than its raw pixels are not even copied.
+        captions: weights of columns of captions; none: `caption_field` is the one.
 
     Raises:
         ValueError: a file is no Parquet, lacks a column, or has a row group that is too large; or there is no row.
@@ -56,9 +58,16 @@ class ParquetSource:
         label_key: str,
         max_caption_bytes: int,
         max_image_pixels: int,
+        captions: Mapping[str, float] | None = None,
     ):
         self._paths = [os.fspath(path) for path in paths]
-        self._chosen = {"image_field": image_field, "caption_field": caption_field, "label_key": label_key}
+        self._captions = to_weights(captions)
+        self._chosen = {
+            "image_field": image_field,
+            "caption_field": caption_field,
+            "label_key": label_key,
+            "captions": self._captions,
+        }
         self._max_caption_bytes = max_caption_bytes
         self._max_image_bytes = max_image_bytes(max_image_pixels)
         with futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:
@@ -93,13 +102,14 @@ class ParquetSource:
     def __getitem__(self, index: int) -> Sample:
         group, row = self._place(index)
         cells = self._row_group(group)
-        image = cells.image(row, self._max_image_bytes)
-        return Sample(
-            image=image,
-            captions=captions_of(cells.caption(row, self._max_caption_bytes), max_bytes=self._max_caption_bytes),
-            label=label_of(cells.value("label", row)),
-            key=key_of(cells.value("key", row), str(index)),
+        image, most = cells.image(row, self._max_image_bytes), self._max_caption_bytes
+        label, key = label_of(cells.value("label", row)), key_of(cells.value("key", row), str(index))
+        if not self._captions:
+            return Sample(image, captions_of(cells.caption(row, most), max_bytes=most), label, key)
+        captions, fields = read_captions(
+            self._captions, lambda name: cells.caption(row, most, _field_use(name)), max_bytes=most
         )
+        return Sample(image, captions, label, key, fields)
 
     def location(self, index: int) -> str:
         """Return the file and the row in it, from 0."""
@@ -172,9 +182,9 @@ class _RowGroup:
             raise BadSample("image_too_large")
         return buffer.to_pybytes()
 
-    def caption(self, row: int, max_bytes: int) -> Any:
+    def caption(self, row: int, max_bytes: int, use: str = "caption") -> Any:
         """Return a text as bytes, a list of them, or None. UTF-8 in a file is a promise only."""
-        cell = self._cell("caption", row)
+        cell = self._cell(use, row)
         if cell is None or not cell.is_valid:
             return None
         if not hasattr(cell, "values"):
@@ -203,7 +213,9 @@ class _ParquetFile:
         ValueError: it is no Parquet file, or lacks a column.
     """
 
-    def __init__(self, path: str, *, image_field: str | None, caption_field: str | None, label_key: str):
+    def __init__(
+        self, path: str, *, image_field: str | None, caption_field: str | None, label_key: str, captions: Weights
+    ):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -223,6 +235,7 @@ class _ParquetFile:
             image_field=image_field,
             caption_field=caption_field,
             label_key=label_key,
+            captions=captions,
             holds_images=lambda column: _has_bytes(schema, column),
         )
         self._check_types(schema)
@@ -236,13 +249,14 @@ class _ParquetFile:
                 f"{self._path}: column {self._fields.image!r} holds {kind}, and no encoded images; name another one by "
                 "data.image_field (for paths of images write a .csv or .jsonl table)"
             )
-        if self._fields.caption is not None:
-            kind = schema.field(self._fields.caption).type
+        caption, choice = self._fields.caption, "data.captions" if self._fields.captions else "data.caption_field"
+        for name in self._fields.captions or ([] if caption is None else [caption]):
+            kind = schema.field(name).type
             item = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
             if not (types.is_string(item) or types.is_large_string(item)):
                 raise ValueError(
-                    f"{self._path}: column {self._fields.caption!r} holds {kind}, and no text or list of texts; name "
-                    "another one by data.caption_field"
+                    f"{self._path}: column {name!r} holds {kind}, and no text or list of texts; name another one by "
+                    f"{choice}"
                 )
 
     def group_sizes(self) -> list[int]:
@@ -268,11 +282,12 @@ class _ParquetFile:
         fields: Fields = self._fields
         uses = {"image": fields.image, "caption": fields.caption, "label": fields.label, "key": fields.key}
         uses = {use: name for use, name in uses.items() if name is not None}
+        uses |= {_field_use(name): name for name in fields.captions}
         batches, num_bytes = [], 0
         expected = self._file.metadata.row_group(group).num_rows
         try:
             for batch in self._file.iter_batches(
-                _ROWS_AT_ONCE, row_groups=[group], columns=[*uses.values()], use_threads=False
+                _ROWS_AT_ONCE, row_groups=[group], columns=[*dict.fromkeys(uses.values())], use_threads=False
             ):
                 num_bytes += batch.nbytes
                 if num_bytes > _MAX_GROUP_BYTES:
@@ -286,6 +301,11 @@ class _ParquetFile:
         ):
             return _RowGroup([], 0)
         return _RowGroup(batches, num_bytes)
+
+
+def _field_use(name: str) -> str:
+    """Return the use of a column of captions that are read by field."""
+    return f"captions/{name}"
 
 
 def _has_bytes(schema: Any, name: str) -> bool:

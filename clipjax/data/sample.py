@@ -61,6 +61,15 @@ class UnreadableData(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class FieldCaptions:
+    """Captions that a sample has in one field, at least one, and the weight of the field in training."""
+
+    name: str
+    weight: float
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image with its captions.
 
@@ -69,12 +78,14 @@ class Sample:
         captions: stripped and not empty; no caption at all is `()`, which evaluation by label allows.
         label: class of the image, or -1.
         key: name of the sample in the data.
+        fields: the captions by field, if the source reads fields (`data.captions`).
     """
 
     image: bytes | np.ndarray
     captions: tuple[str, ...]
     label: int = -1
     key: str = ""
+    fields: tuple[FieldCaptions, ...] = ()
 
 
 class Source(Protocol):

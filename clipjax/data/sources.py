@@ -14,7 +14,8 @@ import numpy as np
 
 from clipjax.config import DataConfig
 from clipjax.config.paths import READABLE, expand
-from clipjax.data.array_records import ArrayRecordSource
+from clipjax.data.array_records import RECORD_CAPTIONS, ArrayRecordSource
+from clipjax.data.caption_fields import require_fields, tell_absent, to_weights
 from clipjax.data.digests import ShardDigest, digest_samples
 from clipjax.data.folders import FOLDER_PREFIX, FolderSource, holds_images
 from clipjax.data.mixture import MixedSource
@@ -109,7 +110,9 @@ class ArraySource:
         return []
 
 
-def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> Source:
+def build_source(
+    spec: str, *, data: DataConfig, label_key: str = "label", captions: Mapping[str, float] | None = None
+) -> Source:
     """Build the source that a config string names.
 
     Args:
@@ -118,6 +121,7 @@ def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> So
             `.tsv`, `.jsonl` or `.array_record`. Files are in the order of the pattern, those of one glob sorted.
         data: limits, columns, the folder of images that tables name, and the folder of TFDS data.
         label_key: TFDS feature, or column, of the class number.
+        captions: weights of the fields of captions that training reads; none: plain captions.
 
     Raises:
         ValueError: the string or its data cannot be used; the text names the remedy.
@@ -136,15 +140,19 @@ def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> So
             caption_key=data.tfds_caption_key,
             label_key=label_key,
             max_caption_bytes=data.max_caption_bytes,
+            captions=captions,
         )
     limits: dict[str, Any] = {"max_caption_bytes": data.max_caption_bytes, "max_image_pixels": data.max_image_pixels}
     if (folder := _image_folder(spec)) is not None:
-        return FolderSource(folder, image_root=data.image_root, **limits)
+        source = FolderSource(folder, image_root=data.image_root, **limits)
+        require_fields(to_weights(captions), source.caption_fields(), folder)
+        return source
     paths = _expand(spec)
     columns: dict[str, Any] = {
         "image_field": data.image_field,
         "caption_field": data.caption_field,
         "label_key": label_key,
+        "captions": captions,
     }
     match _file_kind(spec, paths):
         case "parquet":
@@ -152,9 +160,13 @@ def build_source(spec: str, *, data: DataConfig, label_key: str = "label") -> So
         case "table":
             return TableSource(paths, **columns, image_root=data.image_root, **limits)
         case "array_record":
+            require_fields(to_weights(captions), [RECORD_CAPTIONS], f"source {spec!r}")
             return ArrayRecordSource(paths, **limits)
     cache = None if data.cache_dir is None else FileCache(data.cache_dir, round(data.cache_gib * 2**30))
-    return TarSource(paths, **limits, cache=cache)
+    source = TarSource(paths, **limits, captions=captions, cache=cache)
+    if captions:
+        tell_absent(to_weights(captions), source, spec)
+    return source
 
 
 def _image_folder(spec: str) -> str | None:
@@ -231,7 +243,7 @@ def build_training_source(data: DataConfig) -> Source:
         ValueError: one of them cannot be used; the text names it.
     """
     if not data.mixture:
-        return build_source(data.train, data=data)
+        return build_source(data.train, data=data, captions=data.captions)
     parts = {}
     for name, part in sorted(data.mixture.items()):
         options = dataclasses.replace(
@@ -242,7 +254,7 @@ def build_training_source(data: DataConfig) -> Source:
             caption_field=part.caption_field or data.caption_field,
         )
         try:
-            parts[name] = build_source(part.source, data=options)
+            parts[name] = build_source(part.source, data=options, captions=part.captions or data.captions)
         except ValueError as error:
             raise ValueError(f"data.mixture.{name}: {error}") from error
     return MixedSource(parts)

@@ -5,6 +5,7 @@ Rows are read in blocks of a few, so that the index stays small: 8 bytes per blo
 Reading order: `TableFile`, `_read_records` (CSV and JSON lines), `_read_header`.
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
+from clipjax.data.caption_fields import Weights
 from clipjax.data.fields import IMAGE_PATHS, Fields, choose_fields
 from clipjax.data.sample import BadSample
 from clipjax.runtime.storage import OpenFile, is_address, open_file
@@ -30,6 +32,7 @@ SUFFIXES = tuple(_SEPARATORS)
 
 _ROWS_PER_BLOCK = 64
 _CACHED_BLOCKS = 16
+_MORE_OBJECTS = 1000  # of JSON lines that are searched for fields of captions
 _MAX_RECORD_BYTES = 2**20
 _MARK = b"\xef\xbb\xbf"  # of UTF-8, which spreadsheets write first
 
@@ -42,6 +45,7 @@ class Row:
     caption: Any
     label: Any
     key: Any
+    captions: Mapping[str, Any]
 
 
 class TableFile:
@@ -52,6 +56,7 @@ class TableFile:
         image_field: column of the paths; None: the first of `IMAGE_PATHS`.
         caption_field: column of the captions; None: the first of `CAPTIONS`.
         label_key: column of the class.
+        captions: columns of captions that are read by field, with their weights; none: `caption_field` is the one.
 
     Raises:
         ValueError: it is no table, or lacks a column.
@@ -62,11 +67,14 @@ class TableFile:
         digest: of the whole file.
     """
 
-    def __init__(self, path: str, *, image_field: str | None, caption_field: str | None, label_key: str):
+    def __init__(
+        self, path: str, *, image_field: str | None, caption_field: str | None, label_key: str, captions: Weights
+    ):
         if is_address(path):
             raise ValueError(f"{path}: a table and its images must lie on a disk; copy them there")
         self.path = path
-        choice = {"image_field": image_field, "caption_field": caption_field, "label_key": label_key}
+        choice: dict[str, Any] = {"image_field": image_field, "caption_field": caption_field, "label_key": label_key}
+        choice["captions"] = captions
         self._separator, self._columns, self._fields = _read_header(path, choice)
         hasher, places, last = xxhash.xxh3_128(), [], 0
         self.num_rows = 0
@@ -104,17 +112,20 @@ class TableFile:
         if not self._separator:
             values = _parse_json(record)
             image = values.get(fields.image)
-            cells = [None if name is None else values.get(name) for name in (fields.caption, fields.label, fields.key)]
-            return Row(image if isinstance(image, str) else None, *cells)
+            caption, label, key = (
+                None if name is None else values.get(name) for name in (fields.caption, fields.label, fields.key)
+            )
+            captions = {name: values.get(name) for name in fields.captions}
+            return Row(image if isinstance(image, str) else None, caption, label, key, captions)
         if len(record) != len(self._columns):
             raise BadSample("corrupt_record")
-        image, caption, label, key = (
+        image, caption, label, key, *captions = (
             None if name is None else record[self._columns.index(name)].encode("latin-1")
-            for name in (fields.image, fields.caption, fields.label, fields.key)
+            for name in (fields.image, fields.caption, fields.label, fields.key, *fields.captions)
         )
         assert image is not None
         label, key = (cell.decode(errors="replace") if cell else None for cell in (label, key))
-        return Row(os.fsdecode(image) or None, caption, label, key)
+        return Row(os.fsdecode(image) or None, caption, label, key, dict(zip(fields.captions, captions, strict=True)))
 
     def _read_block(self, block: int) -> list[Any]:
         if self._file is None:
@@ -189,7 +200,10 @@ def _read_header(path: str, choice: Mapping[str, Any]) -> tuple[str, list[str], 
     failures: list[ValueError] = []
     for separator in _SEPARATORS[pathlib.PurePath(path).suffix.lower()] or ("",):
         with open(path, "rb") as file:  # noqa: PTH123
-            first = next(_read_records(_read_lines(file, path, lambda line: None), separator, path), None)
+            records = _read_records(_read_lines(file, path, lambda line: None), separator, path)
+            first, others = next(records, None), []
+            if choice["captions"] and not separator:  # an object need not have every field of the captions
+                others = [record for _, _, record in itertools.islice(records, _MORE_OBJECTS)]
         if first is None:
             break
         if separator:
@@ -199,6 +213,9 @@ def _read_header(path: str, choice: Mapping[str, Any]) -> tuple[str, list[str], 
                 columns = list(_parse_json(first[2]))
             except BadSample:
                 raise ValueError(f"{path}: the first line is no JSON object, as each line must be") from None
+            for record in others:
+                with contextlib.suppress(BadSample):
+                    columns = list(dict.fromkeys([*columns, *_parse_json(record)]))
         try:
             fields = choose_fields(columns, place=path, images=IMAGE_PATHS, **choice)
             # An object need not have a class; a header has all columns.

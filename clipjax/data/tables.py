@@ -8,11 +8,12 @@ The files are read by `clipjax.data.table_files`.
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from clipjax.data.caption_fields import read_captions, to_weights
 from clipjax.data.digests import CONTENTS, Hasher, ShardDigest, spread
 from clipjax.data.fields import captions_of, key_of, label_of
 from clipjax.data.image_files import ImageFiles, max_image_bytes
@@ -33,6 +34,7 @@ class TableSource:
         image_root: folder where the paths start, and in which images may lie besides the folder of the table.
         max_caption_bytes: limit of a caption; longer ones make a sample bad.
         max_image_pixels: limit of an image; files that are larger than its raw pixels are not even read.
+        captions: weights of columns of captions; none: `caption_field` is the one.
 
     Raises:
         ValueError: a file is no table, or lacks a column; or there is no row.
@@ -50,8 +52,15 @@ class TableSource:
         image_root: str | None,
         max_caption_bytes: int,
         max_image_pixels: int,
+        captions: Mapping[str, float] | None = None,
     ):
-        choice = {"image_field": image_field, "caption_field": caption_field, "label_key": label_key}
+        self._captions = to_weights(captions)
+        choice = {
+            "image_field": image_field,
+            "caption_field": caption_field,
+            "label_key": label_key,
+            "captions": self._captions,
+        }
         self._tables = [TableFile(os.fspath(path), **choice) for path in paths]
         if not sum(table.num_rows for table in self._tables):
             raise ValueError(f"no row in {', '.join(map(str, paths[:5]))}: a table has one for each image")
@@ -72,11 +81,15 @@ class TableSource:
     def __getitem__(self, index: int) -> Sample:
         table, row = self._place(index)
         values = self._tables[table].row(row)
-        captions = captions_of(values.caption, max_bytes=self._max_caption_bytes)
+        captions, fields, most = (), (), self._max_caption_bytes
+        if self._captions:
+            captions, fields = read_captions(self._captions, values.captions.get, max_bytes=most)
+        else:
+            captions = captions_of(values.caption, max_bytes=most)
         label = label_of(values.label)
         if not values.image:
             raise BadSample("missing_image")
-        return Sample(self._files[table].read(values.image), captions, label, key_of(values.key, values.image))
+        return Sample(self._files[table].read(values.image), captions, label, key_of(values.key, values.image), fields)
 
     def location(self, index: int) -> str:
         """Return the table, the row in it, from 1 behind the header, and the image that it names."""

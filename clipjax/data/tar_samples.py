@@ -2,7 +2,8 @@
 
 Nothing is needed from a JSON or class file but captions where there is no text, and the class. So one that is broken,
 of another form or too large costs no pair: a class that cannot be read is no class, and only captions that cannot be
-read make a sample bad.
+read make a sample bad. Where captions are read by field, the text is read for the field `txt` alone, and the JSON for
+the others alone.
 
 Reading order: `keep_needed` (limits), `read_members`, `assemble`.
 """
@@ -11,10 +12,14 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from clipjax.data.caption_fields import Weights, find_value, read_captions
 from clipjax.data.sample import BadSample, Sample, UnreadableData, clean_captions, is_label
 from clipjax.data.tar_index import MAX_GAP_BYTES
 from clipjax.data.tar_names import CAPTION, CLASS, IMAGE, JSON
 from clipjax.runtime.storage import OpenFile
+
+TEXT_FIELD = "txt"
+"""Field of the captions that is the member of this extension; all others are names in the JSON."""
 
 MAX_JSON_BYTES = 2**20
 _MAX_CLASS_BYTES = 64
@@ -22,10 +27,27 @@ _MAX_CLASS_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits in bytes of an image file and of a caption; larger ones are not even read."""
+    """Limits in bytes of an image file and of a caption; larger ones are not even read.
+
+    Attributes:
+        image: bytes of an image file.
+        caption: bytes of a caption.
+        fields: of the captions, with their weights; none: the text, or where there is none the JSON's usual names.
+    """
 
     image: int
     caption: int
+    fields: Weights = ()
+
+    @property
+    def reads_text(self) -> bool:
+        """True if a text is needed where there is one."""
+        return not self.fields or any(name == TEXT_FIELD for name, _ in self.fields)
+
+    @property
+    def reads_json(self) -> bool:
+        """True if captions may be needed from the JSON."""
+        return not self.fields or any(name != TEXT_FIELD for name, _ in self.fields)
 
     @property
     def sample(self) -> int:
@@ -48,6 +70,9 @@ def keep_needed(offsets: list[int], sizes: list[int], limits: Limits) -> None:
         raise BadSample("missing_image")
     if sizes[IMAGE] > limits.image:
         raise BadSample("image_too_large")
+    if limits.fields:
+        _keep_fields(offsets, sizes, limits)
+        return
     has_caption = offsets[CAPTION] >= 0
     if has_caption and sizes[CAPTION] > limits.caption:
         raise BadSample("caption_too_long")
@@ -58,6 +83,23 @@ def keep_needed(offsets: list[int], sizes: list[int], limits: Limits) -> None:
             offsets[JSON] = -1
         elif has_caption and offsets[CLASS] >= 0:
             offsets[JSON] = -1
+    if sizes[CLASS] > _MAX_CLASS_BYTES:
+        offsets[CLASS] = -1
+
+
+def _keep_fields(offsets: list[int], sizes: list[int], limits: Limits) -> None:
+    """Mark members as absent from which no field is needed, or that are too large while another member has fields."""
+    text = limits.reads_text and offsets[CAPTION] >= 0
+    metadata = limits.reads_json and offsets[JSON] >= 0
+    long, large = sizes[CAPTION] > limits.caption, sizes[JSON] > MAX_JSON_BYTES
+    if text and long and (not metadata or large):
+        raise BadSample("caption_too_long")
+    if metadata and large and not text:
+        raise BadSample("bad_metadata")
+    if not text or long:
+        offsets[CAPTION] = -1
+    if not metadata or large:
+        offsets[JSON] = -1
     if sizes[CLASS] > _MAX_CLASS_BYTES:
         offsets[CLASS] = -1
 
@@ -107,6 +149,8 @@ def assemble(key: str, contents: list[bytes | None], limits: Limits) -> Sample:
     """
     image, caption, metadata, label = contents
     assert image is not None
+    if limits.fields:
+        return _assemble_fields(key, contents, limits)
     fields = _parse_json(metadata, is_needed=caption is None)
     return Sample(
         image=image,
@@ -116,10 +160,29 @@ def assemble(key: str, contents: list[bytes | None], limits: Limits) -> Sample:
     )
 
 
-def _parse_json(metadata: bytes | None, *, is_needed: bool) -> dict[str, Any]:
+def _assemble_fields(key: str, contents: list[bytes | None], limits: Limits) -> Sample:
+    """Return the sample with its captions by field.
+
+    Raises:
+        BadSample: no field of them can be used.
+    """
+    image, caption, metadata, label = contents
+    assert image is not None
+    values = _parse_json(metadata, is_needed=caption is None, reads_all=limits.reads_json)
+
+    def value_of(name: str) -> Any:
+        return caption if name == TEXT_FIELD else find_value(values, name)
+
+    captions, fields = read_captions(limits.fields, value_of, max_bytes=limits.caption)
+    number = _parse_class(label) if label is not None else _json_label(values)
+    return Sample(image, captions, number, key, fields)
+
+
+def _parse_json(metadata: bytes | None, *, is_needed: bool, reads_all: bool = False) -> dict[str, Any]:
     fields = None
     # A label is not there if its name is not, as it stands or in escapes; parsing takes as long as all the rest.
-    if metadata is not None and (is_needed or b"label" in metadata or b"\\" in metadata or metadata[:2] != b'{"'):
+    may_hold = is_needed or reads_all
+    if metadata is not None and (may_hold or b"label" in metadata or b"\\" in metadata or metadata[:2] != b'{"'):
         try:
             fields = json.loads(metadata)
         except (ValueError, RecursionError):  # ValueError includes bad UTF-8 and numbers of absurd length

@@ -3,11 +3,13 @@
 import itertools
 import os
 import threading
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
 import numpy as np
 
+from clipjax.data.caption_fields import read_captions, require_fields, to_weights
 from clipjax.data.digests import DIGEST_THREADS, ShardDigest, digest_samples
 from clipjax.data.sample import BadSample, Sample, clean_captions, is_label
 
@@ -25,6 +27,7 @@ class TfdsSource:
         caption_key: feature with one or several texts; without it samples have no captions.
         label_key: feature with the class number; without it labels are -1.
         max_caption_bytes: limit of a caption; longer ones make a sample bad.
+        captions: weights of features of captions; none: `caption_key` is the one.
 
     Raises:
         ValueError: the data is not prepared, or in another format, or lacks the split or the features.
@@ -40,8 +43,10 @@ class TfdsSource:
         caption_key: str,
         label_key: str,
         max_caption_bytes: int,
+        captions: Mapping[str, float] | None = None,
     ):
         self._split = split
+        self._captions = to_weights(captions)
         self._keys = (image_key, caption_key, label_key)
         self._max_caption_bytes = max_caption_bytes
         self._spec = f"{TFDS_PREFIX}{name}/{split}"
@@ -86,7 +91,9 @@ class TfdsSource:
                 f"source {self._spec!r}: feature {image_key!r} is not an image; the features are {list(features)}; "
                 "set data.tfds_image_key"
             )
-        if _nested(features, caption_key) is None and _nested(features, label_key) is None:
+        if self._captions:
+            require_fields(self._captions, list(_text_features(features)), f"source {self._spec!r}")
+        elif _nested(features, caption_key) is None and _nested(features, label_key) is None:
             raise ValueError(
                 f"source {self._spec!r}: there is neither a caption feature {caption_key!r} nor a label feature "
                 f"{label_key!r}; the features are {list(features)}; set data.tfds_caption_key or the task's "
@@ -117,6 +124,12 @@ class TfdsSource:
         except Exception as error:  # ArrayRecord and protobuf raise several types on damaged bytes
             raise BadSample("corrupt_record") from error
         image, captions, label = (_nested(record, key) for key in self._keys)
+        number = int(label) if is_label(label) else -1
+        if self._captions:
+            captions, fields = read_captions(
+                self._captions, lambda name: _nested(record, name), max_bytes=self._max_caption_bytes
+            )
+            return Sample(image, captions, number, str(index), fields)
         if captions is None:
             captions = ()
         elif isinstance(captions, (bytes, str)):
@@ -124,7 +137,7 @@ class TfdsSource:
         return Sample(
             image=image,
             captions=clean_captions(captions, max_bytes=self._max_caption_bytes),
-            label=int(label) if is_label(label) else -1,
+            label=number,
             key=str(index),
         )
 
@@ -170,6 +183,16 @@ def _nested(tree: Any, path: str) -> Any:
             return None
         tree = tree[part]
     return tree
+
+
+def _text_features(features: Any, outer: str = "") -> Iterator[str]:
+    """Yield the names of features with one text or several, `outer/inner` for those inside of others."""
+    for name in list(features.keys()):
+        feature = features[name]
+        if hasattr(feature, "keys"):
+            yield from _text_features(feature, f"{outer}{name}/")
+        elif feature.np_dtype == np.object_ and len(feature.shape) <= 1:
+            yield f"{outer}{name}"
 
 
 def data_folder(data_dir: str | None) -> str:

@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.config import Config, Crop
+from clipjax.config import Config, Crop, TextTruncation
 from clipjax.data.augmentations import Augmentations
 from clipjax.data.block_reader import BlockReader
+from clipjax.data.caption_fields import draw_captions
 from clipjax.data.images import Decoder, EvalTransform, random_resized_crop
 from clipjax.data.mixture import MixedSource
 from clipjax.data.order import derive_key
-from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, Sample, Source
+from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, FieldCaptions, Sample, Source
+from clipjax.data.tokenizers.truncation import choose_tokens
 from clipjax.data.training_order import TrainingOrder, batch_number
 
 GOOD = -1
@@ -48,6 +50,7 @@ class Pair:
     index: int
     requested: int
     reason: int
+    fields: tuple[FieldCaptions, ...] = ()
 
 
 class SubstitutedSamples:
@@ -84,7 +87,7 @@ class SubstitutedSamples:
                 if not sample.captions:
                     raise BadSample("missing_caption")
                 image = self._decoder(sample.image)
-                return Pair(image, sample.captions, probe, index, first_reason)
+                return Pair(image, sample.captions, probe, index, first_reason, sample.fields)
             except BadSample as bad:
                 if first_reason == GOOD:
                     first_reason = REASONS.index(bad.reason)
@@ -121,22 +124,26 @@ class MixedSamples:
             index=first + pair.index,
             requested=first + pair.requested,
             reason=pair.reason if pair.reason == GOOD else pair.reason + NUM_COUNTERS * number,
+            fields=pair.fields,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Augment:
-    """The draw of a caption and of changes of the picture; `rng` is keyed by the seed and the global position."""
+    """The draw of captions and of changes of the picture; `rng` is keyed by the seed and the global position."""
 
-    tokenize: Callable[[str], np.ndarray]
+    tokenize: Callable[..., np.ndarray]
     view: EvalTransform
     crop: Crop
     min_area: float
     augmentations: Augmentations
+    captions_per_image: int = 1
+    truncation: TextTruncation = TextTruncation.NONE
 
     def __call__(self, pair: Pair, rng: np.random.Generator) -> dict[str, Any]:
         """Return the row of a batch."""
-        caption = pair.captions[int(rng.integers(len(pair.captions)))]
+        captions = draw_captions(pair.captions, pair.fields, self.captions_per_image, rng)
+        texts = [self._tokens(caption, rng) for caption in captions]
         if self.crop is Crop.RANDOM_RESIZED:
             image = random_resized_crop(
                 pair.image, self.view.size, min_area=self.min_area, rng=rng, interpolation=self.view.interpolation
@@ -145,11 +152,17 @@ class Augment:
             image = self.view(pair.image)
         return {
             "image": self.augmentations(image, rng),
-            "tokens": self.tokenize(caption),
+            "tokens": texts[0] if len(texts) == 1 else np.stack(texts),
             "index": np.int64(pair.index),
             "requested": np.int64(pair.requested),
             "skip_reason": np.int32(pair.reason),
         }
+
+    def _tokens(self, caption: str, rng: np.random.Generator) -> np.ndarray:
+        """Return the tokens of a caption; one that is too long loses some."""
+        if self.truncation is TextTruncation.NONE:
+            return self.tokenize(caption)
+        return self.tokenize(caption, functools.partial(choose_tokens, self.truncation, rng))
 
 
 def substituted(source: Source, decoder: Decoder) -> SubstitutedSamples | MixedSamples:

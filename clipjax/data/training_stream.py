@@ -73,11 +73,13 @@ class TrainStream:
 
     Iterating gives `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `index` int64 [b], the index in the source
     of the pair that was used, and `skip_reason` int32 [b], the fault of the pair that was due: an index into
-    `REASONS`, or -1 if it was used itself; of source k of a mixture it is k * `NUM_COUNTERS` more.
+    `REASONS`, or -1 if it was used itself; of source k of a mixture it is k * `NUM_COUNTERS` more. With two captions
+    per image `tokens` is int32 [b, 2, l].
 
     Args:
         source: pairs, at least one global batch of them.
-        tokenize: function from a text to int32 [l]; picklable if `config.data.num_workers` is not 0.
+        tokenize: function from a text to int32 [l]; picklable if `config.data.num_workers` is not 0. With
+            `config.data.text_truncation` it gets the `Choose` of a sight as its second argument.
         config: the run: its `seed`, `global_batch_size`, `data` and image size.
         order: of the run.
         process_index: number of this process, from 0.
@@ -100,7 +102,7 @@ class TrainStream:
         self,
         source: Source,
         *,
-        tokenize: Callable[[str], np.ndarray],
+        tokenize: Callable[..., np.ndarray],
         config: Config,
         order: RunOrder = DISK_ORDER,
         process_index: int = 0,
@@ -121,7 +123,13 @@ class TrainStream:
         if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
         augment = Augment(
-            tokenize, make_eval_transform(config), data.crop, data.min_crop_area, make_augmentations(config)
+            tokenize,
+            make_eval_transform(config),
+            data.crop,
+            data.min_crop_area,
+            make_augmentations(config),
+            captions_per_image=data.captions_per_image,
+            truncation=data.text_truncation,
         )
         samples = substituted(source, make_decoder(data))
         blocks = [part for part in parts_of(order) if part.block > 1]
@@ -241,6 +249,8 @@ def _join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def pair_groups(batch: Mapping[str, np.ndarray], same_pair: SamePair) -> np.ndarray | None:
     """Return int32 [b], equal for pairs that are no negatives of each other; None if all pairs are.
 
+    With two captions per image, groups by caption are those of each: int32 [b, 2].
+
     A caption stands for itself by the CRC-32 of its tokens: of 32,768 different ones, two share a value in one batch of
     eight, and then are merely left out of each other's negatives.
     """
@@ -250,7 +260,10 @@ def pair_groups(batch: Mapping[str, np.ndarray], same_pair: SamePair) -> np.ndar
         case SamePair.INDEX:
             return batch["index"].astype(np.int32)
         case SamePair.CAPTION:
-            return np.array([zlib.crc32(tokens.tobytes()) for tokens in batch["tokens"]], np.uint32).view(np.int32)
+            tokens = batch["tokens"]
+            rows = tokens.reshape(-1, tokens.shape[-1])
+            found = np.array([zlib.crc32(row.tobytes()) for row in rows], np.uint32).view(np.int32)
+            return found.reshape(tokens.shape[:-1])
 
 
 class BadSampleLimit:

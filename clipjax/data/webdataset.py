@@ -14,7 +14,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from clipjax.data import index_store, indexes
+from clipjax.data.caption_fields import to_weights
 from clipjax.data.digests import DIGEST_THREADS, ShardDigest
 from clipjax.data.index_file import DamagedIndex, IndexHeader, shard_digest
 from clipjax.data.index_table import Checked, IndexTable, open_table
@@ -211,6 +212,7 @@ class TarSource:
         max_caption_bytes: limit of a caption; longer ones make a sample bad.
         max_image_pixels: limit of an image; files that are larger than its raw pixels are not even read.
         cache: of copies of shards that lie in stores; None: they are read from there each time.
+        captions: weights of the fields of captions: `txt`, or names in the JSON; none: as above.
 
     Raises:
         ValueError: a file is no tar, or there is no sample at all.
@@ -226,11 +228,12 @@ class TarSource:
         *,
         max_caption_bytes: int,
         max_image_pixels: int,
+        captions: Mapping[str, float] | None = None,
         cache: FileCache | None = None,
     ):
         self._cache = cache
         self._paths = [os.fspath(path) for path in paths]
-        self._limits = Limits(max_file_bytes(max_image_pixels), max_caption_bytes)
+        self._limits = Limits(max_file_bytes(max_image_pixels), max_caption_bytes, to_weights(captions))
         entries = indexes.open_indexes(self._paths, limit=self._limits.image)
         headers = [entry.header for entry in entries]
         self._places = [entry.place for entry in entries]

@@ -212,7 +212,8 @@ def _check_given(name: str, value: object, *, needed: bool) -> None:
 class TrainingLoss:
     """Weighted sum of a contrastive loss and the mean negative log-likelihood of the captions' tokens.
 
-    The second mean is over all tokens of the global batch.
+    The second mean is over all tokens of the global batch. With k texts of each image the contrastive loss is the mean
+    of k losses over the global batch, each of the images and their texts of one number.
 
     Attributes:
         contrastive: loss of the embeddings; None: without.
@@ -220,7 +221,7 @@ class TrainingLoss:
         caption_weight: weight of the captions' negative log-likelihood; 0: without.
 
     Source:
-        arXiv 2205.01917, equation 3.
+        arXiv 2205.01917, equation 3; arXiv 2505.04601 (several texts).
     """
 
     contrastive: ContrastiveLoss | None
@@ -231,8 +232,7 @@ class TrainingLoss:
         """Return the loss of what a model gives for the global batch."""
         results = LossResults(jnp.zeros((), jnp.float32), {})
         if self.contrastive is not None:
-            image, text, scale, bias = encoded[:4]
-            results = self.contrastive.evaluate(image, text, scale, bias, inputs)
+            results = self._contrast(self.contrastive, encoded, inputs)
             if not self.caption_weight and self.contrastive_weight == 1:
                 return results
             metrics = {**results.metrics, "contrastive_loss": results.loss}
@@ -242,6 +242,26 @@ class TrainingLoss:
             metrics = {**results.metrics, "caption_loss": caption_loss}
             results = results._replace(loss=results.loss + self.caption_weight * caption_loss, metrics=metrics)
         return results
+
+    def _contrast(self, loss: ContrastiveLoss, encoded: Encoded, inputs: LossInputs) -> LossResults:
+        """Return the contrastive loss, or the mean over the texts of an image, of which memory and teacher have one."""
+        image, text, scale, bias = encoded[:4]
+        if text.ndim == 2:
+            return loss.evaluate(image, text, scale, bias, inputs)
+        assert inputs.teacher is None and inputs.memory is None
+        count, group = text.shape[1], inputs.group
+        each = [
+            loss.evaluate(
+                image,
+                text[:, k],
+                scale,
+                bias,
+                inputs._replace(group=group if group is None or group.ndim == 1 else group[:, k]),
+            )
+            for k in range(count)
+        ]
+        metrics = {name: sum(part.metrics[name] for part in each) / count for name in each[0].metrics}
+        return LossResults(sum((part.loss for part in each[1:]), each[0].loss) / count, metrics)
 
 
 def build_loss(config: LossConfig, mesh: Mesh) -> TrainingLoss:
@@ -274,4 +294,6 @@ def describe_loss(config: Config, mesh: Mesh) -> str:
     way = f"{method.value} over {devices} devices{slices}, " if devices > 1 else ""
     tile = f"tiles of at most {DEFAULT_TILE if loss.tile is None else loss.tile}"
     cached = "" if config.microbatch_size is None else f", {config.microbatch_size} pairs encoded at a time"
-    return f"loss: {loss.kind.value}, {way}{tile}{cached}"
+    count = config.data.captions_per_image
+    texts = "" if count == 1 else f", mean over {count} captions of each image"
+    return f"loss: {loss.kind.value}, {way}{tile}{cached}{texts}"

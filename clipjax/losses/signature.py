@@ -41,12 +41,12 @@ class LossInputs(NamedTuple):
     """Inputs of a loss besides the embeddings and their scaling.
 
     Attributes:
-        group: pairs of the same group are no negatives of each other.
+        group: pairs of the same group are no negatives of each other; [n, k] where it depends on the text of k.
         teacher: embeddings of the same pairs to learn from; a loss made with `distill_weight` needs them.
         memory: moving averages of these pairs; the `global` loss needs them.
     """
 
-    group: Int[Array, "n"] | None = None
+    group: Int[Array, "n"] | Int[Array, "n k"] | None = None
     teacher: Teacher | None = None
     memory: MovingAverages | None = None
 

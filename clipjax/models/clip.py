@@ -1,6 +1,6 @@
 """Two towers and a learned scale: the model as pure functions of `params`.
 
-Axes: b batch, h height, w width, l tokens, e embed.
+Axes: b batch, k texts of an image, h height, w width, l tokens, e embed.
 """
 
 import math
@@ -17,6 +17,7 @@ from clipjax.config import DataConfig, ModelConfig
 from clipjax.models.captions import Decoder, caption_likelihood, words_likelihood
 from clipjax.models.towers import build_caption_head, build_image_tower, build_text_tower
 from clipjax.pytrees import leaf_paths, map_with_path, match_any
+from clipjax.runtime.sharding import constrain
 from clipjax.typing import Batch, Encoded, Key, Params
 
 Pixels = Float[Array, "b h w c"] | UInt8[Array, "b h w c"]
@@ -118,16 +119,31 @@ class Clip:
         return jax.lax.map(text_likelihood, (text_tokens[:, :max_length], rows)).T
 
     def train(
-        self, params: Params, batch_stats: Params, pixels: Pixels, tokens: Int[Array, "b l"], key: Key
+        self,
+        params: Params,
+        batch_stats: Params,
+        pixels: Pixels,
+        tokens: Int[Array, "b l"] | Int[Array, "b k l"],
+        key: Key,
     ) -> Encoded:
-        """Return what a loss takes: with patch dropout, BatchNorm by this batch, and captions where there are any."""
+        """Return what a loss takes: with patch dropout, BatchNorm by this batch, and captions where there are any.
+
+        With several texts of an image the embeddings of texts are `[b, k, e]`; no caption is predicted then.
+        """
         (embed, image_tokens), stats = self._encode_pixels_in_training(params, batch_stats, pixels, key)
-        text_embed, text_tokens = self._encode_tokens(params, tokens)
         nll, num_tokens = None, None
-        if self.caption is not None:
-            nll, num_tokens = self._caption_losses(params, embed, image_tokens, text_tokens, tokens)
+        if tokens.ndim == 3:
+            assert self.caption is None
+            rows = constrain(tokens.reshape(-1, tokens.shape[-1]), "batch", None)  # one pass through the tower
+            text_embed = unit_norm(self._encode_tokens(params, rows)[0])
+            text_embed = constrain(text_embed.reshape(*tokens.shape[:2], -1), "batch", None, None)
+        else:
+            text_embed, text_tokens = self._encode_tokens(params, tokens)
+            if self.caption is not None:
+                nll, num_tokens = self._caption_losses(params, embed, image_tokens, text_tokens, tokens)
+            text_embed = unit_norm(text_embed)
         scale, bias = jnp.exp(params["log_logit_scale"]), params.get("logit_bias")
-        return Encoded(unit_norm(embed), unit_norm(text_embed), scale, bias, nll, num_tokens, stats)
+        return Encoded(unit_norm(embed), text_embed, scale, bias, nll, num_tokens, stats)
 
     def encode_batch(self, params: Params, batch_stats: Params, batch: Batch, key: Key) -> Encoded:
         """Return what `train` gives for a batch."""

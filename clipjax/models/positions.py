@@ -37,15 +37,39 @@ def resize_grid(table: Float[Array, "l w"], prefix: int, side: int) -> Float[Arr
     return jnp.concatenate([kept, resized.reshape(side * side, -1)])
 
 
-def resize_text(table: Float[Array, "l w"], length: int) -> Float[Array, "m w"]:
-    """Return the table of positions for texts of another length: cut at the end, or stretched linearly."""
+def resize_text(table: Float[Array, "l w"], length: int, keep: int = 0) -> Float[Array, "m w"]:
+    """Return the table of positions for texts of another length: cut at the end, or stretched linearly.
+
+    Args:
+        table: positions.
+        length: of the texts.
+        keep: number of the first places that stay as they are where texts are longer, at most l - 2. The others are
+            interpolated, and the last ones, behind the table's last, extrapolated; 0: all places are stretched, those
+            behind the outermost are like these.
+
+    Source:
+        arXiv 2403.15378, section 3.1 (`keep=20`); beyond the last place as beichenzbc/Long-CLIP `model/longclip.py`.
+    """
     if length <= table.shape[0]:
         return table[:length]
-    return jax.image.resize(table, (length, table.shape[1]), "linear", antialias=False)
+    if not keep:
+        return jax.image.resize(table, (length, table.shape[1]), "linear", antialias=False)
+    kept, others = table[:keep], table[keep:]
+    places = np.arange(length - keep) * (len(others) / (length - keep))
+    before = np.minimum(places.astype(np.int64), len(others) - 2)
+    share = jnp.asarray(places - before, table.dtype)[:, None]
+    return jnp.concatenate([kept, (1 - share) * others[before] + share * others[before + 1]])
 
 
-def fit_positions(params: Params, old: ModelConfig, new: ModelConfig) -> Params:
-    """Return parameters for images of another size or texts of another length; all but positions stay."""
+def fit_positions(params: Params, old: ModelConfig, new: ModelConfig, keep: int = 0) -> Params:
+    """Return parameters for images of another size or texts of another length; all but positions stay.
+
+    Args:
+        params: of the old model.
+        old: its config.
+        new: the config to fit.
+        keep: number of the first places that stay as they are where texts become longer; see `resize_text`.
+    """
     image, text = dict(params["image"]), dict(params["text"])
     prefix, side = new.image.grid()
     if old.image.grid() != (prefix, side):
@@ -54,5 +78,7 @@ def fit_positions(params: Params, old: ModelConfig, new: ModelConfig) -> Params:
         elif "pos_embed" in image.get("pool", {}):
             image["pool"] = image["pool"] | {"pos_embed": resize_grid(image["pool"]["pos_embed"], prefix, side)}
     if old.text.context_length != new.text.context_length and "pos_embed" in text:
-        text["pos_embed"] = resize_text(text["pos_embed"], new.text.context_length)
+        table, length = text["pos_embed"], old.text.context_length
+        fitted = resize_text(table[:length], new.text.context_length, keep)
+        text["pos_embed"] = jnp.concatenate([fitted, table[length:]])  # the class token's place is behind the text's
     return {**params, "image": image, "text": text}

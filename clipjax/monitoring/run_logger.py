@@ -33,7 +33,7 @@ class RunLogger:
         workdir: the folder of the files.
         start_step: completed updates; later lines of an earlier try are dropped.
         evaluated: the tasks were run at this step; if not, lines of their results at this step are dropped too.
-        flops_per_pair: FLOPs of the model's forward pass, for MFU.
+        flops_per_pair: FLOPs of the forward pass of an image and its texts, for MFU.
         count_samples: step, metric `samples_skipped` -> what a line of the log tells of the samples.
         enabled: this process writes and prints; None: the first one does.
         times: collects the times of several processes; None for one alone.

@@ -59,6 +59,6 @@ def make_batch(shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
             case "skip_reason":
                 array = jnp.full(leaf.shape, -1, jnp.int32)
             case _:
-                array = jnp.arange(leaf.shape[0], dtype=jnp.int32)
+                array = jnp.arange(leaf.size, dtype=jnp.int32).reshape(leaf.shape)
         made[name] = jax.device_put(array, leaf.sharding)
     return made

@@ -42,5 +42,5 @@ def by_kind(config: Config, state: Any, batch: Any, teacher: Any, peak_bytes: in
 
 def _loss_bytes(config: Config) -> int:
     """Count the bytes of the embeddings of all images and texts."""
-    size = 2 if config.loss.dtype is Dtype.BFLOAT16 else 4
-    return 2 * config.global_batch_size * config.model.embed_dim * size
+    size, texts = 2 if config.loss.dtype is Dtype.BFLOAT16 else 4, config.data.captions_per_image
+    return (1 + texts) * config.global_batch_size * config.model.embed_dim * size

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from clipjax.config import Config, total_steps
+from clipjax.config import Config, flops_per_pair, total_steps
 from clipjax.planning import hlo, memory, timing, traffic
 from clipjax.planning.targets import Target, compiler_versions
 from clipjax.runtime import sharding
@@ -103,7 +103,7 @@ def make_plan(config: Config, target: Target, compiled: Compiled, *, price: floa
     moved = traffic.collectives(program, compiled.mesh, target.chip)
     seconds = timing.predict(program, target.chip, moved, 2 * (arguments + temporaries))
     step = seconds.predicted
-    useful = 3 * config.model.flops() * config.global_batch_size
+    useful = 3 * flops_per_pair(config) * config.global_batch_size
     steps = total_steps(config)
     hours = steps * step / 3600
     plan |= {

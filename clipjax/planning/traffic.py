@@ -245,19 +245,20 @@ def min_traffic_bytes(config: Config, params: Any, mesh: Any) -> dict[str, int]:
     n = config.global_batch_size
     chips = slices * data * fsdp
     axes = "+".join(axis for axis in ("slice", "data", "fsdp") if sizes[axis] > 1)
-    embeddings = 2 * n * config.model.embed_dim * (2 if config.loss.dtype is Dtype.BFLOAT16 else 4)
+    texts = config.data.captions_per_image
+    embeddings = (1 + texts) * n * config.model.embed_dim * (2 if config.loss.dtype is Dtype.BFLOAT16 else 4)
     least[axes] += embeddings * (chips - 1) / chips
     least["tensor"] += (tensor - 1) / tensor * 2 * 4 * n / chips * _activation_bytes(config)
     return {axis: round(size) for axis, size in least.items() if axis and round(size)}
 
 
 def _activation_bytes(config: Config) -> float:
-    """Count one pair's bytes between two blocks, times the number of blocks."""
+    """Count one image's bytes, and those of its texts, between two blocks, times the number of blocks."""
     size = 2 if config.model.compute_dtype is Dtype.BFLOAT16 else 4
     image, text = config.model.image, config.model.text
     total = 0
     if isinstance(image, ViTConfig):
         total += image.depth * ((image.image_size // image.patch_size) ** 2 + image.class_token) * image.width
     if isinstance(text, TextTransformerConfig):
-        total += text.depth * text.context_length * text.width
+        total += config.data.captions_per_image * text.depth * text.context_length * text.width
     return size * total

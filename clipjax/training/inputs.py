@@ -7,7 +7,7 @@ import jax
 
 from clipjax.checkpoints.records import pack_tokenizer
 from clipjax.checkpoints.saved import SavedCheckpoint
-from clipjax.config import Config, LossKind
+from clipjax.config import Config, LossKind, ModelConfig, TextTransformerConfig
 from clipjax.config.serialization import field_value
 from clipjax.config.validation import MEMORY_UNIT
 from clipjax.data.digests import find_order, from_record
@@ -170,14 +170,34 @@ def comes_from_init(config: Config, name: str) -> bool:
     return not config.init_match or match_any(config.init_match, name)
 
 
+def _kept_positions_error(config: Config, old: ModelConfig) -> str | None:
+    """Return what keeps the first positions of a checkpoint's texts from staying where texts become longer."""
+    keep, length, longer = config.init_keep_positions, old.text.context_length, config.model.text.context_length
+    if not all(isinstance(text, TextTransformerConfig) for text in (old.text, config.model.text)):
+        return "a bag of words has no positions; leave it 0"
+    if not comes_from_init(config, "text/pos_embed"):
+        return f"init_match={config.init_match} does not take text/pos_embed from init_from; leave it 0, or add that"
+    if longer <= length:
+        return (
+            f"model.text.context_length={longer} is not longer than the {length} of init_from, so that no position is "
+            "interpolated; leave it 0"
+        )
+    if keep > length - 2:
+        return f"it must leave at least 2 of the {length} positions of init_from to interpolate between"
+    return None
+
+
 def check_same_shapes(config: Config, initial: SavedCheckpoint) -> None:
     """Refuse first weights of another shape; positions are fitted to another image size or context length.
 
     Raises:
-        ValueError: every parameter that differs, or a pattern of `init_match` that matches none.
+        ValueError: every parameter that differs, a pattern of `init_match` that matches none, or `init_keep_positions`
+            that cannot be kept.
     """
-    old, new = initial.config.model, config.model
-    given = jax.eval_shape(lambda params: fit_positions(params, old, new), abstract_params(old))
+    old, new, keep = initial.config.model, config.model, config.init_keep_positions
+    if keep and (problem := _kept_positions_error(config, old)):
+        raise ValueError(f"init_keep_positions={keep}: {problem}")
+    given = jax.eval_shape(lambda params: fit_positions(params, old, new, keep), abstract_params(old))
     ours, theirs = (
         dict(zip(leaf_paths(tree), (leaf.shape for leaf in jax.tree.leaves(tree)), strict=True))
         for tree in (abstract_params(new), given)

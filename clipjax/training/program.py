@@ -90,13 +90,16 @@ class Program:
         """Return shapes, dtypes and shardings of a batch."""
         config, n = self.config, self.config.global_batch_size
         side, length = config.model.image.image_size, config.model.text.context_length
+        count = config.data.captions_per_image
+        several = () if count == 1 else (count,)
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "image": ((n, side, side, 3), jnp.uint8),
-            "tokens": ((n, length), jnp.int32),
+            "tokens": ((n, *several, length), jnp.int32),
             "skip_reason": ((n,), jnp.int32),
         }
         if config.loss.same_pair is not SamePair.NONE:
-            shapes["group"] = ((n,), jnp.int32)
+            by_text = config.loss.same_pair is SamePair.CAPTION
+            shapes["group"] = ((n, *several) if by_text else (n,), jnp.int32)
         if config.loss.kind is LossKind.GLOBAL:
             shapes["index"] = ((n,), jnp.int32)
         split = sharding.batch_sharding(self.mesh)

@@ -195,7 +195,7 @@ def _make_search(session: Session) -> Any:
 
 
 def _finite_rows(embed: jax.Array) -> jax.Array:
-    return jnp.isfinite(embed).all(axis=1)
+    return jnp.isfinite(embed).all(axis=tuple(range(1, embed.ndim)))
 
 
 def _finite_leaves(tree: Any) -> jax.Array:

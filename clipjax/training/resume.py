@@ -54,21 +54,18 @@ def check_resumable(step: int, saved: Config, config: Config) -> None:
         ValueError: every field that differs, with both values.
     """
     old, new = flatten(to_dict(expanded(saved))), flatten(to_dict(expanded(config)))
+    # The place of one source may change as `data.train` may; its name, weight and captions may not.
+    places = {f"data.mixture.{name}.source" for each in (saved, config) for name in each.data.mixture}
     changed = [
         f"{path}={new.get(path)!r} (checkpoint: {old.get(path)!r})"
         for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path) and not path.startswith(RESUMABLE) and not _is_place_of_mixture(path)
+        if old.get(path) != new.get(path) and not path.startswith(RESUMABLE) and path not in places
     ]
     if changed:
         raise ValueError(
             f"the workdir holds a run at step {step} with another config: {', '.join(changed)}; "
             "use the old values to go on with it, or another workdir to start anew"
         )
-
-
-def _is_place_of_mixture(path: str) -> bool:
-    """Return True for the place of one source, which may change as `data.train` may; its name and weight may not."""
-    return path.startswith("data.mixture") and path.endswith(".source")
 
 
 @dataclass(frozen=True)
@@ -308,7 +305,8 @@ def _take_params(state: TrainState, init_checkpoint: SavedCheckpoint, config: Co
     """
     given = dict(load_params(init_checkpoint, mesh))
     batch_stats = given.pop("batch_stats", None)
-    fit = jax.jit(lambda given: fit_positions(given, init_checkpoint.config.model, config.model))
+    old, new, keep = init_checkpoint.config.model, config.model, config.init_keep_positions
+    fit = jax.jit(lambda given: fit_positions(given, old, new, keep))
     theirs = dict(zip(leaf_paths(given), jax.tree.leaves(fit(given)), strict=True))
     params = map_with_path(lambda name, ours: theirs[name] if comes_from_init(config, name) else ours, state.params)
     params = jax.device_put(params, sharding.shardings_of(state.params))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.records import make_records
-from clipjax.config import Config, LossKind, steps_of, total_steps
+from clipjax.config import Config, LossKind, flops_per_pair, steps_of, total_steps
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import BadSampleLimit, TrainStream, WorkersDie, pair_groups
 from clipjax.evals.encoder import Encoder
@@ -332,7 +332,7 @@ def build(session: Session) -> Iterator[Run]:
             workdir,
             start_step=start.step,
             evaluated=start.evaluated,
-            flops_per_pair=config.model.flops(),
+            flops_per_pair=flops_per_pair(config),
             count_samples=SampleCounts(config, inputs, session.decisions),
             times=rank_times(),
             goodput=session.goodput,

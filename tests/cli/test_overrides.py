@@ -39,7 +39,7 @@ SPECIAL = {"mesh.data": "8", "eval.batch_size": "512", "optim.max_grad_norm": "1
 
 def make_config() -> Config:
     config = Config()
-    config.data.train = "pairs.tar"
+    config.data.train, config.data.captions = "pairs.tar", {"a/b c": 1.0}
     config.eval.tasks = {'t:1/"x"': TaskConfig(source="a.tar", classes="names", templates="plain")}
     return config
 
@@ -50,7 +50,10 @@ def fields(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
         inner, path = take_apart(annotation).of, f"{prefix}{name}"
         if typing.get_origin(inner) is dict:
             entry = typing.get_args(inner)[1]
-            yield from fields(entry, f"{ENTRIES[entry]}.")
+            if entry is float:
+                yield f"{path}['a/b c']", entry
+            else:
+                yield from fields(entry, f"{ENTRIES[entry]}.")
         elif members(inner) or any(members(each) for each in typing.get_args(inner)):
             parts = [each for each in typing.get_args(inner) or (inner,) if each is not types.NoneType]
             found = {item[0]: item for each in parts for item in fields(each, f"{path}.")}
@@ -84,7 +87,7 @@ def config_with(path: str) -> Config:
     """A config whose towers have the field."""
     config = make_config()
     if path.startswith(PART):
-        config.data.train, config.data.mixture = "", {"p:1": MixtureSource(source="a.tar")}
+        config.data.train, config.data.mixture = "", {"p:1": MixtureSource(source="a.tar", captions={"a/b c": 1.0})}
         config.loss.same_pair = SamePair.INDEX
     if path.startswith("model.caption."):
         config.model.caption = DecoderConfig()

@@ -21,6 +21,8 @@ from clipjax.config import (
     ResNetConfig,
     SamePair,
     TaskConfig,
+    TaskKind,
+    TextTruncation,
     resolve_mesh,
     steps_of,
     total_steps,
@@ -134,6 +136,29 @@ def test_from_dict_refuses_what_it_does_not_know(values, message):
         ("data.mixture", {"a": MixtureSource(source="x", weight=0)}, "data.mixture.a.weight=0 must be greater than 0"),
         ("data.cache_dir", "x", "data.cache_dir='x' would be ignored: no source lies in a store"),
         ("data.cache_gib", 7.0, "data.cache_gib=7.0 would be ignored without data.cache_dir"),
+        ("data.captions", {"txt": 0.0}, "data.captions.txt=0.0 must be greater than 0"),
+        ("data.captions", {"txt": math.nan}, "data.captions.txt=nan must be greater than 0"),
+        ("data.captions", {"txt": "1"}, "data.captions.txt='1' must be of type float"),
+        ("data.captions", {"": 1.0}, "data.captions={'': 1.0} has a field without a name"),
+        (
+            "data.mixture",
+            {"a": MixtureSource(source="x", captions={"/": 1.0})},
+            "data.mixture.a.captions={'/': 1.0} has a field without a name",
+        ),
+        (
+            "data.mixture",
+            {"a": MixtureSource(source="x", captions={"b": -1.0})},
+            "data.mixture.a.captions.b=-1.0 must be greater than 0",
+        ),
+        (
+            "data.mixture",
+            {"a": MixtureSource(source="x.csv", caption_field="y", captions={"b": 1.0})},
+            "data.mixture.a.caption_field='y' would be ignored beside data.mixture.a.captions",
+        ),
+        ("data.captions_per_image", 0, "data.captions_per_image=0 must be 1 or 2"),
+        ("data.captions_per_image", 3, "data.captions_per_image=3 must be 1 or 2"),
+        ("init_keep_positions", 20, "init_keep_positions=20 needs init_from, a clipjax checkpoint"),
+        ("init_keep_positions", -1, "init_keep_positions=-1 must not be negative"),
         ("data.order_block", 0, "data.order_block=0 must be greater than 0"),
         ("seed", 2**63, "seed=9223372036854775808 must be less than 2**63"),
     ],
@@ -143,6 +168,48 @@ def test_validate_names_field_value_and_rule(path, value, message):
     set_field(config, path, value)
     with pytest.raises(ValueError, match=re.escape(message)):
         validate(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: setattr(c.loss, "kind", LossKind.GLOBAL), "loss.kind=global, which remembers one text"),
+        (lambda c: setattr(c.model, "caption", DecoderConfig()), "model.caption, which predicts one text"),
+        (lambda c: setattr(c.loss, "distill_from", "runs/x"), "loss.distill_from, whose teacher reads one text"),
+    ],
+)
+def test_what_two_captions_of_an_image_do_not_define_is_refused(change, message):
+    config = valid()
+    config.data.captions_per_image = 2
+    validate(config)
+    change(config)
+    with pytest.raises(ValueError, match=f"data.captions_per_image=2 is not defined with {message}"):
+        validate(config)
+
+
+def test_a_caption_field_that_captions_hide_is_refused():
+    config = valid()
+    config.data.train, config.data.caption_field, config.data.captions = "a.csv", "alt", {"long": 1.0}
+    with pytest.raises(ValueError, match="data.caption_field='alt' would be ignored: data.captions names the columns"):
+        validate(config)
+    config.eval.tasks["a"] = TaskConfig(kind=TaskKind.RETRIEVAL, source="b.csv")
+    validate(config)
+    config.eval.tasks.clear()
+    config.loss.same_pair, config.data.train, config.data.captions = SamePair.INDEX, "", {}
+    config.data.mixture = {name: MixtureSource(source=f"{name}.csv", captions={"long": 1.0}) for name in "ab"}
+    with pytest.raises(ValueError, match="data.caption_field='alt' would be ignored"):
+        validate(config)
+    config.data.mixture["a"].source, config.data.mixture["b"].captions = "b.csv", {}
+    validate(config)  # the one table is read twice, and once by data.caption_field
+
+
+def test_captions_come_back_from_json():
+    config = valid()
+    config.data.captions, config.data.text_truncation = {"a/b": 1, "txt": 0.5}, TextTruncation.BLOCK
+    again = from_dict(to_dict(config))
+    assert again == config and again.data.captions == {"a/b": 1.0, "txt": 0.5}
+    with pytest.raises(ValueError, match=r"data.text_truncation='syntax' must be one of none, random, block"):
+        from_dict({"data": {"text_truncation": "syntax"}})
 
 
 def test_a_memory_that_cannot_be_split_evenly_is_refused():

@@ -228,6 +228,24 @@ def test_tfds_refuses(prepared, no_network, spec, fields, message):
         build_source(spec, data=config(prepared, **fields))
 
 
+def test_tfds_features_are_fields_of_captions(prepared, no_network):
+    captions = {"captions": 2.0, "nested/title": 1.0}
+    source = build_source("tfds:pairs/train", data=config(prepared), captions=captions)
+    for opened in (source, pickle.loads(pickle.dumps(source))):
+        for sample in (opened[i] for i in range(20)):
+            title, i = (f"title {sample.label}",), sample.label
+            texts = () if i == 3 else (f"number {i}", f"Nummer {i}")  # blank ones do not cost the pair
+            assert sample.captions == texts + title
+            expected = [("captions", 2.0, texts)] if texts else []
+            found = [(field.name, field.weight, field.captions) for field in sample.fields]
+            assert found == [*expected, ("nested/title", 1.0, title)]
+    for name in ("label", "image", "nested", "other"):
+        with pytest.raises(
+            ValueError, match=rf"names '{name}', and the fields .* are 'captions', 'nested/title'; name"
+        ):
+            build_source("tfds:pairs/train", data=config(prepared), captions={name: 1.0, "captions": 1.0})
+
+
 def test_tfds_refuses_other_features_and_formats(prepared, no_network, tmp_path):
     with pytest.raises(ValueError, match="neither a caption feature 'a' nor a label feature 'b'"):
         build_source("tfds:pairs/train", data=config(prepared, tfds_caption_key="a"), label_key="b")

@@ -218,6 +218,39 @@ def test_positions_of_texts_are_cut_or_stretched():
     np.testing.assert_allclose(longer.mean(0), table.mean(0), atol=1e-6)
 
 
+def long_clip(table: np.ndarray, keep: int, times: int) -> np.ndarray:
+    """The positions of beichenzbc/Long-CLIP, row by row: the first stay, the others get neighbours in between."""
+    rows = [table[i] for i in range(keep)]
+    for i in range(keep, len(table) - 1):
+        rows += [((times - j) * table[i] + j * table[i + 1]) / times for j in range(times)]
+    step = (table[-1] - table[-2]) / times
+    rows += [table[-1] + j * step for j in range(times)]
+    return np.stack(rows)
+
+
+def test_the_first_positions_of_texts_may_stay():
+    table = np.random.default_rng(0).normal(size=(77, 5))
+    ours = np.asarray(resize_text(jnp.asarray(table, jnp.float32), 248, 20))
+    assert ours.shape == (248, 5)
+    np.testing.assert_array_equal(ours[:20], table[:20].astype(np.float32))
+    np.testing.assert_array_equal(ours[20::4], table[20:].astype(np.float32))
+    np.testing.assert_allclose(ours, long_clip(table, 20, 4), atol=1e-6)  # one rounding of float32
+    places = np.concatenate([np.arange(3), 3 + np.arange(6) * 5 / 6])  # 8 places to 9, any ratio; all inside
+    line = jnp.asarray(np.arange(8.0)[:, None] * [1.0, -2.0], jnp.float32)
+    np.testing.assert_allclose(resize_text(line, 9, 3), places[:, None] * [1.0, -2.0], rtol=1e-6)
+    np.testing.assert_array_equal(resize_text(line, 5, 3), line[:5])  # nothing is interpolated
+
+
+def test_a_class_token_behind_a_text_keeps_its_position():
+    old = ModelConfig(text=TextTransformerConfig(context_length=4, vocab_size=64, width=8, pool=TextPool.CLASS))
+    new = dataclasses.replace(old, text=dataclasses.replace(old.text, context_length=6))
+    table = jnp.arange(10.0).reshape(5, 2)
+    for keep in (0, 2):
+        fitted = fit_positions({"image": {}, "text": {"pos_embed": table}}, old, new, keep)["text"]["pos_embed"]
+        np.testing.assert_array_equal(fitted[:-1], resize_text(table[:4], 6, keep))
+        np.testing.assert_array_equal(fitted[-1], table[-1])
+
+
 @pytest.mark.parametrize("name", ["image class", "image attention", "image resnet", "image registers"])
 def test_a_model_sees_larger_pictures_and_longer_texts(name: str):
     old = model_config(name, compute_dtype=Dtype.FLOAT32)

@@ -42,7 +42,7 @@ from clipjax.runtime.watchdog import Watchdog
 from clipjax.training import preflight
 from clipjax.training.decisions import Decisions, Rollback
 from clipjax.training.inputs import open_inputs
-from clipjax.training.resume import check_same_run
+from clipjax.training.resume import check_resumable, check_same_run
 from tests.data.test_webdataset import pair, write
 from tests.runtime.test_owner import holder
 
@@ -376,6 +376,10 @@ def test_the_parts_of_a_mixture_may_move_and_their_weights_stay(tmp_path):
     with pytest.raises(ValueError, match=r"data.mixture.b.weight=3 \(checkpoint: 2"):
         check_same_run(saved, config, open_inputs(config, saved))
     config.data.mixture["b"].weight = 2
+    saved.config.data.mixture["b"].captions, config.data.mixture["b"].captions = {"source": 1.0}, {"source": 2.0}
+    with pytest.raises(ValueError, match=r"data.mixture.b.captions.source=2.0 \(checkpoint: 1.0"):
+        check_resumable(1, saved.config, config)
+    saved.config.data.mixture["b"].captions, config.data.mixture["b"].captions = {}, {}
     write(tmp_path / "moved.tar", [member for i in range(12) for member in pair(f"c{i}")])
     with pytest.raises(
         ValueError, match=r"^data.mixture={a: .*, b: .*moved.tar} has .* \(missing: .*b.tar.*additional"

@@ -5,7 +5,7 @@ n captions, l tokens.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -47,8 +47,20 @@ class Tokenizer(Protocol):
         ...
 
 
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> np.ndarray:
+Choose = Callable[[int, int], np.ndarray]
+"""Function from numbers of tokens, of a text and of those that may stay, to the places of those that stay."""
+
+
+def tokenize(
+    tokenizer: Tokenizer, texts: Sequence[str], context_length: int, choose: Choose | None = None
+) -> np.ndarray:
     """Return start, ids and end of every text, padded; a text that is too long loses its tail but not its end.
+
+    Args:
+        tokenizer: text to ids.
+        texts: any number of them.
+        context_length: places of a row.
+        choose: chooses the ids that stay of a text that is too long; None: the first ones.
 
     Returns:
         int32 [n, l] with l = `context_length`.
@@ -64,7 +76,10 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) ->
     tokens = np.full((len(texts), context_length), tokenizer.pad_id, np.int32)
     start = [] if tokenizer.start_id is None else [tokenizer.start_id]
     for row, text in zip(tokens, texts, strict=True):
-        ids = [*start, *tokenizer.encode(text)][: context_length - 1]
+        encoded, room = tokenizer.encode(text), context_length - 1 - len(start)
+        if choose is not None and len(encoded) > room:
+            encoded = [encoded[place] for place in choose(len(encoded), room).tolist()]
+        ids = [*start, *encoded][: context_length - 1]
         row[: len(ids) + 1] = [*ids, tokenizer.end_id]
     return tokens
 
@@ -76,9 +91,9 @@ class TextToTokens:
     tokenizer: Tokenizer
     context_length: int
 
-    def __call__(self, text: str) -> np.ndarray:
+    def __call__(self, text: str, choose: Choose | None = None) -> np.ndarray:
         """Return one row of `tokenize`."""
-        return tokenize(self.tokenizer, [text], self.context_length)[0]
+        return tokenize(self.tokenizer, [text], self.context_length, choose)[0]
 
 
 def without_surrogates(text: str) -> str:
