@@ -125,7 +125,7 @@ def build(path: str, *, limit: int, may_wait: bool = True) -> Entry | None:
     for place in index_places(path):
         with contextlib.ExitStack() as stack:
             try:
-                _make_folder(pathlib.Path(place).parent)
+                make_folder(pathlib.Path(place).parent)
                 stack.enter_context(_locked(f"{place}.lock", may_wait=may_wait))
             except BlockingIOError:
                 return None
@@ -174,7 +174,7 @@ def _base(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _make_folder(folder: pathlib.Path) -> None:
+def make_folder(folder: pathlib.Path) -> None:
     """Make a folder of index files.
 
     Raises:

@@ -26,11 +26,11 @@ def near_pairs(hashes: np.ndarray, distance: int) -> Iterator[Pairs]:
     """Find every pair of hashes within a Hamming distance, each pair once, in parts of bounded size.
 
     The 64 bits are cut into d + k bands. Two hashes within the distance d differ in at most d of them, so at least k
-    bands are equal: for each choice of k bands, those with equal ones are compared (pigeonhole). k = 1 is the usual banding
-    with d + 1 bands; a larger k has smaller buckets in more choices, and is taken where that costs less.
+    bands are equal: for each choice of k bands, those with equal ones are compared (pigeonhole). k = 1 is the usual
+    banding with d + 1 bands; a larger k has smaller buckets in more choices, and is taken where that costs less.
 
     Args:
-        hashes: uint64 [n], all different; equal ones are for the caller to collapse, since n of them have n^2 / 2 pairs.
+        hashes: uint64 [n], all different: n equal ones would be n^2 / 2 pairs, so the caller collapses them.
         distance: most bits that differ.
 
     Cost: buckets of hashes that agree in an unusual number of bits are banded again in the bits that are left, so that
