@@ -14,7 +14,8 @@ Params = Mapping[str, Any]
 Batch = Mapping[str, Any]
 """`image` uint8 [b, h, w, 3], `tokens` int32 [b, l], `skip_reason` int32 [b] (why another pair stands in for this one,
 an index into `data.sample.REASONS`; -1: none does). Where configured, `group` int32 [b] (equal for pairs that are no
-negatives of each other), `index` int32 [b] (of the sample in its source)."""
+negatives of each other), `index` int32 [b] (of the sample in its source). With `data.resize_on=device` `image` is a
+canvas uint8 [b, c, c, 3], and `crop` float32 [b, 7] tells its part (`data.canvas`): the step resizes them first."""
 
 Metrics = dict[str, Any]
 """Scalars by name."""

@@ -17,6 +17,7 @@ from clipjax.config.data import (
     Interpolation,
     MixtureSource,
     Resize,
+    ResizeOn,
     TaskConfig,
     TaskKind,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "Remat",
     "ResNetConfig",
     "Resize",
+    "ResizeOn",
     "SamePair",
     "TaskConfig",
     "TaskKind",

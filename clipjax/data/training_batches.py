@@ -17,6 +17,7 @@ import numpy as np
 from clipjax.config import Config, Crop
 from clipjax.data.augmentations import Augmentations
 from clipjax.data.block_reader import BlockReader
+from clipjax.data.canvas import CanvasTransform
 from clipjax.data.images import Decoder, EvalTransform, random_resized_crop
 from clipjax.data.mixture import MixedSource
 from clipjax.data.order import derive_key
@@ -133,23 +134,30 @@ class Augment:
     crop: Crop
     min_area: float
     augmentations: Augmentations
+    canvas: CanvasTransform | None = None  # where the device crops and resizes
 
     def __call__(self, pair: Pair, rng: np.random.Generator) -> dict[str, Any]:
         """Return the row of a batch."""
         caption = pair.captions[int(rng.integers(len(pair.captions)))]
-        if self.crop is Crop.RANDOM_RESIZED:
-            image = random_resized_crop(
-                pair.image, self.view.size, min_area=self.min_area, rng=rng, interpolation=self.view.interpolation
-            )
+        if self.canvas is not None:
+            image, box = self.canvas(pair.image, rng)
+            pixels = {"image": image, "crop": box}
         else:
-            image = self.view(pair.image)
+            pixels = {"image": self.augmentations(self._resize(pair.image, rng), rng)}
         return {
-            "image": self.augmentations(image, rng),
+            **pixels,
             "tokens": self.tokenize(caption),
             "index": np.int64(pair.index),
             "requested": np.int64(pair.requested),
             "skip_reason": np.int32(pair.reason),
         }
+
+    def _resize(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if self.crop is Crop.RANDOM_RESIZED:
+            return random_resized_crop(
+                image, self.view.size, min_area=self.min_area, rng=rng, interpolation=self.view.interpolation
+            )
+        return self.view(image)
 
 
 def substituted(source: Source, decoder: Decoder) -> SubstitutedSamples | MixedSamples:
