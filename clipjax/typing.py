@@ -15,7 +15,8 @@ Batch = Mapping[str, Any]
 """`image` uint8 [b, h, w, 3], `tokens` int32 [b, l], `skip_reason` int32 [b] (why another pair stands in for this one,
 an index into `data.sample.REASONS`; -1: none does). Where configured, `group` int32 [b] (equal for pairs that are no
 negatives of each other), `index` int32 [b] (of the sample in its source). With k texts of each image, `tokens` is
-int32 [b, k, l], and `group` int32 [b, k] where it depends on the text."""
+int32 [b, k, l], and `group` int32 [b, k] where it depends on the text. With `data.resize_on=device` `image` is a canvas
+uint8 [b, c, c, 3], and `crop` float32 [b, 7] tells its part (`data.canvas`): the step resizes them first."""
 
 Metrics = dict[str, Any]
 """Scalars by name."""

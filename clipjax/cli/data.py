@@ -1,7 +1,8 @@
-"""Prepare data: `clipjax data scenes | tokenizer | show | index | verify`.
+"""Prepare data: `clipjax data scenes | tokenizer | show | index | dedup | verify`.
 
 `scenes` makes the embedded dataset, `tokenizer` trains a SentencePiece model on a source's captions, `show` looks into
-a source, `index` makes the index files of tars, `verify` compares all of its bytes with those of an earlier day.
+a source, `index` makes the index files of tars, `dedup` finds near-duplicates, `verify` compares all of its bytes with
+those of an earlier day.
 """
 
 import json
@@ -10,12 +11,13 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
-from clipjax.cli import arguments, data_index
+from clipjax.cli import arguments, data_dedup, data_index
 from clipjax.cli.errors import UNUSABLE_DATA, refusals
 from clipjax.cli.output import show
 from clipjax.config import DataConfig
 from clipjax.config.data import unused_columns
 from clipjax.data.digests import ShardDigest, digest_files, find_differences, from_record
+from clipjax.data.hash_workers import SourceSpec
 from clipjax.data.images import make_decoder
 from clipjax.data.sample import BadSample, Source
 from clipjax.data.sources import build_source
@@ -28,6 +30,7 @@ COMMANDS = {
     "tokenizer": "train a SentencePiece tokenizer on a source's captions",
     "show": "look into a source: how many samples, their sizes and captions, what is unusable, and the first few",
     "index": "make the index files of a source's tars, which the first start of a run would make",
+    "dedup": "list near-duplicates inside a source, and what of evaluation sets is in it",
     "verify": "compare every byte of a source's files with a manifest",
 }
 
@@ -63,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _show(options)
             case "index":
                 return data_index.run(options.source, options.num_workers)
+            case "dedup":
+                return data_dedup.run(options, _spec(options))
             case _:
                 return _verify(options)
 
@@ -113,6 +118,8 @@ def _parser(command: str) -> arguments.Parser:
             "--num_workers", metavar="N", type=arguments.whole_number(1), help="processes; one per core if left out"
         )
         return parser
+    if command == "dedup":
+        data_dedup.add_options(parser)
     if command == "verify":
         parser.description = VERIFY
         for name, about in (("write", "the manifest to write"), ("against", "the manifest to compare with")):
@@ -153,6 +160,18 @@ def _data(options: Namespace) -> DataConfig:
     if errors := unused_columns(data, [options.source], "--"):
         raise ValueError("\n".join(errors))
     return data
+
+
+def _spec(options: Namespace) -> SourceSpec:
+    """Return the source for worker processes. Raise `ValueError` if an option would be ignored."""
+    data = _data(options)
+    return SourceSpec(
+        source=data.train,
+        tfds_dir=data.tfds_dir,
+        image_field=data.image_field,
+        caption_field=data.caption_field,
+        image_root=data.image_root,
+    )
 
 
 def _directory(options: Namespace) -> str | None:

@@ -42,6 +42,13 @@ class TextTruncation(enum.Enum):
     BLOCK = "block"
 
 
+class ResizeOn(enum.Enum):
+    """Place of the crop and the resizing of training pictures: `host`, or `device` inside the training step."""
+
+    HOST = "host"
+    DEVICE = "device"
+
+
 class TaskKind(enum.Enum):
     """Measurement of an evaluation task."""
 
@@ -100,6 +107,8 @@ class DataConfig:
     min_crop_area: float = bounded(0.9, FRACTION)  # share of the image's area
     resize: Resize = Resize.SHORTER_SIDE  # in evaluation, and in training with crop=center
     interpolation: Interpolation = Interpolation.BICUBIC
+    resize_on: ResizeOn = ResizeOn.HOST
+    canvas_size: int = bounded(320, POSITIVE)  # side of what resize_on=device sends; larger parts are reduced before
     background: tuple[int, int, int] | None = bounded(None, COLOUR)  # red, green, blue behind alpha; None: drop alpha
     exif_orientation: bool = False  # turn pictures as their EXIF data says, which CLIP's reference ignores
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from clipjax.config.canvas import canvas_errors
 from clipjax.config.caption import DecoderConfig
 from clipjax.config.data import unused_columns
 from clipjax.config.image import ImagePool
@@ -213,6 +214,7 @@ def _part_errors(config: Config) -> list[str]:
             "blue, and a standard deviation must be greater than 0"
         )
     errors += [*config.data.source_errors(), *config.data.errors("data"), *_unused_columns(config)]
+    errors += canvas_errors(config.data, config.model.image.image_size)
     for path in ("optim.freeze", "init_match"):
         for pattern in field_value(config, path):
             try:

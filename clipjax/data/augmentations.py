@@ -32,13 +32,13 @@ class Augmentations:
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return the changed picture; the one that is given stays as it is."""
         settings = self.settings
-        if _happens(settings.horizontal_flip, rng):
+        if happens(settings.horizontal_flip, rng):
             image = np.ascontiguousarray(image[:, ::-1])
-        if _happens(settings.color_jitter_probability, rng):
+        if happens(settings.color_jitter_probability, rng):
             image = jitter_colours(image, *_draw_jitter(settings.color_jitter, rng))
-        if _happens(settings.grayscale, rng):
+        if happens(settings.grayscale, rng):
             image = np.repeat(_to_uint8(_luma(image.astype(np.float32))), 3, axis=2)
-        if _happens(settings.erasing, rng):
+        if happens(settings.erasing, rng):
             image = erase(image, self.fill, rng)
         return image
 
@@ -49,7 +49,8 @@ def make_augmentations(config: Config) -> Augmentations:
     return Augmentations(config.data.augment, (red, green, blue))
 
 
-def _happens(probability: float, rng: np.random.Generator) -> bool:
+def happens(probability: float, rng: np.random.Generator) -> bool:
+    """Draw whether something happens; what never does draws no number."""
     return probability > 0 and rng.random() < probability
 
 

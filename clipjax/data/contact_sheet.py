@@ -1,6 +1,6 @@
 """A contact sheet: small pictures of samples in a grid, with their captions under them.
 
-Reading order: `draw_sheet`, `_make_tile` (content), `_draw_tile` (drawing), `_wrap`.
+Reading order: `draw_sheet`, `_make_tile` (content), `_draw_tile` (drawing), `wrap`.
 """
 
 import functools
@@ -59,7 +59,7 @@ def draw_sheet(source: Source, decoder: Decoder, *, title: str, subtitle: str = 
     width = 2 * _MARGIN + max(_MIN_WIDTH, len(rows[0]) * (_SIDE + _GAP) - _GAP)
     sheet = Image.new("RGB", (width, 2 * _MARGIN + _TITLE + sum(heights) - _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    _draw_title(draw, printable(title), printable(subtitle), width - 2 * _MARGIN)
+    draw_title(draw, printable(title), printable(subtitle), width - 2 * _MARGIN)
     top = _MARGIN + _TITLE
     for row, height in zip(rows, heights, strict=True):
         for column, tile in enumerate(row):
@@ -78,17 +78,17 @@ def _make_tile(source: Source, decoder: Decoder, index: int) -> _Tile:
         return _Tile(None, note, (), bad.reason)
     note += f"  class {sample.label}" if sample.label >= 0 else ""
     text = " | ".join(printable(caption[:_MAX_TEXT]) for caption in sample.captions[:_LINES])
-    lines = _wrap(text, _font(12), _SIDE, _LINES) if text else ()
+    lines = wrap(text, font(12), _SIDE, _LINES) if text else ()
     try:
         pixels = decoder(sample.image)
     except BadSample as bad:
         return _Tile(None, note, lines, bad.reason)
     reason = "" if sample.captions or sample.label >= 0 else "missing_caption"
-    return _Tile(_fit(pixels), f"{note}  {pixels.shape[1]} × {pixels.shape[0]}", lines, reason)
+    return _Tile(fit(pixels), f"{note}  {pixels.shape[1]} × {pixels.shape[0]}", lines, reason)
 
 
 @functools.cache
-def _font(size: int, *, bold: bool = False) -> Any:
+def font(size: int, *, bold: bool = False) -> Any:
     """Return DejaVu Sans, which matplotlib brings along: it has most alphabets, Pillow's own font has one."""
     import matplotlib
     from PIL import ImageFont
@@ -97,11 +97,12 @@ def _font(size: int, *, bold: bool = False) -> Any:
     return ImageFont.truetype(str(pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-def _draw_title(draw: Any, title: str, subtitle: str, width: int) -> None:
-    bold, plain = _font(17, bold=True), _font(13)
-    draw.text((_MARGIN, _MARGIN - 6), _wrap(title, bold, width, 1)[0], _INK, bold)
+def draw_title(draw: Any, title: str, subtitle: str, width: int) -> None:
+    """Draw the two lines above a sheet, the second in grey, both cut to a width in pixels."""
+    bold, plain = font(17, bold=True), font(13)
+    draw.text((_MARGIN, _MARGIN - 6), wrap(title, bold, width, 1)[0], _INK, bold)
     if subtitle:
-        draw.text((_MARGIN, _MARGIN + 17), _wrap(subtitle, plain, width, 1)[0], _FAINT, plain)
+        draw.text((_MARGIN, _MARGIN + 17), wrap(subtitle, plain, width, 1)[0], _FAINT, plain)
 
 
 def _draw_tile(sheet: Any, draw: Any, corner: tuple[int, int], tile: _Tile) -> None:
@@ -112,18 +113,18 @@ def _draw_tile(sheet: Any, draw: Any, corner: tuple[int, int], tile: _Tile) -> N
         place = left + (_SIDE - tile.picture.width) // 2, top + (_SIDE - tile.picture.height) // 2
         sheet.paste(tile.picture, place)
     if tile.reason:
-        bold = _font(13, bold=True)
-        lines = _wrap(tile.reason.replace("_", " "), bold, _SIDE - 20, 3)
+        bold = font(13, bold=True)
+        lines = wrap(tile.reason.replace("_", " "), bold, _SIDE - 20, 3)
         start = top + _SIDE // 2 - 9 * len(lines)
         draw.rectangle((left, start - 7, right, start + 18 * len(lines) + 5), fill=_BAD)
         for i, line in enumerate(lines):
             draw.text((left + _SIDE // 2, start + 18 * i), line, _BAD_INK, bold, anchor="ma")
-    draw.text((left, top + _SIDE + 6), tile.note, _FAINT, _font(11))
+    draw.text((left, top + _SIDE + 6), tile.note, _FAINT, font(11))
     for i, line in enumerate(tile.lines):
-        draw.text((left, top + _SIDE + 7 + (i + 1) * _LINE_HEIGHT), line, _INK, _font(12))
+        draw.text((left, top + _SIDE + 7 + (i + 1) * _LINE_HEIGHT), line, _INK, font(12))
 
 
-def _fit(pixels: np.ndarray) -> Any:
+def fit(pixels: np.ndarray) -> Any:
     """Return a picture that fits into a tile, as large as it can be but not blown up more than four times."""
     from PIL import Image
 
@@ -134,7 +135,7 @@ def _fit(pixels: np.ndarray) -> Any:
     return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
-def _wrap(text: str, font: Any, width: int, most: int) -> list[str]:
+def wrap(text: str, font: Any, width: int, most: int) -> list[str]:
     """Break a text into at most so many lines of a width in pixels; an ellipsis stands for the rest."""
     lines, rest = [], text.strip()
     while rest and len(lines) < most:

@@ -126,12 +126,12 @@ def random_resized_crop(
     from PIL import Image
 
     _require_pixels(image)
-    top, left, height, width = _crop_box(image.shape[0], image.shape[1], min_area, rng)
+    top, left, height, width = crop_box(image.shape[0], image.shape[1], min_area, rng)
     box = (left, top, left + width, top + height)
-    return np.asarray(Image.fromarray(image).resize((size, size), _filter(interpolation), box=box))
+    return np.asarray(Image.fromarray(image).resize((size, size), resampling(interpolation), box=box))
 
 
-def _crop_box(height: int, width: int, min_area: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, min_area: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """Draw top, left, height and width of a random crop."""
     for _ in range(_CROP_TRIES):
         area = height * width * rng.uniform(min_area, 1.0)
@@ -163,7 +163,18 @@ class EvalTransform:
 
         _require_pixels(image)
         size = (self.size, self.size)
-        return np.asarray(Image.fromarray(image).resize(size, _filter(self.interpolation)))
+        return np.asarray(Image.fromarray(image).resize(size, resampling(self.interpolation)))
+
+    def find_box(self, image: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+        """Return the picture, cut if it is too long, and the box that the model gets: top, left, height, width."""
+        _require_pixels(image)
+        if self.resize is not Resize.SHORTER_SIDE:
+            return image, (0.0, 0.0, float(image.shape[0]), float(image.shape[1]))
+        image = _cut_ends(image)
+        (height, width), (rows, columns) = image.shape[:2], _resized_shape(image, self.size)
+        top, left = round((rows - self.size) / 2), round((columns - self.size) / 2)
+        down, across = height / rows, width / columns
+        return image, (top * down, left * across, self.size * down, self.size * across)
 
 
 def make_eval_transform(config: Config) -> EvalTransform:
@@ -171,7 +182,8 @@ def make_eval_transform(config: Config) -> EvalTransform:
     return EvalTransform(config.model.image.image_size, config.data.resize, config.data.interpolation)
 
 
-def _filter(interpolation: Interpolation) -> Any:
+def resampling(interpolation: Interpolation) -> Any:
+    """Return Pillow's filter."""
     from PIL import Image
 
     return Image.Resampling[interpolation.name]
@@ -195,14 +207,27 @@ def resize_center_crop(
     from PIL import Image
 
     _require_pixels(image)
+    image = _cut_ends(image)
+    new_height, new_width = _resized_shape(image, size)
+    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+    resized = Image.fromarray(image).resize((new_width, new_height), resampling(interpolation))
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def _cut_ends(image: np.ndarray) -> np.ndarray:
+    """Return the middle of a picture that is too long for its short side."""
     height, width = image.shape[:2]
     short = min(height, width)
-    if max(height, width) > _MAX_SIDE_RATIO * short:
-        # Resizing one line of 25 million pixels would need terabytes. What is cut here is far from the centre.
-        top, left = ((side - min(side, _MAX_SIDE_RATIO * short)) // 2 for side in (height, width))
-        image = image[top : height - top, left : width - left]
-        height, width = image.shape[:2]
-    new_width, new_height = (size if side == short else int(size * side / short) for side in (width, height))
-    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-    resized = Image.fromarray(image).resize((new_width, new_height), _filter(interpolation))
-    return np.asarray(resized.crop((left, top, left + size, top + size)))
+    if max(height, width) <= _MAX_SIDE_RATIO * short:
+        return image
+    # Resizing one line of 25 million pixels would need terabytes. What is cut here is far from the centre.
+    top, left = ((side - min(side, _MAX_SIDE_RATIO * short)) // 2 for side in (height, width))
+    return image[top : height - top, left : width - left]
+
+
+def _resized_shape(image: np.ndarray, size: int) -> tuple[int, int]:
+    """Return height and width of a picture whose short side becomes `size`."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    rows, columns = (size if side == short else int(size * side / short) for side in (height, width))
+    return rows, columns

@@ -106,7 +106,7 @@ def _fetch(path: str, file: OpenFile | objects.Listed) -> Entry | None:
         return None
     (place,) = index_places(path)
     try:
-        _make_folder(pathlib.Path(place).parent)
+        make_folder(pathlib.Path(place).parent)
         write_atomic(pathlib.Path(place), content)
         return Entry(header, place)
     except OSError:  # nothing can be written on this machine
@@ -160,7 +160,7 @@ def build(path: str, *, limit: int, may_wait: bool = True) -> Entry | None:
     for place in index_places(path):
         with contextlib.ExitStack() as stack:
             try:
-                _make_folder(pathlib.Path(place).parent)
+                make_folder(pathlib.Path(place).parent)
                 stack.enter_context(_locked(f"{place}.lock", may_wait=may_wait))
             except BlockingIOError:
                 return None
@@ -213,7 +213,7 @@ def _base(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _make_folder(folder: pathlib.Path) -> None:
+def make_folder(folder: pathlib.Path) -> None:
     """Make a folder of index files.
 
     Raises:

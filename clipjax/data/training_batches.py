@@ -17,6 +17,7 @@ import numpy as np
 from clipjax.config import Config, Crop, TextTruncation
 from clipjax.data.augmentations import Augmentations
 from clipjax.data.block_reader import BlockReader
+from clipjax.data.canvas import CanvasTransform
 from clipjax.data.caption_fields import draw_captions
 from clipjax.data.images import Decoder, EvalTransform, random_resized_crop
 from clipjax.data.mixture import MixedSource
@@ -139,19 +140,19 @@ class Augment:
     augmentations: Augmentations
     captions_per_image: int = 1
     truncation: TextTruncation = TextTruncation.NONE
+    canvas: CanvasTransform | None = None  # where the device crops and resizes
 
     def __call__(self, pair: Pair, rng: np.random.Generator) -> dict[str, Any]:
         """Return the row of a batch."""
         captions = draw_captions(pair.captions, pair.fields, self.captions_per_image, rng)
         texts = [self._tokens(caption, rng) for caption in captions]
-        if self.crop is Crop.RANDOM_RESIZED:
-            image = random_resized_crop(
-                pair.image, self.view.size, min_area=self.min_area, rng=rng, interpolation=self.view.interpolation
-            )
+        if self.canvas is not None:
+            image, box = self.canvas(pair.image, rng)
+            pixels = {"image": image, "crop": box}
         else:
-            image = self.view(pair.image)
+            pixels = {"image": self.augmentations(self._resize(pair.image, rng), rng)}
         return {
-            "image": self.augmentations(image, rng),
+            **pixels,
             "tokens": texts[0] if len(texts) == 1 else np.stack(texts),
             "index": np.int64(pair.index),
             "requested": np.int64(pair.requested),
@@ -163,6 +164,13 @@ class Augment:
         if self.truncation is TextTruncation.NONE:
             return self.tokenize(caption)
         return self.tokenize(caption, functools.partial(choose_tokens, self.truncation, rng))
+
+    def _resize(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if self.crop is Crop.RANDOM_RESIZED:
+            return random_resized_crop(
+                image, self.view.size, min_area=self.min_area, rng=rng, interpolation=self.view.interpolation
+            )
+        return self.view(image)
 
 
 def substituted(source: Source, decoder: Decoder) -> SubstitutedSamples | MixedSamples:

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.config import Config, SamePair
+from clipjax.config import Config, ResizeOn, SamePair
 from clipjax.data import workers
 from clipjax.data.augmentations import make_augmentations
 from clipjax.data.block_reader import BlockReader
+from clipjax.data.canvas import make_canvas_transform
 from clipjax.data.images import make_decoder, make_eval_transform
 from clipjax.data.mixture import sizes_of
 from clipjax.data.sample import NUM_COUNTERS, REASONS, Source, count_by_reason
@@ -74,7 +75,8 @@ class TrainStream:
     Iterating gives `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `index` int64 [b], the index in the source
     of the pair that was used, and `skip_reason` int32 [b], the fault of the pair that was due: an index into
     `REASONS`, or -1 if it was used itself; of source k of a mixture it is k * `NUM_COUNTERS` more. With two captions
-    per image `tokens` is int32 [b, 2, l].
+    per image `tokens` is int32 [b, 2, l]. With `data.resize_on=device` the image is a canvas
+    with its `crop`, as `clipjax.data.canvas` makes them.
 
     Args:
         source: pairs, at least one global batch of them.
@@ -122,14 +124,16 @@ class TrainStream:
             )
         if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
+        view = make_eval_transform(config)
         augment = Augment(
             tokenize,
-            make_eval_transform(config),
+            view,
             data.crop,
             data.min_crop_area,
             make_augmentations(config),
             captions_per_image=data.captions_per_image,
             truncation=data.text_truncation,
+            canvas=make_canvas_transform(config, view) if data.resize_on is ResizeOn.DEVICE else None,
         )
         samples = substituted(source, make_decoder(data))
         blocks = [part for part in parts_of(order) if part.block > 1]

@@ -58,6 +58,9 @@ def make_batch(shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
                 array = jax.random.randint(key, leaf.shape, 1, 256, jnp.int32)
             case "skip_reason":
                 array = jnp.full(leaf.shape, -1, jnp.int32)
+            case "crop":  # all of the canvas
+                side = shapes["image"].shape[1]
+                array = jnp.broadcast_to(jnp.array([0, 0, side, side, side, side, 0], leaf.dtype), leaf.shape)
             case _:
                 array = jnp.arange(leaf.size, dtype=jnp.int32).reshape(leaf.shape)
         made[name] = jax.device_put(array, leaf.sharding)

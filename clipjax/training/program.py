@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from clipjax.config import Config, LossKind, SamePair
+from clipjax.config import Config, LossKind, ResizeOn, SamePair
 from clipjax.losses import build_loss
 from clipjax.losses.moving_averages import MovingAveragesAccess
 from clipjax.models.clip import Clip, abstract_params, build_clip
+from clipjax.models.device_resize import BOX
 from clipjax.models.towers import PARAMETER_RULES
 from clipjax.runtime import sharding
 from clipjax.runtime.compilation import compiler_options
 from clipjax.training import optimizer
+from clipjax.training.device_resize import build_device_resize
 from clipjax.training.gradients import Microbatches, TeacherForward, build_gradients
 from clipjax.training.step import STATE_RULES, TrainState, TrainStep, make_init_state
 from clipjax.typing import Key, Params
@@ -89,7 +91,9 @@ class Program:
     def abstract_batch(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         """Return shapes, dtypes and shardings of a batch."""
         config, n = self.config, self.config.global_batch_size
-        side, length = config.model.image.image_size, config.model.text.context_length
+        on_device = config.data.resize_on is ResizeOn.DEVICE
+        side = config.data.canvas_size if on_device else config.model.image.image_size
+        length = config.model.text.context_length
         count = config.data.captions_per_image
         several = () if count == 1 else (count,)
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -97,6 +101,8 @@ class Program:
             "tokens": ((n, *several, length), jnp.int32),
             "skip_reason": ((n,), jnp.int32),
         }
+        if on_device:
+            shapes["crop"] = ((n, BOX), jnp.float32)
         if config.loss.same_pair is not SamePair.NONE:
             by_text = config.loss.same_pair is SamePair.CAPTION
             shapes["group"] = ((n, *several) if by_text else (n,), jnp.int32)
@@ -127,7 +133,8 @@ def build_program(
     tx = optimizer.make_tx(config, abstract_params(config.model)) if tx is None else tx
     averages = MovingAveragesAccess(mesh) if config.loss.kind is LossKind.GLOBAL else None
     gradients = build_gradients(config, clip, build_loss(config.loss, mesh), mesh)
-    train_step = TrainStep(config, gradients, tx, averages, _build_teacher(config, teacher, mesh))
+    resize = build_device_resize(config, mesh)
+    train_step = TrainStep(config, gradients, tx, averages, _build_teacher(config, teacher, mesh), resize)
     return Program(
         config=config,
         mesh=mesh,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.records import make_records
-from clipjax.config import Config, LossKind, flops_per_pair, steps_of, total_steps
+from clipjax.config import Config, LossKind, ResizeOn, flops_per_pair, steps_of, total_steps
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import BadSampleLimit, TrainStream, WorkersDie, pair_groups
 from clipjax.evals.encoder import Encoder
@@ -285,6 +285,8 @@ def device_batch(config: Config, mesh: Mesh, batch: Mapping[str, np.ndarray]) ->
     more = {} if group is None else {"group": group}
     if config.loss.kind is LossKind.GLOBAL:
         more["index"] = batch["index"].astype(np.int32)
+    if config.data.resize_on is ResizeOn.DEVICE:
+        more["crop"] = batch["crop"]
     return sharding.global_batch(mesh, {name: batch[name] for name in BATCH} | more)
 
 

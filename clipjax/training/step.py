@@ -20,6 +20,7 @@ from clipjax.losses import LossInputs, MovingAverages, Teacher
 from clipjax.losses.moving_averages import MovingAveragesAccess, init_moving_averages
 from clipjax.models.towers import PARAMETER_RULES
 from clipjax.runtime.sharding import Rules
+from clipjax.training.device_resize import DeviceResize
 from clipjax.training.gradients import Gradients, TeacherForward
 from clipjax.training.health import Health, agreed_norm, init_health, is_finite, observe, select
 from clipjax.training.optimizer import make_schedule
@@ -114,6 +115,7 @@ class TrainStep:
         tx: the optimizer.
         averages: access to the state's memory; the `global` loss needs it.
         teacher_forward: the frozen teacher, whose parameters are the third argument of the step; None: without.
+        device_resize: crops and resizes the pictures; None: they come so.
     """
 
     config: Config
@@ -121,6 +123,7 @@ class TrainStep:
     tx: optax.GradientTransformationExtraArgs
     averages: MovingAveragesAccess | None = None
     teacher_forward: TeacherForward | None = None
+    device_resize: DeviceResize | None = None
 
     __name__ = "train_step"  # profiles and compiler dumps call the compiled program so
 
@@ -128,6 +131,7 @@ class TrainStep:
         self, state: TrainState, batch: Batch, teacher_params: Params | None = None
     ) -> tuple[TrainState, Metrics]:
         """Return the next state, and metrics by name."""
+        batch = self.resized(batch)
         key = jax.random.fold_in(state.key, state.step)
         inputs = self.loss_inputs(state, batch, key, teacher_params)
         used = self._clamp(state.params)  # a checkpoint's scale may be above the maximum
@@ -163,6 +167,10 @@ class TrainStep:
             batch_stats=select(finite, aux.batch_stats or None, state.batch_stats),
         )
         return next_state, metrics
+
+    def resized(self, batch: Batch) -> Batch:
+        """Return the batch with the pictures that the model gets."""
+        return batch if self.device_resize is None else self.device_resize(batch)
 
     def _update_memory(
         self,
