@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from clipjax.config.augment import AugmentConfig
+from clipjax.config.filters import condition_errors
 from clipjax.config.ranges import FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, Range, bounded
 
 
@@ -50,12 +51,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(kw_only=True, slots=True)
 class MixtureSource:
-    """One source of a mixture; `image_field` and `caption_field` stand in for those of `data`, and its TFDS keys."""
+    """One source of a mixture; fields that it sets stand in for those of `data`, `*_field` also for the TFDS keys."""
 
     source: str = ""
     weight: float = bounded(1.0, POSITIVE)  # share of the pairs, in proportion to the other weights
     image_field: str | None = None
     caption_field: str | None = None
+    filters: tuple[str, ...] | None = None  # None: those of `data`; (): none
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,6 +77,11 @@ class DataConfig:
     image_field: str | None = None  # column of Parquet and tables; None: the first of a usual name
     caption_field: str | None = None
     image_root: str | None = None  # folder of the images that tables name, besides the table's own
+    filters: tuple[
+        str, ...
+    ] = ()  # conditions that training pairs must meet, as "width>=200": clipjax/config/filters.py
+    keep_keys: str | None = None  # text file of keys, KEY or SHARD/KEY a line: train on no other samples
+    drop_keys: str | None = None  # text file of keys: do not train on these
     tokenizer: str = "bytes"
     crop: Crop = Crop.RANDOM_RESIZED
     min_crop_area: float = bounded(0.9, FRACTION)  # share of the image's area
@@ -124,7 +131,11 @@ class DataConfig:
 
     def errors(self, path: str) -> list[str]:
         """Return what is wrong between the fields, a line each."""
-        errors = self.augment.errors(f"{path}.augment")
+        errors = self.augment.errors(f"{path}.augment") + condition_errors(self.filters, f"{path}.filters")
+        for name, part in self.mixture.items():
+            errors += condition_errors(part.filters or (), f"{path}.mixture.{name}.filters")
+        if self.filters and self.mixture and all(part.filters is not None for part in self.mixture.values()):
+            errors.append(f"{path}.filters={self.filters} would be ignored: each part of data.mixture has its own")
         if self.background is not None and len(self.background) != 3:
             errors.append(f"{path}.background={self.background} must have three numbers, for red, green and blue")
         return errors

@@ -20,6 +20,8 @@ PATH_FIELDS = (
     "data.train",
     "data.tfds_dir",
     "data.image_root",
+    "data.keep_keys",
+    "data.drop_keys",
     "data.tokenizer",
 )
 """Fields that name a place, besides `source` of each part of a mixture and `TASK_PATH_FIELDS` of every task."""

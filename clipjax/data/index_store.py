@@ -4,7 +4,7 @@ An index lies beside its shard in `.clipjax-index/`, or in a cache folder if not
 builds one holds a lock on its name, which ends with the process, so that many processes and machines that start
 together each take a shard that nobody holds. What cannot be written anywhere is held in memory.
 
-Reading order: `find`, `build`, `index_places`, `_locked`.
+Reading order: `find`, `build`, `index_places`, `locked`.
 """
 
 import contextlib
@@ -125,8 +125,8 @@ def build(path: str, *, limit: int, may_wait: bool = True) -> Entry | None:
     for place in index_places(path):
         with contextlib.ExitStack() as stack:
             try:
-                _make_folder(pathlib.Path(place).parent)
-                stack.enter_context(_locked(f"{place}.lock", may_wait=may_wait))
+                make_folder(pathlib.Path(place).parent)
+                stack.enter_context(locked(f"{place}.lock", may_wait=may_wait))
             except BlockingIOError:
                 return None
             except OSError:
@@ -174,7 +174,7 @@ def _base(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _make_folder(folder: pathlib.Path) -> None:
+def make_folder(folder: pathlib.Path) -> None:
     """Make a folder of index files.
 
     Raises:
@@ -193,7 +193,7 @@ def _make_folder(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: str, *, may_wait: bool) -> Iterator[None]:
+def locked(path: str, *, may_wait: bool) -> Iterator[None]:
     """Hold a lock that ends with this process, however it ends; its file goes away.
 
     Raises:

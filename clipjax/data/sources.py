@@ -16,6 +16,8 @@ from clipjax.config import DataConfig
 from clipjax.config.paths import READABLE, expand
 from clipjax.data.array_records import ArrayRecordSource
 from clipjax.data.digests import ShardDigest, digest_samples
+from clipjax.data.filter_results import filter_source
+from clipjax.data.filters import unfiltered
 from clipjax.data.folders import FOLDER_PREFIX, FolderSource, holds_images
 from clipjax.data.mixture import MixedSource
 from clipjax.data.parquet import ParquetSource
@@ -223,13 +225,13 @@ def _expand(spec: str) -> list[str]:
 
 
 def build_training_source(data: DataConfig) -> Source:
-    """Build the source of the training pairs: `data.train`, or `data.mixture` with its parts sorted by name.
+    """Build the source of the training pairs that filters keep: `data.train`, or the parts of `data.mixture` by name.
 
     Raises:
         ValueError: one of them cannot be used; the text names it.
     """
     if not data.mixture:
-        return build_source(data.train, data=data)
+        return filter_source(build_source(data.train, data=data), data, data.train)
     parts = {}
     for name, part in sorted(data.mixture.items()):
         options = dataclasses.replace(
@@ -238,9 +240,10 @@ def build_training_source(data: DataConfig) -> Source:
             tfds_caption_key=part.caption_field or data.tfds_caption_key,
             image_field=part.image_field or data.image_field,
             caption_field=part.caption_field or data.caption_field,
+            filters=data.filters if part.filters is None else part.filters,
         )
         try:
-            parts[name] = build_source(part.source, data=options)
+            parts[name] = filter_source(build_source(part.source, data=options), options, part.source)
         except ValueError as error:
             raise ValueError(f"data.mixture.{name}: {error}") from error
     return MixedSource(parts)
@@ -271,8 +274,9 @@ def data_folders(sources: Mapping[str, Source], tfds_dir: str | None) -> list[pa
         sources: by the string that names them in the config.
         tfds_dir: of the config.
     """
-    listed = [source for source in sources.values() if isinstance(source, TableSource | FolderSource)]
-    files = [path for source in sources.values() if source not in listed for path in source.files()]
+    opened = [unfiltered(source) for source in sources.values()]
+    listed = [source for source in opened if isinstance(source, TableSource | FolderSource)]
+    files = [path for source in opened if source not in listed for path in source.files()]
     paths = [pathlib.Path(path) for path in files if not is_address(path)]
     folders = {pathlib.Path(folder) for source in listed for folder in source.folders()}
     folders |= {path.parent for path in paths} | {path.resolve().parent for path in paths if path.is_symlink()}
