@@ -15,7 +15,10 @@ from clipjax.cli.errors import UNUSABLE_DATA, refusals
 from clipjax.cli.output import show
 from clipjax.config import DataConfig
 from clipjax.config.data import unused_columns
+from clipjax.config.filters import condition_errors
 from clipjax.data.digests import ShardDigest, digest_files, find_differences, from_record
+from clipjax.data.filter_results import filter_source
+from clipjax.data.filters import FilteredSource
 from clipjax.data.images import make_decoder
 from clipjax.data.sample import BadSample, Source
 from clipjax.data.sources import build_source
@@ -107,6 +110,7 @@ def _parser(command: str) -> arguments.Parser:
             type=arguments.path,
             help="draw small pictures with their captions into a PNG",
         )
+        _add_filter_options(parser)
     if command == "index":
         parser.description = data_index.ABOUT
         parser.add_argument(
@@ -135,6 +139,41 @@ def _add_source_options(parser: arguments.Parser) -> None:
     parser.add_argument(
         "--image_root", metavar="DIR", type=arguments.path, help="folder of the images that tables name"
     )
+
+
+def _add_filter_options(parser: arguments.Parser) -> None:
+    parser.add_argument(
+        "--filters",
+        metavar="CONDITIONS",
+        help="look at the samples that meet these alone, as data.filters: 'width>=200,language==en'",
+    )
+    for name, about in (("keep_keys", "in this list"), ("drop_keys", "not in this list")):
+        parser.add_argument(
+            f"--{name}", metavar="FILE", type=arguments.path, help=f"look at the samples {about}, as data.{name}"
+        )
+
+
+def _filtered(options: Namespace, source: Source) -> Source:
+    """Return the samples of a source that the options keep; tell how many those are.
+
+    Raises:
+        ValueError: a condition is none, nothing is kept, or the source has no metadata.
+    """
+    data = _data(options)
+    data.filters = () if options.filters is None else tuple(options.filters.split(","))
+    data.keep_keys, data.drop_keys = (
+        None if each is None else str(each) for each in (options.keep_keys, options.drop_keys)
+    )
+    if errors := condition_errors(data.filters, "--filters"):
+        raise ValueError("\n".join(errors))
+    line = data_index.ShardProgress()
+    try:
+        found = filter_source(source, data, options.source, progress=line.update)
+    finally:
+        line.close()
+    if isinstance(found, FilteredSource):
+        print(f"filters: {found.counts()}", flush=True)
+    return found
 
 
 def _data(options: Namespace) -> DataConfig:
@@ -203,6 +242,7 @@ def _show(options: Namespace) -> int:
         require_file_writable(sheet, "--sheet")
     source, decoder = _open(options), make_decoder(_data(options))
     print(f"{printable(options.source)}: {len(source)} samples", flush=True)
+    source = _filtered(options, source)
     found = survey(source, decoder)
     print("\n".join(found.describe()), flush=True)
     for index in range(min(options.num, len(source))):
