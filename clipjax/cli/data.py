@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
-from clipjax.cli import arguments, data_index
+from clipjax.cli import arguments, data_index, data_pack
 from clipjax.cli.errors import UNUSABLE_DATA, refusals
 from clipjax.cli.output import show
 from clipjax.config import DataConfig
@@ -31,6 +31,7 @@ COMMANDS = {
     "tokenizer": "train a SentencePiece tokenizer on a source's captions",
     "show": "look into a source: how many samples, their sizes and captions, what is unusable, and the first few",
     "index": "make the index files of a source's tars, which the first start of a run would make",
+    "pack": "write any source as tars or ArrayRecord files",
     "verify": "compare every byte of a source's files with a manifest",
 }
 
@@ -66,6 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _show(options)
             case "index":
                 return data_index.run(options.source, options.num_workers)
+            case "pack":
+                return data_pack.run(
+                    options.source,
+                    options.output,
+                    data=_data(options),
+                    form=options.format,
+                    samples_per_shard=options.samples_per_shard,
+                )
             case _:
                 return _verify(options)
 
@@ -117,6 +126,9 @@ def _parser(command: str) -> arguments.Parser:
             "--num_workers", metavar="N", type=arguments.whole_number(1), help="processes; one per core if left out"
         )
         return parser
+    if command == "pack":
+        parser.description = data_pack.ABOUT
+        data_pack.add_options(parser)
     if command == "verify":
         parser.description = VERIFY
         for name, about in (("write", "the manifest to write"), ("against", "the manifest to compare with")):

@@ -110,7 +110,9 @@ class ShardProgress:
             self._progress = Progress(missing, unit="shard")
         if now - self._shown >= (_IN_PLACE_SECONDS if sys.stderr.isatty() else _PLAIN_SECONDS):
             self._shown, rate = now, built / max(now - self._start, 1e-3)
-            values = {"examples_per_second": samples * rate / built, "seconds_left": (missing - built) / rate}
+            values = {"examples_per_second": samples * rate / built}
+            if missing:
+                values["seconds_left"] = (missing - built) / rate
             self._progress.update(built, values)
 
     def close(self) -> None:

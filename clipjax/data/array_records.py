@@ -120,7 +120,7 @@ class ArrayRecordSource:
         self._paths = [os.fspath(path) for path in paths]
         self._limits = {"max_caption_bytes": max_caption_bytes, "max_image_pixels": max_image_pixels}
         with futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:
-            counts = list(pool.map(_count_records, self._paths))
+            counts = list(pool.map(count_records, self._paths))
         if not sum(counts):
             raise ValueError(f"no record in {', '.join(self._paths[:5])}")
         self._first = np.cumsum([0, *counts])
@@ -183,7 +183,12 @@ def _open_reader(path: str) -> Any:
     return ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=32_768)
 
 
-def _count_records(path: str) -> int:
+def count_records(path: str) -> int:
+    """Return the number of records in a file.
+
+    Raises:
+        ValueError: it is no ArrayRecord, or holds records of another program.
+    """
     if is_address(path):
         raise ValueError(f"{path}: ArrayRecord files must lie on a disk; copy them there")
     reader = _open_reader(path)

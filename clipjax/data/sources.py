@@ -33,7 +33,8 @@ _KINDS = {
     "parquet": r"\.(parquet|parq|pq)",
     "table": r"\.(csv|tsv|jsonl)",
     "array_record": r"\.array_?record(-\d+-of-\d+)?",
-    "compressed": r"\.(tgz|tbz2?|txz|tzst|zip|7z|rar|gz|bz2|xz|zst|lz4)",
+    "archive": r"\.(tar\.gz|tgz)",
+    "compressed": r"\.(tbz2?|txz|tzst|zip|7z|rar|gz|bz2|xz|zst|lz4)",
     "arrow": r"\.(arrow|feather)",
     "tfrecord": r"\.tfrecords?(-\d+-of-\d+)?",
     "json": r"\.(json|ndjson)",
@@ -41,6 +42,7 @@ _KINDS = {
 """Kinds of files by the end of their names; all others are tars."""
 
 _REMEDIES = {
+    "archive": "a compressed tar has no random access; pack it first: clipjax data pack SOURCE --output=DIR",
     "compressed": "a compressed archive has no random access; decompress it",
     "arrow": "Arrow files are not read; write the data as Parquet (Dataset.to_parquet)",
     "tfrecord": "TFRecord has no random access; prepare the data by TFDS with file_format='array_record', or as tars",
