@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
-from clipjax.cli import arguments, data_index, data_pack
+from clipjax.cli import arguments, data_bench, data_index, data_pack
 from clipjax.cli.errors import UNUSABLE_DATA, refusals
 from clipjax.cli.output import show
 from clipjax.config import DataConfig
@@ -32,6 +32,7 @@ COMMANDS = {
     "show": "look into a source: how many samples, their sizes and captions, what is unusable, and the first few",
     "index": "make the index files of a source's tars, which the first start of a run would make",
     "pack": "write any source as tars or ArrayRecord files",
+    "bench": "measure how many images per second training gets from a source",
     "verify": "compare every byte of a source's files with a manifest",
 }
 
@@ -57,8 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{given} {', '.join(COMMANDS)}; see {PROGRAM} --help")
         if command != "scenes":
             rest = data_index.name_source(rest)
-        options = _parser(command).read(rest).options
+        parsed = _parser(command).read(rest)
+        options = parsed.options
         match command:
+            case "bench":
+                return data_bench.run(parsed)
             case "scenes":
                 return _scenes(options)
             case "tokenizer":
@@ -85,6 +89,10 @@ def _help() -> str:
 
 
 def _parser(command: str) -> arguments.Parser:
+    if command == "bench":
+        parser = arguments.Parser(f"{PROGRAM} bench", data_bench.ABOUT, config="fields")
+        data_bench.add_options(parser)
+        return parser
     parser = arguments.Parser(f"{PROGRAM} {command}", COMMANDS[command])
     if command == "scenes":
         parser.add_argument(
