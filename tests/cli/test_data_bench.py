@@ -111,9 +111,9 @@ def test_workers_count_with_their_cpu_time(shard, tmp_path):
 )
 def test_chips_that_would_wait(needed, cores, verdict):
     rates = [LoadingRate("bare", None, False, 10, 1.0, 1.0), LoadingRate("stream", 2, True, 800, 1.0, 2.0)]
-    assert data_bench.describe_need(rates, needed, "v5e:2x2", 1) == (
-        f"v5e:2x2: each of 1 hosts needs {needed:.0f} images/s, the work of {cores} cores like these; with num_workers=2 "
-        f"this machine gives 800: {verdict}"
+    assert data_bench.describe_need(rates, needed, "v5e:2x2", 4) == (
+        f"v5e:2x2: each of 4 hosts needs {needed:.0f} images/s, the work of {cores} cores like these; with "
+        f"num_workers=2 this machine gives 800: {verdict}"
     )
     assert data_bench.describe_need(rates, None, "v5e:2x2", 1).startswith("v5e:2x2: the step does not fit")
 
