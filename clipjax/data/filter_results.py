@@ -1,6 +1,7 @@
 """Judgement of all samples of a source by its filters: done once, shard by shard, and kept beside the index.
 
-Reading order: `filter_source`, `_judge_shard` (one shard, or its cached result), `_judge` (the samples).
+Reading order: `filter_source`, `_judge_all` (by several processes where there is much to do), `judge_shard` (one shard,
+or its cached result), `_judge` (the samples).
 """
 
 import collections
@@ -22,8 +23,10 @@ import xxhash
 
 from clipjax.config import DataConfig
 from clipjax.config.filters import Condition, parse_condition
+from clipjax.data.filter_workers import Judge
 from clipjax.data.filters import FilteredSource, ShardBits
 from clipjax.data.index_store import index_places, locked, make_folder
+from clipjax.data.indexes import num_cores
 from clipjax.data.metadata import Described, DescribedSource
 from clipjax.data.sample import Source, UnreadableData
 from clipjax.data.tar_format import DamagedTar
@@ -40,7 +43,8 @@ _MAX_RESULT_BYTES = 2**30
 _MAX_LIST_BYTES = 2**32
 _MAX_KEY_BYTES = 4096
 _THREADS = 16
-_TOLD_SAMPLES = 1_000_000
+_SECONDS_PER_SAMPLE = 20e-6
+_SECONDS_TO_START = 2.0  # worth the start of processes
 _TOLD_SECONDS = 20.0
 _CLOCK_TICK_NS = 20_000_000
 KEEP_KEYS, DROP_KEYS = "data.keep_keys", "data.drop_keys"
@@ -115,6 +119,20 @@ class _Result:
     dropped: tuple[int, ...]
 
 
+def make_filters(data: DataConfig) -> _Filters:
+    """Return everything that a sample has to pass.
+
+    Raises:
+        ValueError: a condition is none, or a list of keys cannot be used.
+    """
+    return _Filters(
+        tuple(map(parse_condition, data.filters)),
+        _KeyList(KEEP_KEYS, data.keep_keys) if data.keep_keys else None,
+        _KeyList(DROP_KEYS, data.drop_keys) if data.drop_keys else None,
+        json.dumps([data.image_field, data.caption_field]),
+    )
+
+
 Progress = Callable[[int, int, int], None]
 """A function that gets how many shards have been judged, of how many, and the samples in those."""
 
@@ -139,13 +157,8 @@ def filter_source(source: Source, data: DataConfig, spec: str, *, progress: Prog
         raise ValueError(
             f"{field} cannot be used with source {spec!r}: its samples have no metadata; tars, Parquet and tables have"
         )
-    filters = _Filters(
-        tuple(map(parse_condition, data.filters)),
-        _KeyList(KEEP_KEYS, data.keep_keys) if data.keep_keys else None,
-        _KeyList(DROP_KEYS, data.drop_keys) if data.drop_keys else None,
-        json.dumps([data.image_field, data.caption_field]),
-    )
-    results = _judge_all(source, filters, progress or _Told(spec))
+    filters = make_filters(data)
+    results = _judge_all(source, filters, data, progress or _Told(spec))
     dropped = np.sum([result.dropped for result in results], axis=0).tolist()
     try:
         return FilteredSource(
@@ -167,58 +180,100 @@ class _Told:
             _log.warning("filters: %d of %d shards of %s, %d samples", done, of, printable(self._spec), samples)
 
 
-def _judge_all(source: DescribedSource, filters: _Filters, progress: Progress) -> list[_Result]:
+def _judge_all(source: DescribedSource, filters: _Filters, data: DataConfig, progress: Progress) -> list[_Result]:
     shards = source.shard_counts()
+    threads = _THREADS if any(is_address(path) for path, _ in shards) else 4
+    found: dict[int, _Result] = {}
+    with futures.ThreadPoolExecutor(threads) as pool:
+        known = pool.map(lambda shard: _find_result(*shard, filters), shards)
+        found = {number: result for number, result in enumerate(known) if result is not None}
+    missing = [number for number in range(len(shards)) if number not in found]
+    if not missing:
+        return [found[number] for number in range(len(shards))]
     # Processes of one machine begin at other shards, and take what others have finished.
-    start = os.getpid() * 7919 % len(shards)
-    order = [*range(start, len(shards)), *range(start)]
-    lock, done = threading.Lock(), [0, 0]
+    start = os.getpid() * 7919 % len(missing)
+    jobs, lock, samples = collections.deque([*missing[start:], *missing[:start]]), threading.Lock(), [0]
+    seconds = _SECONDS_PER_SAMPLE * sum(shards[number][1] for number in missing)
+    judges = [Judge(data) for _ in range(min(num_cores(), len(missing)) if seconds > _SECONDS_TO_START else 0)]
 
-    def judge(shard: int) -> _Result:
-        result = _judge_shard(source, shard, *shards[shard], filters)
-        with lock:
-            done[:] = [done[0] + 1, done[1] + result.shard.count]
-            progress(done[0], len(shards), done[1])
-        return result
+    def work(judge: Judge | None) -> None:
+        while jobs:
+            try:
+                number = jobs.popleft()
+            except IndexError:
+                return
+            if judge is not None:
+                judge.judge(shards[number][0])  # whose result is found below
+            result = judge_shard(source, number, *shards[number], filters)
+            with lock:
+                found[number] = result
+                samples[0] += result.shard.count
+                progress(len(found) - len(shards) + len(missing), len(missing), samples[0])
 
-    pool = futures.ThreadPoolExecutor(_THREADS if any(is_address(path) for path, _ in shards) else 4)
     try:
-        found = dict(zip(order, pool.map(judge, order), strict=True))
+        with futures.ThreadPoolExecutor(len(judges) or threads) as pool:
+            runs = [pool.submit(work, judge) for judge in judges or [None] * threads]
+            try:
+                for each in futures.as_completed(runs):
+                    each.result()
+            finally:
+                jobs.clear()  # after an error or a signal, no further shard is begun
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error or a signal, no further shard is begun
-    return [found[shard] for shard in range(len(shards))]
+        for judge in judges:
+            judge.close()
+    return [found[number] for number in range(len(shards))]
 
 
-def _judge_shard(source: DescribedSource, shard: int, path: str, count: int, filters: _Filters) -> _Result:
+def _find_result(path: str, count: int, filters: _Filters) -> _Result | None:
+    """Return the result of an earlier start, None if there is none.
+
+    Raises:
+        UnreadableData: the shard cannot be read.
+    """
+    try:
+        file = open_file(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    results = (_read_result(place, file, count, filters) for place in _places(path, filters))
+    return next((result for result in results if result is not None), None)
+
+
+def judge_shard(source: DescribedSource, shard: int, path: str, count: int, filters: _Filters) -> _Result:
     """Return the result for a shard: that of an earlier start, or a new one, which is kept for later ones.
+
+    Args:
+        source: of the shard.
+        shard: number of the shard in it.
+        path: of the shard.
+        count: number of its samples.
+        filters: to pass.
 
     Raises:
         UnreadableData: it cannot be read.
     """
     try:
-        file = open_file(path)
+        file, is_fresh = open_file(path), _is_fresh(path)
         for place in _places(path, filters):
             with contextlib.ExitStack() as stack:
                 try:
                     make_folder(place.parent)
                     stack.enter_context(locked(f"{place}.lock", may_wait=True))
                 except OSError:
-                    found = _read_result(place, file, count, filters)
-                    if found is not None:
-                        return found
                     continue
                 if (found := _read_result(place, file, count, filters)) is not None:
                     return found
                 result = _judge(source.metadata(shard, _columns(filters)), path, count, filters)
                 with contextlib.suppress(OSError):
-                    if not _is_fresh(path):
+                    if not is_fresh:
                         write_atomic(place, _pack(result, file, filters))
                 return result
         return _judge(source.metadata(shard, _columns(filters)), path, count, filters)
-    except UnreadableData:
-        raise
     except (OSError, DamagedTar) as error:
-        raise UnreadableData(f"shard {printable(path)} cannot be read for its filters: {error}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> UnreadableData:
+    return UnreadableData(f"shard {printable(path)} cannot be read for its filters: {error}; look at its disk")
 
 
 def _columns(filters: _Filters) -> list[str]:

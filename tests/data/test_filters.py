@@ -13,13 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipjax.config import DataConfig, MixtureSource
-from clipjax.data import filter_results
+from clipjax.config import Config, DataConfig, MixtureSource, ModelConfig, ViTConfig
+from clipjax.data import filter_results, filter_workers
 from clipjax.data.block_reader import read_block
 from clipjax.data.digests import find_order
 from clipjax.data.filters import FilteredSource, KeptSamples, ShardBits
 from clipjax.data.sample import BadSample, Sample, UnreadableData
-from clipjax.data.sources import ArraySource, build_training_source
+from clipjax.data.sources import ArraySource, build_source, build_training_source
+from clipjax.data.training_order import OrderFormat, make_order
+from clipjax.data.training_stream import TrainStream
+from tests.cli.test_data_show import png
 
 pytestmark = pytest.mark.newest
 
@@ -303,9 +306,67 @@ def test_sources_without_metadata_are_refused():
 def test_a_shard_that_changes_while_it_is_judged_is_told(tmp_path):
     path = tmp_path / "a.tar"
     data = DataConfig(train=write_tar(path, rows()), filters=FILTERS)
-    from clipjax.data.sources import build_source
-
     source = build_source(data.train, data=data)
     write_tar(path, rows(0, 10))
     with pytest.raises(UnreadableData, match="another program has written it anew"):
         filter_results.filter_source(source, data, "a")
+
+
+def test_processes_judge_where_there_is_much_to_do(tmp_path, monkeypatch):
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", rows(number * 20, 20))
+    (tmp_path / "drop").write_text("0001")
+    monkeypatch.setattr(filter_results, "_SECONDS_TO_START", 0.0)
+    monkeypatch.setattr(filter_results, "num_cores", lambda: 2)
+    monkeypatch.setattr(filter_results, "_judge", None)  # nothing is left for this process
+    seen = []
+    data = DataConfig(train=f"{tmp_path}/*.tar", filters=FILTERS, drop_keys=str(tmp_path / "drop"))
+    source = filter_results.filter_source(
+        build_source(data.train, data=data), data, "a", progress=lambda *each: seen.append(each)
+    )
+    assert keys(source) == expected_keys() and seen == [(1, 3, 20), (2, 3, 40), (3, 3, 60)]
+
+
+def test_a_process_that_cannot_judge_leaves_it_to_this_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(filter_results, "_SECONDS_TO_START", 0.0)
+    monkeypatch.setattr(filter_workers.Judge, "judge", lambda self, path: None)
+    assert keys(build_training_source(DataConfig(train=write_tar(tmp_path / "a.tar", rows()), filters=FILTERS)))
+
+
+ORDERS = [OrderFormat(), OrderFormat(4, 2, 2)]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_a_stream_gives_kept_samples_once_an_epoch_and_goes_on_exactly(tmp_path, order):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for row in rows():
+            add(tar, f"{row['key']}.png", png(8))
+            add(tar, f"{row['key']}.txt", row["key"].encode())
+            add(tar, f"{row['key']}.json", json.dumps(row).encode())
+    data = DataConfig(train=str(tmp_path / "a.tar"), filters=FILTERS)
+    source = build_training_source(data)
+    config = Config(global_batch_size=4, model=ModelConfig(image=ViTConfig(image_size=8)), data=data)
+
+    def take(count: int, start: int = 0, process: int = 0, of: int = 1) -> list[list[str]]:
+        stream = TrainStream(
+            source,
+            tokenize=lambda text: np.array([int(text)], np.int32),
+            config=config,
+            order=order,
+            start_step=start,
+            process_index=process,
+            process_count=of,
+        )
+        try:
+            return [[f"{token:04d}" for token in next(stream)["tokens"][:, 0]] for _ in range(count)]
+        finally:
+            stream.close()
+
+    whole = take(12)
+    in_order = make_order((len(source),), config, order)
+    assert whole == [[source[int(i)].key for i in in_order.batch(number)] for number in range(12)]
+    epoch = [key for batch in whole[: len(source) // 4] for key in batch]
+    assert len(set(epoch)) == len(epoch) and set(epoch) <= set(expected_keys())
+    assert take(5, start=7) == whole[7:]
+    halves = [take(12, process=process, of=2) for process in range(2)]
+    assert [left + right for left, right in zip(*halves, strict=True)] == whole
