@@ -155,7 +155,7 @@ def filter_source(source: Source, data: DataConfig, spec: str, *, progress: Prog
     if not isinstance(source, DescribedSource):
         field = "data.filters" if data.filters else KEEP_KEYS if data.keep_keys else DROP_KEYS
         raise ValueError(
-            f"{field} cannot be used with source {spec!r}: its samples have no metadata; tars, Parquet and tables have"
+            f"{field} cannot be used with source {spec!r}: its samples have no metadata; those of files (tars, Parquet, tables, ArrayRecord) have"
         )
     filters = make_filters(data)
     results = _judge_all(source, filters, data, progress or _Told(spec))

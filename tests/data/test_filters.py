@@ -15,6 +15,7 @@ import pytest
 
 from clipjax.config import Config, DataConfig, MixtureSource, ModelConfig, ViTConfig
 from clipjax.data import filter_results, filter_workers
+from clipjax.data.array_records import write_array_records
 from clipjax.data.block_reader import read_block
 from clipjax.data.digests import find_order
 from clipjax.data.filters import FilteredSource, KeptSamples, ShardBits
@@ -294,6 +295,15 @@ def test_what_cannot_filter_is_refused(tmp_path, options, fault):
     options = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in options.items()}
     with pytest.raises(ValueError, match=fault):
         build_training_source(DataConfig(train=write_kind(tmp_path, "compact"), **options))
+
+
+def test_array_records_have_key_and_label(tmp_path):
+    samples = [Sample(b"jpg", ("text",), label=i % 3, key=f"{i:04d}") for i in range(12)]
+    write_array_records(tmp_path / "a.array_record", samples)
+    os.utime(tmp_path / "a.array_record", (OLD, OLD))
+    (tmp_path / "drop").write_text("a/0004\n")
+    data = DataConfig(train=f"{tmp_path}/a.array_record", filters=("label==1",), drop_keys=f"{tmp_path}/drop")
+    assert keys(build_training_source(data)) == ["0001", "0007", "0010"]
 
 
 def test_sources_without_metadata_are_refused():
