@@ -155,7 +155,8 @@ def filter_source(source: Source, data: DataConfig, spec: str, *, progress: Prog
     if not isinstance(source, DescribedSource):
         field = "data.filters" if data.filters else KEEP_KEYS if data.keep_keys else DROP_KEYS
         raise ValueError(
-            f"{field} cannot be used with source {spec!r}: its samples have no metadata; those of files (tars, Parquet, tables, ArrayRecord) have"
+            f"{field} cannot be used with source {spec!r}: its samples have no metadata; those of tars, Parquet, "
+            "tables and ArrayRecord have (clipjax data pack makes tars)"
         )
     filters = make_filters(data)
     results = _judge_all(source, filters, data, progress or _Told(spec))
@@ -185,7 +186,7 @@ def _judge_all(source: DescribedSource, filters: _Filters, data: DataConfig, pro
     threads = _THREADS if any(is_address(path) for path, _ in shards) else 4
     found: dict[int, _Result] = {}
     with futures.ThreadPoolExecutor(threads) as pool:
-        known = pool.map(lambda shard: _find_result(*shard, filters), shards)
+        known = pool.map(lambda shard: _find_result(shard[0], shard[1], filters), shards)
         found = {number: result for number, result in enumerate(known) if result is not None}
     missing = [number for number in range(len(shards)) if number not in found]
     if not missing:

@@ -319,9 +319,7 @@ def _write_shard(folder: pathlib.Path, name: str, items: _Kept, first: int, limi
         if name.endswith(FORMATS["tar"]):
             write_tar(partial, items)
         else:
-            written = write_array_records(partial, items.records(limits))
-            if count_records(str(partial)) != written:  # its writer does not tell
-                raise OSError(errno.EIO, "not all records could be written", str(partial))
+            _write_records(partial, items.records(limits))
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         [digest] = digest_files([str(partial)])
@@ -343,6 +341,21 @@ def _write_shard(folder: pathlib.Path, name: str, items: _Kept, first: int, limi
     )
 
 
+def _write_records(path: pathlib.Path, samples: Iterator[Sample]) -> None:
+    """Write an ArrayRecord file.
+
+    Raises:
+        OSError: it cannot be written, with the disk's reason.
+    """
+    try:
+        written = write_array_records(path, samples)
+    except RuntimeError as error:  # the library's own, with the system's words in it
+        code = next((code for code in _FULL if os.strerror(code) in str(error)), errno.EIO)
+        raise OSError(code, os.strerror(code), str(path)) from error
+    if count_records(str(path)) != written:
+        raise OSError(errno.EIO, "not all records could be written", str(path))
+
+
 @contextlib.contextmanager
 def _full_disk_told(output: pathlib.Path, finished: int) -> Iterator[None]:
     try:
@@ -351,6 +364,6 @@ def _full_disk_told(output: pathlib.Path, finished: int) -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise ValueError(
-            f"--output={output}: the disk is full ({error.strerror}); {finished} shards are finished and stay: free "
-            "some space, and the same command goes on from there"
+            f"--output={output}: nothing more can be written there ({error.strerror}); {finished} shards are finished "
+            "and stay: free some space, and the same command goes on from there"
         ) from error

@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import pathlib
+import resource
 import tarfile
 import zlib
 
@@ -192,7 +193,7 @@ def test_the_same_command_goes_on_behind_the_last_whole_shard(tmp_path, monkeypa
     with pytest.raises(Killed if isinstance(error, Killed) else ValueError) as caught:
         pack(spec, tmp_path / "out", **options)
     if isinstance(error, OSError):
-        assert "the disk is full (No space left on device); 2 shards are finished and stay" in str(caught.value)
+        assert "(No space left on device); 2 shards are finished and stay: free some space" in str(caught.value)
     assert sorted(contents(tmp_path / "out")) == ["00000.tar", "00001.tar", MANIFEST]
     monkeypatch.setattr(packing, "write_tar", write)
     (tmp_path / "out" / ".partial-00002.tar").write_bytes(b"half")  # as a kill by the kernel leaves it
@@ -203,6 +204,21 @@ def test_the_same_command_goes_on_behind_the_last_whole_shard(tmp_path, monkeypa
     (tmp_path / "out" / "00003.tar").write_bytes(b"cut")
     _, old = pack(spec, tmp_path / "out", **options)
     assert old == 3 and contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("form", ["tar", "array_record"])
+def test_a_file_that_may_not_grow_leaves_whole_shards(tmp_path, form):
+    spec = write_tar(tmp_path / "a.tar", rows())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(ValueError, match=r"nothing more can be written there .File too large.; 0 shards are"):
+            pack(spec, tmp_path / "out", data=DataConfig(), form=form)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(contents(tmp_path / "out")) == [MANIFEST]
+    pack(spec, tmp_path / "out", data=DataConfig(), form=form)
+    assert len(read(tmp_path / "out", form)) == 60
 
 
 def test_other_places_and_sources_are_refused(tmp_path):
