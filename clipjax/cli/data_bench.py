@@ -11,9 +11,9 @@ from clipjax.config import Config
 from clipjax.config.paths import expand_paths
 from clipjax.config.validation import validate
 from clipjax.data.loading_speed import LoadingRate, measure_loading
+from clipjax.data.mixture import MixedSource
 from clipjax.data.sources import build_training_source
 from clipjax.data.tokenizers.build import build_tokenizer
-from clipjax.data.training_order import choose_order
 from clipjax.planning import targets
 from clipjax.runtime.files import require_file_writable, write_atomic
 from clipjax.runtime.storage import is_address
@@ -76,11 +76,10 @@ def run(parsed: arguments.Arguments) -> int:
     if target is not None:
         targets.check_devices(config, target, None)
     source = build_training_source(config.data)
-    order = choose_order(config, [any(map(is_address, source.files()))] * config.data.num_sources)
+    parts = source.parts if isinstance(source, MixedSource) else (source,)
+    is_remote = [any(map(is_address, part.files())) for part in parts]
     tokenizer = build_tokenizer(config.data.tokenizer)
-    rates = []
-    for rate in measure_loading(source, tokenizer, config, order=order, seconds=options.seconds):
-        rates.append(rate)
+    rates = list(measure_loading(source, tokenizer, config, is_remote=is_remote, seconds=options.seconds))
     print(printable(f"{config.data.shown_train}: {len(source):,} samples, image_size={config.model.image.image_size}"))
     print(describe_rates(rates), flush=True)
     record: dict[str, Any] = {"rates": [rate.to_record() for rate in rates], "samples": len(source)}

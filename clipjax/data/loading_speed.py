@@ -22,7 +22,7 @@ from clipjax.data.digests import spread
 from clipjax.data.images import make_decoder
 from clipjax.data.sample import BadSample, Source
 from clipjax.data.tokenizers.protocol import TextToTokens, Tokenizer
-from clipjax.data.training_order import RunOrder
+from clipjax.data.training_order import choose_order
 from clipjax.data.training_stream import TrainStream
 
 _BATCH = 64
@@ -74,7 +74,7 @@ def measure_loading(
     tokenizer: Tokenizer,
     config: Config,
     *,
-    order: RunOrder,
+    is_remote: Sequence[bool],
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[LoadingRate]:
@@ -84,7 +84,7 @@ def measure_loading(
         source: of the pairs.
         tokenizer: of their captions.
         config: the run.
-        order: of the pairs.
+        is_remote: for each source of the config, whether its samples lie in an object store.
         seconds: of each measurement.
         clock: tells the time.
 
@@ -98,6 +98,7 @@ def measure_loading(
         smaller = dataclasses.replace(config, data=data, global_batch_size=batch_size)
         for with_tokens in (False, True):
             tokenize = TextToTokens(tokenizer, config.model.text.context_length) if with_tokens else _no_tokens
+            order = choose_order(smaller, is_remote)
             stream = TrainStream(source, tokenize=tokenize, config=smaller, order=order)
             try:
                 yield _measure_stream(stream, smaller, seconds, clock, with_tokens=with_tokens)

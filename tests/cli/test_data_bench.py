@@ -13,7 +13,6 @@ from clipjax.data import loading_speed
 from clipjax.data.loading_speed import LoadingRate, measure_loading
 from clipjax.data.sources import ArraySource
 from clipjax.data.tokenizers.bytes import BytesTokenizer
-from clipjax.data.training_order import DISK_ORDER
 from tests.cli.test_data_show import png
 from tests.commands import exit_code
 from tests.data.test_filters import add
@@ -48,7 +47,7 @@ def test_counts_are_those_of_the_clock(monkeypatch):
     pixels = np.zeros((10, 9, 9, 3), np.uint8)
     source = ArraySource([b"bad", *pixels], ["a"] * 11)
     tokenizer = BytesTokenizer()
-    bare, plain, tokens = measure_loading(source, tokenizer, config, order=DISK_ORDER, seconds=5, clock=Clock())
+    bare, plain, tokens = measure_loading(source, tokenizer, config, is_remote=[False], seconds=5, clock=Clock())
     # The clock is looked at once an image, and twice before the fifth second of a stream's batch.
     assert (bare.images, bare.seconds, bare.cpu_seconds) == (5, 5, 1)
     assert [each.images for each in (plain, tokens)] == [16, 16] and plain.seconds == 5
@@ -60,7 +59,17 @@ def test_counts_are_those_of_the_clock(monkeypatch):
 def test_a_source_without_a_picture_is_refused():
     source = ArraySource([b"bad"] * 3, ["a"] * 3)
     with pytest.raises(ValueError, match="none of 3 samples has an image that can be decoded"):
-        list(measure_loading(source, BytesTokenizer(), Config(), order=DISK_ORDER, seconds=1))
+        list(measure_loading(source, BytesTokenizer(), Config(), is_remote=[False], seconds=1))
+
+
+def test_an_order_of_blocks_fits_the_smaller_batch():
+    pixels = np.zeros((200, 9, 9, 3), np.uint8)
+    config = Config(
+        global_batch_size=1000, model=ModelConfig(image=ViTConfig(image_size=8)), data=DataConfig(train="x")
+    )
+    source, tokenizer = ArraySource(pixels, ["a"] * 200), BytesTokenizer()
+    rates = list(measure_loading(source, tokenizer, config, is_remote=[True], seconds=0.01))
+    assert [rate.images % 64 for rate in rates[1:]] == [0, 0]
 
 
 ARGUMENTS = ["--seconds=0.01", "--config.global_batch_size=8", "--config.model.image.image_size=32"]
