@@ -11,12 +11,15 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
-from clipjax.cli import arguments, data_dedup, data_index
+from clipjax.cli import arguments, data_bench, data_dedup, data_index, data_pack
 from clipjax.cli.errors import UNUSABLE_DATA, refusals
 from clipjax.cli.output import show
 from clipjax.config import DataConfig
 from clipjax.config.data import unused_columns
+from clipjax.config.filters import condition_errors
 from clipjax.data.digests import ShardDigest, digest_files, find_differences, from_record
+from clipjax.data.filter_results import filter_source
+from clipjax.data.filters import FilteredSource
 from clipjax.data.hash_workers import SourceSpec
 from clipjax.data.images import make_decoder
 from clipjax.data.sample import BadSample, Source
@@ -31,6 +34,8 @@ COMMANDS = {
     "show": "look into a source: how many samples, their sizes and captions, what is unusable, and the first few",
     "index": "make the index files of a source's tars, which the first start of a run would make",
     "dedup": "list near-duplicates inside a source, and what of evaluation sets is in it",
+    "pack": "write any source as tars or ArrayRecord files",
+    "bench": "measure how many images per second training gets from a source",
     "verify": "compare every byte of a source's files with a manifest",
 }
 
@@ -56,8 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{given} {', '.join(COMMANDS)}; see {PROGRAM} --help")
         if command != "scenes":
             rest = data_index.name_source(rest)
-        options = _parser(command).read(rest).options
+        parsed = _parser(command).read(rest)
+        options = parsed.options
         match command:
+            case "bench":
+                return data_bench.run(parsed)
             case "scenes":
                 return _scenes(options)
             case "tokenizer":
@@ -68,6 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return data_index.run(options.source, options.num_workers)
             case "dedup":
                 return data_dedup.run(options, _spec(options))
+            case "pack":
+                return data_pack.run(
+                    options.source,
+                    options.output,
+                    data=_data(options),
+                    form=options.format,
+                    samples_per_shard=options.samples_per_shard,
+                )
             case _:
                 return _verify(options)
 
@@ -78,6 +94,10 @@ def _help() -> str:
 
 
 def _parser(command: str) -> arguments.Parser:
+    if command == "bench":
+        parser = arguments.Parser(f"{PROGRAM} bench", data_bench.ABOUT, config="fields")
+        data_bench.add_options(parser)
+        return parser
     parser = arguments.Parser(f"{PROGRAM} {command}", COMMANDS[command])
     if command == "scenes":
         parser.add_argument(
@@ -112,6 +132,7 @@ def _parser(command: str) -> arguments.Parser:
             type=arguments.path,
             help="draw small pictures with their captions into a PNG",
         )
+        _add_filter_options(parser)
     if command == "index":
         parser.description = data_index.ABOUT
         parser.add_argument(
@@ -120,6 +141,9 @@ def _parser(command: str) -> arguments.Parser:
         return parser
     if command == "dedup":
         data_dedup.add_options(parser)
+    if command == "pack":
+        parser.description = data_pack.ABOUT
+        data_pack.add_options(parser)
     if command == "verify":
         parser.description = VERIFY
         for name, about in (("write", "the manifest to write"), ("against", "the manifest to compare with")):
@@ -142,6 +166,41 @@ def _add_source_options(parser: arguments.Parser) -> None:
     parser.add_argument(
         "--image_root", metavar="DIR", type=arguments.path, help="folder of the images that tables name"
     )
+
+
+def _add_filter_options(parser: arguments.Parser) -> None:
+    parser.add_argument(
+        "--filters",
+        metavar="CONDITIONS",
+        help="look at the samples that meet these alone, as data.filters: 'width>=200,language==en'",
+    )
+    for name, about in (("keep_keys", "in this list"), ("drop_keys", "not in this list")):
+        parser.add_argument(
+            f"--{name}", metavar="FILE", type=arguments.path, help=f"look at the samples {about}, as data.{name}"
+        )
+
+
+def _filtered(options: Namespace, source: Source) -> Source:
+    """Return the samples of a source that the options keep; tell how many those are.
+
+    Raises:
+        ValueError: a condition is none, nothing is kept, or the source has no metadata.
+    """
+    data = _data(options)
+    data.filters = () if options.filters is None else tuple(options.filters.split(","))
+    data.keep_keys, data.drop_keys = (
+        None if each is None else str(each) for each in (options.keep_keys, options.drop_keys)
+    )
+    if errors := condition_errors(data.filters, "--filters"):
+        raise ValueError("\n".join(errors))
+    line = data_index.ShardProgress()
+    try:
+        found = filter_source(source, data, options.source, progress=line.update)
+    finally:
+        line.close()
+    if isinstance(found, FilteredSource):
+        print(f"filters: {found.counts()}", flush=True)
+    return found
 
 
 def _data(options: Namespace) -> DataConfig:
@@ -222,6 +281,7 @@ def _show(options: Namespace) -> int:
         require_file_writable(sheet, "--sheet")
     source, decoder = _open(options), make_decoder(_data(options))
     print(f"{printable(options.source)}: {len(source)} samples", flush=True)
+    source = _filtered(options, source)
     found = survey(source, decoder)
     print("\n".join(found.describe()), flush=True)
     for index in range(min(options.num, len(source))):

@@ -45,7 +45,7 @@ def run(source: str, num_workers: int | None) -> int:
         OSError: a file cannot be read.
     """
     paths, start = tar_paths(source), time.monotonic()
-    line = _Line()
+    line = ShardProgress()
     try:
         entries = open_indexes(
             paths,
@@ -89,11 +89,11 @@ def _folders(entries: Sequence[Entry]) -> str:
     return ", ".join(list(folders)[:3]) + (f" and {len(folders) - 3} more folders" if len(folders) > 3 else "")
 
 
-class _Line:
+class ShardProgress:
     """The progress on the standard error: a line in place on a terminal, else one from time to time.
 
     Attributes:
-        built: shards that have been indexed.
+        built: shards that are done.
         samples: in those.
     """
 
@@ -103,14 +103,16 @@ class _Line:
         self.built = self.samples = 0
 
     def update(self, built: int, missing: int, samples: int) -> None:
-        """Take how many of the missing indexes have been built, and their samples."""
+        """Take how many shards are done, of how many, and their samples."""
         self.built, self.samples = built, samples
         now = time.monotonic()
         if self._progress is None:
             self._progress = Progress(missing, unit="shard")
         if now - self._shown >= (_IN_PLACE_SECONDS if sys.stderr.isatty() else _PLAIN_SECONDS):
             self._shown, rate = now, built / max(now - self._start, 1e-3)
-            values = {"examples_per_second": samples * rate / built, "seconds_left": (missing - built) / rate}
+            values = {"examples_per_second": samples * rate / built}
+            if missing:
+                values["seconds_left"] = (missing - built) / rate
             self._progress.update(built, values)
 
     def close(self) -> None:

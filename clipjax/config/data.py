@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from clipjax.config.augment import AugmentConfig
+from clipjax.config.filters import condition_errors
 from clipjax.config.ranges import FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, RANGES, Range, bounded
 
 
@@ -71,13 +72,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(kw_only=True, slots=True)
 class MixtureSource:
-    """One source of a mixture; fields of `data` that it sets stand in for those, `*_field` also for the TFDS keys."""
+    """One source of a mixture; fields that it sets stand in for those of `data`, `*_field` also for the TFDS keys."""
 
     source: str = ""
     weight: float = bounded(1.0, POSITIVE)  # share of the pairs, in proportion to the other weights
     image_field: str | None = None
     caption_field: str | None = None
     captions: dict[str, float] = field(default_factory=dict, metadata={RANGES: (POSITIVE,)})
+    filters: tuple[str, ...] | None = None  # None: those of `data`; (): none
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,6 +104,9 @@ class DataConfig:
     captions: dict[str, float] = field(default_factory=dict, metadata={RANGES: (POSITIVE,)})
     captions_per_image: int = bounded(1, CAPTIONS)  # in training; 2: the loss is the mean over both
     text_truncation: TextTruncation = TextTruncation.NONE  # in training, of texts beyond model.text.context_length
+    filters: tuple[str, ...] = ()  # conditions that training pairs must meet, as "width>=200": config/filters.py
+    keep_keys: str | None = None  # text file of keys, KEY or SHARD/KEY a line: train on no other samples
+    drop_keys: str | None = None  # text file of keys: do not train on these
     tokenizer: str = "bytes"
     crop: Crop = Crop.RANDOM_RESIZED
     min_crop_area: float = bounded(0.9, FRACTION)  # share of the image's area
@@ -172,7 +177,11 @@ class DataConfig:
 
     def errors(self, path: str) -> list[str]:
         """Return what is wrong between the fields, a line each."""
-        errors = self.augment.errors(f"{path}.augment")
+        errors = self.augment.errors(f"{path}.augment") + condition_errors(self.filters, f"{path}.filters")
+        for name, part in self.mixture.items():
+            errors += condition_errors(part.filters or (), f"{path}.mixture.{name}.filters")
+        if self.filters and self.mixture and all(part.filters is not None for part in self.mixture.values()):
+            errors.append(f"{path}.filters={self.filters} would be ignored: each part of data.mixture has its own")
         captions = {path: self.captions}
         captions |= {f"{path}.mixture.{name}": part.captions for name, part in self.mixture.items()}
         for place, fields in captions.items():

@@ -21,6 +21,8 @@ PATH_FIELDS = (
     "data.tfds_dir",
     "data.cache_dir",
     "data.image_root",
+    "data.keep_keys",
+    "data.drop_keys",
     "data.tokenizer",
 )
 """Fields that name a place, besides `source` of each part of a mixture and `TASK_PATH_FIELDS` of every task."""

@@ -11,15 +11,16 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
 import numpy as np
 
 from clipjax.data.digests import CONTENTS, DIGEST_THREADS, Hasher, ShardDigest, spread
-from clipjax.data.fields import captions_of, label_of
+from clipjax.data.fields import captions_of, key_of, label_of
 from clipjax.data.image_files import max_image_bytes
+from clipjax.data.metadata import Described, parse_json
 from clipjax.data.sample import BadSample, Sample
 from clipjax.runtime.files import require_file_writable
 from clipjax.runtime.storage import is_address
@@ -123,7 +124,7 @@ class ArrayRecordSource:
         self._paths = [os.fspath(path) for path in paths]
         self._limits = {"max_caption_bytes": max_caption_bytes, "max_image_pixels": max_image_pixels}
         with futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:
-            counts = list(pool.map(_count_records, self._paths))
+            counts = list(pool.map(count_records, self._paths))
         if not sum(counts):
             raise ValueError(f"no record in {', '.join(self._paths[:5])}")
         self._first = np.cumsum([0, *counts])
@@ -169,6 +170,24 @@ class ArrayRecordSource:
                 hasher.add(opened.read(_HASHED_BYTES))
         return ShardDigest(self._paths[file], hasher.hexdigest(), end - first)
 
+    def shard_counts(self) -> list[tuple[str, int]]:
+        """Return path and number of records of each file."""
+        return list(zip(self._paths, np.diff(self._first).tolist(), strict=True))
+
+    def metadata(self, shard: int, columns: Sequence[str]) -> Iterator[Described]:
+        """Yield key and JSON object of the records of a file; records that are damaged have none."""
+        first, end = self._first[shard : shard + 2].tolist()
+        for number in range(end - first):
+            try:
+                [record] = self._open(self._paths[shard]).read([number])
+            except Exception:  # the library raises several types on damaged bytes
+                yield "", {}
+                continue
+            size = int.from_bytes(record[len(MARK) : _HEAD], "little")
+            is_whole = record.startswith(MARK) and size <= min(_MAX_JSON_BYTES, len(record) - _HEAD)
+            about = parse_json(record[_HEAD : _HEAD + size]) if is_whole else {}
+            yield key_of(about.get("key"), ""), about
+
     def files(self) -> list[str]:
         """Return the paths of the files."""
         return list(self._paths)
@@ -186,7 +205,12 @@ def _open_reader(path: str) -> Any:
     return ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=32_768)
 
 
-def _count_records(path: str) -> int:
+def count_records(path: str) -> int:
+    """Return the number of records in a file.
+
+    Raises:
+        ValueError: it is no ArrayRecord, or holds records of another program.
+    """
     if is_address(path):
         raise ValueError(f"{path}: ArrayRecord files must lie on a disk; copy them there")
     reader = _open_reader(path)

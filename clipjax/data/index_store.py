@@ -5,7 +5,7 @@ shard in an object store lies there too, and each machine has a copy of it in it
 a lock on its name, which ends with the process, so that many processes and machines that start together each take a
 shard that nobody holds. What cannot be written anywhere is held in memory.
 
-Reading order: `find`, `build`, `index_places`, `_locked`.
+Reading order: `find`, `build`, `index_places`, `locked`.
 """
 
 import contextlib
@@ -161,7 +161,7 @@ def build(path: str, *, limit: int, may_wait: bool = True) -> Entry | None:
         with contextlib.ExitStack() as stack:
             try:
                 make_folder(pathlib.Path(place).parent)
-                stack.enter_context(_locked(f"{place}.lock", may_wait=may_wait))
+                stack.enter_context(locked(f"{place}.lock", may_wait=may_wait))
             except BlockingIOError:
                 return None
             except OSError:
@@ -232,7 +232,7 @@ def make_folder(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: str, *, may_wait: bool) -> Iterator[None]:
+def locked(path: str, *, may_wait: bool) -> Iterator[None]:
     """Hold a lock that ends with this process, however it ends; its file goes away.
 
     Raises:

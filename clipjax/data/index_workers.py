@@ -3,7 +3,7 @@
 They are programs of their own and no forks or copies of this one: a fork may stand still behind a lock of one of JAX's
 threads, and a copy runs the user's own script again.
 
-Reading order: `Builder` (this process's side), `main` (the other's).
+Reading order: `Program`, `Builder` (this process's side), `main` (the other's).
 """
 
 import contextlib
@@ -20,20 +20,44 @@ from clipjax.data import index_store
 _KINDS: dict[str, type[Exception]] = {"ValueError": ValueError, "OSError": OSError}
 
 
-class Builder:
-    """A process that builds indexes, started when the first one is asked for; it ends with this one, too."""
+class Program:
+    """A process that answers jobs, started when the first one is asked for; it ends with this one, too.
 
-    def __init__(self) -> None:
+    Args:
+        module: whose `main` reads a JSON object per line, and writes one for each.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
         self._process: subprocess.Popen[str] | None = None
 
     def close(self) -> None:
-        """End the process after the shard that it reads."""
+        """End the process after the job that it does."""
         if self._process is not None:
             assert self._process.stdin is not None and self._process.stdout is not None
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
             self._process.stdout.close()
             self._process.wait()
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to a job; an empty one where the process is gone."""
+        try:
+            if self._process is None:
+                self._process = _start(self._module)
+            assert self._process.stdin is not None and self._process.stdout is not None
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline() or "{}")
+        except (OSError, ValueError):
+            return {}
+
+
+class Builder(Program):
+    """A process that builds indexes."""
+
+    def __init__(self) -> None:
+        super().__init__("clipjax.data.index_workers")
 
     def build(self, path: str, *, limit: int, may_wait: bool) -> "index_store.Entry | None":
         """Build the index of a shard there; where that process is gone or can write nothing, here.
@@ -42,7 +66,7 @@ class Builder:
             ValueError: the shard is no tar.
             OSError: it cannot be read.
         """
-        answer = self._ask({"path": path, "limit": limit, "may_wait": may_wait})
+        answer = self.ask({"path": path, "limit": limit, "may_wait": may_wait})
         if answer.get("error"):
             raise _KINDS[answer["kind"]](answer["error"])
         if answer.get("is_held"):
@@ -52,19 +76,8 @@ class Builder:
             found if isinstance(found, index_store.Entry) else index_store.build(path, limit=limit, may_wait=may_wait)
         )
 
-    def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        try:
-            if self._process is None:
-                self._process = _start()
-            assert self._process.stdin is not None and self._process.stdout is not None
-            self._process.stdin.write(json.dumps(job) + "\n")
-            self._process.stdin.flush()
-            return json.loads(self._process.stdout.readline() or "{}")
-        except (OSError, ValueError):
-            return {}
 
-
-def _start() -> subprocess.Popen[str]:
+def _start(module: str) -> subprocess.Popen[str]:
     # The same code, however it was found; paths are no UTF-8 sometimes, so JSON escapes them.
     code = pathlib.Path(__file__).resolve().parents[2]
     environment = {
@@ -72,7 +85,7 @@ def _start() -> subprocess.Popen[str]:
         "PYTHONPATH": os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")]).rstrip(":"),
     }
     return subprocess.Popen(
-        [sys.executable or "python3", "-m", "clipjax.data.index_workers"],
+        [sys.executable or "python3", "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

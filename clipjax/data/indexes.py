@@ -93,7 +93,7 @@ def _build_all(
 ) -> dict[str, Entry]:
     """Build indexes, by paths of the shards; see `open_indexes`."""
     work = _Work([each.path for each in missing], limit, progress)
-    num_workers = min(num_workers or _num_cores(), len(missing))
+    num_workers = min(num_workers or num_cores(), len(missing))
     size = sum(each.size for each in missing)
     seconds = len(missing) * _SECONDS_PER_SHARD + size * _SECONDS_PER_BYTE
     if num_workers == 1 or seconds < _SECONDS_TO_START:
@@ -121,7 +121,7 @@ def _build_all(
     return work.entries
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

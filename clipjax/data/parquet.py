@@ -10,7 +10,7 @@ import collections
 import functools
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -20,6 +20,7 @@ from clipjax.data.caption_fields import Weights, read_captions, to_weights
 from clipjax.data.digests import CONTENTS, DIGEST_THREADS, Hasher, ShardDigest, spread
 from clipjax.data.fields import IMAGE_BYTES, Fields, captions_of, choose_fields, key_of, label_of
 from clipjax.data.image_files import max_image_bytes
+from clipjax.data.metadata import Described, parquet_metadata
 from clipjax.data.sample import BadSample, Sample
 from clipjax.runtime.storage import OpenFile, open_file
 
@@ -134,6 +135,14 @@ class ParquetSource:
         for place in spread(max(1, opened.size // _HASHED_BYTES), CONTENTS):
             hasher.add(opened.read(place * _HASHED_BYTES, _HASHED_BYTES))
         return ShardDigest(self._paths[file], hasher.hexdigest(), end - first)
+
+    def shard_counts(self) -> list[tuple[str, int]]:
+        """Return path and number of rows of each file."""
+        return list(zip(self._paths, np.diff(self._first_row[self._first_group]).tolist(), strict=True))
+
+    def metadata(self, shard: int, columns: Sequence[str]) -> Iterator[Described]:
+        """Yield key and cells of the rows of a file."""
+        return _ParquetFile(self._paths[shard], **self._chosen).metadata(columns)
 
     def files(self) -> list[str]:
         """Return the paths of the files."""
@@ -274,6 +283,10 @@ class _ParquetFile:
                     "write the file with smaller row groups (row_group_size=1000)"
                 )
         return [max(0, group.num_rows) for group in groups]
+
+    def metadata(self, columns: Sequence[str]) -> Iterator[Described]:
+        """Yield key and cells of all rows."""
+        return parquet_metadata(self._file, columns, self._fields.key)
 
     def read(self, group: int) -> _RowGroup:
         """Read a row group, a few rows at a time: a dictionary can unpack to any size."""

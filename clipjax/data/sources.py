@@ -17,6 +17,8 @@ from clipjax.config.paths import READABLE, expand
 from clipjax.data.array_records import RECORD_CAPTIONS, ArrayRecordSource
 from clipjax.data.caption_fields import require_fields, tell_absent, to_weights
 from clipjax.data.digests import ShardDigest, digest_samples
+from clipjax.data.filter_results import filter_source
+from clipjax.data.filters import unfiltered
 from clipjax.data.folders import FOLDER_PREFIX, FolderSource, holds_images
 from clipjax.data.mixture import MixedSource
 from clipjax.data.parquet import ParquetSource
@@ -33,7 +35,8 @@ _KINDS = {
     "parquet": r"\.(parquet|parq|pq)",
     "table": r"\.(csv|tsv|jsonl)",
     "array_record": r"\.array_?record(-\d+-of-\d+)?",
-    "compressed": r"\.(tgz|tbz2?|txz|tzst|zip|7z|rar|gz|bz2|xz|zst|lz4)",
+    "archive": r"\.(tar\.gz|tgz)",
+    "compressed": r"\.(tbz2?|txz|tzst|zip|7z|rar|gz|bz2|xz|zst|lz4)",
     "arrow": r"\.(arrow|feather)",
     "tfrecord": r"\.tfrecords?(-\d+-of-\d+)?",
     "json": r"\.(json|ndjson)",
@@ -41,6 +44,7 @@ _KINDS = {
 """Kinds of files by the end of their names; all others are tars."""
 
 _REMEDIES = {
+    "archive": "a compressed tar has no random access; pack it first: clipjax data pack SOURCE --output=DIR",
     "compressed": "a compressed archive has no random access; decompress it",
     "arrow": "Arrow files are not read; write the data as Parquet (Dataset.to_parquet)",
     "tfrecord": "TFRecord has no random access; prepare the data by TFDS with file_format='array_record', or as tars",
@@ -237,13 +241,14 @@ def _expand(spec: str) -> list[str]:
 
 
 def build_training_source(data: DataConfig) -> Source:
-    """Build the source of the training pairs: `data.train`, or `data.mixture` with its parts sorted by name.
+    """Build the source of the training pairs that filters keep: `data.train`, or the parts of `data.mixture` by name.
 
     Raises:
         ValueError: one of them cannot be used; the text names it.
     """
     if not data.mixture:
-        return build_source(data.train, data=data, captions=data.captions)
+        source = build_source(data.train, data=data, captions=data.captions)
+        return filter_source(source, data, data.train)
     parts = {}
     for name, part in sorted(data.mixture.items()):
         options = dataclasses.replace(
@@ -252,9 +257,11 @@ def build_training_source(data: DataConfig) -> Source:
             tfds_caption_key=part.caption_field or data.tfds_caption_key,
             image_field=part.image_field or data.image_field,
             caption_field=part.caption_field or data.caption_field,
+            filters=data.filters if part.filters is None else part.filters,
         )
         try:
-            parts[name] = build_source(part.source, data=options, captions=part.captions or data.captions)
+            source = build_source(part.source, data=options, captions=part.captions or data.captions)
+            parts[name] = filter_source(source, options, part.source)
         except ValueError as error:
             raise ValueError(f"data.mixture.{name}: {error}") from error
     return MixedSource(parts)
@@ -285,8 +292,9 @@ def data_folders(sources: Mapping[str, Source], tfds_dir: str | None) -> list[pa
         sources: by the string that names them in the config.
         tfds_dir: of the config.
     """
-    listed = [source for source in sources.values() if isinstance(source, TableSource | FolderSource)]
-    files = [path for source in sources.values() if source not in listed for path in source.files()]
+    opened = [unfiltered(source) for source in sources.values()]
+    listed = [source for source in opened if isinstance(source, TableSource | FolderSource)]
+    files = [path for source in opened if source not in listed for path in source.files()]
     paths = [pathlib.Path(path) for path in files if not is_address(path)]
     folders = {pathlib.Path(folder) for source in listed for folder in source.folders()}
     folders |= {path.parent for path in paths} | {path.resolve().parent for path in paths if path.is_symlink()}

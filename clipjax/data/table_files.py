@@ -127,6 +127,23 @@ class TableFile:
         label, key = (cell.decode(errors="replace") if cell else None for cell in (label, key))
         return Row(os.fsdecode(image) or None, caption, label, key, dict(zip(fields.captions, captions, strict=True)))
 
+    @property
+    def names(self) -> tuple[str, str | None]:
+        """Columns of the image's path and of the key."""
+        return self._fields.image, self._fields.key
+
+    def cells(self, number: int) -> Mapping[str, Any]:
+        """Return all cells of a row by their columns; raise as `row` does."""
+        record = self._block(number // _ROWS_PER_BLOCK)[number % _ROWS_PER_BLOCK]
+        if not self._separator:
+            return _parse_json(record)
+        if len(record) != len(self._columns):
+            raise BadSample("corrupt_record")
+        return {
+            name: cell.encode("latin-1").decode(errors="replace")
+            for name, cell in zip(self._columns, record, strict=True)
+        }
+
     def _read_block(self, block: int) -> list[Any]:
         if self._file is None:
             self._file = open_file(self.path)

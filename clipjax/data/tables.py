@@ -8,7 +8,7 @@ The files are read by `clipjax.data.table_files`.
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from clipjax.data.caption_fields import read_captions, to_weights
 from clipjax.data.digests import CONTENTS, Hasher, ShardDigest, spread
 from clipjax.data.fields import captions_of, key_of, label_of
 from clipjax.data.image_files import ImageFiles, max_image_bytes
+from clipjax.data.metadata import Described, table_metadata
 from clipjax.data.sample import BadSample, Sample
 from clipjax.data.table_files import TableFile
 
@@ -122,6 +123,15 @@ class TableSource:
             except BadSample as bad:
                 hasher.add(bad.reason.encode())
         return ShardDigest(self._tables[table].path, hasher.hexdigest(), self._tables[table].num_rows)
+
+    def shard_counts(self) -> list[tuple[str, int]]:
+        """Return path and number of rows of each table."""
+        return [(table.path, table.num_rows) for table in self._tables]
+
+    def metadata(self, shard: int, columns: Sequence[str]) -> Iterator[Described]:
+        """Yield key and cells of the rows of a table, of all its columns."""
+        table = self._tables[shard]
+        return table_metadata(table.cells, table.num_rows, *table.names)
 
     def files(self) -> list[str]:
         """Return the paths of the tables and of all images that they name and that are there."""

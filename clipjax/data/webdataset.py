@@ -26,6 +26,7 @@ from clipjax.data.caption_fields import to_weights
 from clipjax.data.digests import DIGEST_THREADS, ShardDigest
 from clipjax.data.index_file import DamagedIndex, IndexHeader, shard_digest
 from clipjax.data.index_table import Checked, IndexTable, open_table
+from clipjax.data.metadata import Described, tar_metadata
 from clipjax.data.sample import REASONS, BadSample, Sample, UnreadableData
 from clipjax.data.tar_format import DamagedTar
 from clipjax.data.tar_index import NO_FAULT, index_shard
@@ -168,6 +169,10 @@ class _Shard:
         key, offsets, sizes = found
         keep_needed(offsets, sizes, self._limits)
         return assemble(key, slices(block, offsets, sizes, 0), self._limits)
+
+    def metadata(self) -> Iterator[Described]:
+        """Yield key and JSON of all samples; errors as in `read`."""
+        return tar_metadata(self._file, self._table)
 
     def key(self, row: int) -> str:
         """Return the key of a sample; errors as in `read`."""
@@ -332,6 +337,19 @@ class TarSource:
         other._stamps = self._stamps[list(order)]
         other._digests = None if self._digests is None else [self._digests[shard] for shard in order]
         return other
+
+    def shard_counts(self) -> list[tuple[str, int]]:
+        """Return path and number of samples of each shard."""
+        return list(zip(self._paths, np.diff(self._first).tolist(), strict=True))
+
+    def metadata(self, shard: int, columns: Sequence[str]) -> Iterator[Described]:
+        """Yield key and JSON of the samples of a shard, whatever the columns.
+
+        Raises:
+            UnreadableData: it cannot be read.
+        """
+        with self._reading(shard) as opened:
+            yield from opened.metadata()
 
     def files(self) -> list[str]:
         """Return the paths of the shards."""

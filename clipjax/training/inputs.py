@@ -11,6 +11,7 @@ from clipjax.config import Config, LossKind, ModelConfig, TextTransformerConfig
 from clipjax.config.serialization import field_value
 from clipjax.config.validation import MEMORY_UNIT
 from clipjax.data.digests import find_order, from_record
+from clipjax.data.filters import FilteredSource, unfiltered
 from clipjax.data.mixture import MixedSource, sizes_of
 from clipjax.data.sample import Source
 from clipjax.data.sources import build_training_source, recording_sources
@@ -22,6 +23,7 @@ from clipjax.evals.runner import Task, build_tasks
 from clipjax.models.clip import abstract_params
 from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, match_any
+from clipjax.runtime.processes import announce
 from clipjax.runtime.storage import is_address
 
 MOST_SAMPLES = 2**31 - 2 * MEMORY_UNIT
@@ -78,11 +80,18 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
         init_checkpoint = _open_checkpoint("init_from", config.init_from)
         check_same_shapes(config, init_checkpoint)
     source = _in_recorded_order(build_training_source(config.data), saved)
+    filtered = [
+        f"{spec}: {each.counts()}"
+        for spec, each in _by_name(config, source).items()
+        if isinstance(each, FilteredSource)
+    ]
     if len(source) < config.global_batch_size:
         raise ValueError(
             f"global_batch_size={config.global_batch_size} must not exceed the {len(source)} samples of "
-            f"{config.data.shown_train}"
+            f"{config.data.shown_train}" + "".join(f"; filters: {each}" for each in filtered)
         )
+    for line in filtered:
+        announce(f"filters: {line}")
     if config.loss.kind is LossKind.GLOBAL and len(source) > MOST_SAMPLES:
         raise ValueError(
             f"loss.kind=global remembers at most {MOST_SAMPLES} samples; {config.data.shown_train} has {len(source)}"
@@ -127,7 +136,9 @@ def _in_recorded_order(source: Source, saved: SavedCheckpoint | None) -> Source:
     Other shards are left as they are, for `check_same_run` to refuse.
     """
     recorded = None if saved is None else from_record(saved.records["data"].get("shards"))
-    if recorded is None or not isinstance(source, TarSource):
+    if recorded is None or not isinstance(source, TarSource | FilteredSource):
+        return source
+    if not isinstance(unfiltered(source), TarSource):
         return source
     order = find_order(recorded, source.digests())
     return source if order in (None, list(range(len(recorded)))) else source.reordered(order)

@@ -37,6 +37,19 @@ def test_show(table, capsys, written):
     assert lines[-2:] == [f"{table}, row {i}, image {i}.png: label -1; {'x' * i}" for i in (1, 2)]
 
 
+def test_filters(table, tmp_path, capsys):
+    assert main(["show", str(table), "--filters=caption!=xx,alt==other", "--num=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        f"{table}: 5 samples",
+        "filters: 4 of 5 samples are kept, dropped: 1 by caption!=xx, 0 by alt==other",
+        "looked at 4 of them, spread evenly; 3 are usable",
+    ]
+    (tmp_path / "list").write_text("2.png\na/5.png\n")
+    assert main(["show", str(table), f"--keep_keys={tmp_path}/list", "--num=9"]) == 0
+    assert [line.rpartition("; ")[2] for line in capsys.readouterr().out.splitlines()[-2:]] == ["xx", "xxxxx"]
+
+
 def test_columns(table, capsys):
     assert main(["show", str(table), "--caption_field=alt", "--num=1"]) == 0
     assert capsys.readouterr().out.endswith("label -1; other\n")
@@ -55,6 +68,8 @@ def test_sheet(table, tmp_path, capsys):
         (["--sheet={folder}/a.jpg"], "must end in .png"),
         (["--sheet={folder}/none/a.png"], "there is no folder"),
         (["--source={folder}/a.jsonl"], "--source is given twice"),
+        (["--filters=caption"], "--filters: 'caption' must be NAME, one of <"),
+        (["--filters=alt==none"], "filters keep none of 5 samples: 0 of 5 samples are kept, dropped: 5 by alt==none"),
         (["--image_field=x"], "none is 'x': set data.image_field"),
         (["more"], "argument 'more' is not understood"),
     ],

@@ -114,6 +114,7 @@ def test_all_fields_of_a_config():
     config.init_from = config.compile_cache = config.loss.distill_from = config.data.tfds_dir = "~/x"
     config.data.train, config.data.tokenizer, config.data.image_root = "~/x", "clip:~/x", "~/x"
     config.data.cache_dir, config.data.mixture = "~/x", {"a": MixtureSource(source="~/x")}
+    config.data.keep_keys = config.data.drop_keys = "~/x"
     config.eval.tasks = {"t": TaskConfig(source="~/x", gallery="~/x", classes="~/x", templates="~/x")}
     expand_paths(config)
     task = config.eval.tasks["t"]

@@ -510,7 +510,7 @@ def test_the_command_can_be_interrupted(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_index._Line, "update", interrupt)
+        patch.setattr(data_index.ShardProgress, "update", interrupt)
         assert main(["index", f"{tmp_path}/?.tar"]) == 130
     assert "stopped after 2 shards; the same command goes on from here" in capsys.readouterr().err
     assert main(["index", f"{tmp_path}/?.tar"]) == 0

@@ -325,6 +325,39 @@ def test_contents_decide_whether_a_run_goes_on(tmp_path, capsys):
         resume(f"{tmp_path}/{{pairs,moved,c}}.tar")
 
 
+@pytest.mark.newest
+def test_another_choice_of_samples_is_another_run(tmp_path, capsys):
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
+    write(tmp_path / "b.tar", [member for i in range(8) for member in pair(f"b{i}")])
+    drop = tmp_path / "drop"
+    drop.write_text("b0\nb1\n")
+    config.data = dataclasses.replace(config.data, train=f"{tmp_path}/{{pairs,b}}.tar", drop_keys=str(drop))
+    source = open_inputs(config).source
+    assert (
+        f"filters: {config.data.train}: 14 of 16 samples are kept, dropped: 2 by data.drop_keys"
+        in capsys.readouterr().err
+    )
+    shards = json.loads(json.dumps([list(shard) for shard in source.digests()]))
+    saved = make_saved(copy.deepcopy(config), {"num_samples": 14, "shards": shards})
+    config.data.train = f"{tmp_path}/{{b,pairs}}.tar"
+    inputs = open_inputs(config, saved)
+    check_same_run(saved, config, inputs)
+    assert [inputs.source[i].key for i in range(14)] == [source[i].key for i in range(14)]
+    drop.write_text("b0\nb2\n")  # as many, but others
+    with pytest.raises(ValueError, match=r"has 14 samples of other contents .*\(changed: .*/b.tar \(6 samples"):
+        check_same_run(saved, config, open_inputs(config, saved))
+    config.data.drop_keys = None
+    with pytest.raises(ValueError, match=r"data.drop_keys=None \(checkpoint: "):
+        check_same_run(saved, config, open_inputs(config, saved))
+    config.data.drop_keys = str(drop)
+    drop.write_text("\n".join(f"b{i}" for i in range(8)) + "\npairs/none")
+    config.global_batch_size = 16
+    with pytest.raises(
+        ValueError, match=r"must not exceed the 8 samples of .*; filters: .*8 of 16 .*8 by data.drop_keys"
+    ):
+        open_inputs(config)
+
+
 def test_the_order_is_chosen_once_and_then_that_of_the_run(tmp_path):
     config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
     assert open_inputs(config).order == DISK_ORDER

@@ -1,0 +1,69 @@
+"""Processes that judge shards by filters: each reads jobs from its standard input, and leaves results beside indexes.
+
+Reading order: `Judge` (this process's side), `main` (the other's); `index_workers.py` tells why they are programs.
+"""
+
+import dataclasses
+import json
+import signal
+import sys
+from typing import Any
+
+from clipjax.config import DataConfig
+from clipjax.data.index_workers import Program
+
+_FIELDS = (
+    "filters",
+    "keep_keys",
+    "drop_keys",
+    "image_field",
+    "caption_field",
+    "image_root",
+    "max_image_pixels",
+    "max_caption_bytes",
+)
+
+
+class Judge(Program):
+    """A process that judges shards.
+
+    Args:
+        data: with the filters.
+    """
+
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__("clipjax.data.filter_workers")
+        self._data = {name: getattr(data, name) for name in _FIELDS}
+
+    def judge(self, path: str) -> None:
+        """Judge a shard there; where that fails, the shard has no result afterwards."""
+        self.ask({"path": path, "data": self._data})
+
+
+def main() -> None:
+    """Answer jobs until there are no more."""
+    from clipjax.data.filter_results import judge_shard, make_filters  # these start this
+    from clipjax.data.metadata import DescribedSource
+    from clipjax.data.sources import build_source
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the shard that is being read is soon done
+    made: dict[str, Any] = {}
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            text = json.dumps(job["data"])
+            data = dataclasses.replace(DataConfig(), **job["data"])
+            if text not in made:
+                made[text] = make_filters(data)
+            source = build_source(job["path"], data=data)
+            assert isinstance(source, DescribedSource)
+            for shard, (path, count) in enumerate(source.shard_counts()):
+                judge_shard(source, shard, path, count, made[text])
+            answer = {}
+        except (ValueError, OSError) as error:
+            answer = {"error": str(error)}  # the other process meets it, too
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
