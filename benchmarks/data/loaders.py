@@ -1,0 +1,205 @@
+"""Images per second of loaders on the same tars: clipjax, open_clip's own, and the bare loop of decoding and resizing.
+
+    python -m venv /tmp/open_clip && /tmp/open_clip/bin/pip install torch==2.13.0 open_clip_torch==3.3.0 webdataset
+    python -m benchmarks.data.loaders --open_clip=/tmp/open_clip/bin/python
+
+Every row runs in a process of its own and reads the same shards, which lie in the page cache: tar to uint8 pixels of
+224 (open_clip: to normalised floats, as its trainer does) with 77 tokens of CLIP's vocabulary. Rows take turns; figures are
+medians. CPU time is that of the process and its workers. The bare loop has the same JPEGs in memory, one thread, and no
+tokens. `device` is `data.resize_on=device`, where the host only decodes.
+"""
+
+import argparse
+import io
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.machine import describe
+
+SETS = {"256": (340, 256, 88), "500": (500, 375, 90)}  # width, height, quality
+SHARDS, PER_SHARD, BATCH, WARM, ROUNDS = 4, 250, 50, 6, 3
+WORDS = ("a", "the", "small", "large", "old", "new", "red", "photo", "of", "house", "dog", "tree", "street", "light")
+
+BARE = """
+import io, json, sys, tarfile, time
+import numpy as np, simplejpeg
+from PIL import Image
+jpegs = []
+for path in sys.argv[3].split(","):
+    with tarfile.open(path) as tar:
+        jpegs += [tar.extractfile(m).read() for m in tar if m.name.endswith("jpg")]
+draw = np.random.default_rng(0)
+def one(jpeg):
+    pixels = simplejpeg.decode_jpeg(jpeg, "RGB", strict=True)
+    h, w = pixels.shape[:2]
+    side = int(min(h, w) * 0.97)
+    top, left = int(draw.integers(h - side + 1)), int(draw.integers(w - side + 1))
+    box = (left, top, left + side, top + side)
+    return np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC, box=box))
+for jpeg in jpegs[:50]: one(jpeg)
+wall, cpu = time.perf_counter(), time.process_time()
+count = 0
+while time.perf_counter() - wall < 5:
+    for jpeg in jpegs[:100]: one(jpeg)
+    count += 100
+print(json.dumps([count / (time.perf_counter() - wall), count / (time.process_time() - cpu)]))
+"""
+
+CLIPJAX = """
+import json, os, sys, time
+from clipjax.config import *
+from clipjax.data.sources import build_source
+from clipjax.data.tokenizers.build import build_tokenizer
+from clipjax.data.tokenizers.protocol import TextToTokens
+from clipjax.data.training_stream import TrainStream
+workers, where, paths, vocabulary = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[7]
+batch, warm, count = map(int, sys.argv[4:7])
+def ticks():
+    total, tasks = 0.0, [os.getpid()]
+    for pid in tasks:
+        fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            tasks += map(int, open(f"/proc/{pid}/task/{thread}/children").read().split())
+    return total
+if __name__ == "__main__":
+    data = DataConfig(train="{" + paths + "}", num_workers=workers, num_threads=1, resize_on=ResizeOn(where))
+    if where == "device":
+        data.canvas_size = 512
+    config = Config(global_batch_size=batch, model=ModelConfig(image=ViTConfig(image_size=224)), data=data)
+    tokens = TextToTokens(build_tokenizer("clip:" + vocabulary), 77)
+    stream = TrainStream(build_source(data.train, data=data), tokenize=tokens, config=config)
+    for _ in range(warm): next(stream)
+    wall, cpu = time.perf_counter(), ticks()
+    for _ in range(count): next(stream)
+    print(json.dumps([count * batch / (time.perf_counter() - wall), count * batch / (ticks() - cpu)]))
+    stream.close()
+"""
+
+OPEN_CLIP = """
+import json, os, sys, time, types
+workers, paths, batch, warm, count = int(sys.argv[1]), sys.argv[3], *map(int, sys.argv[4:7])
+def ticks():
+    total, tasks = 0.0, [os.getpid()]
+    for pid in tasks:
+        fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            tasks += map(int, open(f"/proc/{pid}/task/{thread}/children").read().split())
+    return total
+if __name__ == "__main__":
+    import torch
+    torch.set_num_threads(1)
+    import open_clip
+    from open_clip_train.data import get_wds_dataset
+    preprocess = open_clip.image_transform(224, is_train=True)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    args = types.SimpleNamespace(
+        train_data="::".join(paths.split(",")), train_data_upsampling_factors=None, train_num_samples=10**6,
+        dataset_resampled=True, seed=0, batch_size=batch, world_size=1, workers=workers, val_num_samples=0,
+        val_data=None, distributed=False)
+    loader = iter(get_wds_dataset(args, preprocess, True, tokenizer=tokenizer).dataloader)
+    for _ in range(warm): next(loader)
+    wall, cpu = time.perf_counter(), ticks()
+    for _ in range(count): next(loader)
+    print(json.dumps([count * batch / (time.perf_counter() - wall), count * batch / (ticks() - cpu)]))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure all rows; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--open_clip", help="Python of an environment with open_clip; without it, its rows are missing")
+    parser.add_argument("--shared", type=pathlib.Path, default=pathlib.Path("../shared"))
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("benchmarks/results/loaders.json"))
+    options = parser.parse_args(argv)
+    vocabulary = options.shared / "data/tokenizers/bpe_simple_vocab_16e6.txt.gz"
+    rows = [("bare", sys.executable, BARE, 0, "-")]
+    for workers in (1, 2):
+        rows += [("clipjax", sys.executable, CLIPJAX, workers, where) for where in ("host", "device")]
+        if options.open_clip:
+            rows.append(("open_clip", options.open_clip, OPEN_CLIP, workers, "-"))
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in SETS:
+            paths = ",".join(make_shards(pathlib.Path(folder), name))
+            found += measure(name, rows, paths, str(vocabulary.resolve()))
+    record = {
+        "machine": describe(),
+        "command": "python -m benchmarks.data.loaders --open_clip=PYTHON",
+        "columns": ["images per second", "images per second of CPU time"],
+        "rows": found,
+    }
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    for row in found:
+        print({name: value for name, value in row.items() if name != "rounds"})
+    return 0
+
+
+def measure(name: str, rows: Sequence[tuple[str, str, str, int, str]], paths: str, vocabulary: str) -> list[dict]:
+    """Return the figures of all rows on one set of shards."""
+    rounds: dict[int, list[list[float]]] = {number: [] for number in range(len(rows))}
+    for _ in range(ROUNDS):
+        for number, (_, python, code, workers, where) in enumerate(rows):
+            count = 60 if name == "256" else 40
+            words = [str(workers), where, paths, str(BATCH), str(WARM), str(count), vocabulary]
+            done = subprocess.run([python, "-c", code, *words], capture_output=True, text=True, timeout=300)
+            if done.returncode:
+                raise RuntimeError(done.stderr[-3000:])
+            rounds[number].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    found = []
+    for number, (loader, _, _, workers, where) in enumerate(rows):
+        wall, cpu = (statistics.median(each[i] for each in rounds[number]) for i in (0, 1))
+        found.append(
+            {
+                "pixels": name,
+                "loader": loader,
+                "workers": workers,
+                "resize_on": where,
+                "per_second": round(wall, 1),
+                "per_core_second": round(cpu, 1),
+                "rounds": rounds[number],
+            }
+        )
+    return found
+
+
+def make_shards(folder: pathlib.Path, name: str) -> list[str]:
+    """Write tars of JPEGs with the detail of photographs: noise of several scales; return their paths."""
+    width, height, quality = SETS[name]
+    draw = np.random.default_rng(0)
+    paths = []
+    for number in range(SHARDS):
+        path = folder / f"{name}-{number:05d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for i in range(PER_SHARD):
+                pixels = np.zeros((height, width, 3), np.float32)
+                for scale, strength in ((2, 60), (8, 40), (32, 24), (128, 12), (256, 7)):
+                    noise = draw.integers(0, 256, (scale, scale, 3), dtype=np.uint8)
+                    layer = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+                    pixels += (np.asarray(layer, np.float32) - 128) * strength / 64
+                content = io.BytesIO()
+                picture = Image.fromarray(np.clip(pixels + 128, 0, 255).astype(np.uint8))
+                picture.save(content, "JPEG", quality=quality)
+                text = " ".join(draw.choice(WORDS, 12)).encode()
+                for extension, each in (("jpg", content.getvalue()), ("txt", text)):
+                    member = tarfile.TarInfo(f"{number:03d}{i:06d}.{extension}")
+                    member.size = len(each)
+                    tar.addfile(member, io.BytesIO(each))
+        paths.append(str(path))
+    return paths
+
+
+if __name__ == "__main__":
+    sys.exit(main())
