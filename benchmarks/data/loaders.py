@@ -5,8 +5,8 @@
 
 Every row runs in a process of its own and reads the same shards, which lie in the page cache: tar to uint8 pixels of
 224 (open_clip: to normalised floats, as its trainer does) with 77 tokens of CLIP's vocabulary. Rows take turns; figures
-are medians. CPU time is that of the process and its workers. The bare loop has the same JPEGs in memory, one thread, and no
-tokens. `device` is `data.resize_on=device`, where the host only decodes.
+are medians. CPU time is that of the process and its workers. The bare loop has the same JPEGs in memory, one thread,
+and no tokens. `device` is `data.resize_on=device`, where the host only decodes.
 """
 
 import argparse

@@ -62,6 +62,8 @@ _SOURCE_RULE = "must name a source: tfds:NAME/SPLIT, or a path, glob or brace pa
 
 CAPTIONS = Range("must be 1 or 2", lambda value: value in (1, 2))
 
+BLOCK = Range("must be greater than 0 and at most 4096", lambda value: 0 < value <= 4096)
+
 COLOUR = Range("must lie between 0 and 255", lambda value: 0 <= value <= 255)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -124,7 +126,7 @@ class DataConfig:
     prefetch_batches: int = bounded(2, POSITIVE)
     cache_dir: str | None = None  # folder on a disk of each machine for copies of shards that are read from stores
     cache_gib: float = bounded(100.0, POSITIVE)  # of these copies
-    order_block: int | None = bounded(None, POSITIVE)  # consecutive pairs that are shuffled as one; None: by the store
+    order_block: int | None = bounded(None, BLOCK)  # consecutive pairs that are shuffled as one; None: by the store
     max_bad_fraction: float = bounded(0.05, FRACTION)  # of the samples read; above it the run stops
     max_image_pixels: int = bounded(25_000_000, POSITIVE)  # refused from the header
     max_caption_bytes: int = bounded(65_536, POSITIVE)
@@ -148,9 +150,9 @@ class DataConfig:
                 f"data.cache_gib={self.cache_gib} would be ignored without data.cache_dir; set that, or leave it out"
             )
             return [ignored] if self.cache_gib != default else []
-        if any("://" in source for source in sources):
+        if any("://" in source and not _reads_columns(source) for source in sources):
             return []
-        return [f"data.cache_dir={self.cache_dir!r} would be ignored: no source lies in a store; leave it out"]
+        return [f"data.cache_dir={self.cache_dir!r} would be ignored: no source is tars in a store; leave it out"]
 
     def source_errors(self) -> list[str]:
         """Return what is wrong with the choice of sources, a line each."""

@@ -54,6 +54,7 @@ class BlockReader:
         self._blocks: collections.OrderedDict[tuple[int, int], _Block] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._pool: futures.ThreadPoolExecutor | None = None
+        self._is_closed = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_source": self._source, "_most": self._most}
@@ -75,7 +76,10 @@ class BlockReader:
         if count == 1:
             return self._source[index]
         block = self._find(first, count)
-        sample = block.samples.result()[index - first]
+        try:
+            sample = block.samples.result()[index - first]
+        except futures.CancelledError:  # another thread has pushed it out before it was read
+            return self._source[index]
         with self._lock:
             block.left -= 1
             if not block.left and self._blocks.get((first, count)) is block:
@@ -87,7 +91,7 @@ class BlockReader:
     def close(self) -> None:
         """Read nothing more."""
         with self._lock:
-            pool, self._pool = self._pool, None
+            pool, self._pool, self._is_closed = self._pool, None, True
             self._blocks.clear()
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -96,10 +100,12 @@ class BlockReader:
         with self._lock:
             block = self._blocks.get((first, count))
             if block is None:
+                if self._is_closed:
+                    raise ValueError("the reader is closed")
                 if self._pool is None:
                     self._pool = futures.ThreadPoolExecutor(REQUESTS, thread_name_prefix="read-block")
                 block = _Block(self._pool.submit(read_block, self._source, first, count), count)
                 self._blocks[first, count] = block
                 while len(self._blocks) > self._most:
-                    self._blocks.popitem(last=False)
+                    self._blocks.popitem(last=False)[1].samples.cancel()
             return block

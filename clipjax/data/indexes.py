@@ -81,8 +81,15 @@ def _list_shards(paths: Sequence[str], pool: futures.Executor) -> dict[str, obje
     """Return size and version of shards in folders of stores: a thousand by one request, if there are many."""
     folders = collections.Counter(path.rpartition("/")[0] for path in paths if path.startswith(_LISTING))
     many = [folder for folder, count in folders.items() if count >= _MANY]
-    listings = zip(many, pool.map(objects.list_objects, many), strict=True)
+    listings = zip(many, pool.map(_list_folder, many), strict=True)
     return {objects.join(folder, name): each for folder, listing in listings for name, each in listing.items()}
+
+
+def _list_folder(folder: str) -> dict[str, objects.Listed]:
+    try:
+        return objects.list_objects(folder)
+    except (OSError, ValueError):  # who may read need not be allowed to list; each shard is asked for then
+        return {}
 
 
 def _ignore(built: int, missing: int, samples: int) -> None: ...

@@ -20,6 +20,7 @@ import numpy as np
 from clipjax.config import Config, Interpolation
 from clipjax.data.digests import spread
 from clipjax.data.images import make_decoder
+from clipjax.data.mixture import sizes_of
 from clipjax.data.sample import BadSample, Source
 from clipjax.data.tokenizers.protocol import TextToTokens, Tokenizer
 from clipjax.data.training_order import choose_order
@@ -98,7 +99,7 @@ def measure_loading(
         smaller = dataclasses.replace(config, data=data, global_batch_size=batch_size)
         for with_tokens in (False, True):
             tokenize = TextToTokens(tokenizer, config.model.text.context_length) if with_tokens else _no_tokens
-            order = choose_order(smaller, is_remote)
+            order = choose_order(smaller, sizes_of(source), is_remote)
             stream = TrainStream(source, tokenize=tokenize, config=smaller, order=order)
             try:
                 yield _measure_stream(stream, smaller, seconds, clock, with_tokens=with_tokens)

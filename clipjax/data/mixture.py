@@ -8,6 +8,7 @@ Reading order: `Proportions`, `MixtureOrder`, `MixedSource`.
 
 import bisect
 import functools
+import heapq
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from clipjax.data.order import BlockOrder, blocks_of, derive_key, permute
 from clipjax.data.sample import BadSample, Sample, Source
 
 _SCALE = 2**40  # weights are counted in parts of it
-_PART, _SLOTS, _PHASE, _SHIFT = 32, 33, 34, 35  # what a key is for, beside those of an order
+_PART, _SLOTS, _PHASE = 32, 33, 34  # what a key is for, beside those of an order
 _PHASES = 2**20
-_MAX_COUNTED = 1024
+_MAX_COUNTED = 4096
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,13 @@ def _counts(shares: tuple[int, ...], pairs: int) -> tuple[int, ...]:
     number, total = len(shares), sum(shares)
     # From counts that are certainly reached, the rest goes to whoever is due.
     counts = [max(0, (2 * pairs - number) * share // (2 * total) - 1) for share in shares]
+    # The next pair of a source is due at (2 c + 1) / share: the smallest first, of equal ones the first source.
+    due = [(Fraction(2 * count + 1, share), k) for k, (count, share) in enumerate(zip(counts, shares, strict=True))]
+    heapq.heapify(due)
     for _ in range(pairs - sum(counts)):
-        due = min(range(number), key=lambda k: Fraction(2 * counts[k] + 1, shares[k]))
-        counts[due] += 1
+        time, k = due[0]
+        counts[k] += 1
+        heapq.heapreplace(due, (time + Fraction(2, shares[k]), k))
     return tuple(counts)
 
 
@@ -77,27 +82,26 @@ class MixtureOrder:
     def __init__(self, orders: Sequence[BlockOrder], weights: Sequence[float], seed: int, batch_size: int):
         self._orders, self._proportions, self._seed = orders, Proportions.of_weights(weights), seed
         self._first = list(itertools.accumulate((order.size for order in orders), initial=0))
-        self._lanes = orders[0].lanes
+        self._lanes, self._batch_size = orders[0].lanes, batch_size
         self._share = batch_size // self._lanes
         # Lanes begin at other places of the proportions, so that they do not all draw from a rare source at once.
         self._phases = [derive_key(seed, _PHASE, lane) % _PHASES if lane else 0 for lane in range(self._lanes)]
-        if few := [order.size for order in orders if order.lane_size < 1]:
-            raise ValueError(
-                f"a source of {few[0]} samples is too small for the {self._lanes} lanes of the order; set "
-                "data.order_block=1"
-            )
+        for number, order in enumerate(orders):
+            if any(not order.lane_size(lane) for lane in range(self._lanes)):
+                raise ValueError(
+                    f"source {number + 1} of data.mixture, sorted by name, has {order.size} samples, too few for the "
+                    f"{self._lanes} lanes of the order that the run was begun with"
+                )
 
-    def batch(self, number: int) -> np.ndarray:
-        """Return the samples of a global batch: int64 [batch_size]."""
-        return self._placed(number)[:, 0]
-
-    def blocks(self, number: int) -> np.ndarray:
-        """Return the block of each sample of a global batch: int64 [batch_size, 2], first sample and length."""
-        return self._placed(number)[:, 1:]
-
-    def _placed(self, number: int) -> np.ndarray:
-        """Return samples, and first sample and length of their blocks: int64 [batch_size, 3]."""
-        return np.concatenate([self._lane(lane, number) for lane in range(self._lanes)])
+    def placed(self, number: int, rows: range | None = None) -> np.ndarray:
+        """Return samples of a global batch, and first sample and length of their blocks: int64 [rows, 3]."""
+        rows = range(self._batch_size) if rows is None else rows
+        lanes = range(rows.start // self._share, -(-rows.stop // self._share))
+        parts = [self._lane(lane, number) for lane in lanes]
+        if not parts:
+            return np.empty((0, 3), np.int64)
+        begin = lanes.start * self._share
+        return np.concatenate(parts)[rows.start - begin : rows.stop - begin]
 
     def counts(self, number: int) -> list[int]:
         """Return how many samples each source has given before a global batch."""
@@ -113,14 +117,10 @@ class MixtureOrder:
         parts = []
         spans = zip(self._counts(lane, number), self._counts(lane, number + 1), strict=True)
         for order, first, (begin, end) in zip(self._orders, self._first, spans, strict=False):
-            positions = np.arange(begin, end, dtype=np.int64)
-            epochs, places = np.divmod(positions, order.lane_size)
+            epochs, places = np.divmod(np.arange(begin, end, dtype=np.int64), order.lane_size(lane))
             for epoch in np.unique(epochs).tolist():
                 found = order.in_lane(epoch, lane, places[epochs == epoch])
-                # Several lanes leave out what does not fill a block: in each epoch it lies elsewhere.
-                shift = derive_key(order.seed, _SHIFT, epoch) % order.size if self._lanes > 1 else 0
-                found = (found + shift) % order.size
-                blocks = blocks_of(found, order.size, order.block, shift)
+                blocks = blocks_of(found, order.size, order.block)
                 parts.append(np.column_stack([first + found, first + blocks[:, 0], blocks[:, 1]]))
         placed = np.concatenate(parts)
         return placed[permute(np.arange(len(placed)), len(placed), derive_key(self._seed, _SLOTS, number, lane))]

@@ -19,7 +19,7 @@ _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _ALL = 2**64 - 1
 _MAX_TABLE = 2**16  # longer permutations are computed item by item
 _ROUNDS = 8  # of the Feistel network: each half changes four times
-_BLOCKS, _TAIL, _WINDOW, _REST = range(4)  # what a key is for
+_BLOCKS, _TAIL, _WINDOW = range(3)  # what a key is for
 
 
 @dataclass(frozen=True)
@@ -51,81 +51,87 @@ class BlockOrder:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} of an order must be 1 or more")
 
-    def num_batches(self, batch_size: int, *, start: int = 0) -> int:
-        """Return the number of whole batches in an epoch, after `start` of its samples."""
-        return max(0, self.size - start) // batch_size
+    def num_batches(self, batch_size: int) -> int:
+        """Return the number of whole batches in an epoch."""
+        return self.size // batch_size
 
-    def batch(self, epoch: int, number: int, batch_size: int, *, start: int = 0) -> np.ndarray:
-        """Return the samples of a batch: int64 [batch_size], lane after lane.
+    def batch(self, epoch: int, number: int, batch_size: int, rows: range | None = None) -> np.ndarray:
+        """Return the samples of a batch, lane after lane: int64 [rows].
 
-        Batches of another size may go on in the middle of an epoch.
+        When the shortest lane is used up, the batches that are left take what the lanes have left, one after the other.
 
         Args:
             epoch: number of the epoch, from 0.
-            number: of the batch in the epoch, from 0, after `start`.
+            number: of the batch in the epoch, from 0.
             batch_size: samples of a batch, a multiple of `lanes`.
-            start: samples of the epoch that were used before, by batches of any size; a multiple of `lanes`.
+            rows: of the batch, a range of step 1; None: all of them.
 
         Raises:
             IndexError: the epoch has no such batch.
-            ValueError: the batch or the start is no multiple of the lanes.
+            ValueError: the batch is no multiple of the lanes.
         """
-        if not 0 <= number < self.num_batches(batch_size, start=start):
-            raise IndexError(f"batch {number} of {self.num_batches(batch_size, start=start)}")
-        if batch_size % self.lanes or start % self.lanes:
-            raise ValueError(f"batches of {batch_size} from {start} on do not divide by {self.lanes} lanes")
-        share, begin = batch_size // self.lanes, start // self.lanes
-        full = max(0, self.lane_size - begin) // share  # batches that all lanes can fill
-        if number < full:
-            positions = begin + number * share + np.arange(share, dtype=np.int64)
-            return np.concatenate([self.in_lane(epoch, lane, positions) for lane in range(self.lanes)])
-        positions = (number - full) * batch_size + np.arange(batch_size, dtype=np.int64)
-        return self._in_rest(epoch, begin + full * share, positions)
+        if not 0 <= number < self.num_batches(batch_size):
+            raise IndexError(f"batch {number} of {self.num_batches(batch_size)}")
+        if batch_size % self.lanes:
+            raise ValueError(f"batches of {batch_size} do not divide by {self.lanes} lanes")
+        rows = range(batch_size) if rows is None else rows
+        share = batch_size // self.lanes
+        full = self._shortest_lane // share  # batches that all lanes can fill
+        if number >= full:
+            positions = (number - full) * batch_size + np.arange(rows.start, rows.stop, dtype=np.int64)
+            return self._in_rest(epoch, full * share, positions)
+        parts = []
+        for lane in range(rows.start // share, -(-rows.stop // share)):
+            first = max(rows.start - lane * share, 0)
+            stop = min(rows.stop - lane * share, share)
+            parts.append(self.in_lane(epoch, lane, number * share + np.arange(first, stop, dtype=np.int64)))
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def lane_size(self, lane: int) -> int:
+        """Return the number of samples of a lane: of its blocks, which are dealt out in turn.
+
+        The samples after the last whole block are a shorter one, for the lane whose turn it is.
+        """
+        num_blocks, tail = divmod(self.size, self.block)
+        return self._num_blocks(lane) * self.block + (tail if lane == num_blocks % self.lanes else 0)
+
+    def _num_blocks(self, lane: int) -> int:
+        """Return the number of whole blocks of a lane."""
+        return -(-(self.size // self.block - lane) // self.lanes)
 
     @property
-    def lane_size(self) -> int:
-        """Number of samples of a lane; of a single one also the tail, the samples after the last whole block."""
-        return self.size if self.lanes == 1 else self.size // self.block // self.lanes * self.block
+    def _shortest_lane(self) -> int:
+        return min(self.lane_size(self.size // self.block % self.lanes), self.lane_size(self.lanes - 1))
 
     def in_lane(self, epoch: int, lane: int, positions: np.ndarray) -> np.ndarray:
-        """Return the samples at positions of a lane, from 0 to `lane_size` - 1: int64 [k]."""
+        """Return the samples at positions of a lane, from 0 to `lane_size(lane)` - 1: int64 [k]."""
         if self.block == 1:
             return self._block(epoch, lane + self.lanes * positions)
-        num_blocks, tail = divmod(self.size, self.block)
+        size, num_blocks = self.lane_size(lane), self._num_blocks(lane)
         shuffled = np.empty_like(positions)
         for window, chosen in _groups(positions // (self.window * self.block)):
             first = window * self.window * self.block
-            length = min(self.window * self.block, self.lane_size - first)
+            length = min(self.window * self.block, size - first)
             key = derive_key(self.seed, _WINDOW, epoch, lane, window)
             shuffled[chosen] = first + permute(positions[chosen] - first, length, key)
-        if self.lanes > 1 or not tail:
-            rank, offset = np.divmod(shuffled, self.block)
-            return self._block(epoch, lane + self.lanes * rank) * self.block + offset
-        before = derive_key(self.seed, _TAIL, epoch) % (num_blocks + 1) * self.block  # the tail stands there
+        tail = size - num_blocks * self.block
+        # The shorter block stands there.
+        before = derive_key(self.seed, _TAIL, epoch) % (num_blocks + 1) * self.block if tail else size
         in_tail = (shuffled >= before) & (shuffled < before + tail)
         rank, offset = np.divmod(np.where(shuffled < before, shuffled, shuffled - tail), self.block)
-        whole = self._block(epoch, np.where(in_tail, 0, rank)) if num_blocks else rank
-        return np.where(in_tail, num_blocks * self.block + shuffled - before, whole * self.block + offset)
+        if not num_blocks:
+            return self.size - tail + shuffled
+        whole = self._block(epoch, lane + self.lanes * np.where(in_tail, 0, rank))
+        return np.where(in_tail, self.size - tail + shuffled - before, whole * self.block + offset)
 
     def _in_rest(self, epoch: int, used: int, positions: np.ndarray) -> np.ndarray:
-        """Return the samples at positions of what the lanes leave, when so many of each are used."""
-        left = self.lane_size - used
-        num_blocks, tail = divmod(self.size, self.block)
-        num_spare = num_blocks % self.lanes if self.lanes > 1 else 0
-        length = self.size - self.lanes * used
-        place = permute(positions, length, derive_key(self.seed, _REST, epoch))
-        found = np.empty_like(place)
-        in_lanes = place < self.lanes * left
-        lanes = place // left if left else np.zeros_like(place)
-        for lane in range(self.lanes if left else 0):
-            chosen = in_lanes & (lanes == lane)
-            found[chosen] = self.in_lane(epoch, lane, used + place[chosen] - lane * left)
-        rank, offset = np.divmod(place - self.lanes * left, self.block)
-        spare = ~in_lanes & (rank < num_spare)
-        found[spare] = self._block(epoch, num_blocks - num_spare + rank[spare]) * self.block + offset[spare]
-        last = ~in_lanes & ~spare
-        found[last] = num_blocks * self.block + (place[last] - self.lanes * left - num_spare * self.block)
-        assert tail or not last.any()
+        """Return the samples at positions of what the lanes leave, in turn, when so many of each are used."""
+        ends = np.cumsum([self.lane_size(lane) - used for lane in range(self.lanes)])
+        lanes = np.searchsorted(ends, positions, side="right")
+        found = np.empty_like(positions)
+        for lane, chosen in _groups(lanes):
+            begin = ends[lane - 1] if lane else 0
+            found[chosen] = self.in_lane(epoch, lane, used + positions[chosen] - begin)
         return found
 
     def _block(self, epoch: int, ranks: np.ndarray) -> np.ndarray:
@@ -133,21 +139,16 @@ class BlockOrder:
         return permute(ranks, self.size // self.block, derive_key(self.seed, _BLOCKS, epoch))
 
 
-def blocks_of(samples: np.ndarray, size: int, block: int, shift: int = 0) -> np.ndarray:
+def blocks_of(samples: np.ndarray, size: int, block: int) -> np.ndarray:
     """Return the block in which each sample lies: int64 [k, 2], its first sample and its length.
 
     Args:
         samples: int64 [k], from 0 to size - 1.
-        size: number of all samples; a block that would go beyond is cut there.
-        block: length of a block.
-        shift: sample with which the first block begins; the last one goes on at sample 0, as a block of its own.
+        size: number of all samples.
+        block: length of a block; the last one may be shorter.
     """
-    place = (samples - shift) % size
-    start = place // block * block + shift
-    end = np.minimum(start + block, size + shift)
-    goes_on = place + shift >= size  # at sample 0
-    first = np.where(goes_on, np.maximum(start - size, 0), start)
-    return np.stack([first, np.where(goes_on, end - size, np.minimum(end, size)) - first], axis=-1)
+    first = samples // block * block
+    return np.stack([first, np.minimum(block, size - first)], axis=-1)
 
 
 def permute(items: np.ndarray, size: int, key: int) -> np.ndarray:
@@ -180,7 +181,7 @@ def derive_key(*parts: int) -> int:
     return key
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(4096)
 def _table(size: int, key: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         hashes = _mix(np.arange(size, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))

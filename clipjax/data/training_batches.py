@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ GOOD = -1
 
 _MAX_PROBES = 100  # bad samples in a row before giving up: nearly all of the data is unusable
 _AHEAD = 4  # batches whose blocks are asked for before they are needed
+_BEHIND = 16  # batches that other threads may still be making
 _AUGMENT_KEY = 16  # what a key is for, beside those of an order
 
 
@@ -228,7 +230,14 @@ class Batches:
         self._key = derive_key(config.seed, _AUGMENT_KEY)
         self._batch_size = config.global_batch_size
         self._reader = reader
-        self._announced: dict[int, int] = {}
+        self._placed: dict[int, dict[int, np.ndarray]] = {}  # by piece and position
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_placed": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def __len__(self) -> int:
         left_out = sum(last - first + 1 for first, last in self._share.left_out)
@@ -237,34 +246,30 @@ class Batches:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         position, piece = divmod(index, self._share.slices)
         batch, rows = batch_number(position, self._share.left_out), self._share.rows(piece)
-        indices = self._order.batch(batch)[rows.start : rows.stop].tolist()
-        take = self._read_ahead(position, piece)
+        placed = self._read_ahead(position, piece, batch)
         columns: dict[str, np.ndarray] = {}
-        for row, sample in enumerate(indices):
-            place = batch * self._batch_size + rows[row]  # the same for any number of processes
-            rng = np.random.Generator(np.random.Philox(key=np.array([self._key, place], np.uint64)))
-            pair = self._samples.get(sample, None if take is None else functools.partial(take, row))
+        for row, place in enumerate(placed.tolist()):
+            number = batch * self._batch_size + rows[row]  # the same for any number of processes
+            rng = np.random.Generator(np.random.Philox(key=np.array([self._key, number], np.uint64)))
+            take = None if self._reader is None else functools.partial(self._reader.take, *place)
+            pair = self._samples.get(place[0], take)
             for name, value in self._augment(pair, rng).items():
                 if not row:
                     columns[name] = np.empty((len(rows), *value.shape), value.dtype)
                 columns[name][row] = value
         return columns
 
-    def _read_ahead(self, position: int, piece: int) -> Callable[[int], Sample] | None:
-        """Begin to read the blocks of a piece and of the same piece of the next batches; return its samples by row."""
-        reader = self._reader
-        if reader is None:
-            return None
+    def _read_ahead(self, position: int, piece: int, batch: int) -> np.ndarray:
+        """Return the samples of a piece with their blocks, and begin to read the blocks of its next batches."""
         rows = self._share.rows(piece)
-
-        def blocks(at: int) -> np.ndarray:
-            batch = batch_number(at, self._share.left_out)
-            numbers = self._order.batch(batch)[rows.start : rows.stop, None]
-            return np.concatenate([numbers, self._order.blocks(batch)[rows.start : rows.stop]], axis=1)
-
-        first = self._announced.get(piece, position)
-        for at in range(max(first, position), position + _AHEAD + 1):
-            reader.announce(blocks(at)[:, 1:])
-        self._announced[piece] = position + _AHEAD + 1
-        own = blocks(position)
-        return lambda row: reader.take(*own[row].tolist())
+        if self._reader is None:
+            return self._order.placed(batch, rows)
+        with self._lock:
+            known = self._placed.setdefault(piece, {})
+            for at in range(position, position + _AHEAD + 1):
+                if at not in known:
+                    known[at] = self._order.placed(batch_number(at, self._share.left_out), rows)
+                    self._reader.announce(known[at][:, 1:])
+            for at in [at for at in known if at < position - _BEHIND]:
+                del known[at]
+            return known[position]

@@ -18,9 +18,9 @@ from clipjax.data.order import BlockOrder, blocks_of
 STORE_BLOCK = 64
 """Samples that one request reads from an object store, where a request takes as long as many samples."""
 
-_MOST_LANES = 64
-_SHARE = 8  # samples of a batch that a lane should give at least
-_AHEAD = 4  # batches among whose samples those of an object store are shuffled, at least
+_MOST_LANES = 256
+_SHARE = 32  # samples of a batch that a lane should give at least
+_AHEAD = 2  # batches among whose samples those of an object store are shuffled, at least
 _MIN_WINDOW = 4
 _LARGEST = 2**31
 
@@ -69,13 +69,15 @@ class MixtureFormat:
 
     Attributes:
         parts: formats of its sources, with the same number of lanes.
+        shards: numbers of shards of its sources, which tell the sources apart in the list of all digests.
     """
 
     parts: tuple[OrderFormat, ...]
+    shards: tuple[int, ...] = ()
 
     def to_record(self) -> dict[str, Any]:
         """Return the format as a JSON object."""
-        return {"parts": [part.to_record() for part in self.parts]}
+        return {"parts": [part.to_record() for part in self.parts], "shards": list(self.shards)}
 
 
 RunOrder = OrderFormat | MixtureFormat | None
@@ -97,10 +99,12 @@ def parse_order(record: Any) -> RunOrder:
         return None
     if not isinstance(record, Mapping) or "parts" not in record:
         return OrderFormat.from_record(record)
-    parts = record["parts"]
-    if len(record) > 1 or not isinstance(parts, list) or not parts:
-        raise ValueError(f"data.order={record!r} must be an object of parts, a list")
-    found = MixtureFormat(tuple(OrderFormat.from_record(part) for part in parts))
+    parts, shards = record["parts"], record.get("shards")
+    if record.keys() != {"parts", "shards"} or not isinstance(parts, list) or not parts:
+        raise ValueError(f"data.order={record!r} must be an object of parts, a list, and shards")
+    if not isinstance(shards, list) or any(type(count) is not int or count < 0 for count in shards):
+        raise ValueError(f"data.order.shards={shards!r} must be a list of whole numbers")
+    found = MixtureFormat(tuple(OrderFormat.from_record(part) for part in parts), tuple(shards))
     if len({part.lanes for part in found.parts}) > 1:
         raise ValueError(f"data.order={record!r} must have the same lanes in all parts")
     return found
@@ -109,12 +113,13 @@ def parse_order(record: Any) -> RunOrder:
 class TrainingOrder(Protocol):
     """The samples of each global batch."""
 
-    def batch(self, number: int) -> np.ndarray:
-        """Return the samples of a global batch, counted from 0 over all epochs: int64 [global_batch_size]."""
-        ...
+    def placed(self, number: int, rows: range | None = None) -> np.ndarray:
+        """Return samples of a global batch, each with the first sample and the length of its block: int64 [rows, 3].
 
-    def blocks(self, number: int) -> np.ndarray:
-        """Return the block of each sample of a global batch: int64 [global_batch_size, 2], first sample and length."""
+        Args:
+            number: of the batch, from 0 over all epochs.
+            rows: of the batch; None: all of them.
+        """
         ...
 
 
@@ -125,14 +130,11 @@ class _EndlessBlocks:
         self._order, self._batch_size = order, batch_size
         self._per_epoch = order.num_batches(batch_size)
 
-    def batch(self, number: int) -> np.ndarray:
-        """Return the samples of a global batch."""
+    def placed(self, number: int, rows: range | None = None) -> np.ndarray:
+        """Return samples of a global batch with their blocks."""
         epoch, in_epoch = divmod(number, self._per_epoch)
-        return self._order.batch(epoch, in_epoch, self._batch_size)
-
-    def blocks(self, number: int) -> np.ndarray:
-        """Return the block of each sample of a global batch."""
-        return blocks_of(self.batch(number), self._order.size, self._order.block)
+        samples = self._order.batch(epoch, in_epoch, self._batch_size, rows)
+        return _with_blocks(samples, self._order.size, self._order.block)
 
 
 class _GrainOrder:
@@ -142,14 +144,15 @@ class _GrainOrder:
         self._samples, self._size = shuffled_by_grain(range(size), config), size
         self._batch_size = config.global_batch_size
 
-    def batch(self, number: int) -> np.ndarray:
-        """Return the samples of a global batch."""
-        positions = range(number * self._batch_size, (number + 1) * self._batch_size)
-        return np.array([self._samples[position] for position in positions], np.int64)
+    def placed(self, number: int, rows: range | None = None) -> np.ndarray:
+        """Return samples of a global batch, each a block of its own."""
+        rows = range(self._batch_size) if rows is None else rows
+        samples = [self._samples[number * self._batch_size + row] for row in rows]
+        return _with_blocks(np.array(samples, np.int64), self._size, 1)
 
-    def blocks(self, number: int) -> np.ndarray:
-        """Return the block of each sample of a global batch: itself."""
-        return blocks_of(self.batch(number), self._size, 1)
+
+def _with_blocks(samples: np.ndarray, size: int, block: int) -> np.ndarray:
+    return np.column_stack([samples, blocks_of(samples, size, block)])
 
 
 def shuffled_by_grain(source: Any, config: Config) -> Any:
@@ -199,19 +202,23 @@ def make_order(sizes: Sequence[int], config: Config, order: RunOrder) -> Trainin
     return MixtureOrder(orders, weights, seed, batch_size)
 
 
-def choose_order(config: Config, is_remote: Sequence[bool]) -> OrderFormat | MixtureFormat:
+def choose_order(config: Config, sizes: Sequence[int], is_remote: Sequence[bool]) -> OrderFormat | MixtureFormat:
     """Return the order of a run that begins.
 
     Args:
         config: the run: its `data.order_block`, `data.mixture` and `global_batch_size`.
+        sizes: for each source, the number of its samples.
         is_remote: for each source, whether its samples lie in an object store.
     """
     blocks = [config.data.order_block or (STORE_BLOCK if remote else 1) for remote in is_remote]
     batch_size, lanes = config.global_batch_size, 1
     if max(blocks) > 1:
-        # Each process reads the blocks of its own lanes; the more lanes, the more processes can share a batch so.
-        fitting = (n for n in range(2, _MOST_LANES + 1) if batch_size % n == 0 and batch_size >= n * _SHARE)
-        lanes = max(fitting, default=1)
+        # Each worker of each process reads the blocks of its own lanes; every source has samples for all of them.
+        most = min(_MOST_LANES, *sizes, batch_size // _SHARE)
+        lanes = max((n for n in range(1, most + 1) if batch_size % n == 0), default=1)
+    if config.data.mixture or config.data.order_block is None:
+        # Of a small source, blocks are so short that each lane has some.
+        blocks = [max(1, min(block, size // (_MIN_WINDOW * lanes))) for block, size in zip(blocks, sizes, strict=True)]
     formats = [
         OrderFormat(block, max(_MIN_WINDOW, math.ceil(_AHEAD * batch_size / (lanes * block))), lanes)
         if block > 1

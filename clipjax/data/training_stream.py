@@ -9,6 +9,7 @@ import atexit
 import collections
 import contextlib
 import functools
+import logging
 import math
 import time
 import weakref
@@ -27,13 +28,22 @@ from clipjax.data.images import make_decoder, make_eval_transform
 from clipjax.data.mixture import sizes_of
 from clipjax.data.sample import NUM_COUNTERS, REASONS, Source, count_by_reason
 from clipjax.data.training_batches import GOOD, Augment, Batches, Share, TooManyBadSamples, substituted
-from clipjax.data.training_order import DISK_ORDER, RunOrder, batch_number, make_order, parts_of, shuffled_by_grain
+from clipjax.data.training_order import (
+    DISK_ORDER,
+    OrderFormat,
+    RunOrder,
+    batch_number,
+    make_order,
+    parts_of,
+    shuffled_by_grain,
+)
 from clipjax.data.workers import WorkersDie
 
 _JUDGED_READS = 1000  # the bad share of fewer samples says little
 _LATEST = 3
 _KEPT_WINDOWS = 3  # the one that is used, the one that is read ahead, and half used ones at the borders
 _SPARE_BLOCKS = 16
+_log = logging.getLogger(__name__)
 
 
 class _GrainBatches:
@@ -144,14 +154,13 @@ class TrainStream:
         if order is None:
             batches = _GrainBatches(samples, augment, config, share, process_count)
         else:
-            most = sum(part.window * part.lanes for part in blocks) // (process_count * self._slices)
             if blocks:
-                self._reader = BlockReader(source, _KEPT_WINDOWS * most + _SPARE_BLOCKS)
+                self._reader = BlockReader(source, _most_blocks(blocks, share, batch_size))
             numbers = make_order(sizes_of(source), config, order)
             batches = Batches(samples, augment, numbers, config, share=share, reader=self._reader)
         self._pieces = grain.MapDataset.source(batches)
         self._source, self._data, self._position = source, data, start_step
-        self._process_index, self._on_restart = process_index, on_restart
+        self._process_index, self._on_restart, self._left_out = process_index, on_restart, share.left_out
         self._max_restarts = config.recovery.max_worker_restarts
         self._latest: collections.deque[tuple[str, int]] = collections.deque(maxlen=_LATEST)
         self.wait_seconds = 0.0
@@ -248,6 +257,23 @@ class TrainStream:
 
 def _join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _most_blocks(parts: Sequence[OrderFormat], share: Share, batch_size: int) -> int:
+    """Return how many blocks a process keeps at most: some windows of each lane of which it reads rows."""
+    in_lane = batch_size // parts[0].lanes
+    pieces = [share.rows(piece) for piece in range(share.slices)]
+    lanes = sum(-(-rows.stop // in_lane) - rows.start // in_lane for rows in pieces)
+    readers = in_lane * share.slices // share.size
+    if readers > 1 and not share.process_index:
+        _log.warning(
+            "each block of samples is read by %d workers, as global_batch_size=%d gives %d lanes only; a batch size "
+            "with more divisors, or fewer data.num_workers, spares the store",
+            readers,
+            batch_size,
+            parts[0].lanes,
+        )
+    return _KEPT_WINDOWS * lanes * sum(part.window for part in parts) + _SPARE_BLOCKS
 
 
 def pair_groups(batch: Mapping[str, np.ndarray], same_pair: SamePair) -> np.ndarray | None:

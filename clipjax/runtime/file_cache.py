@@ -17,6 +17,7 @@ import pathlib
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ from clipjax.runtime.terminal import printable
 
 _PART_BYTES = 16 * 2**20
 _MAX_RECORD_BYTES = 2**16
+_FULL_SECONDS = 600.0  # till an object that has not fitted is tried again
 _LOOK_AGAIN_SECONDS = 30.0  # for a copy that another process makes
 
 
@@ -62,11 +64,11 @@ class FileCache:
         return CachedFile(place, open_file(place), self)
 
     def copy_later(self, file: "CachedFile") -> None:
-        """Let the thread that copies look after a file."""
+        """Let the thread that copies look after a file, unless it looks after one of the same object already."""
         with self._lock:
             if self._copier is None:
                 self._copier = _Copier(self.folder, self.max_bytes)
-        self._copier.jobs.put(file)
+        self._copier.ask(file)
 
 
 class CachedFile:
@@ -119,15 +121,30 @@ class _Copier:
 
     def __init__(self, folder: pathlib.Path, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes
-        self.jobs: queue.SimpleQueue[CachedFile] = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._began = time.time()
         self._verified: set[str] = set()
+        self._asked: dict[tuple[str, str], weakref.ref[CachedFile]] = {}
+        self._no_room: dict[tuple[str, str], float] = {}
         threading.Thread(target=self._run, daemon=True, name="copy-shards").start()
+
+    def ask(self, file: CachedFile) -> None:
+        """Look after a file when its turn comes; one of an object that has not fitted lately is left alone."""
+        key = (file.place, file.version)
+        if time.monotonic() < self._no_room.get(key, 0.0):
+            return
+        waiting = self._asked.get(key)
+        self._asked[key] = weakref.ref(file)  # the newest is the one that is read
+        if waiting is None:
+            self.jobs.put(key)
 
     def _run(self) -> None:
         told: set[str] = set()
         while True:
-            file = self.jobs.get()
+            reference = self._asked.pop(self.jobs.get(), None)
+            file = None if reference is None else reference()
+            if file is None:  # it is closed again
+                continue
             try:
                 self._look_after(file)
             except (FileChanged, FileNotFoundError):  # whoever reads it next is told
@@ -151,6 +168,7 @@ class _Copier:
             if digest is None or not self._is_whole(name, paths["copy"], digest):
                 if not self._make_room(file.size, name):
                     file.gives_up = True
+                    self._no_room[file.place, file.version] = time.monotonic() + _FULL_SECONDS
                     return
                 self._copy(file, paths)
             os.utime(paths["lock"])  # the copy itself stays as it is, for those who read it
@@ -160,26 +178,25 @@ class _Copier:
     def _is_whole(self, name: str, copy: pathlib.Path, digest: str) -> bool:
         if name in self._verified and copy.exists():
             return True
-        total = xxhash.xxh3_128()
         try:
-            with copy.open("rb", buffering=0) as file:
-                while part := file.read(_PART_BYTES):
-                    total.update(part)
+            return _digest(copy) == digest
         except FileNotFoundError:
             return False
-        return total.hexdigest() == digest
 
     def _copy(self, file: CachedFile, paths: dict[str, pathlib.Path]) -> None:
         total = xxhash.xxh3_128()
         paths["json"].unlink(missing_ok=True)
         try:
-            with paths["part"].open("wb", buffering=0) as part:
+            with paths["part"].open("wb") as part:
+                part.truncate(file.size)  # others see what it is going to take
                 for offset in range(0, file.size, _PART_BYTES):
                     content = file.read_object(offset, _PART_BYTES)
                     if len(content) != min(_PART_BYTES, file.size - offset):
                         raise OSError(errno.EIO, "the store gave a part of an object")
                     total.update(content)
                     part.write(content)
+            if _digest(paths["part"]) != total.hexdigest():
+                raise OSError(errno.EIO, "the disk gives other bytes than it was given")
             paths["part"].replace(paths["copy"])
         finally:
             paths["part"].unlink(missing_ok=True)
@@ -203,6 +220,15 @@ class _Copier:
                     path.unlink(missing_ok=True)  # who reads it keeps what is open
                     total -= each
         return total + size <= self._max_bytes
+
+
+def _digest(path: pathlib.Path) -> str:
+    """Return the digest of what lies in a file."""
+    total = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(_PART_BYTES):
+            total.update(part)
+    return total.hexdigest()
 
 
 def _recorded_digest(path: pathlib.Path, file: CachedFile) -> str | None:

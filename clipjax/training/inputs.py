@@ -1,6 +1,8 @@
 """Inputs of a run, opened and checked before a device is touched: data, tokenizer, evaluation tasks, first weights."""
 
-from collections.abc import Mapping
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -10,14 +12,14 @@ from clipjax.checkpoints.saved import SavedCheckpoint
 from clipjax.config import Config, LossKind, ModelConfig, TextTransformerConfig
 from clipjax.config.serialization import field_value
 from clipjax.config.validation import MEMORY_UNIT
-from clipjax.data.digests import find_order, from_record
+from clipjax.data.digests import ShardDigest, find_order, from_record
 from clipjax.data.filters import FilteredSource, unfiltered
 from clipjax.data.mixture import MixedSource, sizes_of
 from clipjax.data.sample import Source
 from clipjax.data.sources import build_training_source, recording_sources
 from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.data.tokenizers.protocol import Tokenizer
-from clipjax.data.training_order import DISK_ORDER, RunOrder, choose_order, make_order, parse_order
+from clipjax.data.training_order import DISK_ORDER, MixtureFormat, RunOrder, choose_order, make_order, parse_order
 from clipjax.data.webdataset import TarSource
 from clipjax.evals.runner import Task, build_tasks
 from clipjax.models.clip import abstract_params
@@ -123,11 +125,19 @@ def _find_run_order(config: Config, source: Source, saved: SavedCheckpoint | Non
     """
     if saved is None:
         parts = source.parts if isinstance(source, MixedSource) else (source,)
-        found = choose_order(config, [any(is_address(path) for path in part.files()) for part in parts])
+        found = choose_order(config, sizes_of(source), [any(map(is_address, part.files())) for part in parts])
     else:
         found = parse_order(saved.records["data"].get("order"))
     make_order(sizes_of(source), config, found)
-    return found
+    if not isinstance(source, MixedSource) or not isinstance(found, MixtureFormat):
+        return found
+    shards = _num_shards(source)
+    if saved is not None and shards != found.shards:
+        raise ValueError(
+            f"{config.data.shown_train}: its sources have {', '.join(map(str, shards))} shards, those of the run in "
+            f"the workdir had {', '.join(map(str, found.shards))}; each source must keep its own"
+        )
+    return dataclasses.replace(found, shards=shards)
 
 
 def _in_recorded_order(source: Source, saved: SavedCheckpoint | None) -> Source:
@@ -136,9 +146,25 @@ def _in_recorded_order(source: Source, saved: SavedCheckpoint | None) -> Source:
     Other shards are left as they are, for `check_same_run` to refuse.
     """
     recorded = None if saved is None else from_record(saved.records["data"].get("shards"))
-    if recorded is None or not isinstance(source, TarSource | FilteredSource):
+    if saved is None or recorded is None:
         return source
-    if not isinstance(unfiltered(source), TarSource):
+    if not isinstance(source, MixedSource):
+        return _reordered(source, recorded)
+    order = parse_order(saved.records["data"].get("order"))
+    if not isinstance(order, MixtureFormat) or _num_shards(source) != order.shards:
+        return source
+    ends = list(itertools.accumulate(order.shards, initial=0))
+    parts = zip(source.names, source.parts, itertools.pairwise(ends), strict=True)
+    return MixedSource({name: _reordered(part, recorded[begin:end]) for name, part, (begin, end) in parts})
+
+
+def _num_shards(source: MixedSource) -> tuple[int, ...]:
+    return tuple(len(part.digests()) for part in source.parts)
+
+
+def _reordered(source: Source, recorded: Sequence[ShardDigest]) -> Source:
+    """Return a source with its shards in a recorded order, if it is one of tars and they are the same."""
+    if not isinstance(source, TarSource | FilteredSource) or not isinstance(unfiltered(source), TarSource):
         return source
     order = find_order(recorded, source.digests())
     return source if order in (None, list(range(len(recorded)))) else source.reordered(order)

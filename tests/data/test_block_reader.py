@@ -9,13 +9,14 @@ import pytest
 
 from clipjax.config import Config, Crop
 from clipjax.data.augmentations import make_augmentations
-from clipjax.data.block_reader import BlockReader, read_block
+from clipjax.data.block_reader import BlockReader, _Block, read_block
 from clipjax.data.images import Decoder, EvalTransform
 from clipjax.data.mixture import MixedSource
 from clipjax.data.order import blocks_of
 from clipjax.data.sample import BadSample, Sample, Source
 from clipjax.data.training_batches import Augment, Batches, MixedSamples, Share, SubstitutedSamples, substituted
 from clipjax.data.training_order import MixtureFormat, OrderFormat, choose_order, make_order
+from clipjax.data.training_stream import _most_blocks
 from clipjax.data.webdataset import TarSource
 from tests.data.test_mixture import mixed_config
 from tests.data.test_training_stream import FLAWS, FlawedSource, assert_same, make_config, make_source, take, tokenize
@@ -70,27 +71,61 @@ def augment() -> Augment:
     return Augment(tokenize, EvalTransform(4), Crop.CENTER, 0.9, make_augmentations(Config()))
 
 
-@pytest.mark.parametrize(("size", "batch_size"), [(10**6, 4096), (64 * 4096, 512), (300_017, 1024)])
-def test_an_epoch_costs_a_request_a_block_whoever_reads_it(size, batch_size):
-    """4 processes of 4 workers, which share no memory: the bound is 1.1 requests a 64 samples."""
-    config = make_config(batch_size)
-    numbers = make_order((size,), config, choose_order(config, [True]))
-    used: set[tuple[int, int]] = set()  # worker and block
-    for step in range(size // batch_size):
-        blocks = numbers.blocks(step)[:, 0]
-        for process in range(4):
-            share = Share(batch_size // 4, process, 4)
-            for piece in range(4):
-                rows = share.rows(piece)
-                used |= {(4 * process + piece, block) for block in blocks[rows.start : rows.stop].tolist()}
-    assert len(used) <= 1.1 * size / 64
+class Announced(BlockReader):
+    """A reader that counts what it would read, and reads nothing."""
+
+    def __init__(self, most: int):
+        super().__init__(CountedBlocks(1), most)
+        self.requests = 0
+
+    def count(self, placed: np.ndarray, ahead: np.ndarray | None) -> None:
+        """Announce the blocks of a later batch, and take all samples of this one."""
+        for blocks in () if ahead is None else (ahead,):
+            for first, count in np.unique(blocks[:, 1:], axis=0).tolist():
+                self._find(first, count)
+        for _, first, count in placed.tolist():
+            block = self._find(first, count)
+            block.left -= 1
+            if not block.left:
+                self._blocks.pop((first, count), None)
+
+    def _find(self, first: int, count: int) -> _Block:
+        if (first, count) not in self._blocks:
+            self.requests += 1
+            self._blocks[first, count] = _Block(None, count)  # pyright: ignore[reportArgumentType]
+            while len(self._blocks) > self._most:
+                self._blocks.popitem(last=False)
+        return self._blocks[first, count]
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "processes", "workers"),
+    [(10**6, 4096, 4, 4), (64 * 4096, 512, 4, 4), (300_017, 1024, 4, 4), (10**6, 8192, 16, 8), (10**6, 4096, 1, 8)],
+)
+def test_an_epoch_costs_a_request_a_block_whoever_reads_it(size, batch_size, processes, workers):
+    """Processes of several workers, which share no memory: at most 1.1 requests a 64 samples, evictions included."""
+    config, ahead = make_config(batch_size), 4
+    order = choose_order(config, [size], [True])
+    assert isinstance(order, OrderFormat)
+    numbers, steps, requests = make_order((size,), config, order), size // batch_size, 0
+    some = range(processes) if processes < 8 else (0, 7)  # all are alike
+    for process in some:
+        share = Share(batch_size // processes, process, workers)
+        most = _most_blocks([order], share, batch_size)
+        for piece in range(workers):
+            reader, rows = Announced(most), share.rows(piece)
+            placed = [numbers.placed(step, rows) for step in range(steps)]
+            for step in range(steps):
+                reader.count(placed[step], placed[step + ahead] if step + ahead < steps else None)
+            requests += reader.requests
+    assert requests <= 1.1 * size / 64 * len(some) / processes
 
 
 @pytest.mark.parametrize("most", [200, 10**6])
 def test_workers_read_their_blocks_once(most):
     size, batch_size, ahead = 64 * 128, 256, 4
     config = make_config(batch_size)
-    numbers = make_order((size,), config, choose_order(config, [True]))
+    numbers = make_order((size,), config, choose_order(config, [size], [True]))
     steps, seen = size // batch_size - ahead - 1, collections.Counter()
     for process in range(2):
         for piece in range(2):
@@ -146,13 +181,11 @@ def test_a_mixture_is_read_in_blocks_too():
 
 @pytest.mark.parametrize(("size", "block"), [(43, 4), (17, 2), (8, 8), (7, 8), (1, 3), (64, 1)])
 def test_blocks_cover_every_sample_once(size, block):
-    samples = np.arange(size)
-    for shift in range(size):
-        found = blocks_of(samples, size, block, shift)
-        assert ((found[:, 0] <= samples) & (samples < found.sum(axis=1))).all()
-        spans = sorted({tuple(row) for row in found.tolist()})
-        assert [i for first, count in spans for i in range(first, first + count)] == list(range(size))
-        assert all(count <= block for _, count in spans) and len(spans) <= -(-size // block) + 1
+    found = blocks_of(np.arange(size), size, block)
+    spans = sorted({tuple(row) for row in found.tolist()})
+    assert [i for first, count in spans for i in range(first, first + count)] == list(range(size))
+    assert all(first <= sample < first + count for sample, (first, count) in enumerate(found.tolist()))
+    assert all(count <= block for _, count in spans) and len(spans) == -(-size // block)
 
 
 @pytest.mark.process

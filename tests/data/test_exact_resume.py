@@ -18,6 +18,7 @@ from PIL import Image
 
 from clipjax.config import Config, DataConfig, MixtureSource, ModelConfig, ViTConfig
 from clipjax.data.array_records import write_array_records
+from clipjax.data.mixture import sizes_of
 from clipjax.data.sample import Source
 from clipjax.data.sources import build_training_source
 from clipjax.data.training_order import choose_order
@@ -133,7 +134,7 @@ def make_config(data: DataConfig) -> Config:
 def open_source(config: Config) -> tuple[Source, object]:
     source = build_training_source(config.data)
     parts = getattr(source, "parts", (source,))
-    return source, choose_order(config, [any(map(is_address, part.files())) for part in parts])
+    return source, choose_order(config, sizes_of(source), [any(map(is_address, part.files())) for part in parts])
 
 
 def read(config: Config, start: int, count: int, processes: int = 1) -> list[tuple[list[str], bytes]]:

@@ -374,7 +374,7 @@ def test_a_stream_gives_kept_samples_once_an_epoch_and_goes_on_exactly(tmp_path,
 
     whole = take(12)
     in_order = make_order((len(source),), config, order)
-    assert whole == [[source[int(i)].key for i in in_order.batch(number)] for number in range(12)]
+    assert whole == [[source[int(i)].key for i in in_order.placed(number)[:, 0]] for number in range(12)]
     epoch = [key for batch in whole[: len(source) // 4] for key in batch]
     assert len(set(epoch)) == len(epoch) and set(epoch) <= set(expected_keys())
     assert take(5, start=7) == whole[7:]

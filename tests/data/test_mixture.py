@@ -75,6 +75,10 @@ FORMATS = [
 every_order = pytest.mark.parametrize("order", FORMATS, ids=str)
 
 
+def samples_of(mixture: MixtureOrder, number: int) -> np.ndarray:
+    return mixture.placed(number)[:, 0]
+
+
 def orders(order: MixtureFormat, sizes, seed: int = 3) -> list[BlockOrder]:
     parts = zip(sizes, order.parts, strict=True)
     return [BlockOrder(size, seed + i, **part.to_record()) for i, (size, part) in enumerate(parts)]
@@ -86,7 +90,7 @@ def test_a_batch_has_its_share_of_each_source(order):
     seen = [0, 0]
     for number in range(120):
         assert mixture.counts(number) == seen
-        batch = mixture.batch(number)
+        batch = samples_of(mixture, number)
         assert batch.dtype == np.int64 and batch.shape == (8,) and batch.min() >= 0 and batch.max() < 60
         seen = [seen[0] + int((batch < 43).sum()), seen[1] + int((batch >= 43).sum())]
     assert abs(seen[0] - 0.75 * 960) <= 2 * order.parts[0].lanes and sum(seen) == 960
@@ -97,33 +101,42 @@ def test_a_source_gives_each_sample_once_an_epoch_of_its_own(order):
     mixture = MixtureOrder(orders(order, (43, 17)), (3, 1), 3, 8)
     seen = np.zeros(60, np.int64)
     for number in range(120):
-        np.add.at(seen, mixture.batch(number), 1)
+        np.add.at(seen, samples_of(mixture, number), 1)
         for given, counts in zip(mixture.counts(number + 1), (seen[:43], seen[43:]), strict=True):
             assert counts.sum() == given and set(counts) <= {given // len(counts), given // len(counts) + 1}
 
 
 @pytest.mark.parametrize("order", FORMATS[2:], ids=str)
 def test_a_lane_gives_no_sample_twice_an_epoch_and_every_sample_in_some(order):
-    """Blocks that do not divide by the lanes, and samples that fill no block, are left out of an epoch in turn."""
+    """Each lane has epochs of its own; those of one number hold every sample once, whoever is ahead."""
     sizes, lanes = (43, 17), order.parts[0].lanes
     parts = orders(order, sizes)
     mixture = MixtureOrder(parts, (3, 1), 3, lanes)  # one of each lane at a time, so that they come in their order
     streams: list[tuple[list[int], list[int]]] = [([], []) for _ in range(lanes)]
-    for number in range(3000):
-        for lane, index in enumerate(mixture.batch(number).tolist()):
+    for number in range(1000):
+        for lane, index in enumerate(samples_of(mixture, number).tolist()):
             streams[lane][index >= 43].append(index if index < 43 else index - 43)
     for part, (size, block_order) in enumerate(zip(sizes, parts, strict=True)):
-        n = block_order.lane_size
-        epochs = [[stream[part][i : i + n] for i in range(0, len(stream[part]) - n + 1, n)] for stream in streams]
-        assert n * lanes > size - lanes * block_order.block
-        for of_epoch in zip(*epochs, strict=False):
-            assert len(set(itertools.chain(*of_epoch))) == n * lanes
-        assert set(itertools.chain(*(stream[part] for stream in streams))) == set(range(size))
+        ends = [block_order.lane_size(lane) for lane in range(lanes)]
+        for epoch in range(10):
+            spans = [stream[part][epoch * n : epoch * n + n] for stream, n in zip(streams, ends, strict=True)]
+            assert sorted(itertools.chain(*spans)) == list(range(size))
+
+
+@pytest.mark.parametrize("order", FORMATS, ids=str)
+def test_rows_are_a_cut_of_the_batch_and_lie_in_their_blocks(order):
+    mixture = MixtureOrder(orders(order, (43, 17)), (3, 1), 3, 8)
+    for number in range(40):
+        whole = mixture.placed(number)
+        for begin, end in ((0, 8), (2, 5), (3, 3), (7, 8)):
+            np.testing.assert_array_equal(mixture.placed(number, range(begin, end)), whole[begin:end])
+        sample, first, length = whole.T
+        assert ((first <= sample) & (sample < first + length)).all() and ((first < 43) == (first + length <= 43)).all()
 
 
 def test_neighbours_in_a_batch_come_from_all_sources():
     mixture = MixtureOrder(orders(FORMATS[0], (1000, 1000)), (1, 1), 3, 64)
-    halves = [(mixture.batch(number)[:32] < 1000).sum() for number in range(200)]
+    halves = [(samples_of(mixture, number)[:32] < 1000).sum() for number in range(200)]
     assert 15.5 < np.mean(halves) < 16.5  # the mean of 200; its standard deviation is 0.14
     assert np.std(halves) > 1  # and not one after the other
 
@@ -188,6 +201,9 @@ def test_a_format_is_its_record(order):
 @pytest.mark.parametrize(
     "record",
     [
+        {"parts": [DISK_ORDER.to_record()]},
+        {"parts": [DISK_ORDER.to_record()], "shards": [1.0]},
+        {"parts": [DISK_ORDER.to_record()], "shards": 1},
         {"parts": []},
         {"parts": {}},
         {"parts": [{}]},
@@ -203,18 +219,28 @@ def test_a_damaged_record_is_refused(record):
 
 def test_one_source_of_a_store_gives_all_of_them_lanes():
     config = mixed_config(4096, a=1, b=1)
-    assert choose_order(config, [False, False]) == MixtureFormat((DISK_ORDER, DISK_ORDER))
-    mixed = choose_order(config, [True, False])
+    assert choose_order(config, (10**6, 10**6), [False, False]) == MixtureFormat((DISK_ORDER, DISK_ORDER))
+    mixed = choose_order(config, (10**6, 10**6), [True, False])
     assert isinstance(mixed, MixtureFormat)
-    assert [part.block for part in mixed.parts] == [64, 1] and {part.lanes for part in mixed.parts} == {64}
+    assert [part.block for part in mixed.parts] == [64, 1] and {part.lanes for part in mixed.parts} == {128}
 
 
 def test_sources_that_do_not_fit_the_order_are_refused():
     config = mixed_config(8, a=1, b=1)
     with pytest.raises(ValueError, match="begun with 2 sources, and now there are 3"):
         make_order((40, 40, 40), config, FORMATS[0])
-    with pytest.raises(ValueError, match="a source of 15 samples is too small for the 4 lanes .*data.order_block=1"):
-        make_order((15, 40), config, FORMATS[3])
+    message = "source 1 of data.mixture, sorted by name, has 3 samples, too few for the 4 lanes"
+    with pytest.raises(ValueError, match=message):
+        make_order((3, 40), config, FORMATS[3])
+
+
+@pytest.mark.parametrize("sizes", [(10**6, 3000), (10**6, 70), (10**6, 5), (64, 1), (130, 127)])
+def test_a_small_source_beside_a_large_one_has_samples_for_all_lanes(sizes):
+    config = mixed_config(512, a=1, b=1)
+    for is_remote in ((True, True), (True, False), (False, True)):
+        order = choose_order(config, sizes, is_remote)
+        placed = make_order(sizes, config, order).placed(7)
+        assert len(placed) == 512 and placed[:, 0].max() < sum(sizes)
 
 
 def test_every_reason_has_a_counter():

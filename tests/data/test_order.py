@@ -19,10 +19,11 @@ def slow_lane(order: BlockOrder, epoch: int, lane: int) -> list[int]:
     n, b = order.size, order.block
     count, tail = divmod(n, b)
     pi = permutation(count, order.seed, 0, epoch)
-    ranks = list(range(lane, count // order.lanes * order.lanes, order.lanes))
+    ranks = list(range(lane, count, order.lanes))
     stream = [[b * pi[rank] + i for i in range(b)] for rank in ranks]
-    if order.lanes == 1 and tail:
-        stream.insert(derive_key(order.seed, 1, epoch) % (count + 1), [b * count + i for i in range(tail)])
+    if tail and lane == count % order.lanes:  # it is dealt out as one more block
+        place = derive_key(order.seed, 1, epoch) % (len(ranks) + 1)
+        stream.insert(place, [b * count + i for i in range(tail)])
     samples = list(itertools.chain.from_iterable(stream))
     if b == 1:
         return samples
@@ -36,7 +37,7 @@ def slow_lane(order: BlockOrder, epoch: int, lane: int) -> list[int]:
 
 def slow_epoch(order: BlockOrder, epoch: int, batch_size: int) -> list[list[int]]:
     """All batches of an epoch."""
-    n, b, lanes = order.size, order.block, order.lanes
+    lanes = order.lanes
     streams = [slow_lane(order, epoch, lane) for lane in range(lanes)]
     share = batch_size // lanes
     full = min(map(len, streams)) // share
@@ -45,13 +46,6 @@ def slow_epoch(order: BlockOrder, epoch: int, batch_size: int) -> list[list[int]
         for t in range(full)
     ]
     rest = list(itertools.chain.from_iterable(stream[full * share :] for stream in streams))
-    if lanes > 1:
-        count = n // b
-        pi = permutation(count, order.seed, 0, epoch)
-        for rank in range(count // lanes * lanes, count):
-            rest += [b * pi[rank] + i for i in range(b)]
-        rest += range(b * count, n)
-    rest = [rest[q] for q in permutation(len(rest), order.seed, 3, epoch)]
     return batches + [rest[i : i + batch_size] for i in range(0, len(rest) - batch_size + 1, batch_size)]
 
 
@@ -87,13 +81,18 @@ def test_what_an_epoch_drops_changes(lanes):
     assert len(set().union(*dropped)) >= 12
 
 
-def test_batches_of_another_size_go_on_in_the_middle_of_an_epoch():
-    for lanes in (1, 4):
-        order = BlockOrder(5000, 3, block=16, window=3, lanes=lanes)
-        before = [order.batch(2, number, 40) for number in range(30)]
-        after = [order.batch(2, number, 64, start=1200) for number in range(order.num_batches(64, start=1200))]
-        samples = np.concatenate(before + after)
-        assert len(np.unique(samples)) == len(samples) == 1200 + 3800 // 64 * 64
+@pytest.mark.parametrize("seed", range(60))
+def test_rows_of_a_batch_are_a_cut_of_it_and_lanes_cover_all_samples(seed):
+    rng = random.Random(1000 + seed)
+    order, batch_size = draw(rng)
+    for number in range(order.num_batches(batch_size)):
+        whole = order.batch(3, number, batch_size)
+        begin, end = sorted(rng.choices(range(batch_size + 1), k=2))
+        np.testing.assert_array_equal(order.batch(3, number, batch_size, range(begin, end)), whole[begin:end])
+    sizes = [order.lane_size(lane) for lane in range(order.lanes)]
+    assert sum(sizes) == order.size and order._shortest_lane == min(sizes) and max(sizes) - min(sizes) <= order.block
+    found = [order.in_lane(3, lane, np.arange(size)) for lane, size in enumerate(sizes)]
+    assert sorted(np.concatenate(found).tolist()) == list(range(order.size))
 
 
 def test_a_batch_that_is_not_there_and_lanes_that_do_not_fit_are_refused():
@@ -101,7 +100,7 @@ def test_a_batch_that_is_not_there_and_lanes_that_do_not_fit_are_refused():
     for number in (-1, 12):
         with pytest.raises(IndexError):
             order.batch(0, number, 8)
-    with pytest.raises(ValueError, match="batches of 6 from 0 on do not divide by 4 lanes"):
+    with pytest.raises(ValueError, match="batches of 6 do not divide by 4 lanes"):
         order.batch(0, 0, 6)
     with pytest.raises(ValueError, match="window=0 of an order must be 1 or more"):
         BlockOrder(100, 0, window=0)

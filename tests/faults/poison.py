@@ -30,7 +30,7 @@ def install(kind: str, poisoned: frozenset[int]) -> None:
 
     def read_marked(self: Any) -> Any:
         batch = read(self)
-        if batch_number(self._position, self._share._source._left_out) in poisoned:
+        if batch_number(self._position, self._left_out) in poisoned:
             if kind == "unusable":
                 if self._process_index == 1:
                     raise NoUsableSample("100 samples in a row are unusable")

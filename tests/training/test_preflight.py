@@ -395,7 +395,7 @@ def test_the_parts_of_a_mixture_may_move_and_their_weights_stay(tmp_path):
     assert begun.source.location(0).startswith("a: shard ") and sorted(begun.sources) == sorted(
         [first, f"{tmp_path}/b.tar"]
     )
-    assert begun.order == MixtureFormat((DISK_ORDER, DISK_ORDER))
+    assert begun.order == MixtureFormat((DISK_ORDER, DISK_ORDER), (1, 1))
     record = {
         "num_samples": len(begun.source),
         "shards": json.loads(json.dumps([list(shard) for shard in begun.source.digests()])),
@@ -424,3 +424,33 @@ def test_the_parts_of_a_mixture_may_move_and_their_weights_stay(tmp_path):
     config.data.mixture["b"].source = f"{tmp_path}/nothing.tar"
     with pytest.raises(ValueError, match=r"^data.mixture.b: .*match no file"):
         open_inputs(config)
+
+
+def test_shards_stay_with_their_source_of_a_mixture(tmp_path):
+    """In any order inside one; but between two, the same shards in the same order would be another mixture."""
+    config = dataclasses.replace(make_config(tmp_path), eval=EvalConfig())
+    for name in "xyz":
+        write(tmp_path / f"{name}.tar", [member for i in range(12) for member in pair(f"{name}{i}")])
+    config.data.train, config.loss.same_pair = "", SamePair.INDEX
+
+    def mixture(first: str, second: str) -> None:
+        config.data.mixture = {
+            "a": MixtureSource(source=f"{tmp_path}/{first}.tar"),
+            "b": MixtureSource(source=f"{tmp_path}/{second}.tar"),
+        }
+
+    mixture("x", "{y,z}")
+    begun = open_inputs(config)
+    assert begun.order is not None
+    shards = json.loads(json.dumps([list(shard) for shard in begun.source.digests()]))
+    record = {"num_samples": 36, "shards": shards, "order": begun.order.to_record()}
+    saved = make_saved(copy.deepcopy(config), record)
+    mixture("x", "{z,y}")
+    again = open_inputs(config, saved)
+    check_same_run(saved, config, again)
+    assert [again.source.location(i) for i in range(36)] == [begun.source.location(i) for i in range(36)]
+    mixture("{x,y}", "z")
+    with pytest.raises(
+        ValueError, match="sources have 2, 1 shards, those of the run in the workdir had 1, 2; each source"
+    ):
+        open_inputs(config, saved)
