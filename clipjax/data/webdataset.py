@@ -35,6 +35,7 @@ from clipjax.data.tar_ranges import members_between, quick_sample, sample_in, wi
 from clipjax.data.tar_samples import Limits, assemble, keep_needed, read_all, read_members, slices
 from clipjax.data.unused_members import require_samples, tell_unused
 from clipjax.runtime.file_cache import FileCache
+from clipjax.runtime.objects import Listed
 from clipjax.runtime.storage import FileChanged, OpenFile, is_address, open_file
 from clipjax.runtime.terminal import printable
 
@@ -64,6 +65,7 @@ def _open_shard(
     *,
     stamp: int,
     limits: Limits,
+    listed: Listed | None = None,
 ) -> "_Shard":
     """Open a shard.
 
@@ -74,12 +76,13 @@ def _open_shard(
         place: of its index.
         stamp: of the shard when the source was opened.
         limits: of the members.
+        listed: size and version of a shard in a store.
 
     Raises:
         OSError: it cannot be read, or is another one.
         ValueError: its index is gone, and it is no tar any more.
     """
-    file = open_file(path) if cache is None or not is_address(path) else cache.open(path)
+    file = open_file(path, listed) if cache is None or not is_address(path) else cache.open(path, listed)
     if _stamp(file) != stamp:
         raise _changed(path)
     try:
@@ -244,6 +247,12 @@ class TarSource:
         self._places = [entry.place for entry in entries]
         self._first = list(itertools.accumulate((header.count for header in headers), initial=0))
         self._stamps = np.array([_stamp(header) for header in headers], np.uint64)
+        # Of shards in stores, so that opening one again asks for nothing.
+        self._listed = {
+            path: Listed(header.size, header.version)
+            for path, header in zip(self._paths, headers, strict=True)
+            if is_address(path)
+        }
         self._open = _make_opener(cache)
         self._digests: list[ShardDigest] | None = None
         if all(header.holds_digest(self._limits.image) for header in headers):
@@ -302,7 +311,13 @@ class TarSource:
         return shard, int(index) - self._first[shard]
 
     def _shard(self, shard: int) -> _Shard:
-        return self._open(self._paths[shard], self._places[shard], stamp=self._stamps[shard], limits=self._limits)
+        return self._open(
+            self._paths[shard],
+            self._places[shard],
+            stamp=self._stamps[shard],
+            limits=self._limits,
+            listed=self._listed.get(self._paths[shard]),
+        )
 
     def location(self, index: int) -> str:
         """Return the shard and the key."""

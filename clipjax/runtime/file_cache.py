@@ -25,6 +25,7 @@ import xxhash
 
 from clipjax.runtime import process_log
 from clipjax.runtime.files import read_bounded, write_atomic
+from clipjax.runtime.objects import Listed
 from clipjax.runtime.storage import FileChanged, OpenFile, open_file
 from clipjax.runtime.terminal import printable
 
@@ -55,13 +56,17 @@ class FileCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
 
-    def open(self, place: str) -> OpenFile:
+    def open(self, place: str, listed: Listed | None = None) -> OpenFile:
         """Open an object, or its copy where there is one.
+
+        Args:
+            place: its address.
+            listed: size and version of the object, where they are known.
 
         Raises:
             OSError: it cannot be opened.
         """
-        return CachedFile(place, open_file(place), self)
+        return CachedFile(place, open_file(place, listed), self)
 
     def copy_later(self, file: "CachedFile") -> None:
         """Let the thread that copies look after a file, unless it looks after one of the same object already."""

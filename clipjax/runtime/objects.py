@@ -53,6 +53,7 @@ class ObjectFile:
 
     Args:
         place: its address.
+        listed: size and version of the object, where they are known; it is not asked for then.
 
     Attributes:
         size: bytes of the object when it was opened.
@@ -64,15 +65,18 @@ class ObjectFile:
         ValueError: nothing here opens such an address.
     """
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, listed: Listed | None = None) -> None:
         import obstore
 
         self._place = place
+        if listed is not None:
+            self.size, self.version = listed.size, listed.version
+            return
         try:
             about = obstore.head(*locate(place))
         except Exception as error:
             raise explain(error, place) from error
-        self.size: int = about["size"]
+        self.size = int(about["size"])
         self.version = _version(about)
 
     def read(self, offset: int, size: int) -> bytes:

@@ -45,18 +45,19 @@ class OpenFile(Protocol):
         ...
 
 
-def open_file(place: str) -> OpenFile:
+def open_file(place: str, listed: objects.Listed | None = None) -> OpenFile:
     """Open a file for reading.
 
     Args:
         place: path, or address of an object.
+        listed: size and version of an object, where they are known: a read finds out whether it still has them.
 
     Raises:
         FileNotFoundError: there is none.
         OSError: it cannot be opened.
         ValueError: the place is an address that nothing here opens.
     """
-    return objects.ObjectFile(place) if is_address(place) else _LocalFile(place)
+    return objects.ObjectFile(place, listed) if is_address(place) else _LocalFile(place)
 
 
 def require_writable(place: pathlib.Path | str, option: str) -> None:
