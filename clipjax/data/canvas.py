@@ -45,7 +45,7 @@ class CanvasTransform:
             the box in pixels of the canvas, height and width of the picture on it, 1 for a mirrored picture.
         """
         if self.crop is Crop.RANDOM_RESIZED:
-            box: tuple[float, float, float, float] = crop_box(*image.shape[:2], self.min_area, rng)
+            box: tuple[float, float, float, float] = crop_box(image.shape[0], image.shape[1], self.min_area, rng)
         else:
             image, box = self.view.find_box(image)
         flip = happens(self.horizontal_flip, rng)
