@@ -12,7 +12,7 @@ from clipjax.data import hash_store
 from clipjax.data.duplicates import find_duplicates
 from clipjax.data.hash_store import hash_places, hash_source
 from clipjax.data.hash_workers import Hasher, SourceSpec
-from clipjax.data.near_pairs import join_groups, near_pairs
+from clipjax.data.near_pairs import find_groups, join_groups, near_pairs
 from clipjax.data.picture_hash import hash_picture
 from clipjax.data.picture_rows import USABLE, PictureHashes, hash_rows
 from clipjax.data.sample import REASONS
@@ -123,7 +123,7 @@ def test_groups_are_those_of_a_plain_union_find():
     for one, other in zip(first.tolist(), second.tolist(), strict=True):
         low, high = sorted((root(one), root(other)))
         parent[high] = low
-    assert labels.tolist() == [root(i) for i in range(300)]
+    assert find_groups(labels, np.arange(300)).tolist() == [root(i) for i in range(300)]
 
 
 def hashes_of(*values: int | None) -> PictureHashes:
