@@ -15,7 +15,7 @@ from clipjax.data.picture_hash import BITS
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Numbers of the first and second hashes (the first is smaller), and the bits in which they differ."""
 
-_MOST_WAITING = 2**20  # pairs of a part
+_MOST_WAITING = 2**20  # pairs of a part, and of comparisons at once
 _MOST_SPARE = 4  # bands that must agree
 _FEW = 64  # hashes of a bucket that are compared with each other without further banding
 _SORT_COST = 10.0  # of one hash, in comparisons
@@ -76,7 +76,7 @@ def _search(hashes: np.ndarray, numbers: np.ndarray, distance: int, depth: int) 
     varying = int(np.bitwise_or.reduce(values) ^ np.bitwise_and.reduce(values))
     banding = _choose_banding(len(numbers), distance, [bit for bit in range(BITS) if varying >> bit & 1])
     if banding is None:
-        yield from _compare(hashes, numbers, np.zeros(len(numbers), np.uint64), distance)
+        yield from _compare_all(values, numbers, distance)
         return
     for choice in banding.choices():
         mask = banding.mask(choice)
@@ -124,6 +124,17 @@ def _compare(
                 waiting, count = [], 0
     if waiting:
         yield _join(waiting)
+
+
+def _compare_all(values: np.ndarray, members: np.ndarray, distance: int) -> Iterator[Pairs]:
+    """Compare all with all, a few rows at once."""
+    rows = max(1, _MOST_WAITING // len(values))
+    for start in range(0, len(values), rows):
+        apart = np.bitwise_count(values[start : start + rows, None] ^ values[None, start:])
+        one, other = np.nonzero(np.triu(apart <= distance, 1))
+        if len(one):
+            pair = members[start + one], members[start + other]
+            yield np.minimum(*pair), np.maximum(*pair), apart[one, other]
 
 
 def _join(parts: Sequence[Pairs]) -> Pairs:
