@@ -194,6 +194,26 @@ def test_hashes_are_kept_until_the_shard_changes(shard, monkeypatch):
     assert len(hash_all(shard).values) == 7
 
 
+def test_a_search_that_was_stopped_goes_on_with_the_next_shard(tmp_path, monkeypatch):
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", 3)
+    spec = SourceSpec(source=f"{tmp_path}/[ab].tar")
+    hashed: list[range] = []
+
+    def stopped(source, rows: range) -> PictureHashes:
+        hashed.append(rows)
+        if len(hashed) == 2:
+            raise KeyboardInterrupt
+        return hash_rows(source, rows)
+
+    monkeypatch.setattr(hash_store, "hash_rows", stopped)
+    told: list[tuple[int, int]] = []
+    with pytest.raises(KeyboardInterrupt):
+        hash_source(spec, spec.open(), num_workers=1, progress=lambda done, total: told.append((done, total)))
+    assert len(hash_source(spec, spec.open(), num_workers=1, progress=lambda *counts: told.append(counts)).values) == 6
+    assert hashed == [range(3), range(3, 6), range(3, 6)] and told == [(3, 6), (3, 3)]
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b[:-3] + b"???", lambda b: b""])
 def test_a_damaged_file_of_hashes_is_made_anew(shard, damage):
     first = hash_all(shard)
