@@ -223,6 +223,14 @@ def test_a_damaged_file_of_hashes_is_made_anew(shard, damage):
     assert place.read_bytes() == content
 
 
+@pytest.mark.parametrize("reason", [-2, 100])
+def test_a_reason_that_does_not_exist_is_not_believed(shard, reason):
+    first = hash_all(shard)
+    (part,) = hash_store.shards_of(SourceSpec(source=str(shard)).open())
+    hash_store._write(part, PictureHashes(first.values + np.uint64(1), np.full(5, reason, np.int8)))
+    np.testing.assert_array_equal(hash_all(shard).values, first.values)
+
+
 def test_hashes_of_another_formula_are_not_used(shard, monkeypatch):
     hash_all(shard)
     monkeypatch.setattr(hash_store, "HASH_FORMAT", "other")
