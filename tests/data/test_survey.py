@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.data.contact_sheet import TILES, _font, _wrap, draw_sheet
+from clipjax.data.contact_sheet import TILES, draw_sheet, font, wrap
 from clipjax.data.images import Decoder
 from clipjax.data.sources import ArraySource
 from clipjax.data.survey import survey
@@ -102,16 +102,16 @@ def test_odd_shapes_have_tiles(shape):
 
 
 def test_texts_are_wrapped():
-    font = _font(12)
-    assert _wrap("a bird", font, 176, 5) == ["a bird"]
-    assert _wrap("", font, 176, 5) == [""]
-    lines = _wrap("word " * 200, font, 176, 5)
-    assert len(lines) == 5 and lines[-1].endswith("…") and all(font.getlength(line) <= 176 for line in lines)
+    plain = font(12)
+    assert wrap("a bird", plain, 176, 5) == ["a bird"]
+    assert wrap("", plain, 176, 5) == [""]
+    lines = wrap("word " * 200, plain, 176, 5)
+    assert len(lines) == 5 and lines[-1].endswith("…") and all(plain.getlength(line) <= 176 for line in lines)
     assert all(not line.startswith(" ") for line in lines)
-    lines = _wrap("x" * 3000, font, 176, 3)
-    assert len(lines) == 3 and all(font.getlength(line) <= 176 for line in lines)
+    lines = wrap("x" * 3000, plain, 176, 3)
+    assert len(lines) == 3 and all(plain.getlength(line) <= 176 for line in lines)
     text = "it is all here, word by word, in several lines of the sheet"
-    assert " ".join(_wrap(text, font, 176, 9)) == text
+    assert " ".join(wrap(text, plain, 176, 9)) == text
 
 
 def test_captions_of_others_cannot_break_a_sheet():
