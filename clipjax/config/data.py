@@ -115,7 +115,7 @@ class DataConfig:
     resize: Resize = Resize.SHORTER_SIDE  # in evaluation, and in training with crop=center
     interpolation: Interpolation = Interpolation.BICUBIC
     resize_on: ResizeOn = ResizeOn.HOST
-    canvas_size: int = bounded(320, POSITIVE)  # side of what resize_on=device sends; larger parts are reduced before
+    canvas_size: int = bounded(384, POSITIVE)  # side of what resize_on=device sends; larger parts are reduced before
     background: tuple[int, int, int] | None = bounded(None, COLOUR)  # red, green, blue behind alpha; None: drop alpha
     exif_orientation: bool = False  # turn pictures as their EXIF data says, which CLIP's reference ignores
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.data.near_pairs import join_groups, near_pairs
+from clipjax.data.near_pairs import find_groups, join_groups, near_pairs
 from clipjax.data.picture_rows import USABLE, PictureHashes
 
 MAX_DISTANCE = 12
@@ -140,7 +140,7 @@ class _Search:
 
     def finish(self) -> Duplicates:
         """Return all that was found."""
-        found, groups, rows = self._found, self._labels[self._numbers[0]], self._rows[0]
+        found, groups, rows = self._found, find_groups(self._labels, self._numbers[0]), self._rows[0]
         # Rows are in the source's order, so the first of each group is the one that stays.
         _, places, sizes = np.unique(groups, return_index=True, return_counts=True)
         stays = np.zeros(len(rows), bool)

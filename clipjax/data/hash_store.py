@@ -18,8 +18,8 @@ import xxhash
 from clipjax.data.hash_workers import Hasher, SourceSpec
 from clipjax.data.index_store import index_places, make_folder
 from clipjax.data.picture_hash import HASH_FORMAT
-from clipjax.data.picture_rows import PictureHashes, hash_rows
-from clipjax.data.sample import Source
+from clipjax.data.picture_rows import USABLE, PictureHashes, hash_rows
+from clipjax.data.sample import REASONS, Source
 from clipjax.runtime.files import read_bounded, write_atomic
 from clipjax.runtime.storage import open_file
 
@@ -160,7 +160,9 @@ def _read(shard: Shard) -> PictureHashes | None:
             arrays = body[json_bytes:]
             if json.loads(body[:json_bytes]) == expected and len(arrays) == 9 * shard.count:
                 cut = 8 * shard.count
-                return PictureHashes(np.frombuffer(arrays[:cut], "<u8"), np.frombuffer(arrays[cut:], np.int8))
+                reasons = np.frombuffer(arrays[cut:], np.int8)
+                if not len(reasons) or (reasons.min() >= USABLE and reasons.max() < len(REASONS)):
+                    return PictureHashes(np.frombuffer(arrays[:cut], "<u8"), reasons)
     return None
 
 

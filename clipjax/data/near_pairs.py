@@ -15,7 +15,7 @@ from clipjax.data.picture_hash import BITS
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Numbers of the first and second hashes (the first is smaller), and the bits in which they differ."""
 
-_MOST_COMPARED = 2**22  # candidates at once
+_MOST_WAITING = 2**20  # pairs of a part, and of comparisons at once
 _MOST_SPARE = 4  # bands that must agree
 _FEW = 64  # hashes of a bucket that are compared with each other without further banding
 _SORT_COST = 10.0  # of one hash, in comparisons
@@ -36,7 +36,7 @@ def near_pairs(hashes: np.ndarray, distance: int) -> Iterator[Pairs]:
     Cost: buckets of hashes that agree in an unusual number of bits are banded again in the bits that are left, so that
     the work is in proportion to n and to the pairs that are found.
     """
-    yield from _search(hashes, np.arange(len(hashes)), distance, tuple(range(BITS)))
+    yield from _search(hashes, np.arange(len(hashes)), distance, depth=0)
 
 
 @dataclass(frozen=True)
@@ -68,24 +68,28 @@ def _choose_banding(count: int, distance: int, bits: Sequence[int]) -> _Banding 
     return best
 
 
-def _search(hashes: np.ndarray, numbers: np.ndarray, distance: int, bits: Sequence[int]) -> Iterator[Pairs]:
-    """Find the near pairs among some of the hashes, which may differ in some of the bits only."""
-    banding = _choose_banding(len(numbers), distance, bits)
+def _search(hashes: np.ndarray, numbers: np.ndarray, distance: int, depth: int) -> Iterator[Pairs]:
+    """Find the near pairs among some of the hashes; `depth` counts how often they have been put into buckets."""
+    if len(numbers) < 2:
+        return
+    values = hashes[numbers]
+    varying = int(np.bitwise_or.reduce(values) ^ np.bitwise_and.reduce(values))
+    banding = _choose_banding(len(numbers), distance, [bit for bit in range(BITS) if varying >> bit & 1])
     if banding is None:
-        yield from _compare(hashes, numbers, np.zeros(len(numbers), np.uint64), distance)
+        yield from _compare_all(values, numbers, distance)
         return
     for choice in banding.choices():
         mask = banding.mask(choice)
-        keys = hashes[numbers] & np.uint64(mask)
+        keys = values & np.uint64(mask)
         order = np.argsort(keys, kind="stable")
         keys, members = keys[order], numbers[order]
         starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
         sizes = np.diff(np.append(starts, len(keys)))
-        is_large = sizes > _large(len(numbers), mask)
-        left = [bit for bit in bits if not mask >> bit & 1]
+        # A bucket of nearly all hashes would be the same problem again, once for each choice.
+        is_large = (sizes > _large(len(numbers), mask)) & ((depth == 0) | (2 * sizes <= len(numbers)))
         found = [_compare(hashes, members, keys, distance, skip=np.repeat(is_large, sizes))]
         found += [
-            _search(hashes, members[start : start + size], distance, left)
+            _search(hashes, members[start : start + size], distance, depth + 1)
             for start, size in zip(starts[is_large], sizes[is_large], strict=True)
         ]
         for part in itertools.chain.from_iterable(found):
@@ -103,7 +107,7 @@ def _compare(
     """Compare the members of each bucket: rows i and i + 1 of the sorted keys, then i and i + 2, and so on."""
     values = hashes[members]
     rows = np.arange(len(members)) if skip is None else np.flatnonzero(~skip)
-    waiting: list[Pairs] = []
+    waiting, count = [], 0
     for offset in range(1, len(members)):
         rows = rows[: np.searchsorted(rows, len(members) - offset)]
         rows = rows[keys[rows] == keys[rows + offset]]
@@ -114,11 +118,23 @@ def _compare(
         if len(near):
             one, other = members[rows[near]], members[rows[near] + offset]
             waiting.append((np.minimum(one, other), np.maximum(one, other), apart[near]))
-            if sum(len(part[0]) for part in waiting[-1:]) >= _MOST_COMPARED or len(waiting) >= 256:
+            count += len(near)
+            if count >= _MOST_WAITING:
                 yield _join(waiting)
-                waiting = []
+                waiting, count = [], 0
     if waiting:
         yield _join(waiting)
+
+
+def _compare_all(values: np.ndarray, members: np.ndarray, distance: int) -> Iterator[Pairs]:
+    """Compare all with all, a few rows at once."""
+    rows = max(1, _MOST_WAITING // len(values))
+    for start in range(0, len(values), rows):
+        apart = np.bitwise_count(values[start : start + rows, None] ^ values[None, start:])
+        one, other = np.nonzero(np.triu(apart <= distance, 1))
+        if len(one):
+            pair = members[start + one], members[start + other]
+            yield np.minimum(*pair), np.maximum(*pair), apart[one, other]
 
 
 def _join(parts: Sequence[Pairs]) -> Pairs:
@@ -138,19 +154,26 @@ def _first_found(hashes: np.ndarray, pairs: Pairs, banding: _Banding, choice: Se
 
 
 def join_groups(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
-    """Join the groups of pairs (union-find, all pairs at once); a group is called by its smallest number.
+    """Join the groups of pairs (union-find, all pairs at once); `find_groups` tells the groups.
 
     Args:
-        labels: int64 [n], the group of each; changed. It begins as 0, 1, 2, ...
+        labels: int64 [n], a smaller or equal number of the same group for each; changed. It begins as 0, 1, 2, ...
         first: one of each pair.
         second: the other.
     """
     while True:
-        one, other = labels[first], labels[second]
+        one, other = find_groups(labels, first), find_groups(labels, second)
         apart = one != other
         if not apart.any():
             return
         first, second, one, other = first[apart], second[apart], one[apart], other[apart]
         np.minimum.at(labels, np.maximum(one, other), np.minimum(one, other))
-        while not np.array_equal(further := labels[labels], labels):
-            labels[:] = further
+
+
+def find_groups(labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Return the group of each number, which is the smallest number in it; the next call finds it at once."""
+    found = labels[numbers]
+    while not np.array_equal(further := labels[found], found):
+        found = further
+    labels[numbers] = found
+    return found

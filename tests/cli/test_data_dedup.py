@@ -1,6 +1,7 @@
 """`clipjax data dedup`: planted copies, the list of keys, the sheet, and what is refused."""
 
 import io
+import signal
 import tarfile
 
 import pytest
@@ -62,6 +63,12 @@ def test_planted_copies_are_listed(shards, capsys):
     assert main(["dedup", source, "--distance=0", f"--output={output}"]) == 0
     listed = set(output.read_text().split())
     assert {"b.tar/exact"} <= listed < {f"b.tar/{key}" for key in ("exact", "again", "small", "cut")}
+
+
+def test_an_interruption_ends_with_its_code(shards, capsys, monkeypatch):
+    monkeypatch.setattr("clipjax.data.hash_store.hash_rows", lambda source, rows: signal.raise_signal(signal.SIGINT))
+    assert main(["dedup", f"{shards}/a.tar"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

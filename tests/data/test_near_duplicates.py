@@ -12,7 +12,7 @@ from clipjax.data import hash_store
 from clipjax.data.duplicates import find_duplicates
 from clipjax.data.hash_store import hash_places, hash_source
 from clipjax.data.hash_workers import Hasher, SourceSpec
-from clipjax.data.near_pairs import join_groups, near_pairs
+from clipjax.data.near_pairs import find_groups, join_groups, near_pairs
 from clipjax.data.picture_hash import hash_picture
 from clipjax.data.picture_rows import USABLE, PictureHashes, hash_rows
 from clipjax.data.sample import REASONS
@@ -123,7 +123,7 @@ def test_groups_are_those_of_a_plain_union_find():
     for one, other in zip(first.tolist(), second.tolist(), strict=True):
         low, high = sorted((root(one), root(other)))
         parent[high] = low
-    assert labels.tolist() == [root(i) for i in range(300)]
+    assert find_groups(labels, np.arange(300)).tolist() == [root(i) for i in range(300)]
 
 
 def hashes_of(*values: int | None) -> PictureHashes:
@@ -194,6 +194,26 @@ def test_hashes_are_kept_until_the_shard_changes(shard, monkeypatch):
     assert len(hash_all(shard).values) == 7
 
 
+def test_a_search_that_was_stopped_goes_on_with_the_next_shard(tmp_path, monkeypatch):
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", 3)
+    spec = SourceSpec(source=f"{tmp_path}/[ab].tar")
+    hashed: list[range] = []
+
+    def stopped(source, rows: range) -> PictureHashes:
+        hashed.append(rows)
+        if len(hashed) == 2:
+            raise KeyboardInterrupt
+        return hash_rows(source, rows)
+
+    monkeypatch.setattr(hash_store, "hash_rows", stopped)
+    told: list[tuple[int, int]] = []
+    with pytest.raises(KeyboardInterrupt):
+        hash_source(spec, spec.open(), num_workers=1, progress=lambda done, total: told.append((done, total)))
+    assert len(hash_source(spec, spec.open(), num_workers=1, progress=lambda *counts: told.append(counts)).values) == 6
+    assert hashed == [range(3), range(3, 6), range(3, 6)] and told == [(3, 6), (3, 3)]
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b[:-3] + b"???", lambda b: b""])
 def test_a_damaged_file_of_hashes_is_made_anew(shard, damage):
     first = hash_all(shard)
@@ -201,6 +221,14 @@ def test_a_damaged_file_of_hashes_is_made_anew(shard, damage):
     place.write_bytes(damage(content := place.read_bytes()))
     np.testing.assert_array_equal(hash_all(shard).values, first.values)
     assert place.read_bytes() == content
+
+
+@pytest.mark.parametrize("reason", [-2, 100])
+def test_a_reason_that_does_not_exist_is_not_believed(shard, reason):
+    first = hash_all(shard)
+    (part,) = hash_store.shards_of(SourceSpec(source=str(shard)).open())
+    hash_store._write(part, PictureHashes(first.values + np.uint64(1), np.full(5, reason, np.int8)))
+    np.testing.assert_array_equal(hash_all(shard).values, first.values)
 
 
 def test_hashes_of_another_formula_are_not_used(shard, monkeypatch):

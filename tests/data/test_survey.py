@@ -102,16 +102,16 @@ def test_odd_shapes_have_tiles(shape):
 
 
 def test_texts_are_wrapped():
-    face = font(12)
-    assert wrap("a bird", face, 176, 5) == ["a bird"]
-    assert wrap("", face, 176, 5) == [""]
-    lines = wrap("word " * 200, face, 176, 5)
-    assert len(lines) == 5 and lines[-1].endswith("…") and all(face.getlength(line) <= 176 for line in lines)
+    plain = font(12)
+    assert wrap("a bird", plain, 176, 5) == ["a bird"]
+    assert wrap("", plain, 176, 5) == [""]
+    lines = wrap("word " * 200, plain, 176, 5)
+    assert len(lines) == 5 and lines[-1].endswith("…") and all(plain.getlength(line) <= 176 for line in lines)
     assert all(not line.startswith(" ") for line in lines)
-    lines = wrap("x" * 3000, face, 176, 3)
-    assert len(lines) == 3 and all(face.getlength(line) <= 176 for line in lines)
+    lines = wrap("x" * 3000, plain, 176, 3)
+    assert len(lines) == 3 and all(plain.getlength(line) <= 176 for line in lines)
     text = "it is all here, word by word, in several lines of the sheet"
-    assert " ".join(wrap(text, face, 176, 9)) == text
+    assert " ".join(wrap(text, plain, 176, 9)) == text
 
 
 def test_captions_of_others_cannot_break_a_sheet():

@@ -76,8 +76,9 @@ def test_squares_are_those_of_pillow(interpolation):
     differing = np.asarray(resize(canvas, crops, SIZE, interpolation)).astype(int) - by_pillow(
         pictures, crops, interpolation
     )
-    # Sums near a half are rounded the other way, twice in places.
-    assert np.abs(differing).max() <= 2 and (differing == 0).mean() > 0.998
+    # Sums of just a half, of which a linear filter gives many, are rounded the other way, twice in places.
+    least = 0.998 if interpolation is Interpolation.BICUBIC else 0.98
+    assert np.abs(differing).max() <= 2 and (differing == 0).mean() > least
 
 
 @pytest.mark.parametrize("interpolation", list(Interpolation))
