@@ -4,6 +4,7 @@ Reading order: `filter_source`, `_judge_all` (by several processes where there i
 or its cached result), `_judge` (the samples).
 """
 
+import array
 import collections
 import contextlib
 import hashlib
@@ -59,7 +60,7 @@ class _KeyList:
     """
 
     def __init__(self, field: str, path: str):
-        hasher, hashes = xxhash.xxh3_128(), []
+        hasher, hashes = xxhash.xxh3_128(), array.array("Q")
         try:
             with open(path, "rb") as file:  # noqa: PTH123
                 if os.fstat(file.fileno()).st_size > _MAX_LIST_BYTES:
@@ -75,7 +76,7 @@ class _KeyList:
         if not hashes:
             raise ValueError(f"{field}={path} holds no key; write one a line, or leave the field out")
         self.digest = hasher.hexdigest()
-        self._hashes = np.unique(np.array(hashes, np.uint64))
+        self._hashes = np.unique(np.frombuffer(hashes, np.uint64))
 
     def contains(self, shard: str, keys: Sequence[str]) -> np.ndarray:
         """Return for each key of a shard whether it is listed: bool [n]."""
