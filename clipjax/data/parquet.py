@@ -99,15 +99,13 @@ class ParquetSource:
             image=image,
             captions=captions_of(cells.caption(row, self._max_caption_bytes), max_bytes=self._max_caption_bytes),
             label=label_of(cells.value("label", row)),
-            key=key_of(cells.value("key", row), str(index)),
+            key=key_of(cells.value("key", row), str(self._row_in_file(group, row))),
         )
 
     def location(self, index: int) -> str:
         """Return the file and the row in it, from 0."""
         group, row = self._place(index)
-        file = self._file(group)
-        row += int(self._first_row[group] - self._first_row[self._first_group[file]])
-        return f"{self._paths[file]}, row {row}"
+        return f"{self._paths[self._file(group)]}, row {self._row_in_file(group, row)}"
 
     def digests(self) -> list[ShardDigest]:
         """Return a digest of each file: of the footer, which has sizes and statistics, and of some contents."""
@@ -144,6 +142,9 @@ class ParquetSource:
             raise IndexError(index)
         group = int(np.searchsorted(self._first_row, index, side="right")) - 1
         return group, index - int(self._first_row[group])
+
+    def _row_in_file(self, group: int, row: int) -> int:
+        return row + int(self._first_row[group] - self._first_row[self._first_group[self._file(group)]])
 
     def _file(self, group: int) -> int:
         return int(np.searchsorted(self._first_group, group, side="right")) - 1
