@@ -4,6 +4,7 @@ Reading order: `filter_source`, `_judge_all` (by several processes where there i
 or its cached result), `_judge` (the samples).
 """
 
+import array
 import collections
 import contextlib
 import hashlib
@@ -25,6 +26,7 @@ from clipjax.config import DataConfig
 from clipjax.config.filters import Condition, parse_condition
 from clipjax.data.filter_workers import Judge
 from clipjax.data.filters import FilteredSource, ShardBits
+from clipjax.data.folders import FolderSource
 from clipjax.data.index_store import index_places, locked, make_folder
 from clipjax.data.indexes import num_cores
 from clipjax.data.metadata import Described, DescribedSource
@@ -59,7 +61,7 @@ class _KeyList:
     """
 
     def __init__(self, field: str, path: str):
-        hasher, hashes = xxhash.xxh3_128(), []
+        hasher, hashes = xxhash.xxh3_128(), array.array("Q")
         try:
             with open(path, "rb") as file:  # noqa: PTH123
                 if os.fstat(file.fileno()).st_size > _MAX_LIST_BYTES:
@@ -75,7 +77,7 @@ class _KeyList:
         if not hashes:
             raise ValueError(f"{field}={path} holds no key; write one a line, or leave the field out")
         self.digest = hasher.hexdigest()
-        self._hashes = np.unique(np.array(hashes, np.uint64))
+        self._hashes = np.unique(np.frombuffer(hashes, np.uint64))
 
     def contains(self, shard: str, keys: Sequence[str]) -> np.ndarray:
         """Return for each key of a shard whether it is listed: bool [n]."""
@@ -152,11 +154,11 @@ def filter_source(source: Source, data: DataConfig, spec: str, *, progress: Prog
     """
     if not (data.filters or data.keep_keys or data.drop_keys):
         return source
-    if not isinstance(source, DescribedSource):
+    if not isinstance(source, DescribedSource) or (data.filters and isinstance(source, FolderSource)):
         field = "data.filters" if data.filters else KEEP_KEYS if data.keep_keys else DROP_KEYS
         raise ValueError(
-            f"{field} cannot be used with source {spec!r}: its samples have no metadata; those of tars, Parquet, "
-            "tables and ArrayRecord have (clipjax data pack makes tars)"
+            f"{field} cannot be used with source {spec!r}: its samples have no metadata; tars, "
+            "Parquet, tables and ArrayRecord have some (clipjax data pack makes tars)"
         )
     filters = make_filters(data)
     results = _judge_all(source, filters, data, progress or _Told(spec))
@@ -203,7 +205,7 @@ def _judge_all(source: DescribedSource, filters: _Filters, data: DataConfig, pro
                 number = jobs.popleft()
             except IndexError:
                 return
-            if judge is not None:
+            if judge is not None and shards[number][0]:
                 judge.judge(shards[number][0])  # whose result is found below
             result = judge_shard(source, number, *shards[number], filters)
             with lock:
@@ -231,6 +233,8 @@ def _find_result(path: str, count: int, filters: _Filters) -> _Result | None:
     Raises:
         UnreadableData: the shard cannot be read.
     """
+    if not path:
+        return None
     try:
         file = open_file(path)
     except OSError as error:
@@ -253,6 +257,8 @@ def judge_shard(source: DescribedSource, shard: int, path: str, count: int, filt
         UnreadableData: it cannot be read.
     """
     try:
+        if not path:
+            return _judge(source.metadata(shard, _columns(filters)), path, count, filters)
         file, is_fresh = open_file(path), _is_fresh(path)
         for place in _places(path, filters):
             with contextlib.ExitStack() as stack:

@@ -11,6 +11,7 @@ import numpy as np
 
 from clipjax.data.digests import CONTENTS, Hasher, ShardDigest, spread
 from clipjax.data.image_files import IMAGE_EXTENSIONS, ImageFiles, max_image_bytes
+from clipjax.data.metadata import Described
 from clipjax.data.sample import BadSample, Sample, clean_caption
 
 FOLDER_PREFIX = "folder:"
@@ -104,6 +105,14 @@ class FolderSource:
                     hasher.add(bad.reason.encode())
             self._digests = [ShardDigest(self._folder, hasher.hexdigest(), len(self))]
         return self._digests
+
+    def shard_counts(self) -> list[tuple[str, int]]:
+        """Return the number of images; a folder is no file."""
+        return [("", len(self))]
+
+    def metadata(self, shard: int, columns: Sequence[str]) -> Iterator[Described]:
+        """Yield the name of each image, the key, without any metadata."""
+        return ((self._name(index), {}) for index in range(len(self)))
 
     def files(self) -> list[str]:
         """Return the paths of all images and captions."""

@@ -31,7 +31,7 @@ class DescribedSource(Protocol):
     """A source whose samples have metadata beside the picture."""
 
     def shard_counts(self) -> Sequence[tuple[str, int]]:
-        """Return path and number of samples of each shard, in the order of the samples."""
+        """Return path and number of samples of each shard, in the order of the samples; path "" for what is no file."""
         ...
 
     def metadata(self, shard: int, columns: Sequence[str]) -> Iterator[Described]:
@@ -95,6 +95,8 @@ def parse_json(content: bytes) -> Mapping[str, Any]:
 def parquet_metadata(reader: Any, columns: Sequence[str], key: str | None) -> Iterator[Described]:
     """Yield keys and cells of the rows of a Parquet file; those of a damaged row group have none.
 
+    Without a column of keys, the key is the number of the row in the file.
+
     Args:
         reader: `pyarrow.parquet.ParquetFile`.
         columns: of the metadata; those that are not there are left out.
@@ -105,6 +107,7 @@ def parquet_metadata(reader: Any, columns: Sequence[str], key: str | None) -> It
     """
     import pyarrow as pa
 
+    number = 0
     names = [name for name in dict.fromkeys([*columns, *([key] if key else [])]) if name in reader.schema_arrow.names]
     for group in range(reader.metadata.num_row_groups):
         left = max(0, reader.metadata.row_group(group).num_rows)
@@ -112,11 +115,12 @@ def parquet_metadata(reader: Any, columns: Sequence[str], key: str | None) -> It
             batches = reader.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=names, use_threads=False)
             for batch in batches if names else ():
                 for row in itertools.islice(batch.to_pylist(), left):
-                    yield key_of(row.get(key) if key else None, ""), row
-                    left -= 1
+                    yield key_of(row.get(key) if key else None, str(number)), row
+                    left, number = left - 1, number + 1
         except (pa.ArrowException, UnicodeDecodeError):
             pass  # reading the pictures counts them as corrupt_record
-        yield from itertools.repeat(("", {}), left)
+        yield from ((str(number + i) if not key else "", {}) for i in range(left))
+        number += left
 
 
 def table_metadata(

@@ -104,7 +104,10 @@ class ParquetSource:
         group, row = self._place(index)
         cells = self._row_group(group)
         image, most = cells.image(row, self._max_image_bytes), self._max_caption_bytes
-        label, key = label_of(cells.value("label", row)), key_of(cells.value("key", row), str(index))
+        label, key = (
+            label_of(cells.value("label", row)),
+            key_of(cells.value("key", row), str(self._row_in_file(group, row))),
+        )
         if not self._captions:
             return Sample(image, captions_of(cells.caption(row, most), max_bytes=most), label, key)
         captions, fields = read_captions(
@@ -115,9 +118,7 @@ class ParquetSource:
     def location(self, index: int) -> str:
         """Return the file and the row in it, from 0."""
         group, row = self._place(index)
-        file = self._file(group)
-        row += int(self._first_row[group] - self._first_row[self._first_group[file]])
-        return f"{self._paths[file]}, row {row}"
+        return f"{self._paths[self._file(group)]}, row {self._row_in_file(group, row)}"
 
     def digests(self) -> list[ShardDigest]:
         """Return a digest of each file: of the footer, which has sizes and statistics, and of some contents."""
@@ -154,6 +155,9 @@ class ParquetSource:
             raise IndexError(index)
         group = int(np.searchsorted(self._first_row, index, side="right")) - 1
         return group, index - int(self._first_row[group])
+
+    def _row_in_file(self, group: int, row: int) -> int:
+        return row + int(self._first_row[group] - self._first_row[self._first_group[self._file(group)]])
 
     def _file(self, group: int) -> int:
         return int(np.searchsorted(self._first_group, group, side="right")) - 1

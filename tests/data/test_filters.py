@@ -306,6 +306,29 @@ def test_array_records_have_key_and_label(tmp_path):
     assert keys(build_training_source(data)) == ["0001", "0007", "0010"]
 
 
+def test_the_keys_of_rows_and_files_are_those_of_their_samples(tmp_path):
+    """What `source[i].key` says can be listed, also where a file has no column of keys."""
+    for name in "ab":
+        pq.write_table(
+            pa.table({"jpg": [b"x"] * 7, "caption": ["y"] * 7}), tmp_path / f"{name}.parquet", row_group_size=3
+        )
+        (tmp_path / f"{name}.csv").write_text("filepath,caption\n" + "".join(f"i{i}.jpg,text\n" for i in range(5)))
+    (tmp_path / "folder" / "sub").mkdir(parents=True)
+    for i in range(4):
+        (tmp_path / "folder" / "sub" / f"i{i}.jpg").write_bytes(b"x")
+        (tmp_path / "folder" / "sub" / f"i{i}.txt").write_text("text")
+        (tmp_path / f"i{i}.jpg").write_bytes(b"x")
+    (tmp_path / "drop").write_text("b.parquet/4\n6\ni1.jpg\nb.csv/i2.jpg\nsub/i3.jpg\n")
+    for spec, dropped in (("{a,b}.parquet", [6, 11, 13]), ("{a,b}.csv", [1, 6, 7]), ("folder", [3])):
+        data = DataConfig(train=f"{tmp_path}/{spec}", drop_keys=f"{tmp_path}/drop")
+        source = build_training_source(data)
+        assert isinstance(source, FilteredSource)
+        kept = [each for each in range(len(source.source)) if each not in dropped]
+        assert [source._inner(i) for i in range(len(source))] == kept, spec
+    with pytest.raises(ValueError, match="data.filters cannot be used with source .*: its samples have no metadata"):
+        build_training_source(DataConfig(train=f"{tmp_path}/folder", filters=("width>1",)))
+
+
 def test_sources_without_metadata_are_refused():
     data = DataConfig(filters=("width>=200",))
     with pytest.raises(ValueError, match="data.filters cannot be used with source 'x': its samples have no metadata"):

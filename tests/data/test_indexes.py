@@ -380,7 +380,7 @@ def test_remote_shards_are_read_in_large_parts_and_indexed_in_the_cache(tmp_path
     remote = Remote((tmp_path / "s.tar").read_bytes())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for module in (index_store, webdataset):
-        monkeypatch.setattr(module, "open_file", lambda place: remote)
+        monkeypatch.setattr(module, "open_file", lambda place, listed=None: remote)
     address = "gs://bucket/folder/s.tar"
     source = webdataset.TarSource([address], max_caption_bytes=1000, max_image_pixels=1000)
     headers = [size for size in remote.reads if size >= 2**20]
