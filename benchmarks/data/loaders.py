@@ -54,6 +54,18 @@ while time.perf_counter() - wall < 5:
 print(json.dumps([count / (time.perf_counter() - wall), count / (time.process_time() - cpu)]))
 """
 
+TICKS = """
+import os
+def ticks():
+    total, tasks = 0.0, [os.getpid()]
+    for pid in tasks:
+        fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            tasks += map(int, open(f"/proc/{pid}/task/{thread}/children").read().split())
+    return total
+"""
+
 CLIPJAX = """
 import json, os, sys, time
 from clipjax.config import *
@@ -63,14 +75,6 @@ from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import TrainStream
 workers, where, paths, vocabulary = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[7]
 batch, warm, count = map(int, sys.argv[4:7])
-def ticks():
-    total, tasks = 0.0, [os.getpid()]
-    for pid in tasks:
-        fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            tasks += map(int, open(f"/proc/{pid}/task/{thread}/children").read().split())
-    return total
 if __name__ == "__main__":
     data = DataConfig(train="{" + paths + "}", num_workers=workers, num_threads=1, resize_on=ResizeOn(where))
     if where == "device":
@@ -88,14 +92,6 @@ if __name__ == "__main__":
 OPEN_CLIP = """
 import json, os, sys, time, types
 workers, paths, batch, warm, count = int(sys.argv[1]), sys.argv[3], *map(int, sys.argv[4:7])
-def ticks():
-    total, tasks = 0.0, [os.getpid()]
-    for pid in tasks:
-        fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            tasks += map(int, open(f"/proc/{pid}/task/{thread}/children").read().split())
-    return total
 if __name__ == "__main__":
     import torch
     torch.set_num_threads(1)
@@ -154,7 +150,7 @@ def measure(name: str, rows: Sequence[tuple[str, str, str, int, str]], paths: st
         for number, (_, python, code, workers, where) in enumerate(rows):
             count = 60 if name == "256" else 40
             words = [str(workers), where, paths, str(BATCH), str(WARM), str(count), vocabulary]
-            done = subprocess.run([python, "-c", code, *words], capture_output=True, text=True, timeout=300)
+            done = subprocess.run([python, "-c", TICKS + code, *words], capture_output=True, text=True, timeout=300)
             if done.returncode:
                 raise RuntimeError(done.stderr[-3000:])
             rounds[number].append(json.loads(done.stdout.strip().splitlines()[-1]))

@@ -24,11 +24,12 @@ class Program:
     """A process that answers jobs, started when the first one is asked for; it ends with this one, too.
 
     Args:
-        module: whose `main` reads a JSON object per line, and writes one for each.
+        module: whose `main` reads a JSON value per line, and writes an object for each.
+        arguments: of the program.
     """
 
-    def __init__(self, module: str) -> None:
-        self._module = module
+    def __init__(self, module: str, *arguments: str) -> None:
+        self._words = (module, *arguments)
         self._process: subprocess.Popen[str] | None = None
 
     def close(self) -> None:
@@ -40,11 +41,11 @@ class Program:
             self._process.stdout.close()
             self._process.wait()
 
-    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, job: Any) -> dict[str, Any]:
         """Return the answer to a job; an empty one where the process is gone."""
         try:
             if self._process is None:
-                self._process = _start(self._module)
+                self._process = _start(*self._words)
             assert self._process.stdin is not None and self._process.stdout is not None
             self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
@@ -77,7 +78,7 @@ class Builder(Program):
         )
 
 
-def _start(module: str) -> subprocess.Popen[str]:
+def _start(*words: str) -> subprocess.Popen[str]:
     # The same code, however it was found; paths are no UTF-8 sometimes, so JSON escapes them.
     code = pathlib.Path(__file__).resolve().parents[2]
     environment = {
@@ -85,7 +86,7 @@ def _start(module: str) -> subprocess.Popen[str]:
         "PYTHONPATH": os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")]).rstrip(":"),
     }
     return subprocess.Popen(
-        [sys.executable or "python3", "-m", module],
+        [sys.executable or "python3", "-m", *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

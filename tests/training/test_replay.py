@@ -71,7 +71,7 @@ def workdir(monkeypatch, tmp_path):
         monkeypatch.setattr(replay, "open_stream", lambda *_: stream)
         monkeypatch.setattr(replay, "device_batch", lambda *_: None)
         monkeypatch.setattr(replay, "_search", lambda *_: iter(["found"]))
-        checked = types.SimpleNamespace(config=Config(), workdir=tmp_path, inputs=None)
+        checked = types.SimpleNamespace(config=Config(), workdir=tmp_path, inputs=None, apart=False)
         lines: list[str] = []
         code = replay.replay(checked, step, show=lines.append)
         assert stream.closed
