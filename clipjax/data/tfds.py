@@ -92,7 +92,7 @@ class TfdsSource:
                 "set data.tfds_image_key"
             )
         if self._captions:
-            require_fields(self._captions, list(_text_features(features)), f"source {self._spec!r}")
+            require_fields(self._captions, sorted(_text_features(features)), f"source {self._spec!r}")
         elif _nested(features, caption_key) is None and _nested(features, label_key) is None:
             raise ValueError(
                 f"source {self._spec!r}: there is neither a caption feature {caption_key!r} nor a label feature "

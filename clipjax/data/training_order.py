@@ -188,7 +188,7 @@ def make_order(sizes: Sequence[int], config: Config, order: RunOrder) -> Trainin
     if batch_size % parts[0].lanes:
         raise ValueError(
             f"global_batch_size={batch_size} must be divisible by the {parts[0].lanes} lanes of the order that the run "
-            "was begun with"
+            "was begun with; go on with the batch size of the run, or start anew in another workdir"
         )
     if len(parts) != len(sizes):
         raise ValueError(f"the run was begun with {len(parts)} sources, and now there are {len(sizes)}")

@@ -112,8 +112,11 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
 def _by_name(config: Config, source: Source) -> dict[str, Source]:
     """Return the sources of the training pairs by the config's names of them."""
     if isinstance(source, MixedSource):
-        specs = [part.source for _, part in sorted(config.data.mixture.items())]
-        return dict(zip(specs, source.parts, strict=True))
+        found: dict[str, Source] = {}
+        for name, part in zip(source.names, source.parts, strict=True):
+            spec = config.data.mixture[name].source
+            found[f"{spec} (data.mixture.{name})" if spec in found else spec] = part  # two parts may name one place
+        return found
     return {config.data.train: source}
 
 
