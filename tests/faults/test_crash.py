@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 def test_kills(run):
     outcome = crash_run(run, "killed", seed=1, count=10, every_other=WORKERS)
     assert not outcome.wrong
-    # A run whose steps take a millisecond is far behind the step of a kill when that comes, and may end before the last.
+    # A run whose steps take a millisecond is beyond the step of a kill when that comes, and may end before the last.
     assert len(outcome.kills) >= 6
 
 
