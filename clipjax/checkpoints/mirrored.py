@@ -47,11 +47,14 @@ def open_mirror(place: str, folder: pathlib.Path, plain: Collection[str], tell: 
     Raises:
         ValueError: another run holds it, or the store cannot be used.
     """
+    known = staging.Copies(folder, place)
     try:
-        lease = Lease(place, staging.Copies(folder, place).token, tell)
+        lease = Lease(place, known.token, tell)
     except OSError as error:
         raise ValueError(_refusal("--workdir", place, error)) from error
     try:
+        if lease.continues:  # so does the next start, if this one is refused or killed before it has loaded all
+            known.write(lease.token)
         copies, found = staging.fill(folder, place, LAYOUT, plain=plain, continues=lease.continues)
         copies.write(lease.token)
     except OSError as error:

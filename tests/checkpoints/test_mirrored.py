@@ -8,7 +8,7 @@ import pytest
 
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.manifest import DamagedCheckpoint
-from clipjax.checkpoints.mirrored import LAYOUT, fetch
+from clipjax.checkpoints.mirrored import LAYOUT, fetch, open_mirror
 from clipjax.checkpoints.records import make_records
 from clipjax.checkpoints.saved import SavedCheckpoint
 from clipjax.cli.main import main
@@ -49,6 +49,31 @@ def place(request, workdir, tmp_path, monkeypatch):
 def upload(folder, place):
     for path in staging.parts_of(folder):
         objects.write_file(f"{place}/{path}", folder / path)
+
+
+def test_a_refused_start_loses_nothing_that_was_not_sent_yet(place, workdir, tmp_path, monkeypatch):
+    """The store is away at the next start; the one after that sends what this machine still had."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    mirror = open_mirror(place, folder, (), lambda _: None)
+    mirror.start(say=lambda _: None, on_lost=lambda _: None)
+    mirror.close()
+    unsent = folder / "checkpoints" / "9"
+    shutil.copytree(workdir / "checkpoints" / "2", unsent)
+    fill = staging.fill
+
+    def refuse(*_, **__):
+        raise OSError(5, "the store is away", place)
+
+    monkeypatch.setattr(staging, "fill", refuse)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the store is away"):
+            open_mirror(place, folder, (), lambda _: None)
+    monkeypatch.setattr(staging, "fill", fill)
+    mirror = open_mirror(place, folder, (), lambda _: None)
+    mirror.start(say=lambda _: None, on_lost=lambda _: None)
+    assert not mirror.close() and (unsent / "manifest.json").exists()
+    assert f"{place}/checkpoints/9/manifest.json" in objects.list_files(f"{place}/checkpoints/9/*")
 
 
 def test_the_newest_complete_step_is_loaded_once(place, request):
