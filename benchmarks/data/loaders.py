@@ -26,7 +26,7 @@ from PIL import Image
 from benchmarks.machine import describe
 
 SETS = {"256": (340, 256, 88), "500": (500, 375, 90)}  # width, height, quality
-SHARDS, PER_SHARD, BATCH, WARM, ROUNDS = 4, 250, 50, 6, 3
+SHARDS, PER_SHARD, BATCH, WARM, ROUNDS = 4, 250, 50, 6, 2
 WORDS = ("a", "the", "small", "large", "old", "new", "red", "photo", "of", "house", "dog", "tree", "street", "light")
 
 BARE = """
