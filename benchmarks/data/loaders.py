@@ -1,6 +1,7 @@
 """Images per second of loaders on the same tars: clipjax, open_clip's own, and the bare loop of decoding and resizing.
 
-    python -m venv /tmp/open_clip && /tmp/open_clip/bin/pip install torch==2.13.0 open_clip_torch==3.3.0 webdataset pandas
+    python -m venv /tmp/open_clip
+    /tmp/open_clip/bin/pip install torch==2.13.0 open_clip_torch==3.3.0 webdataset==0.2.86 pandas
     python -m benchmarks.data.loaders --open_clip=/tmp/open_clip/bin/python
 
 Every row runs in a process of its own and reads the same shards, which lie in the page cache: tar to uint8 pixels of
