@@ -7,6 +7,7 @@ or its cached result), `_judge` (the samples).
 import array
 import collections
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ from clipjax.data.filter_workers import Judge
 from clipjax.data.filters import FilteredSource, ShardBits
 from clipjax.data.folders import FolderSource
 from clipjax.data.index_store import index_places, locked, make_folder
+from clipjax.data.index_workers import run_threads
 from clipjax.data.indexes import num_cores
 from clipjax.data.metadata import Described, DescribedSource
 from clipjax.data.sample import Source, UnreadableData
@@ -214,13 +216,8 @@ def _judge_all(source: DescribedSource, filters: _Filters, data: DataConfig, pro
                 progress(len(found) - len(shards) + len(missing), len(missing), samples[0])
 
     try:
-        with futures.ThreadPoolExecutor(len(judges) or threads) as pool:
-            runs = [pool.submit(work, judge) for judge in judges or [None] * threads]
-            try:
-                for each in futures.as_completed(runs):
-                    each.result()
-            finally:
-                jobs.clear()  # after an error or a signal, no further shard is begun
+        works = [functools.partial(work, judge) for judge in judges or [None] * threads]
+        run_threads(works, stop=jobs.clear)  # then no further shard is begun
     finally:
         for judge in judges:
             judge.close()

@@ -3,7 +3,7 @@
 They are programs of their own and no forks or copies of this one: a fork may stand still behind a lock of one of JAX's
 threads, and a copy runs the user's own script again.
 
-Reading order: `Program`, `Builder` (this process's side), `main` (the other's).
+Reading order: `Program`, `run_threads`, `Builder` (this process's side), `main` (the other's).
 """
 
 import contextlib
@@ -13,6 +13,8 @@ import pathlib
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any
 
 from clipjax.data import index_store
@@ -52,6 +54,22 @@ class Program:
             return json.loads(self._process.stdout.readline() or "{}")
         except (OSError, ValueError):
             return {}
+
+
+def run_threads(works: Sequence[Callable[[], None]], *, stop: Callable[[], None]) -> None:
+    """Run jobs in a thread each.
+
+    Args:
+        works: the jobs.
+        stop: makes each of them end soon; it is called after the first error, after a signal, and at the end.
+    """
+    with futures.ThreadPoolExecutor(len(works)) as pool:
+        runs = [pool.submit(work) for work in works]
+        try:
+            for each in futures.as_completed(runs):
+                each.result()
+        finally:
+            stop()
 
 
 class Builder(Program):

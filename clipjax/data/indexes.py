@@ -4,6 +4,7 @@ Reading order: `open_indexes`, `_build_all`, `_Work`.
 """
 
 import collections
+import functools
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from concurrent import futures
 
 from clipjax.config.paths import STORES
 from clipjax.data.index_store import Entry, Missing, build, find
-from clipjax.data.index_workers import Builder
+from clipjax.data.index_workers import Builder, run_threads
 from clipjax.runtime import objects
 from clipjax.runtime.files import read_bounded
 from clipjax.runtime.storage import is_address
@@ -115,13 +116,7 @@ def _build_all(
         )
     builders = [Builder() for _ in range(num_workers)]
     try:
-        with futures.ThreadPoolExecutor(num_workers) as pool:
-            runs = [pool.submit(work.run, builder.build) for builder in builders]
-            try:
-                for each in futures.as_completed(runs):
-                    each.result()
-            finally:
-                work.stop()  # after an error or a signal, no further shard is begun
+        run_threads([functools.partial(work.run, builder.build) for builder in builders], stop=work.stop)
     finally:
         for builder in builders:
             builder.close()

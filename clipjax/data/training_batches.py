@@ -111,12 +111,6 @@ class MixedSamples:
         self._source = source
         self._parts = [SubstitutedSamples(part, decoder) for part in source.parts]
 
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Pair:
-        return self.get(index)
-
     def get(self, index: int, take: Callable[[], Sample] | None = None) -> Pair:
         """Return a decoded sample, or its substitute; see `SubstitutedSamples.get`."""
         number, inside = self._source.find(index)
