@@ -17,6 +17,7 @@ import numpy as np
 
 from clipjax.config import Config, Crop, TextTruncation
 from clipjax.data.augmentations import Augmentations
+from clipjax.data.batch_memory import BatchWriter, SentColumns
 from clipjax.data.block_reader import BlockReader
 from clipjax.data.canvas import CanvasTransform
 from clipjax.data.caption_fields import draw_captions
@@ -226,32 +227,38 @@ class Batches:
         self._reader = reader
         self._placed: dict[int, dict[int, np.ndarray]] = {}  # by piece and position
         self._lock = threading.Lock()
+        self._writer: BatchWriter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_placed": {}}
+        left_out = ("_lock", "_writer")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out} | {"_placed": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.Lock(), _writer=BatchWriter())  # it has come to a worker
 
     def __len__(self) -> int:
         left_out = sum(last - first + 1 for first, last in self._share.left_out)
         return sys.maxsize - left_out * self._share.slices
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray] | SentColumns:
         position, piece = divmod(index, self._share.slices)
         batch, rows = batch_number(position, self._share.left_out), self._share.rows(piece)
         placed = self._read_ahead(position, piece, batch)
         columns: dict[str, np.ndarray] = {}
+        sent: SentColumns | None = None
         for row, place in enumerate(placed.tolist()):
             number = batch * self._batch_size + rows[row]  # the same for any number of processes
             rng = np.random.Generator(np.random.Philox(key=np.array([self._key, number], np.uint64)))
             take = None if self._reader is None else functools.partial(self._reader.take, *place)
             pair = self._samples.get(place[0], take)
-            for name, value in self._augment(pair, rng).items():
-                if not row:
-                    columns[name] = np.empty((len(rows), *value.shape), value.dtype)
+            values = self._augment(pair, rng)
+            if not row and self._writer is not None:
+                sent, columns = self._writer.columns(values, len(rows))
+            elif not row:
+                columns = {name: np.empty((len(rows), *value.shape), value.dtype) for name, value in values.items()}
+            for name, value in values.items():
                 columns[name][row] = value
-        return columns
+        return columns if sent is None else sent
 
     def _read_ahead(self, position: int, piece: int, batch: int) -> np.ndarray:
         """Return the samples of a piece with their blocks, and begin to read the blocks of its next batches."""
