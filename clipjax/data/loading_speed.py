@@ -119,7 +119,7 @@ def _measure_stream(
     start, used, images, unusable = clock(), _cpu_seconds(), 0, 0
     while (spent := clock() - start) < seconds or not images:
         batch = next(stream)
-        images += len(batch["image"])
+        images += len(batch["index"])
         unusable += int((batch["skip_reason"] >= 0).sum())
     after = _cpu_seconds()
     return LoadingRate(

@@ -23,6 +23,7 @@ from clipjax.data.caption_fields import draw_captions
 from clipjax.data.images import Decoder, EvalTransform, random_resized_crop
 from clipjax.data.mixture import MixedSource
 from clipjax.data.order import derive_key
+from clipjax.data.patch_rows import PatchRows
 from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, FieldCaptions, Sample, Source
 from clipjax.data.tokenizers.truncation import choose_tokens
 from clipjax.data.training_order import TrainingOrder, batch_number
@@ -137,12 +138,15 @@ class Augment:
     captions_per_image: int = 1
     truncation: TextTruncation = TextTruncation.NONE
     canvas: CanvasTransform | None = None  # where the device crops and resizes
+    patch_rows: PatchRows | None = None  # makes the pixels of several pairs together
 
     def __call__(self, pair: Pair, rng: np.random.Generator) -> dict[str, Any]:
-        """Return the row of a batch."""
+        """Return the row of a batch, without pixels where `patch_rows` makes them."""
         captions = draw_captions(pair.captions, pair.fields, self.captions_per_image, rng)
         texts = [self._tokens(caption, rng) for caption in captions]
-        if self.canvas is not None:
+        if self.patch_rows is not None:
+            pixels = {}
+        elif self.canvas is not None:
             image, box = self.canvas(pair.image, rng)
             pixels = {"image": image, "crop": box}
         else:
@@ -184,6 +188,7 @@ class Share:
         size: pairs of the part.
         process_index: number of the process, from 0: its part is the contiguous one of that number.
         slices: pieces of the part, which worker processes read in turn.
+        unit: pairs that stay together in a piece; it divides the part.
         left_out: ranges of batch numbers that are never used.
     """
 
@@ -191,11 +196,24 @@ class Share:
     process_index: int = 0
     slices: int = 1
     left_out: tuple[tuple[int, int], ...] = ()
+    unit: int = 1
 
     def rows(self, piece: int) -> range:
         """Return the rows of a piece in a global batch."""
-        cut = [number * self.size // self.slices for number in (piece, piece + 1)]
+        units = self.size // self.unit
+        cut = [number * units // self.slices * self.unit for number in (piece, piece + 1)]
         return range(self.process_index * self.size + cut[0], self.process_index * self.size + cut[1])
+
+
+class _Columns(dict[str, np.ndarray]):
+    """The arrays of a batch, filled row by row."""
+
+    def put(self, values: dict[str, Any], row: int, count: int) -> None:
+        """Set a row, by names, of arrays of so many rows."""
+        for name, value in values.items():
+            if not row:
+                self[name] = np.empty((count, *value.shape), value.dtype)
+            self[name][row] = value
 
 
 class Batches:
@@ -241,17 +259,21 @@ class Batches:
         position, piece = divmod(index, self._share.slices)
         batch, rows = batch_number(position, self._share.left_out), self._share.rows(piece)
         placed = self._read_ahead(position, piece, batch)
-        columns: dict[str, np.ndarray] = {}
+        columns = _Columns()
+        patch_rows, waiting = self._augment.patch_rows, []
         for row, place in enumerate(placed.tolist()):
             number = batch * self._batch_size + rows[row]  # the same for any number of processes
             rng = np.random.Generator(np.random.Philox(key=np.array([self._key, number], np.uint64)))
             take = None if self._reader is None else functools.partial(self._reader.take, *place)
             pair = self._samples.get(place[0], take)
-            for name, value in self._augment(pair, rng).items():
-                if not row:
-                    columns[name] = np.empty((len(rows), *value.shape), value.dtype)
-                columns[name][row] = value
-        return columns
+            columns.put(self._augment(pair, rng), row, len(rows))
+            if patch_rows is None:
+                continue
+            waiting.append((pair.image, rng))
+            if len(waiting) == (size := patch_rows.images_per_row):
+                columns.put(patch_rows(*zip(*waiting, strict=True), position + 1), row // size, len(rows) // size)
+                waiting = []
+        return dict(columns)
 
     def _read_ahead(self, position: int, piece: int, batch: int) -> np.ndarray:
         """Return the samples of a piece with their blocks, and begin to read the blocks of its next batches."""
