@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from clipjax.config import Config, DataConfig, ModelConfig, ResNetConfig, Resize, ResizeOn, ViTConfig, patch_menu
+from clipjax.config import Config, DataConfig, ModelConfig, Resize, ResizeOn, ResNetConfig, ViTConfig, patch_menu
 from clipjax.config.validation import validate, validate_devices
 from clipjax.config.variable_aspect import with_budget
 
