@@ -102,14 +102,11 @@ class PatchRows:
         """Number g of pictures in a row."""
         return self.config.data.images_per_row
 
-    def __call__(
-        self, pictures: Sequence[np.ndarray], rngs: Sequence[np.random.Generator], step: int
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, pictures: Sequence[tuple[np.ndarray, np.random.Generator]], step: int) -> dict[str, np.ndarray]:
         """Return one row of a batch.
 
         Args:
-            pictures: uint8 [h, w, 3] each, g of them.
-            rngs: source of randomness of each.
+            pictures: g of them, uint8 [h, w, 3], each with its source of randomness.
             step: number of the update, from 1.
 
         Returns:
@@ -119,7 +116,7 @@ class PatchRows:
         data, patch_size = self.config.data, self.image.patch_size
         assert self.image.max_patches is not None
         num_places = self.images_per_row * budget_of_step(self.config, step)
-        boxes = [self._crop(picture, rng) for picture, rng in zip(pictures, rngs, strict=True)]
+        boxes = [self._crop(picture, rng) for picture, rng in pictures]
         grids = fit_row(
             [(height, width) for _, _, height, width in boxes],
             num_places,
@@ -131,7 +128,7 @@ class PatchRows:
         segment = np.full(num_places, PADDING, np.int32)
         place = np.zeros((num_places, 2), np.int32)
         first = 0
-        for number, (picture, rng, box, (rows, columns)) in enumerate(zip(pictures, rngs, boxes, grids, strict=True)):
+        for number, ((picture, rng), box, (rows, columns)) in enumerate(zip(pictures, boxes, grids, strict=True)):
             resized = _resize(picture, box, (rows * patch_size, columns * patch_size), data.interpolation)
             here = slice(first, first + rows * columns)
             changed = self.augmentations(resized, rng)
@@ -160,7 +157,7 @@ def _resize(
 
     top, left, height, width = box
     part = (left, top, left + width, top + height)
-    image = Image.fromarray(picture).resize(size[::-1], resampling(interpolation), box=part)
+    image = Image.fromarray(picture).resize((size[1], size[0]), resampling(interpolation), box=part)
     return np.asarray(image)
 
 

@@ -260,7 +260,7 @@ class Batches:
         batch, rows = batch_number(position, self._share.left_out), self._share.rows(piece)
         placed = self._read_ahead(position, piece, batch)
         columns = _Columns()
-        patch_rows, waiting = self._augment.patch_rows, []
+        patch_rows, waiting = self._augment.patch_rows, list[tuple[np.ndarray, np.random.Generator]]()
         for row, place in enumerate(placed.tolist()):
             number = batch * self._batch_size + rows[row]  # the same for any number of processes
             rng = np.random.Generator(np.random.Philox(key=np.array([self._key, number], np.uint64)))
@@ -271,7 +271,7 @@ class Batches:
                 continue
             waiting.append((pair.image, rng))
             if len(waiting) == (size := patch_rows.images_per_row):
-                columns.put(patch_rows(*zip(*waiting, strict=True), position + 1), row // size, len(rows) // size)
+                columns.put(patch_rows(waiting, position + 1), row // size, len(rows) // size)
                 waiting = []
         return dict(columns)
 

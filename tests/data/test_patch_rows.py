@@ -107,7 +107,7 @@ def test_a_row_holds_the_patches_of_its_pictures():
     rows = make_patch_rows(config)
     assert rows is not None
     pictures = Pictures().pictures[:4]
-    row = rows(pictures, [np.random.default_rng(i) for i in range(4)], 1)
+    row = rows([(picture, np.random.default_rng(i)) for i, picture in enumerate(pictures)], 1)
     assert {name: (row[name].dtype.name, row[name].shape) for name in PIXELS} == {
         "patches": ("uint8", (4 * MOST, 3 * P * P)),
         "segment": ("int32", (4 * MOST,)),
@@ -129,7 +129,7 @@ def test_patches_are_cut_from_changed_pictures():
     plain, flipped = packed(crop=Crop.CENTER), packed(crop=Crop.CENTER, augment=AugmentConfig(horizontal_flip=1.0))
     picture = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
     first, second = (
-        make_patch_rows(config)([picture] * 4, [np.random.default_rng(0) for _ in range(4)], 1)  # type: ignore[misc]
+        make_patch_rows(config)([(picture, np.random.default_rng(0)) for _ in range(4)], 1)  # type: ignore[misc]
         for config in (plain, flipped)
     )
     down, across = first["grid"][0]

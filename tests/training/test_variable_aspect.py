@@ -43,9 +43,7 @@ def rows(run: Config, step: int = 1) -> dict[str, np.ndarray]:
     tokens[:, -1] = 63
     make = make_patch_rows(run)
     assert make is not None
-    packed = [
-        make(pictures[i : i + per_row], [np.random.default_rng(0)] * per_row, step) for i in range(0, BATCH, per_row)
-    ]
+    packed = [make([(picture, rng) for picture in pictures[i : i + per_row]], step) for i in range(0, BATCH, per_row)]
     pixels = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
     return {**pixels, "tokens": tokens, "skip_reason": np.full(BATCH, -1, np.int32), "index": np.arange(BATCH)}
 
