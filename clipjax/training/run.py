@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.records import make_records
-from clipjax.config import Config, LossKind, steps_of, total_steps
+from clipjax.config import Config, LossKind, ResizeOn, steps_of, total_steps
 from clipjax.data.patch_rows import mean_flops_per_pair
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import BadSampleLimit, TrainStream, WorkersDie, pair_groups
@@ -41,7 +41,7 @@ from clipjax.training.step import TrainState, eval_params, to_items
 from clipjax.typing import Batch, Metrics, Patches
 
 STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices; updates are judged as late
-TAKEN = ("image", "crop", *Patches._fields, "tokens", "skip_reason")
+TAKEN = ("image", *Patches._fields, "tokens", "skip_reason")
 """Arrays of a batch that the step takes as they are, as far as there are any."""
 JUDGED = ("loss", "param_norm", "skipped_in_a_row", "loss_spike", "samples_skipped")
 """Metrics that are looked at after every step."""
@@ -287,6 +287,8 @@ def device_batch(config: Config, mesh: Mesh, batch: Mapping[str, np.ndarray]) ->
     more = {} if group is None else {"group": group}
     if config.loss.kind is LossKind.GLOBAL:
         more["index"] = batch["index"].astype(np.int32)
+    if config.data.resize_on is ResizeOn.DEVICE:
+        more["crop"] = batch["crop"]
     return sharding.global_batch(mesh, {name: batch[name] for name in TAKEN if name in batch} | more)
 
 
