@@ -21,7 +21,7 @@ PADDING = -1
 """The segment of places without a patch."""
 
 _BUDGET_KEY = 17  # what a key is for, beside those of an order and of augmentations
-_STEPS = 4096  # of the common factor that shrinks the pictures of a row
+_STEPS = 256  # of the common factor that shrinks the pictures of a row
 
 
 def budget_of_step(config: Config, step: int) -> int:
@@ -53,7 +53,7 @@ def fit_row(
     """Return the grid, rows and columns, of each picture of a row.
 
     Each picture wants as many patches as it may have. If they do not fit together, all wants are multiplied by the
-    largest k / 4096 by which they do.
+    largest k / 256 by which they do.
 
     Args:
         sizes: height and width of the pictures in pixels.

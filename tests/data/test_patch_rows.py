@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 
 from clipjax.config import AugmentConfig, Config, Crop, DataConfig, ModelConfig, ViTConfig, flops_per_pair
+from clipjax.data.loading_speed import measure_loading
 from clipjax.data.patch_rows import budget_of_step, fit_row, make_patch_rows, mean_flops_per_pair
 from clipjax.data.patches import cut_patches, fit_grid
 from clipjax.data.sources import ArraySource
+from clipjax.data.tokenizers.bytes import BytesTokenizer
 from clipjax.data.training_batches import Share
 from clipjax.data.training_order import OrderFormat
 from clipjax.data.training_stream import TrainStream
@@ -231,3 +233,9 @@ def test_pillow_leaves_a_picture_of_the_right_size_as_it_is():
     picture = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     same = np.asarray(Image.fromarray(picture).resize((12, 8), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(same, picture)
+
+
+def test_loading_is_measured_with_whole_rows():
+    config = packed(images_per_row=5, batch=30)
+    rates = list(measure_loading(Pictures(), BytesTokenizer(), config, is_remote=[False], seconds=0.01))
+    assert all(rate.images for rate in rates) and rates[-1].images % 5 == 0
