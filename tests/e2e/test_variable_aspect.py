@@ -1,4 +1,4 @@
-"""A run with pictures of variable aspect: killed, it goes on exactly with other workers; a replay finds the same bits."""
+"""A run with pictures of variable aspect: killed, it goes on exactly with other workers; its steps can be replayed."""
 
 import json
 import pathlib

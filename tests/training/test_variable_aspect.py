@@ -151,3 +151,19 @@ def test_a_teacher_takes_the_same_patches():
 def test_a_teacher_of_other_pictures_is_refused(image, message):
     with pytest.raises(ValueError, match=message):
         check_same_inputs(config(), BytesTokenizer(), teacher(image))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("microbatch", [None, 16])
+def test_a_teacher_sees_each_picture_as_if_alone(microbatch):
+    found = []
+    for run in (config(), config(4, (12,), microbatch_size=microbatch)):
+        mesh = make_mesh(2)
+        step = build_program(run, mesh, num_samples=100, teacher=config()).train_step
+        assert step.teacher_forward is not None
+        with jax.set_mesh(mesh):
+            clip = step.teacher_forward.clip
+            params, batch = jax.jit(clip.init)(jax.random.key(1)), device_batch(run, mesh, rows(run))
+            encoded = jax.jit(step.teacher_forward)(params, step.with_images(batch), jax.random.key(0))
+        found.append(jax.device_get(encoded.image_embed))
+    assert found[0].shape == (BATCH, 32)
+    np.testing.assert_allclose(found[1], found[0], atol=1e-6)
