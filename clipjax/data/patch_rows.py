@@ -62,13 +62,12 @@ def fit_row(
         patch_size: side of a patch in pixels.
         enlarge: False: a picture wants no more patches than its own pixels fill.
     """
-    wanted = [
-        max_patches if enlarge else max(1, min(max_patches, height * width // patch_size**2)) for height, width in sizes
-    ]
+    most = min(max_patches, num_places - len(sizes) + 1)  # the others have one each at least
+    wanted = [most if enlarge else max(1, min(most, height * width // patch_size**2)) for height, width in sizes]
 
     def fit(steps: int) -> list[tuple[int, int]]:
-        most = [max(1, patches * steps // _STEPS) for patches in wanted]
-        return [fit_grid(*size, limit, patch_size) for size, limit in zip(sizes, most, strict=True)]
+        limits = [max(1, patches * steps // _STEPS) for patches in wanted]
+        return [fit_grid(*size, limit, patch_size) for size, limit in zip(sizes, limits, strict=True)]
 
     def fits(grids: Sequence[tuple[int, int]]) -> bool:
         return sum(rows * columns for rows, columns in grids) <= num_places

@@ -86,6 +86,12 @@ def test_enlarged_pictures_fill_their_budget():
     assert fit_row([(5, 5)], 16, max_patches=16, patch_size=4, enlarge=False) == [(1, 1)]
 
 
+def test_a_picture_alone_has_the_grid_of_its_budget():
+    for height, width in np.random.default_rng(0).integers(1, 400, (100, 2)).tolist():
+        grids = fit_row([(height, width)], 37, max_patches=300, patch_size=4, enlarge=True)
+        assert grids == [fit_grid(height, width, 37, 4)]
+
+
 def test_pictures_that_do_not_fit_shrink_by_one_factor():
     random = np.random.default_rng(0)
     for _ in range(50):
