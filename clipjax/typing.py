@@ -16,7 +16,8 @@ Batch = Mapping[str, Any]
 an index into `data.sample.REASONS`; -1: none does). Where configured, `group` int32 [b] (equal for pairs that are no
 negatives of each other), `index` int32 [b] (of the sample in its source). With k texts of each image, `tokens` is
 int32 [b, k, l], and `group` int32 [b, k] where it depends on the text. With `data.resize_on=device` `image` is a canvas
-uint8 [b, c, c, 3], and `crop` float32 [b, 7] tells its part (`data.canvas`): the step resizes them first."""
+uint8 [b, c, c, 3], and `crop` float32 [b, 7] tells its part (`data.canvas`): the step resizes them first. Where images
+are of variable aspect, the fields of `Patches` by name stand in for `image`, and the step joins them to one."""
 
 Metrics = dict[str, Any]
 """Scalars by name."""
@@ -45,3 +46,21 @@ class Encoded(NamedTuple):
     nll: jax.Array | None = None
     num_tokens: jax.Array | None = None
     batch_stats: Params = {}  # noqa: RUF012
+
+
+class Patches(NamedTuple):
+    """Images of variable aspect as rows of patches, r rows of t places with g images each.
+
+    Image i of the batch is number i % g of row i // g.
+
+    Attributes:
+        patches: uint8 or normalised pixels [r, t, p * p * 3].
+        segment: number of the patch's image in its row, int32 [r, t]; -1: padding.
+        place: row and column of the patch in its image, int32 [r, t, 2].
+        grid: rows and columns of each image, int32 [r, g, 2].
+    """
+
+    patches: jax.Array
+    segment: jax.Array
+    place: jax.Array
+    grid: jax.Array

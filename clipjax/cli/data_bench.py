@@ -151,5 +151,4 @@ def describe_need(rates: Sequence[LoadingRate], needed: float | None, name: str,
 def _images_per_host(config: Config, target: targets.Target, num_samples: int) -> float | None:
     from clipjax.planning import report
 
-    compiled = report.compile_step(config, target, num_samples=num_samples)
-    return report.make_plan(config, target, compiled).get("images_per_second_per_host")
+    return report.plan_run(config, target, num_samples=num_samples)[0].get("images_per_second_per_host")

@@ -134,8 +134,9 @@ def _plan(config: Config, target: targets.Target, options: argparse.Namespace, *
     """Compile, print and write the plan; return whether the run fits."""
     from clipjax.planning import report
 
-    compiled = report.compile_step(config, target, num_samples=options.num_samples, teacher=teacher)
-    plan = report.make_plan(config, target, compiled, price=options.price)
+    plan, compiled = report.plan_run(
+        config, target, num_samples=options.num_samples, teacher=teacher, price=options.price
+    )
     if options.measure and plan["fits"]:
         from clipjax.planning.measure import measure
 

@@ -116,6 +116,11 @@ class DataConfig:
     interpolation: Interpolation = Interpolation.BICUBIC
     resize_on: ResizeOn = ResizeOn.HOST
     canvas_size: int = bounded(384, POSITIVE)  # side of what resize_on=device sends; larger parts are reduced before
+    # With model.image.max_patches (variable aspect): patches per image, of which the seed draws one for each step;
+    # (): max_patches in all steps.
+    patch_menu: tuple[int, ...] = bounded((), POSITIVE)
+    images_per_row: int = bounded(1, POSITIVE)  # neighbours in the batch that share the patches of their row
+    enlarge: bool = True  # pictures fill their budget (SigLIP 2); False: none gets more patches than it has pixels for
     background: tuple[int, int, int] | None = bounded(None, COLOUR)  # red, green, blue behind alpha; None: drop alpha
     exif_orientation: bool = False  # turn pictures as their EXIF data says, which CLIP's reference ignores
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -46,6 +46,7 @@ class ViTConfig(Blocks):
 
     image_size: int = bounded(224, POSITIVE)
     patch_size: int = bounded(32, POSITIVE)
+    max_patches: int | None = bounded(None, POSITIVE)  # variable aspect: most patches of an image; None: squares
     width: int = bounded(768, POSITIVE)
     depth: int = bounded(12, POSITIVE)
     num_heads: int = bounded(12, POSITIVE)
@@ -77,7 +78,7 @@ class ViTConfig(Blocks):
 
     def flops(self, embed_dim: int) -> int:
         """Return the FLOPs of one image; patch dropout is not credited."""
-        patches, width = self.grid()[1] ** 2, self.width
+        patches, width = self.max_patches or self.grid()[1] ** 2, self.width
         tokens = patches + self.class_token + self.num_registers
         total = 2 * patches * 3 * self.patch_size**2 * width + self.block_flops(tokens)
         if self.pool is ImagePool.ATTENTION:

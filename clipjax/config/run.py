@@ -5,9 +5,10 @@ Time is given in examples (image-text pairs); the code turns it into steps (comp
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from clipjax.config.data import DataConfig, EvalConfig
+from clipjax.config.image import ImageTower
 from clipjax.config.loss import LossConfig
 from clipjax.config.model import ModelConfig
 from clipjax.config.ranges import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Range, bounded
@@ -90,9 +91,29 @@ class Config:
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
 
 
-def flops_per_pair(config: Config) -> int:
-    """Return the FLOPs of one forward pass of one image with all captions that it is trained with at a sight."""
+def most_patches(image: ImageTower) -> int | None:
+    """Return the most patches of an image of variable aspect; None where images are squares."""
+    return getattr(image, "max_patches", None)
+
+
+def patch_menu(config: Config) -> tuple[int, ...]:
+    """Return the budgets of which each step has one, in patches per image; empty where images are squares."""
+    most = most_patches(config.model.image)
+    return () if most is None else config.data.patch_menu or (most,)
+
+
+def flops_per_pair(config: Config, patches: int | None = None) -> int:
+    """Return the FLOPs of one forward pass of one image with all captions that it is trained with at a sight.
+
+    Args:
+        config: the run.
+        patches: of the image, where its aspect is variable; None: the largest budget.
+    """
     model, more = config.model, config.data.captions_per_image - 1
+    if patches is None:
+        patches = max(patch_menu(config), default=None)
+    if patches is not None:
+        model = replace(model, image=replace(model.image, max_patches=patches))
     return model.flops() + more * model.text.flops(model.embed_dim)
 
 

@@ -19,6 +19,7 @@ from clipjax.config.model_validation import LANES, caption_errors, model_errors
 from clipjax.config.ranges import FINITE, RANGES
 from clipjax.config.run import Config, resolve_mesh
 from clipjax.config.serialization import field_value, from_dict, numbers, to_dict
+from clipjax.config.variable_aspect import variable_aspect_errors
 
 BATCH_FIELDS = ("global_batch_size", "microbatch_size", "eval.batch_size")
 """Fields of the batches that the mesh and the processes divide."""
@@ -90,7 +91,7 @@ def validate_devices(
             "so that every process reads whole rows of the batch"
         )
     for path in batch_fields:
-        errors += _division_error(config, path, num_processes, "the number of processes")
+        errors += _batch_division_error(config, path, num_processes, "the number of processes")
     if errors:
         raise ValueError("\n".join(errors))
 
@@ -114,7 +115,8 @@ def _division_errors(config: Config, sizes: tuple[int, int, int, int], batch_fie
     (slices, data, fsdp, tensor), errors = sizes, []
     parts = f"mesh.slice={slices} * " if slices > 1 else ""
     for path in batch_fields:
-        errors += _division_error(config, path, slices * data * fsdp, f"{parts}mesh.data={data} * mesh.fsdp={fsdp}")
+        what = f"{parts}mesh.data={data} * mesh.fsdp={fsdp}"
+        errors += _batch_division_error(config, path, slices * data * fsdp, what)
     trains = "global_batch_size" in batch_fields
     if trains and config.loss.kind is LossKind.GLOBAL and MEMORY_UNIT % (slices * data * fsdp):
         errors.append(
@@ -146,6 +148,14 @@ def _tower_division_errors(config: Config, fsdp: int, tensor: int) -> list[str]:
     for path in ("model.embed_dim", "model.text.vocab_size"):
         errors += _division_error(config, path, tensor, by_tensor)
     return errors
+
+
+def _batch_division_error(config: Config, path: str, parts: int, what: str) -> list[str]:
+    """Return the batch at `path` if its parts would be unequal, or cut a row of several images."""
+    row = 1 if path == "eval.batch_size" else config.data.images_per_row
+    if row > 1:
+        what = f"{what} * data.images_per_row={row}"
+    return _division_error(config, path, parts * row, what)
 
 
 def _division_error(config: Config, path: str, divisor: int, what: str, value: int | None = None) -> list[str]:
@@ -215,6 +225,7 @@ def _part_errors(config: Config) -> list[str]:
         )
     errors += [*config.data.source_errors(), *config.data.errors("data"), *_unused_columns(config)]
     errors += canvas_errors(config.data, config.model.image.image_size)
+    errors += variable_aspect_errors(config.data, config.model.image)
     for path in ("optim.freeze", "init_match"):
         for pattern in field_value(config, path):
             try:

@@ -15,7 +15,7 @@ import multiprocessing.util
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
@@ -28,6 +28,18 @@ _IN_USE, _OPENED = 0, 1  # bytes of a segment's head
 _HEAD = _ALIGNMENT = 64  # JAX's CPU backend takes aligned arrays without a copy
 
 _numbers = itertools.count()
+
+_Rows = tuple[Mapping[str, np.ndarray], int]
+"""A row by the names of its values, and the number of rows like it."""
+
+
+def _shapes(wanted: Sequence[_Rows]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {name: ((count, *value.shape), value.dtype) for row, count in wanted for name, value in row.items()}
+
+
+def new_columns(*wanted: _Rows) -> dict[str, np.ndarray]:
+    """Return empty arrays for rows."""
+    return {name: np.empty(shape, dtype) for name, (shape, dtype) in _shapes(wanted).items()}
 
 
 class _Segment(SharedMemory):
@@ -99,13 +111,12 @@ class BatchWriter:
         self._ends = False
         multiprocessing.util.Finalize(None, self._end, exitpriority=1)
 
-    def columns(self, row: Mapping[str, np.ndarray], count: int) -> tuple[SentColumns, dict[str, np.ndarray]]:
-        """Return empty columns for `count` rows like this one: what to send when they are full, and the arrays."""
+    def columns(self, *wanted: _Rows) -> tuple[SentColumns, dict[str, np.ndarray]]:
+        """Return what to send when they are full, and the arrays that `new_columns` returns."""
         layout, size = {}, _HEAD
-        for name, value in row.items():
-            shape = (count, *value.shape)
-            layout[name] = (size, shape, value.dtype.str)
-            size += -(-math.prod(shape) * value.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        for name, (shape, dtype) in _shapes(wanted).items():
+            layout[name] = (size, shape, dtype.str)
+            size += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         segment = self._take(size)
         return SentColumns(os.getpid(), segment.number, segment.name, layout), _arrays(segment, layout)
 

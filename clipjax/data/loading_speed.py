@@ -93,7 +93,8 @@ def measure_loading(
         ValueError: hardly any sample is usable.
     """
     yield _measure_bare(source, config, seconds, clock)
-    batch_size = max(1, min(_BATCH, config.global_batch_size, len(source)))
+    batch_size, unit = max(1, min(_BATCH, config.global_batch_size, len(source))), config.data.images_per_row
+    batch_size = max(unit, batch_size // unit * unit)
     for num_workers in dict.fromkeys((0, config.data.num_workers)):
         data = dataclasses.replace(config.data, num_workers=num_workers)
         smaller = dataclasses.replace(config, data=data, global_batch_size=batch_size)
@@ -119,7 +120,7 @@ def _measure_stream(
     start, used, images, unusable = clock(), _cpu_seconds(), 0, 0
     while (spent := clock() - start) < seconds or not images:
         batch = next(stream)
-        images += len(batch["image"])
+        images += len(batch["index"])
         unusable += int((batch["skip_reason"] >= 0).sum())
     after = _cpu_seconds()
     return LoadingRate(

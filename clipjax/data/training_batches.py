@@ -17,13 +17,14 @@ import numpy as np
 
 from clipjax.config import Config, Crop, TextTruncation
 from clipjax.data.augmentations import Augmentations
-from clipjax.data.batch_memory import BatchWriter, SentColumns
+from clipjax.data.batch_memory import BatchWriter, SentColumns, new_columns
 from clipjax.data.block_reader import BlockReader
 from clipjax.data.canvas import CanvasTransform
 from clipjax.data.caption_fields import draw_captions
 from clipjax.data.images import Decoder, EvalTransform, random_resized_crop
 from clipjax.data.mixture import MixedSource
 from clipjax.data.order import derive_key
+from clipjax.data.patch_rows import PatchRows
 from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, FieldCaptions, Sample, Source
 from clipjax.data.tokenizers.truncation import choose_tokens
 from clipjax.data.training_order import TrainingOrder, batch_number
@@ -138,12 +139,15 @@ class Augment:
     captions_per_image: int = 1
     truncation: TextTruncation = TextTruncation.NONE
     canvas: CanvasTransform | None = None  # where the device crops and resizes
+    patch_rows: PatchRows | None = None  # makes the pixels of several pairs together
 
     def __call__(self, pair: Pair, rng: np.random.Generator) -> dict[str, Any]:
-        """Return the row of a batch."""
+        """Return the row of a batch, without pixels where `patch_rows` makes them."""
         captions = draw_captions(pair.captions, pair.fields, self.captions_per_image, rng)
         texts = [self._tokens(caption, rng) for caption in captions]
-        if self.canvas is not None:
+        if self.patch_rows is not None:
+            pixels = {}
+        elif self.canvas is not None:
             image, box = self.canvas(pair.image, rng)
             pixels = {"image": image, "crop": box}
         else:
@@ -185,6 +189,7 @@ class Share:
         size: pairs of the part.
         process_index: number of the process, from 0: its part is the contiguous one of that number.
         slices: pieces of the part, which worker processes read in turn.
+        unit: pairs that stay together in a piece; it divides the part.
         left_out: ranges of batch numbers that are never used.
     """
 
@@ -192,11 +197,18 @@ class Share:
     process_index: int = 0
     slices: int = 1
     left_out: tuple[tuple[int, int], ...] = ()
+    unit: int = 1
 
     def rows(self, piece: int) -> range:
         """Return the rows of a piece in a global batch."""
-        cut = [number * self.size // self.slices for number in (piece, piece + 1)]
+        units = self.size // self.unit
+        cut = [number * units // self.slices * self.unit for number in (piece, piece + 1)]
         return range(self.process_index * self.size + cut[0], self.process_index * self.size + cut[1])
+
+
+def _set(columns: dict[str, np.ndarray], row: int, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        columns[name][row] = value
 
 
 class Batches:
@@ -244,20 +256,29 @@ class Batches:
         position, piece = divmod(index, self._share.slices)
         batch, rows = batch_number(position, self._share.left_out), self._share.rows(piece)
         placed = self._read_ahead(position, piece, batch)
+        patch_rows = self._augment.patch_rows
+        size = 1 if patch_rows is None else patch_rows.images_per_row
         columns: dict[str, np.ndarray] = {}
         sent: SentColumns | None = None
-        for row, place in enumerate(placed.tolist()):
-            number = batch * self._batch_size + rows[row]  # the same for any number of processes
-            rng = np.random.Generator(np.random.Philox(key=np.array([self._key, number], np.uint64)))
-            take = None if self._reader is None else functools.partial(self._reader.take, *place)
-            pair = self._samples.get(place[0], take)
-            values = self._augment(pair, rng)
-            if not row and self._writer is not None:
-                sent, columns = self._writer.columns(values, len(rows))
-            elif not row:
-                columns = {name: np.empty((len(rows), *value.shape), value.dtype) for name, value in values.items()}
-            for name, value in values.items():
-                columns[name][row] = value
+        for first in range(0, len(rows), size):
+            pairs, values = [], []
+            for place in placed[first : first + size].tolist():
+                number = batch * self._batch_size + rows[first + len(pairs)]  # the same for any number of processes
+                rng = np.random.Generator(np.random.Philox(key=np.array([self._key, number], np.uint64)))
+                take = None if self._reader is None else functools.partial(self._reader.take, *place)
+                pair = self._samples.get(place[0], take)
+                values.append(self._augment(pair, rng))
+                pairs.append((pair.image, rng))
+            together = {} if patch_rows is None else patch_rows(pairs, position + 1)
+            if not first:
+                wanted = (values[0], len(rows)), (together, len(rows) // size)
+                if self._writer is None:
+                    columns = new_columns(*wanted)
+                else:
+                    sent, columns = self._writer.columns(*wanted)
+            _set(columns, first // size, together)
+            for row, each in enumerate(values, first):
+                _set(columns, row, each)
         return columns if sent is None else sent
 
     def _read_ahead(self, position: int, piece: int, batch: int) -> np.ndarray:

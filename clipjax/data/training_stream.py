@@ -27,6 +27,7 @@ from clipjax.data.block_reader import BlockReader
 from clipjax.data.canvas import make_canvas_transform
 from clipjax.data.images import make_decoder, make_eval_transform
 from clipjax.data.mixture import sizes_of
+from clipjax.data.patch_rows import make_patch_rows
 from clipjax.data.sample import NUM_COUNTERS, REASONS, Source, count_by_reason
 from clipjax.data.training_batches import GOOD, Augment, Batches, Share, TooManyBadSamples, substituted
 from clipjax.data.training_order import (
@@ -87,7 +88,8 @@ class TrainStream:
     of the pair that was used, and `skip_reason` int32 [b], the fault of the pair that was due: an index into
     `REASONS`, or -1 if it was used itself; of source k of a mixture it is k * `NUM_COUNTERS` more. With two captions
     per image `tokens` is int32 [b, 2, l]. With `data.resize_on=device` the image is a canvas
-    with its `crop`, as `clipjax.data.canvas` makes them.
+    with its `crop`, as `clipjax.data.canvas` makes them. With `model.image.max_patches` there are `patches`, `segment`,
+    `place` and `grid` in its place, as `clipjax.data.patch_rows` makes them; the other arrays stay as they are.
 
     Args:
         source: pairs, at least one global batch of them.
@@ -127,7 +129,12 @@ class TrainStream:
         import grain
 
         batch_size, data = config.global_batch_size, config.data
-        local_size = per_process("global_batch_size", batch_size, process_count)
+        local_size, unit = per_process("global_batch_size", batch_size, process_count), data.images_per_row
+        if local_size % unit:
+            raise ValueError(
+                f"data.images_per_row={unit} must divide the {local_size} pairs of each process: global_batch_size="
+                f"{batch_size} / {process_count} processes"
+            )
         if len(source) < batch_size:
             raise ValueError(
                 f"global_batch_size={batch_size} is larger than the {len(source)} samples of {data.shown_train};"
@@ -145,14 +152,20 @@ class TrainStream:
             captions_per_image=data.captions_per_image,
             truncation=data.text_truncation,
             canvas=make_canvas_transform(config, view) if data.resize_on is ResizeOn.DEVICE else None,
+            patch_rows=make_patch_rows(config),
         )
         samples = substituted(source, make_decoder(data))
         blocks = [part for part in parts_of(order) if part.block > 1]
         # Where blocks are read, each worker has rows of its own in every batch, so that none reads another's blocks.
-        self._slices = min(max(1, data.num_workers), local_size) if blocks else 1
+        self._slices = min(max(1, data.num_workers), local_size // unit) if blocks else 1
         self._reader: BlockReader | None = None
-        share = Share(local_size, process_index, self._slices, tuple(left_out))
+        share = Share(local_size, process_index, self._slices, tuple(left_out), unit)
         if order is None:
+            if augment.patch_rows is not None:
+                raise ValueError(
+                    "model.image.max_patches: the run began with the order of an older version, which knows squares "
+                    "only; start anew in another workdir"
+                )
             batches = _GrainBatches(samples, augment, config, share, process_count)
         else:
             if blocks:

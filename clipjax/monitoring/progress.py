@@ -65,7 +65,7 @@ class StepClock:
             self._paused_seconds += self._now() - start
 
 
-def mfu(examples_per_second: float, flops_per_pair: int, num_devices: int, peak_tflops: float) -> float:
+def mfu(examples_per_second: float, flops_per_pair: float, num_devices: int, peak_tflops: float) -> float:
     """Return the model FLOPs utilisation, 0 to 1: three forward passes per pair; recomputation does not count."""
     return 3 * flops_per_pair * examples_per_second / (num_devices * peak_tflops * 1e12)
 

@@ -33,7 +33,7 @@ class RunLogger:
         workdir: the folder of the files.
         start_step: completed updates; later lines of an earlier try are dropped.
         evaluated: the tasks were run at this step; if not, lines of their results at this step are dropped too.
-        flops_per_pair: FLOPs of the forward pass of an image and its texts, for MFU.
+        flops_per_pair: first step, last step -> mean FLOPs of the forward pass of an image and its texts, for MFU.
         count_samples: step, metric `samples_skipped` -> what a line of the log tells of the samples.
         enabled: this process writes and prints; None: the first one does.
         times: collects the times of several processes; None for one alone.
@@ -48,7 +48,7 @@ class RunLogger:
         *,
         start_step: int,
         evaluated: bool = True,
-        flops_per_pair: int,
+        flops_per_pair: Callable[[int, int], float],
         count_samples: Callable[[int, np.ndarray], Mapping[str, Any]],
         enabled: bool | None = None,
         times: RankTimes | None = None,
@@ -98,6 +98,9 @@ class RunLogger:
         rates = self._clock.lap(step=step, examples_seen=step * self._batch, wait_seconds=wait_seconds)
         if self._goodput is not None:
             self._goodput.record()
+        if self._peak_tflops is not None:
+            flops = self._flops(self._last_step + 1, step)
+            rates["mfu"] = mfu(rates["examples_per_second"], flops, jax.device_count(), self._peak_tflops)
         self._pending = (step, metrics, rates | self._ledger())
         self._account(step, rates)
 
@@ -144,9 +147,6 @@ class RunLogger:
             **host,
             **self._count_samples(step, skipped),
         }
-        if self._peak_tflops is not None:
-            rate = host["examples_per_second"]
-            values["mfu"] = mfu(rate, self._flops, jax.device_count(), self._peak_tflops)
         slow: list[str] = []
         if self._times is not None:
             ranks, slow = self._times.receive(before=step)

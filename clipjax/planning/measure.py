@@ -52,7 +52,7 @@ def make_batch(shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
     made = {}
     for key, (name, leaf) in zip(keys, sorted(shapes.items()), strict=True):
         match name:
-            case "image":
+            case "image" | "patches":
                 array = jax.random.bits(key, leaf.shape, jnp.uint8)
             case "tokens":
                 array = jax.random.randint(key, leaf.shape, 1, 256, jnp.int32)
@@ -61,6 +61,13 @@ def make_batch(shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
             case "crop":  # all of the canvas
                 side = shapes["image"].shape[1]
                 array = jnp.broadcast_to(jnp.array([0, 0, side, side, side, side, 0], leaf.dtype), leaf.shape)
+            case "segment" | "place" | "grid":  # images of one row of patches, without padding
+                per_row = shapes["grid"].shape[1]
+                columns = shapes["segment"].shape[1] // per_row
+                number, column = jnp.divmod(jnp.arange(columns * per_row, dtype=jnp.int32), columns)
+                place = jnp.stack([jnp.zeros_like(column), column], axis=-1)
+                grid = jnp.broadcast_to(jnp.array([1, columns], jnp.int32), (per_row, 2))
+                array = jnp.broadcast_to({"segment": number, "place": place, "grid": grid}[name], leaf.shape)
             case _:
                 array = jnp.arange(leaf.size, dtype=jnp.int32).reshape(leaf.shape)
         made[name] = jax.device_put(array, leaf.sharding)

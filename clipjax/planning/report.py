@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from clipjax.config import Config, flops_per_pair, total_steps
+from clipjax.config import Config, flops_per_pair, patch_menu, total_steps
+from clipjax.config.variable_aspect import with_budget
 from clipjax.planning import hlo, memory, timing, traffic
 from clipjax.planning.targets import Target, compiler_versions
 from clipjax.runtime import sharding
@@ -137,6 +138,39 @@ def make_plan(config: Config, target: Target, compiled: Compiled, *, price: floa
     return plan
 
 
+def plan_run(
+    config: Config, target: Target, *, num_samples: int, teacher: Config | None = None, price: float | None = None
+) -> tuple[dict[str, Any], Compiled]:
+    """Return the plan of a run and its compiled step; of several budgets of patches, the largest decides what fits.
+
+    `budgets` then tells the seconds of each, and hours, cost and input are those of the mean step: the seed draws each
+    as often.
+
+    Raises:
+        ValueError: the config does not fit the mesh.
+    """
+    largest, *others = sorted(patch_menu(config), reverse=True) or [0]
+    compiled = compile_step(config, target, num_samples=num_samples, teacher=teacher)
+    plan = make_plan(config, target, compiled, price=price)
+    if not others or plan["peak_hbm_bytes"] is None:
+        return plan, compiled
+    seconds = {largest: plan["predicted_step_seconds"]}
+    for patches in others:
+        one = with_budget(config, patches)
+        smaller = make_plan(one, target, compile_step(one, target, num_samples=num_samples, teacher=teacher))
+        seconds[patches] = smaller["predicted_step_seconds"]
+    plan["budgets"] = [
+        {"patches": patches, "predicted_step_seconds": step, "pairs_per_second": config.global_batch_size / step}
+        for patches, step in seconds.items()
+    ]
+    share = sum(seconds.values()) / len(seconds) / seconds[largest]
+    plan["images_per_second_per_host"] /= share
+    for name in ("predicted_hours", "predicted_chip_hours", "predicted_cost"):
+        if name in plan:
+            plan[name] *= share
+    return plan, compiled
+
+
 def describe(plan: Mapping[str, Any]) -> str:
     """Format a plan as text."""
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
@@ -178,6 +212,11 @@ def _time_lines(plan: Mapping[str, Any]) -> list[str]:
         f"step         {1e3 * plan['predicted_step_seconds']:.1f} ms predicted, MFU {plan['predicted_mfu']:.1%}; "
         f"roofline of this program {1e3 * plan['roofline_step_seconds']:.1f} ms",
         f"  ms         {parts}",
+        *(
+            f"  {one['patches']:<10,} patches per image: {1e3 * one['predicted_step_seconds']:.1f} ms, "
+            f"{one['pairs_per_second']:,.0f} pairs per second"
+            for one in plan.get("budgets", ())
+        ),
         f"input        {plan['images_per_second_per_host']:,.0f} images per second on each of {plan['hosts']} hosts",
         f"run          {plan['steps']:,} steps: {plan['predicted_hours']:,.1f} hours, "
         f"{plan['predicted_chip_hours']:,.0f} chip-hours (predicted)",

@@ -16,7 +16,7 @@ from clipjax.config import Config
 from clipjax.losses import LossInputs, LossResults, TrainingLoss
 from clipjax.models.clip import Clip
 from clipjax.runtime.sharding import batch_devices, constrain
-from clipjax.typing import Batch, Encoded, Key, Metrics, Params
+from clipjax.typing import Batch, Encoded, Key, Metrics, Params, Patches
 
 
 class GradientsAux(NamedTuple):
@@ -81,10 +81,11 @@ class Microbatches:
     size: int
     devices: int
 
-    def split(self, x: jax.Array) -> jax.Array:
-        """Reshape [b, ...] to [parts, size, ...]."""
-        parts = x.reshape(self.devices, -1, self.size // self.devices, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(parts.reshape(-1, self.size, *x.shape[1:]), None, "batch", *[None] * (x.ndim - 1))
+    def split(self, x: jax.Array, per_row: int = 1) -> jax.Array:
+        """Reshape [b, ...] to [parts, size, ...], and rows of several pairs [b / per_row, ...] alike."""
+        size = self.size // per_row
+        parts = x.reshape(self.devices, -1, size // self.devices, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(parts.reshape(-1, size, *x.shape[1:]), None, "batch", *[None] * (x.ndim - 1))
 
     def merge(self, x: jax.Array) -> jax.Array:
         """Undo `split`."""
@@ -93,8 +94,10 @@ class Microbatches:
 
     def inputs(self, batch: Batch) -> tuple[jax.Array, Batch]:
         """Return numbers of the microbatches, and what of each is encoded."""
-        microbatches = jax.tree.map(self.split, {name: batch[name] for name in ("image", "tokens")})
-        return jnp.arange(batch["tokens"].shape[0] // self.size), microbatches
+        image, tokens = batch["image"], batch["tokens"]
+        per_row = image.grid.shape[1] if isinstance(image, Patches) else 1
+        images = jax.tree.map(lambda x: self.split(x, per_row), image)
+        return jnp.arange(len(tokens) // self.size), {"image": images, "tokens": self.split(tokens)}
 
     def encode(self, encode: Callable[[Batch, Key], Encoded], batch: Batch, key: Key) -> Encoded:
         """Encode all pairs, a microbatch at a time; microbatch i draws from `fold_in(key, i)`."""

@@ -9,7 +9,7 @@ import jax
 
 from clipjax.checkpoints.records import pack_tokenizer
 from clipjax.checkpoints.saved import SavedCheckpoint
-from clipjax.config import Config, LossKind, ModelConfig, TextTransformerConfig
+from clipjax.config import Config, LossKind, ModelConfig, TextTransformerConfig, most_patches
 from clipjax.config.serialization import field_value
 from clipjax.config.validation import MEMORY_UNIT
 from clipjax.data.digests import ShardDigest, find_order, from_record
@@ -191,9 +191,16 @@ def check_same_inputs(config: Config, tokenizer: Tokenizer, teacher: SavedCheckp
     Raises:
         ValueError: everything that differs.
     """
-    differing = [
+    aspects = most_patches(config.model.image), most_patches(teacher.config.model.image)
+    differing = []
+    if (aspects[0] is None) != (aspects[1] is None):
+        differing.append(f"model.image.max_patches={aspects[0]} (teacher: {aspects[1]})")
+    pixels = (
+        "image_size" if None in aspects else "patch_size"
+    )  # of variable aspect, image_size is of the positions alone
+    differing += [
         f"{path}={ours} (teacher: {theirs})"
-        for path in ("model.image.image_size", "model.text.context_length")
+        for path in (f"model.image.{pixels}", "model.text.context_length")
         if (ours := field_value(config, path)) != (theirs := field_value(teacher.config, path))
     ]
     if teacher.records["tokenizer"] != pack_tokenizer(tokenizer):

@@ -4,6 +4,7 @@ Training runs what `build_program` makes; planning compiles the same for machine
 """
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from clipjax.config import Config, LossKind, ResizeOn, SamePair
+from clipjax.config import Config, LossKind, ResizeOn, SamePair, ViTConfig, patch_menu
 from clipjax.losses import build_loss
 from clipjax.losses.moving_averages import MovingAveragesAccess
 from clipjax.models.clip import Clip, abstract_params, build_clip
@@ -25,7 +26,7 @@ from clipjax.training import optimizer
 from clipjax.training.device_resize import build_device_resize
 from clipjax.training.gradients import Microbatches, TeacherForward, build_gradients
 from clipjax.training.step import STATE_RULES, TrainState, TrainStep, make_init_state
-from clipjax.typing import Key, Params
+from clipjax.typing import Batch, Key, Metrics, Params
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,6 +68,33 @@ class Program:
             compiler_options=compiler_options(list(self.mesh.devices.flat)),
         )
 
+    def compile_all(self, say: Callable[[str], None]) -> Callable[..., tuple[TrainState, Metrics]]:
+        """Compile the step for each budget of the run; return it, for the shape of the batch that it gets.
+
+        Args:
+            say: gets a line on each shape, and one on all.
+        """
+        state, teacher, steps, start = self.abstract_state, self.abstract_teacher(), {}, time.monotonic()
+        per_row, menu = self.config.data.images_per_row, sorted(patch_menu(self.config))
+        for number, patches in enumerate(menu, 1):
+            begun = time.monotonic()
+            step = self.jit(state).lower(state, self.abstract_batch(patches), teacher).compile()
+            steps[per_row * patches] = step
+            say(
+                f"compiled shape {number} of {len(menu)}, {patches} patches per image, in "
+                f"{time.monotonic() - begun:.1f} s"
+            )
+        say(f"compiled {len(menu)} shapes of the step in {time.monotonic() - start:.1f} s")
+
+        def train_step(state: TrainState, batch: Batch, teacher: Params | None = None) -> tuple[TrainState, Metrics]:
+            places = batch["patches"].shape[1]
+            if places not in steps:  # else it would be compiled now, on some processes perhaps and not on others
+                known = ", ".join(map(str, steps))
+                raise RuntimeError(f"a batch has {places} patches a row, none of the compiled {known}")
+            return steps[places](state, batch, teacher)
+
+        return train_step
+
     @functools.cached_property
     def _init(self) -> Callable[[], TrainState]:
         return lambda: self.init_state(jax.random.key(self.config.seed))  # traced once, as it is one function
@@ -88,21 +116,37 @@ class Program:
         params = abstract_params(self.teacher.model)
         return sharding.with_shardings(params, sharding.state_shardings(self.mesh, params, PARAMETER_RULES))
 
-    def abstract_batch(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Return shapes, dtypes and shardings of a batch."""
+    def _pixel_shapes(self, patches: int | None) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Return shapes and dtypes of the arrays of a batch's pictures; see `abstract_batch`."""
+        data, image, n = self.config.data, self.config.model.image, self.config.global_batch_size
+        if (menu := patch_menu(self.config)) and isinstance(image, ViTConfig):
+            rows, places = n // data.images_per_row, data.images_per_row * (patches or max(menu))
+            return {
+                "patches": ((rows, places, 3 * image.patch_size**2), jnp.uint8),
+                "segment": ((rows, places), jnp.int32),
+                "place": ((rows, places, 2), jnp.int32),
+                "grid": ((rows, data.images_per_row, 2), jnp.int32),
+            }
+        on_device = data.resize_on is ResizeOn.DEVICE
+        side = data.canvas_size if on_device else image.image_size
+        crop: dict[str, tuple[tuple[int, ...], Any]] = {"crop": ((n, BOX), jnp.float32)} if on_device else {}
+        return {"image": ((n, side, side, 3), jnp.uint8), **crop}
+
+    def abstract_batch(self, patches: int | None = None) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Return shapes, dtypes and shardings of a batch.
+
+        Args:
+            patches: budget of the step, where images are of variable aspect; None: the largest.
+        """
         config, n = self.config, self.config.global_batch_size
-        on_device = config.data.resize_on is ResizeOn.DEVICE
-        side = config.data.canvas_size if on_device else config.model.image.image_size
         length = config.model.text.context_length
         count = config.data.captions_per_image
         several = () if count == 1 else (count,)
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-            "image": ((n, side, side, 3), jnp.uint8),
+            **self._pixel_shapes(patches),
             "tokens": ((n, *several, length), jnp.int32),
             "skip_reason": ((n,), jnp.int32),
         }
-        if on_device:
-            shapes["crop"] = ((n, BOX), jnp.float32)
         if config.loss.same_pair is not SamePair.NONE:
             by_text = config.loss.same_pair is SamePair.CAPTION
             shapes["group"] = ((n, *several) if by_text else (n,), jnp.int32)

@@ -184,7 +184,7 @@ def _make_search(session: Session) -> Any:
     step = session.program.train_step
 
     def search(state: TrainState, batch: Batch, teacher: Any) -> tuple[Any, Any, Any]:
-        batch = step.resized(batch)
+        batch = step.with_images(batch)
         key = jax.random.fold_in(state.key, state.step)
         encoded = step.gradients.encode(state.params, state.batch_stats or {}, batch, key)
         inputs = step.loss_inputs(state, batch, key, teacher)

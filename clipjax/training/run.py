@@ -6,6 +6,7 @@ finish.
 
 import collections
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ from jax.sharding import Mesh
 from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.records import make_records
-from clipjax.config import Config, LossKind, ResizeOn, flops_per_pair, steps_of, total_steps
+from clipjax.config import Config, LossKind, ResizeOn, steps_of, total_steps
+from clipjax.data.patch_rows import mean_flops_per_pair
 from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import BadSampleLimit, TrainStream, WorkersDie, pair_groups
 from clipjax.evals.encoder import Encoder
@@ -36,11 +38,11 @@ from clipjax.training.resume import Position, start_state
 from clipjax.training.sample_counts import SampleCounts
 from clipjax.training.session import Session, open_checkpoints
 from clipjax.training.step import TrainState, eval_params, to_items
-from clipjax.typing import Batch, Metrics
+from clipjax.typing import Batch, Metrics, Patches
 
 STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices; updates are judged as late
-BATCH = ("image", "tokens", "skip_reason")
-"""Arrays of a batch that every step takes."""
+TAKEN = ("image", *Patches._fields, "tokens", "skip_reason")
+"""Arrays of a batch that the step takes as they are, as far as there are any."""
 JUDGED = ("loss", "param_norm", "skipped_in_a_row", "loss_spike", "samples_skipped")
 """Metrics that are looked at after every step."""
 
@@ -287,7 +289,7 @@ def device_batch(config: Config, mesh: Mesh, batch: Mapping[str, np.ndarray]) ->
         more["index"] = batch["index"].astype(np.int32)
     if config.data.resize_on is ResizeOn.DEVICE:
         more["crop"] = batch["crop"]
-    return sharding.global_batch(mesh, {name: batch[name] for name in BATCH} | more)
+    return sharding.global_batch(mesh, {name: batch[name] for name in TAKEN if name in batch} | more)
 
 
 class _Teller:
@@ -334,7 +336,7 @@ def build(session: Session) -> Iterator[Run]:
             workdir,
             start_step=start.step,
             evaluated=start.evaluated,
-            flops_per_pair=flops_per_pair(config),
+            flops_per_pair=functools.partial(mean_flops_per_pair, config),
             count_samples=SampleCounts(config, inputs, session.decisions),
             times=rank_times(),
             goodput=session.goodput,

@@ -17,6 +17,7 @@ from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.saved import load_params
 from clipjax.checkpoints.saving import OnFailure
+from clipjax.config import patch_menu
 from clipjax.monitoring import events as run_events
 from clipjax.monitoring import run_record
 from clipjax.monitoring.events import Events
@@ -65,8 +66,11 @@ class Session:
 
     @functools.cached_property
     def step(self) -> Any:
-        """The jitted step: `TrainStep.__call__`, compiled once."""
-        return self.program.jit(self.program.abstract_state)
+        """The jitted step: `TrainStep.__call__`, compiled once, or once for each budget of patches."""
+        if not patch_menu(self.checked.config):
+            return self.program.jit(self.program.abstract_state)
+        with self.watchdog.paused("compilation"):
+            return self.program.compile_all(processes.announce)
 
     @functools.cached_property
     def replicas(self) -> ReplicaCheck | None:

@@ -24,7 +24,7 @@ from clipjax.training.device_resize import DeviceResize
 from clipjax.training.gradients import Gradients, TeacherForward
 from clipjax.training.health import Health, agreed_norm, init_health, is_finite, observe, select
 from clipjax.training.optimizer import make_schedule
-from clipjax.typing import Batch, Key, Metrics, Params
+from clipjax.typing import Batch, Key, Metrics, Params, Patches
 
 STATE_RULES: Rules = (
     *PARAMETER_RULES,
@@ -131,7 +131,7 @@ class TrainStep:
         self, state: TrainState, batch: Batch, teacher_params: Params | None = None
     ) -> tuple[TrainState, Metrics]:
         """Return the next state, and metrics by name."""
-        batch = self.resized(batch)
+        batch = self.with_images(batch)
         key = jax.random.fold_in(state.key, state.step)
         inputs = self.loss_inputs(state, batch, key, teacher_params)
         used = self._clamp(state.params)  # a checkpoint's scale may be above the maximum
@@ -155,6 +155,8 @@ class TrainStep:
             "skipped_in_a_row": health.skipped_in_a_row,
             "loss_spike": spike.astype(jnp.int32),
         }
+        if "segment" in batch:
+            metrics["padding_share"] = jnp.mean(batch["segment"] < 0, dtype=jnp.float32)
         next_state = TrainState(
             step=state.step + 1,
             params=params,
@@ -168,8 +170,10 @@ class TrainStep:
         )
         return next_state, metrics
 
-    def resized(self, batch: Batch) -> Batch:
-        """Return the batch with the pictures that the model gets."""
+    def with_images(self, batch: Batch) -> Batch:
+        """Return the batch with the pictures that the model gets as its `image`."""
+        if "patches" in batch:
+            return {**batch, "image": Patches(*(batch[name] for name in Patches._fields))}
         return batch if self.device_resize is None else self.device_resize(batch)
 
     def _update_memory(

@@ -16,7 +16,7 @@ ROW = {"image": np.zeros((3, 5), np.uint8), "tokens": np.zeros(7, np.int32), "in
 
 
 def send(writer: BatchWriter, value: int, count: int = 4) -> bytes:
-    sent, columns = writer.columns(ROW, count)
+    sent, columns = writer.columns((ROW, count))
     for column in columns.values():
         column[...] = value
     return pickle.dumps(sent)

@@ -46,7 +46,12 @@ def count_samples(step: int, counters: np.ndarray) -> dict:
 def make_logger(workdir, config: Config, *, start_step: int, enabled: bool) -> RunLogger:
     flops = config.model.flops()
     return RunLogger(
-        config, workdir, start_step=start_step, flops_per_pair=flops, count_samples=count_samples, enabled=enabled
+        config,
+        workdir,
+        start_step=start_step,
+        flops_per_pair=lambda first, last: flops,
+        count_samples=count_samples,
+        enabled=enabled,
     )
 
 
@@ -87,7 +92,14 @@ def test_a_step_is_fetched_and_written_on_flush_only(tmp_path, capsys):
 
 def test_prometheus_gets_the_numbers_of_each_logged_step(tmp_path):
     exporter, config = mock.Mock(), make_config()
-    logger = RunLogger(config, tmp_path, start_step=0, flops_per_pair=1, count_samples=count_samples, exporter=exporter)
+    logger = RunLogger(
+        config,
+        tmp_path,
+        start_step=0,
+        flops_per_pair=lambda first, last: 1,
+        count_samples=count_samples,
+        exporter=exporter,
+    )
     logger.log_step(2, step_metrics(3.5), 0.0)
     logger.flush()
     logger.close()
@@ -99,7 +111,14 @@ def test_lines_hold_the_times_of_the_run_by_cause(tmp_path):
     now = [1000.0]
     ledger = Goodput(Events(tmp_path, enabled=False), began=999.0, clock=lambda: now[0])
     config = make_config()
-    logger = RunLogger(config, tmp_path, start_step=0, flops_per_pair=1, count_samples=count_samples, goodput=ledger)
+    logger = RunLogger(
+        config,
+        tmp_path,
+        start_step=0,
+        flops_per_pair=lambda first, last: 1,
+        count_samples=count_samples,
+        goodput=ledger,
+    )
     ledger.step(1)
     now[0] += 3
     logger.log_step(1, step_metrics(3.5), 0.0)
