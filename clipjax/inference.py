@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.config import Config, DecoderConfig, MeshConfig
 from clipjax.config.validation import check_embeddings
-from clipjax.data.images import make_eval_transform
+from clipjax.data.patches import Pixels, make_view, stack_pixels
 from clipjax.data.tokenizers.protocol import Tokenizer, tokenize
-from clipjax.evals.encoder import NotFiniteEmbeddings, require_finite
+from clipjax.evals.encoder import NotFiniteEmbeddings, require_finite, to_images
 from clipjax.evals.prompts import check_texts
 from clipjax.evals.zero_shot import zero_shot_classifier
 from clipjax.models.clip import build_clip
@@ -48,7 +48,7 @@ class Model:
         self._captioners: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.logit_scale = float(np.exp(params["log_logit_scale"]))
-        self._batch_size, self._view = batch_size, make_eval_transform(config)
+        self._batch_size, self._view = batch_size, make_view(config)
         self._encode_image, self._encode_text = jax.jit(clip.encode_image), jax.jit(clip.encode_text)
 
     def encode_image(self, images: Any) -> Float[np.ndarray, "n embed"]:
@@ -63,7 +63,7 @@ class Model:
         pixels = [self._view(picture) for picture in _pictures(images)]
         if not pixels:
             return np.zeros((0, self.config.model.embed_dim), np.float32)
-        return self._in_batches("image embeddings", self._encode_image, np.stack(pixels))
+        return self._in_batches("image embeddings", self._encode_image, stack_pixels(pixels))
 
     def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n embed"]:
         """Return unit-norm embeddings of a text or a sequence of them; longer ones are cut at the context length.
@@ -109,7 +109,7 @@ class Model:
             raise ValueError(f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}")
         if not (pictures := _pictures(images)):
             return []
-        pixels = np.stack([self._view(picture) for picture in pictures])
+        pixels = stack_pixels([self._view(picture) for picture in pictures])
         frame = TextFormat(
             start_id, self.tokenizer.end_id, self.tokenizer.pad_id, self.config.model.text.context_length
         )
@@ -187,24 +187,24 @@ class Model:
             raise ValueError(f"token ids reach from {tokens.min()} to {tokens.max()}; the model knows 0 to {vocab - 1}")
         return self._in_batches("text embeddings", self._encode_text, tokens.astype(np.int32))
 
-    def _in_batches(self, name: str, encode: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
+    def _in_batches(self, name: str, encode: Callable[..., jax.Array], rows: Pixels) -> np.ndarray:
         """Encode batch by batch; refuse rows that are not finite."""
         check_embeddings(self.config)
         parts = [np.zeros((0, self.config.model.embed_dim), np.float32)]
         parts += [
-            np.asarray(encode(self.params, jnp.asarray(padded)))[:count]
+            np.asarray(encode(self.params, to_images(jax.tree.map(jnp.asarray, padded))))[:count]
             for padded, count in _batches(rows, self._batch_size)
         ]
         return require_finite(name, np.concatenate(parts))
 
 
-def _batches(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+def _batches(rows: Any, size: int) -> Iterator[tuple[Any, int]]:
     """Yield rows in batches padded to a power of two, so that few shapes are compiled, and the number that counts."""
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        padded = np.zeros((1 << (len(part) - 1).bit_length(), *rows.shape[1:]), rows.dtype)
-        padded[: len(part)] = part
-        yield padded, len(part)
+    total = len(jax.tree.leaves(rows)[0])
+    for start in range(0, total, size):
+        count = min(size, total - start)
+        numbers = np.minimum(np.arange(1 << (count - 1).bit_length()), count - 1) + start  # the last one is repeated
+        yield jax.tree.map(lambda array, numbers=numbers: array[numbers], rows), count
 
 
 def _pictures(images: Any) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ Layers may lie one by one (`encoderblock_3`) or stacked (`encoderblock`); `table
 
 from collections.abc import Sequence
 
-from clipjax.config import ModelConfig, TextTransformerConfig, ViTConfig
+from clipjax.config import ModelConfig, TextTransformerConfig, ViTConfig, most_patches
 from clipjax.convert.huggingface import check_known, is_siglip
 from clipjax.convert.rules import Rule, Table, rule
 
@@ -22,7 +22,7 @@ def table(config: ModelConfig, *, stacked: bool) -> Table:
     """
     check_known(config)
     image, text = config.image, config.text
-    if not is_siglip(config):
+    if not is_siglip(config) or most_patches(config.image) is not None:
         raise ValueError("model: only SigLIP's models are read from big_vision; choose one of them with --model")
     assert isinstance(image, ViTConfig)
     assert isinstance(text, TextTransformerConfig)

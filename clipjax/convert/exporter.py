@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
-from clipjax.config import Config, MeshConfig
+from clipjax.config import Config, MeshConfig, ViTConfig, most_patches
 from clipjax.convert import files, huggingface, open_clip, open_clip_config, preprocessing, stablehlo, tokenizers
 from clipjax.convert.rules import to_theirs
 from clipjax.data.tokenizers.protocol import Tokenizer
@@ -29,6 +29,11 @@ def export(saved: SavedCheckpoint, target: str, output: pathlib.Path | str) -> N
         ValueError: the peer has no such model or tokenizer, or `output` is not empty.
     """
     config, tokenizer = saved.config, saved.tokenizer()
+    if target == "stablehlo" and (most := most_patches(config.model.image)) is not None:
+        raise ValueError(
+            f"--to=stablehlo: its program takes squares, and model.image.max_patches={most} gives other pictures; use "
+            "--to=huggingface"
+        )
     tokenizer_files = tokenizers.write(tokenizer, config.model.text.context_length)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     params = {name: np.asarray(leaf) for name, leaf in to_flat(load_params(saved, mesh)).items()}
@@ -49,7 +54,10 @@ def _write_huggingface(config: Config, params: Mapping[str, np.ndarray], folder:
     model, size = config.model, config.model.image.image_size
     files.write_weights(folder / "model.safetensors", to_theirs(huggingface.table(model), params))
     files.write_json(folder / "config.json", huggingface.write_config(model))
-    picture = preprocessing.write_huggingface(config.data, size, siglip=huggingface.is_siglip(model))
+    if isinstance(model.image, ViTConfig) and model.image.max_patches is not None:
+        picture = preprocessing.write_huggingface_patches(config.data, model.image.patch_size, model.image.max_patches)
+    else:
+        picture = preprocessing.write_huggingface(config.data, size, siglip=huggingface.is_siglip(model))
     files.write_json(folder / "preprocessor_config.json", picture)
 
 

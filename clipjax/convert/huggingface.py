@@ -1,4 +1,6 @@
-"""Hugging Face's `CLIPModel` and `SiglipModel` (huggingface/transformers). SigLIP 2 of fixed resolution is the latter.
+"""Hugging Face's `CLIPModel`, `SiglipModel` and `Siglip2Model` (huggingface/transformers).
+
+SigLIP 2 of fixed resolution is a `SiglipModel`; `Siglip2Model` is the one of variable aspect (NaFlex).
 
 Read: `read_config` (their `config.json` to ours), `table` (their names to ours), `write_config`.
 """
@@ -16,6 +18,7 @@ from clipjax.config import (
     TextPool,
     TextTransformerConfig,
     ViTConfig,
+    most_patches,
 )
 from clipjax.convert.peer_config import MOST_LAYERS, PeerConfig
 from clipjax.convert.peer_fields import HUGGING_FACE
@@ -32,7 +35,7 @@ ACTIVATIONS = {
 LARGEST_ID = 2
 """As `eos_token_id`: their text tower reads where the largest id of a text stands, as ours and OpenAI's do. With any
 other number it reads at the first token of that id, which is another place if the vocabulary has room beyond."""
-MODEL_TYPES = ("clip", "siglip")
+MODEL_TYPES = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}
 
 
 def read_config(peer: Mapping[str, Any]) -> ModelConfig:
@@ -41,15 +44,16 @@ def read_config(peer: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: everything in it that clipjax has no model for.
     """
-    siglip = peer.get("model_type") == "siglip"
-    kind = "Siglip" if siglip else "CLIP"
+    siglip = peer.get("model_type") in ("siglip", "siglip2")
+    kind = MODEL_TYPES[str(peer["model_type"])] if siglip else "CLIP"
     known = PeerConfig(peer if siglip else _resolve_old_form(peer), "config")
     known.choose("model_type", {name: name for name in MODEL_TYPES})
     known.check(HUGGING_FACE[f"{kind}Config"])
     vision, text = known.group("vision_config"), known.group("text_config")
     vision.check(HUGGING_FACE[f"{kind}VisionConfig"])
     text.check(HUGGING_FACE[f"{kind}TextConfig"])
-    image_tower, text_tower = _read_image(vision, siglip=siglip), _read_text(text, siglip=siglip)
+    image_tower = _read_image(vision, siglip=siglip, variable_aspect=kind == "Siglip2")
+    text_tower = _read_text(text, siglip=siglip)
     if siglip:
         embed_dim, scale, bias = image_tower.width, 10.0, -10.0
         if (width := text.size("projection_size", text_tower.width)) != embed_dim:
@@ -80,12 +84,19 @@ def _resolve_old_form(peer: Mapping[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def _read_image(cfg: PeerConfig, *, siglip: bool) -> ViTConfig:
-    size, patch_size = cfg.size("image_size", 224), cfg.size("patch_size", 16 if siglip else 32)
+def _read_image(cfg: PeerConfig, *, siglip: bool, variable_aspect: bool) -> ViTConfig:
+    patch_size = cfg.size("patch_size", 16 if siglip else 32)
+    if variable_aspect:
+        places = cfg.size("num_patches", 256)
+        if (side := math.isqrt(places)) ** 2 != places:
+            cfg.refuse("num_patches", places, "must be the square of a number: that of the grid of positions")
+        pixels: dict[str, Any] = {"image_size": side * patch_size, "max_patches": places}
+    else:
+        size = cfg.size("image_size", 224)
+        pixels = {"image_size": size, "crop_to_patches": size % patch_size > 0}
     common: dict[str, Any] = {
-        "image_size": size,
+        **pixels,
         "patch_size": patch_size,
-        "crop_to_patches": size % patch_size > 0,
         **_read_blocks(cfg, siglip=siglip, width=768, mlp_dim=3072, num_heads=12),
     }
     if not siglip:
@@ -128,8 +139,15 @@ def _read_blocks(cfg: PeerConfig, *, siglip: bool, width: int, mlp_dim: int, num
 
 
 def is_siglip(config: ModelConfig) -> bool:
-    """Return true for their SigLIP class, false for their CLIP."""
+    """Return true for their SigLIP classes, false for their CLIP."""
     return isinstance(config.image, ViTConfig) and config.image.pool is ImagePool.ATTENTION
+
+
+def _kind(config: ModelConfig) -> str:
+    """Return the first part of the name of their class."""
+    if not is_siglip(config):
+        return "CLIP"
+    return "Siglip" if most_patches(config.image) is None else "Siglip2"
 
 
 def check_known(config: ModelConfig) -> None:
@@ -138,7 +156,7 @@ def check_known(config: ModelConfig) -> None:
     Raises:
         ValueError: all of it, a line each.
     """
-    kind = "SiglipModel" if is_siglip(config) else "CLIPModel"
+    kind = f"{_kind(config)}Model"
     theirs = _SIGLIP if is_siglip(config) else _CLIP
     errors = []
     for tower, wanted in (("image", ViTConfig), ("text", TextTransformerConfig)):
@@ -170,6 +188,7 @@ _CLIP: dict[str, Any] = {
     "image.patch_bias": False,
     "image.ln_pre": True,
     "image.projection": Projection.LINEAR,
+    "image.max_patches": None,
     "text.causal": True,
     "text.pool": TextPool.END,
     "text.projection": Projection.LINEAR,
@@ -199,20 +218,22 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     assert isinstance(image, ViTConfig)
     assert isinstance(text, TextTransformerConfig)
     siglip = is_siglip(config)
-    vision = {"image_size": image.image_size, "patch_size": image.patch_size, "num_channels": 3}
+    kind = _kind(config)
+    size = {"num_patches": image.grid()[1] ** 2} if kind == "Siglip2" else {"image_size": image.image_size}
+    vision = {**size, "patch_size": image.patch_size, "num_channels": 3}
     words = {"max_position_embeddings": text.context_length, "vocab_size": text.vocab_size}
     if siglip:
         return {
-            "architectures": ["SiglipModel"],
-            "model_type": "siglip",
+            "architectures": [f"{kind}Model"],
+            "model_type": kind.lower(),
             "text_config": {
-                "model_type": "siglip_text_model",
+                "model_type": f"{kind.lower()}_text_model",
                 **words,
                 **{"pad_token_id": 1, "bos_token_id": None, "eos_token_id": 1},
                 "projection_size": config.embed_dim,
                 **_write_blocks(text),
             },
-            "vision_config": {"model_type": "siglip_vision_model", **vision, **_write_blocks(image)},
+            "vision_config": {"model_type": f"{kind.lower()}_vision_model", **vision, **_write_blocks(image)},
         }
     words |= {"eos_token_id": LARGEST_ID, "bos_token_id": text.vocab_size - 2, "pad_token_id": 0}
     shared = {"projection_dim": config.embed_dim}
@@ -247,11 +268,12 @@ def table(config: ModelConfig) -> Table:
     image, text = config.image, config.text
     assert isinstance(image, ViTConfig)
     assert isinstance(text, TextTransformerConfig)
-    sizes = {"three": 3, "n": image.num_heads, "m": text.num_heads}
+    sizes = {"three": 3, "n": image.num_heads, "m": text.num_heads, "side": image.patch_size}
+    patch = "o (side h three) -> side h three o" if image.max_patches else "o c h w -> h w c o"
     ours = "transformer/blocks"
     vision, words = "vision_model.embeddings", "text_model.embeddings"
     found = [
-        rule(f"{vision}.patch_embedding.weight", "image/patch_embed/kernel", "o c h w -> h w c o"),
+        rule(f"{vision}.patch_embedding.weight", "image/patch_embed/kernel", patch),
         rule(f"{vision}.position_embedding.weight", "image/pos_embed", "p w -> p w"),
         *_blocks("vision_model.encoder.layers", f"image/{ours}", range(image.depth), "n"),
         *norm("vision_model.post_layernorm", "image/ln_post"),

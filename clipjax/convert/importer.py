@@ -20,6 +20,7 @@ from clipjax.config import (
     LossConfig,
     LossKind,
     ModelConfig,
+    ViTConfig,
     presets,
 )
 from clipjax.config.model_validation import caption_errors, model_errors
@@ -148,6 +149,12 @@ def _read_config(source: str, path: pathlib.Path, model: str | None) -> tuple[Mo
     if source == "huggingface":
         config = huggingface.read_config(inside)
         siglip, picture = huggingface.is_siglip(config), path / "preprocessor_config.json"
+        if isinstance(config.image, ViTConfig) and config.image.max_patches is not None:
+            if not picture.is_file():
+                return config, preprocessing.default_of_patches()
+            data, most = preprocessing.read_huggingface_patches(files.read_json(picture), config.image.patch_size)
+            config.image.max_patches = most
+            return config, data
         if picture.is_file():
             size = config.image.image_size
             return config, preprocessing.read_huggingface(files.read_json(picture), size, siglip=siglip)

@@ -80,6 +80,8 @@ def check_known(config: ModelConfig) -> None:
                     f"model.image.{name}={getattr(mine, 'value', mine)} has no counterpart with "
                     f"model.image.pool={image.pool.value}"
                 )
+        if image.max_patches is not None:
+            errors.append(f"model.image.max_patches={image.max_patches} has no counterpart")
         if image.num_registers:
             errors.append(f"model.image.num_registers={image.num_registers} has no counterpart")
         if image.positions is Positions.SINCOS:

@@ -201,6 +201,7 @@ _TOWER = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("hidden_act", "layer_norm_eps"),
 )
+_HEAD = "without the head SigLIP's images have no embedding"
 _THREE_CHANNELS = {"num_channels": ((3,), "pictures have three channels")}
 
 
@@ -231,7 +232,20 @@ HUGGING_FACE: Mapping[str, Fields] = {
     "SiglipVisionConfig": _hugging_face(
         *_TOWER,
         *("image_size", "patch_size"),
-        fixed={**_THREE_CHANNELS, "vision_use_head": ((True,), "without the head SigLIP's images have no embedding")},
+        fixed={**_THREE_CHANNELS, "vision_use_head": ((True,), _HEAD)},
+        unread=["eos_token_id", "projection_dim"],
+    ),
+    "Siglip2Config": _hugging_face(
+        *("model_type", "text_config", "vision_config"),
+        unread=["text_config_dict", "vision_config_dict", "eos_token_id"],
+    ),
+    "Siglip2TextConfig": _hugging_face(
+        *_TOWER, "vocab_size", "max_position_embeddings", "projection_size", unread=["eos_token_id", "projection_dim"]
+    ),
+    "Siglip2VisionConfig": _hugging_face(
+        *_TOWER,
+        *("num_patches", "patch_size"),
+        fixed={**_THREE_CHANNELS, "vision_use_head": ((True,), _HEAD)},
         unread=["eos_token_id", "projection_dim"],
     ),
 }

@@ -61,12 +61,7 @@ def read_huggingface(peer: Mapping[str, Any], image_size: int, *, siglip: bool) 
     data.mean = _triple(known, "image_mean", data.mean)
     data.std = _triple(known, "image_std", data.std)
     data.interpolation = known.choose("resample", _RESAMPLE, 3)
-    known.choose("do_resize", {True: True}, True)
-    known.choose("do_rescale", {True: True}, True)
-    known.choose("do_normalize", {True: True}, True)
-    factor = known.take("rescale_factor", float, 1 / 255)
-    if abs(factor - 1 / 255) > 1e-6:
-        known.refuse("rescale_factor", factor, "must be 1/255")
+    _check_switches(known)
     crop = known.choose("do_center_crop", {True: True, False: False, None: False}, not siglip)
     _read_size(known, "crop_size", image_size, {"height", "width"})
     short = _read_size(known, "size", image_size, {"shortest_edge"} if crop else {"height", "width"})
@@ -75,6 +70,51 @@ def read_huggingface(peer: Mapping[str, Any], image_size: int, *, siglip: bool) 
     data.resize = Resize.SHORTER_SIDE if short else Resize.SQUASH
     known.finish()
     return data
+
+
+def read_huggingface_patches(peer: Mapping[str, Any], patch_size: int) -> tuple[DataConfig, int]:
+    """Read the `preprocessor_config.json` of a model of variable aspect; return also the most patches of an image.
+
+    Raises:
+        ValueError: with every field that clipjax does not support, or a patch that is not the model's.
+    """
+    data = default_of_patches()
+    known = PeerConfig(peer, "preprocessor_config")
+    known.skip("image_processor_type", "processor_class", "do_convert_rgb", "default_to_square", "disable_grouping")
+    known.skip("input_data_format", "data_format", "device", "return_tensors", "use_fast", "_valid_processor_keys")
+    known.skip("do_pad", "do_center_crop", "size", "crop_size", "pad_size", "image_seq_length")  # it never reads them
+    data.mean = _triple(known, "image_mean", data.mean)
+    data.std = _triple(known, "image_std", data.std)
+    data.interpolation = known.choose("resample", _RESAMPLE, 2)
+    _check_switches(known)
+    if (size := known.size("patch_size", 16)) != patch_size:
+        known.refuse("patch_size", size, f"must be the model's {patch_size}")
+    most = known.size("max_num_patches", 256)
+    known.finish()
+    return data, most
+
+
+def default_of_patches() -> DataConfig:
+    """Return the defaults of SigLIP 2 of variable aspect."""
+    return DataConfig(mean=HALF, std=HALF, interpolation=Interpolation.BILINEAR)
+
+
+def write_huggingface_patches(data: DataConfig, patch_size: int, max_patches: int) -> dict[str, Any]:
+    """Return the content of `preprocessor_config.json` for a model of variable aspect."""
+    square = write_huggingface(data, 0, siglip=True)
+    del square["size"]
+    kind = {"image_processor_type": "Siglip2ImageProcessor"}
+    return {**square, **kind, "patch_size": patch_size, "max_num_patches": max_patches}
+
+
+def _check_switches(known: PeerConfig) -> None:
+    """Refuse pictures that are not resized, scaled to 0..1 and normalised."""
+    known.choose("do_resize", {True: True}, True)
+    known.choose("do_rescale", {True: True}, True)
+    known.choose("do_normalize", {True: True}, True)
+    factor = known.take("rescale_factor", float, 1 / 255)
+    if abs(factor - 1 / 255) > 1e-6:
+        known.refuse("rescale_factor", factor, "must be 1/255")
 
 
 def write_huggingface(data: DataConfig, image_size: int, *, siglip: bool) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.data.images import Decoder, EvalTransform
+from clipjax.data.images import Decoder
+from clipjax.data.patches import Pixels, stack_pixels
 from clipjax.data.sample import REASONS, BadSample, Source
 from clipjax.data.training_batches import GOOD
 from clipjax.data.training_stream import per_process
@@ -17,7 +18,7 @@ from clipjax.data.training_stream import per_process
 def eval_batches(
     source: Source,
     *,
-    view: EvalTransform,
+    view: Callable[[np.ndarray], Pixels],
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
@@ -30,11 +31,11 @@ def eval_batches(
     """Go once through a source, in its order; every process gets as many batches.
 
     Process p's part of global batch g is positions g * batch_size + p, + p + process_count, and so on. Bad samples
-    and the padding of the last batch are rows of zeros with a false `mask`.
+    and the padding of the last batch are black pictures with a false `mask`.
 
     Args:
         source: samples; they need no captions and no labels.
-        view: transform of the images.
+        view: transform of the images: `clipjax.data.patches.make_view`.
         batch_size: size of a batch over all processes.
         process_index: number of this process, from 0.
         process_count: number of processes that share each batch.
@@ -45,9 +46,9 @@ def eval_batches(
         num_threads: number of decoding threads.
 
     Returns:
-        Batches of `image` uint8 [b, s, s, 3], `label` int32 [b] (-1: none), `mask` bool [b], `index` int64 [b] in
-        the source (-1: padding), `skip_reason` int32 [b] (why a sample is bad, an index into `REASONS`; -1: it is not)
-        and `captions`, a list of b tuples of texts.
+        Batches of `image`, uint8 [b, s, s, 3] or what else `view` gives, `label` int32 [b] (-1: none), `mask` bool [b],
+        `index` int64 [b] in the source (-1: padding), `skip_reason` int32 [b] (why a sample is bad, an index into
+        `REASONS`; -1: it is not) and `captions`, a list of b tuples of texts.
 
     Raises:
         ValueError: `batch_size` is not divisible by `process_count`.
@@ -57,16 +58,17 @@ def eval_batches(
     parts = [range(start + process_index, start + batch_size, process_count) for start in range(0, total, batch_size)]
     assert all(len(part) == local_size for part in parts)
     decode = Decoder(max_image_pixels, background, exif_orientation)
+    blank = view(np.zeros((1, 1, 3), np.uint8))
 
     def read(index: int) -> dict[str, Any]:
         if index >= total:
-            return _eval_row(view.size, index=-1)
+            return _eval_row(blank, index=-1)
         try:
             sample = source[index]
             image = view(decode(sample.image))
         except BadSample as bad:
-            return _eval_row(view.size, index=index, reason=REASONS.index(bad.reason))
-        return _eval_row(view.size, index=index) | {
+            return _eval_row(blank, index=index, reason=REASONS.index(bad.reason))
+        return _eval_row(blank, index=index) | {
             "image": image,
             "label": sample.label,
             "mask": True,
@@ -76,9 +78,8 @@ def eval_batches(
     return _read_ahead(parts, read, num_threads)
 
 
-def _eval_row(image_size: int, *, index: int, reason: int = GOOD) -> dict[str, Any]:
-    image = np.zeros((image_size, image_size, 3), np.uint8)
-    return {"image": image, "label": -1, "mask": False, "index": index, "skip_reason": reason, "captions": ()}
+def _eval_row(blank: Pixels, *, index: int, reason: int = GOOD) -> dict[str, Any]:
+    return {"image": blank, "label": -1, "mask": False, "index": index, "skip_reason": reason, "captions": ()}
 
 
 def _read_ahead(
@@ -99,7 +100,7 @@ def _read_ahead(
 
 def _stack_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "image": np.stack([row["image"] for row in rows]),
+        "image": stack_pixels([row["image"] for row in rows]),
         "label": np.array([row["label"] for row in rows], np.int32),
         "mask": np.array([row["mask"] for row in rows], np.bool_),
         "index": np.array([row["index"] for row in rows], np.int64),

@@ -15,10 +15,7 @@ from clipjax.config import Config, Crop, Interpolation, ViTConfig, flops_per_pai
 from clipjax.data.augmentations import Augmentations, make_augmentations
 from clipjax.data.images import resampling
 from clipjax.data.order import derive_key
-from clipjax.data.patches import cut_patches, fit_grid
-
-PADDING = -1
-"""The segment of places without a patch."""
+from clipjax.data.patches import PADDING, cut_patches, fit_grid
 
 _BUDGET_KEY = 17  # what a key is for, beside those of an order and of augmentations
 _STEPS = 256  # of the common factor that shrinks the pictures of a row

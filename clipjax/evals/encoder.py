@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clipjax.config import Config
+from clipjax.data.patches import Pixels
 from clipjax.data.tokenizers.protocol import Tokenizer, tokenize
 from clipjax.models.clip import Clip
 from clipjax.runtime.sharding import batch_sharding, global_batch, replicated
-from clipjax.typing import Params
+from clipjax.typing import Params, Patches
 
 
 class NotFiniteEmbeddings(ValueError):
@@ -41,6 +42,11 @@ def require_finite(name: str, rows: np.ndarray) -> np.ndarray:
             "are not finite (take an earlier one), or the model overflows in its model.compute_dtype (use float32)"
         )
     return rows
+
+
+def to_images(pixels: Any) -> Any:
+    """Return what a model takes of pixels on the devices: squares, or the rows that fields of `Patches` tell."""
+    return Patches(**pixels) if isinstance(pixels, dict) else pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +74,10 @@ class Encoder:
         """False for models that only predict captions."""
         return self.config.loss.contrastive_weight != 0
 
-    def embed_images(self, image: np.ndarray) -> np.ndarray:
-        """Return unit-norm float32 `[n, e]` of uint8 `[b, s, s, 3]`, this process's part of a batch."""
+    def embed_images(self, image: Pixels) -> np.ndarray:
+        """Return unit-norm float32 `[n, e]` of uint8 `[b, s, s, 3]` or rows, this process's part of a batch."""
         with jax.set_mesh(self.mesh):
-            rows = self._fetch(_encode_image(self.clip, self.params, global_batch(self.mesh, image)))
+            rows = self._fetch(_encode_image(self.clip, self.params, to_images(global_batch(self.mesh, image))))
         return require_finite("image embeddings", rows)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:

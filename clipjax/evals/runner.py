@@ -20,7 +20,7 @@ import numpy as np
 from clipjax.config import Config, TaskConfig, TaskKind
 from clipjax.data.digests import spread
 from clipjax.data.eval_batches import eval_batches
-from clipjax.data.images import make_eval_transform
+from clipjax.data.patches import make_view
 from clipjax.data.sample import BadSample, Sample, Source
 from clipjax.data.sources import build_source
 from clipjax.data.training_stream import per_process
@@ -135,7 +135,7 @@ class Task:
     def _batches(self, source: Source) -> Iterator[dict]:
         return eval_batches(
             source,
-            view=make_eval_transform(self.config),
+            view=make_view(self.config),
             batch_size=self.config.eval.batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),

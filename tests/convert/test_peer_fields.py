@@ -61,6 +61,9 @@ HUGGING_FACE_NAMES = {
     "SiglipConfig": ("text_config", "vision_config", "initializer_factor", *_BASE),
     "SiglipTextConfig": (*_TOWER, *_TOKENS, "projection_size"),
     "SiglipVisionConfig": (*_TOWER, "num_channels", "image_size", "patch_size", "vision_use_head"),
+    "Siglip2Config": ("text_config", "vision_config", "initializer_factor", *_BASE),
+    "Siglip2TextConfig": (*_TOWER, *_TOKENS, "projection_size"),
+    "Siglip2VisionConfig": (*_TOWER, "num_channels", "num_patches", "patch_size", "vision_use_head"),
 }
 
 CLIP = {
@@ -77,6 +80,9 @@ HF_CLIP = {
     "text_config": {**_SIZES, "vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 2},
 }
 HF_SIGLIP = {**copy.deepcopy(HF_CLIP), "model_type": "siglip"}
+HF_SIGLIP2 = {**copy.deepcopy(HF_CLIP), "model_type": "siglip2"}
+HF_SIGLIP2["vision_config"] |= {"num_patches": 9}
+del HF_SIGLIP2["vision_config"]["image_size"]
 PLACES: dict[str, tuple[dict[str, Any], str | None]] = {
     "model_cfg": (CLIP, None),
     "CLIPVisionCfg": (CLIP, "vision_cfg"),
@@ -88,6 +94,9 @@ PLACES: dict[str, tuple[dict[str, Any], str | None]] = {
     "SiglipConfig": (HF_SIGLIP, None),
     "SiglipVisionConfig": (HF_SIGLIP, "vision_config"),
     "SiglipTextConfig": (HF_SIGLIP, "text_config"),
+    "Siglip2Config": (HF_SIGLIP2, None),
+    "Siglip2VisionConfig": (HF_SIGLIP2, "vision_config"),
+    "Siglip2TextConfig": (HF_SIGLIP2, "text_config"),
 }
 """A config that holds each class, and where in it."""
 
@@ -126,9 +135,16 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {name: value for name, value in _HF_TOWER.items() if name != "hidden_size"}
         | {"image_size": 20, "patch_size": 4}
     ],
-    "SiglipTextConfig": [
+    **dict.fromkeys(
+        ("SiglipTextConfig", "Siglip2TextConfig"),
+        [
+            {name: value for name, value in _HF_TOWER.items() if name != "hidden_size"}
+            | {"vocab_size": 65, "max_position_embeddings": 7}
+        ],
+    ),
+    "Siglip2VisionConfig": [
         {name: value for name, value in _HF_TOWER.items() if name != "hidden_size"}
-        | {"vocab_size": 65, "max_position_embeddings": 7}
+        | {"num_patches": 16, "patch_size": 4}
     ],
 }
 """Values that each, alone, change the model; `WITH` adds what a field needs to count."""
@@ -141,6 +157,9 @@ WITH = [
     ("CLIPTextCfg", {"no_causal_mask": True}, {"pool_type": "last"}),
     ("SiglipTextConfig", {"projection_size": 64}, {"hidden_size": 32}),
     ("SiglipConfig", {}, {"text_config": {**_SIZES, "vocab_size": 65}}),
+    ("Siglip2TextConfig", {"projection_size": 64}, {"hidden_size": 32}),
+    ("Siglip2Config", {}, {"text_config": {**_SIZES, "vocab_size": 65}}),
+    ("Siglip2Config", {}, {"vision_config": {**_SIZES, "num_patches": 4}}),
 ]
 
 _ANY = {
@@ -188,6 +207,9 @@ SAME = [
     ("SiglipConfig", {}, _ANY),
     ("SiglipVisionConfig", {}, _ANY_TOWER),
     ("SiglipTextConfig", {}, {**_ANY_TOWER, "pad_token_id": 5, "bos_token_id": 5, "eos_token_id": 5}),
+    ("Siglip2Config", {}, _ANY),
+    ("Siglip2VisionConfig", {}, _ANY_TOWER),
+    ("Siglip2TextConfig", {}, {**_ANY_TOWER, "pad_token_id": 5, "bos_token_id": 5, "eos_token_id": 5}),
 ]
 """Values that change nothing, beside what is given first."""
 
@@ -207,11 +229,14 @@ REFUSED = [
     ("CLIPTextCfg", {"pool_type": "eos"}, {"eos_id": 2}),
     ("CLIPTextCfg", {"embed_cls": True}, {"pad_id": 1, "no_causal_mask": True}),
     ("MultimodalCfg", {}, {"ls_init_value": 0.1, "width": 32, "context_length": 6}),
-    ("CLIPConfig", {}, {"per_layer_config": {"0": {}}, "model_type": "siglip2", "projection_dim": None}),
+    ("CLIPConfig", {}, {"per_layer_config": {"0": {}}, "model_type": "siglip3", "projection_dim": None}),
     ("CLIPVisionConfig", {}, {"num_channels": 4, "hidden_act": "relu", "image_size": [16, 16], "patch_size": [8, 8]}),
     ("CLIPTextConfig", {}, {"eos_token_id": 49407, "per_layer_config": {"0": {}}}),
     ("SiglipVisionConfig", {}, {"num_channels": 4, "vision_use_head": False, "hidden_act": "relu"}),
     ("SiglipTextConfig", {}, {"projection_size": 32}),
+    ("Siglip2Config", {}, {"model_type": "siglip3"}),
+    ("Siglip2VisionConfig", {}, {"num_channels": 4, "vision_use_head": False, "hidden_act": "relu", "num_patches": 8}),
+    ("Siglip2TextConfig", {}, {"projection_size": 32}),
 ]
 """Values that are refused with the field's name, beside what is given first."""
 
@@ -246,7 +271,9 @@ def test_the_tables_have_every_field_once(kind: str):
         assert set(fields.names) == set(OPEN_CLIP_NAMES[kind])
     else:  # older versions wrote more
         assert set(HUGGING_FACE_NAMES[kind]) <= set(fields.names)
-    tried = {"hidden_size"} if kind == "SiglipVisionConfig" else set()  # below, with the text's projection
+    tried = (
+        {"hidden_size"} if kind in ("SiglipVisionConfig", "Siglip2VisionConfig") else set()
+    )  # below, with the text's projection
     tried |= {
         name for rows in (CHANGING, SAME, REFUSED) for place, _, values in rows if place == kind for name in values
     }
@@ -260,7 +287,7 @@ def test_a_field_changes_the_model_and_comes_back(kind: str, given: dict, name: 
     found = read(kind, given, {name: value})
     assert found != read(kind, given)
     module = open_clip_config if kind in OPEN_CLIP else huggingface
-    if kind == "SiglipConfig" or name == "model_type":
+    if kind in ("SiglipConfig", "Siglip2Config") or name == "model_type":
         found.init_logit_scale = 10.0
     again = module.read_config(module.write_config(found))
     assert again.init_logit_scale == pytest.approx(found.init_logit_scale)
