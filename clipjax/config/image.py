@@ -103,6 +103,27 @@ class ViTConfig(Blocks):
             width = embed_dim
         return total + 2 * width + self.projection.num_params(width, embed_dim)
 
+    def _variable_aspect_errors(self, path: str) -> list[str]:
+        """Return what cannot go with images whose number of patches varies, a line each."""
+        choices = {
+            "class_token": (self.class_token, False),
+            "num_registers": (self.num_registers, 0),
+            "positions": (self.positions.value, Positions.LEARNED.value),
+            "crop_to_patches": (self.crop_to_patches, False),
+            "patch_dropout": (self.patch_dropout, 0.0),
+        }
+        errors = [
+            f"{path}.{name}={value} does not go with {path}.max_patches={self.max_patches}; it must be {needed}"
+            for name, (value, needed) in choices.items()
+            if value != needed
+        ]
+        if self.pool not in (ImagePool.ATTENTION, ImagePool.AVERAGE):
+            errors.append(
+                f"{path}.pool={self.pool.value} does not go with {path}.max_patches={self.max_patches}; it must be "
+                "attention or average"
+            )
+        return errors
+
     def errors(self, path: str, embed_dim: int) -> list[str]:
         """Return what is wrong between the fields, a line each."""
         errors = self.block_errors(path, embed_dim)
@@ -111,6 +132,7 @@ class ViTConfig(Blocks):
                 f"{path}.image_size={self.image_size} must be a multiple of {path}.patch_size={self.patch_size}"
                 f" (or set {path}.crop_to_patches)"
             )
+        errors += [] if self.max_patches is None else self._variable_aspect_errors(path)
         if self.pool is ImagePool.CLASS and not self.class_token:
             errors.append(f"{path}.pool=class needs {path}.class_token=True")
         queries = (self.num_queries, self.query_heads)

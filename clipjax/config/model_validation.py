@@ -4,7 +4,7 @@ from clipjax.config.caption import DecoderConfig
 from clipjax.config.image import ImagePool, ViTConfig
 from clipjax.config.loss import LossConfig
 from clipjax.config.model import AttentionMethod, Dtype, ModelConfig
-from clipjax.config.run import Config
+from clipjax.config.run import Config, most_patches
 from clipjax.config.text import TextPool, TextTransformerConfig
 
 LANES = 128
@@ -21,6 +21,11 @@ def model_errors(config: Config) -> list[str]:
             "once, so a ResNet in microbatches would be another model; leave microbatch_size None, or take a ViT"
         )
     errors += _norm_errors(model) + _attention_errors(model)
+    if model.caption is not None and (most := most_patches(model.image)) is not None:
+        errors.append(
+            f"model.caption reads the tokens of squares, and model.image.max_patches={most} gives others; leave one of "
+            "them None"
+        )
     if model.init_logit_scale > model.max_logit_scale:
         errors.append(
             f"model.init_logit_scale={model.init_logit_scale} must not exceed "
@@ -50,6 +55,10 @@ def _attention_errors(model: ModelConfig) -> list[str]:
     if method is AttentionMethod.CUDNN and model.compute_dtype is not Dtype.BFLOAT16:
         errors.append(
             f"model.attention=cudnn needs model.compute_dtype=bfloat16, not {model.compute_dtype.value}; use auto"
+        )
+    if (most := most_patches(model.image)) is not None:
+        errors.append(
+            f"model.attention={method.value} knows no mask, which model.image.max_patches={most} needs; use auto or xla"
         )
     for path, tower in (("model.image", model.image), ("model.text", model.text)):
         if isinstance(tower, TextTransformerConfig) and tower.pool is TextPool.CLASS:

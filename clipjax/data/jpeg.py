@@ -30,6 +30,7 @@ _DECODED = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
 _AFTER_SCAN = re.compile(rb"(?<!\xff)\xff++[^\x00\xd0-\xd7]", re.DOTALL)  # in linear time, whatever the bytes
 _FILL = re.compile(rb"\xff*")
 _MAX_SEGMENTS = 10_000
+_USUAL_SEGMENTS = 30
 _MAX_SCANS = 100  # each goes over all pixels, however few bytes it has; encoders write about ten
 _MAX_STRAY_BYTES = 5  # between segments: the shortest one that matters, the restart interval, has 6
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
@@ -54,7 +55,8 @@ def decode_jpeg(image: bytes, check_size: Callable[[int, int], None]) -> np.ndar
             TurboJPEG has no name for (it decodes 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1 and 4:4:1).
         ValueError: pixels are lost, or the file is no JPEG.
     """
-    if image.count(b"\xff\xda") > _MAX_SCANS:  # there may be a film behind the picture, too
+    # There may be a film behind the picture, too. Counting takes longer than all else here but decoding.
+    if not _is_plainly_sequential(image) and image.count(b"\xff\xda") > _MAX_SCANS:
         scans = sum(marker.code == _START_OF_SCAN for marker in _read_markers(image))
         if scans > _MAX_SCANS:
             raise ValueError(f"{scans} scans")
@@ -151,6 +153,24 @@ def _read_markers(image: bytes) -> Iterator[_Marker]:
             return
         position, in_scan = end, code == _START_OF_SCAN
     raise ValueError("too many segments")
+
+
+def _is_plainly_sequential(image: bytes) -> bool:
+    """Return True if the segments before the frame are as usual and it is sequential.
+
+    Its scans have bits for every block, so the size of the file bounds their time, however many there are.
+    """
+    position = len(SIGNATURE)
+    for _ in range(_USUAL_SEGMENTS):
+        head = image[position : position + 4]
+        if len(head) < 4 or head[0] != 0xFF or head[1] < 0xC0 or head[1] == 0xFF:
+            return False
+        if head[1] in _SEQUENTIAL:
+            return True
+        if head[1] in _FRAMES or head[1] == _START_OF_SCAN or head[1] in _STANDALONE or head[1] in (_START, _END):
+            return False
+        position += 2 + int.from_bytes(head[2:])
+    return False
 
 
 def _is_decoded(image: bytes) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 
 from clipjax.config import Config, Crop, TextTruncation
 from clipjax.data.augmentations import Augmentations
+from clipjax.data.batch_memory import BatchWriter, SentColumns, new_columns
 from clipjax.data.block_reader import BlockReader
 from clipjax.data.canvas import CanvasTransform
 from clipjax.data.caption_fields import draw_captions
@@ -205,15 +206,9 @@ class Share:
         return range(self.process_index * self.size + cut[0], self.process_index * self.size + cut[1])
 
 
-class _Columns(dict[str, np.ndarray]):
-    """The arrays of a batch, filled row by row."""
-
-    def put(self, values: dict[str, Any], row: int, count: int) -> None:
-        """Set a row, by names, of arrays of so many rows."""
-        for name, value in values.items():
-            if not row:
-                self[name] = np.empty((count, *value.shape), value.dtype)
-            self[name][row] = value
+def _set(columns: dict[str, np.ndarray], row: int, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        columns[name][row] = value
 
 
 class Batches:
@@ -244,36 +239,47 @@ class Batches:
         self._reader = reader
         self._placed: dict[int, dict[int, np.ndarray]] = {}  # by piece and position
         self._lock = threading.Lock()
+        self._writer: BatchWriter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_placed": {}}
+        left_out = ("_lock", "_writer")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out} | {"_placed": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.Lock(), _writer=BatchWriter())  # it has come to a worker
 
     def __len__(self) -> int:
         left_out = sum(last - first + 1 for first, last in self._share.left_out)
         return sys.maxsize - left_out * self._share.slices
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray] | SentColumns:
         position, piece = divmod(index, self._share.slices)
         batch, rows = batch_number(position, self._share.left_out), self._share.rows(piece)
         placed = self._read_ahead(position, piece, batch)
-        columns = _Columns()
-        patch_rows, waiting = self._augment.patch_rows, list[tuple[np.ndarray, np.random.Generator]]()
-        for row, place in enumerate(placed.tolist()):
-            number = batch * self._batch_size + rows[row]  # the same for any number of processes
-            rng = np.random.Generator(np.random.Philox(key=np.array([self._key, number], np.uint64)))
-            take = None if self._reader is None else functools.partial(self._reader.take, *place)
-            pair = self._samples.get(place[0], take)
-            columns.put(self._augment(pair, rng), row, len(rows))
-            if patch_rows is None:
-                continue
-            waiting.append((pair.image, rng))
-            if len(waiting) == (size := patch_rows.images_per_row):
-                columns.put(patch_rows(waiting, position + 1), row // size, len(rows) // size)
-                waiting = []
-        return dict(columns)
+        patch_rows = self._augment.patch_rows
+        size = 1 if patch_rows is None else patch_rows.images_per_row
+        columns: dict[str, np.ndarray] = {}
+        sent: SentColumns | None = None
+        for first in range(0, len(rows), size):
+            pairs, values = [], []
+            for place in placed[first : first + size].tolist():
+                number = batch * self._batch_size + rows[first + len(pairs)]  # the same for any number of processes
+                rng = np.random.Generator(np.random.Philox(key=np.array([self._key, number], np.uint64)))
+                take = None if self._reader is None else functools.partial(self._reader.take, *place)
+                pair = self._samples.get(place[0], take)
+                values.append(self._augment(pair, rng))
+                pairs.append((pair.image, rng))
+            together = {} if patch_rows is None else patch_rows(pairs, position + 1)
+            if not first:
+                wanted = (values[0], len(rows)), (together, len(rows) // size)
+                if self._writer is None:
+                    columns = new_columns(*wanted)
+                else:
+                    sent, columns = self._writer.columns(*wanted)
+            _set(columns, first // size, together)
+            for row, each in enumerate(values, first):
+                _set(columns, row, each)
+        return columns if sent is None else sent
 
     def _read_ahead(self, position: int, piece: int, batch: int) -> np.ndarray:
         """Return the samples of a piece with their blocks, and begin to read the blocks of its next batches."""

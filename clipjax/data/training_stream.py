@@ -22,6 +22,7 @@ import numpy as np
 from clipjax.config import Config, ResizeOn, SamePair
 from clipjax.data import workers
 from clipjax.data.augmentations import make_augmentations
+from clipjax.data.batch_memory import ReceivedColumns, forget_the_dead
 from clipjax.data.block_reader import BlockReader
 from clipjax.data.canvas import make_canvas_transform
 from clipjax.data.images import make_decoder, make_eval_transform
@@ -233,6 +234,7 @@ class TrainStream:
                     raise
                 death = f"signal {-code}" if code < 0 else f"exit code {code}"
             self._batches.close()
+            forget_the_dead()
             if self.worker_restarts >= self._max_restarts:
                 raise WorkersDie(
                     f"recovery.max_worker_restarts={self._max_restarts}: a loader worker of process "
@@ -248,7 +250,10 @@ class TrainStream:
             self._batches = self._start(self._data.num_workers)
 
     def _next_piece(self) -> dict[str, np.ndarray]:
-        return {name: workers.own_memory(array) for name, array in next(self._batches).items()}
+        piece = next(self._batches)
+        if isinstance(piece, ReceivedColumns):
+            return piece.arrays()
+        return {name: workers.own_memory(array) for name, array in piece.items()}
 
     def read_here(self) -> None:
         """Go on without worker processes, at the same place: for the last steps after `WorkersDie`."""
@@ -264,6 +269,7 @@ class TrainStream:
         batches, self._batches = self._batches, None  # lets go of the batches that lay ready
         if batches is not None:
             batches.close()
+            forget_the_dead()
         if self._reader is not None:
             self._reader.close()
 

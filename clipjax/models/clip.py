@@ -18,9 +18,9 @@ from clipjax.models.captions import Decoder, caption_likelihood, words_likelihoo
 from clipjax.models.towers import build_caption_head, build_image_tower, build_text_tower
 from clipjax.pytrees import leaf_paths, map_with_path, match_any
 from clipjax.runtime.sharding import constrain
-from clipjax.typing import Batch, Encoded, Key, Params
+from clipjax.typing import Batch, Encoded, Key, Params, Patches
 
-Pixels = Float[Array, "b h w c"] | UInt8[Array, "b h w c"]
+Pixels = Float[Array, "b h w c"] | UInt8[Array, "b h w c"] | Patches
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,7 +69,7 @@ class Clip:
         start = lambda name, x: jnp.full(x.shape, float(name.endswith("variance")), x.dtype)  # noqa: E731
         return map_with_path(start, shapes.get("batch_stats", {}))
 
-    def encode_image(self, params: Params, pixels: Pixels) -> Float[Array, "b e"]:
+    def encode_image(self, params: Params, pixels: Pixels) -> Float[Array, "n e"]:
         """Return embeddings for evaluation: BatchNorm uses `params["batch_stats"]`, and no patch is dropped."""
         return unit_norm(self._encode_pixels(params, pixels)[0])
 
@@ -159,8 +159,13 @@ class Clip:
         size = self.config.image.image_size
         return jnp.zeros((1, size, size, 3), jnp.float32)
 
-    def _normalise(self, pixels: Pixels) -> Float[Array, "b h w c"]:
+    def _normalise(self, pixels: Pixels) -> Float[Array, "b h w c"] | Patches:
         """Return normalised pixels, whichever kind is given."""
+        if isinstance(pixels, Patches):
+            rows = pixels.patches
+            each = self._normalise(rows.reshape(*rows.shape[:2], -1, 3))  # pixels in the place of columns
+            assert not isinstance(each, Patches)
+            return pixels._replace(patches=each.reshape(rows.shape))
         if pixels.dtype != jnp.uint8:
             return pixels
         if self.data is None:

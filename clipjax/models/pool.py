@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from clipjax.config import Activation
 from clipjax.models.layers import LayerNorm, Numerics, torch_uniform
@@ -35,17 +35,19 @@ class AttentionPool(nn.Module):
     numerics: Numerics
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l w"]) -> Float[Array, "b w"]:
+    def __call__(self, x: Float[Array, "b l w"], parts: Bool[Array, "b g l"] | None = None) -> Float[Array, "n w"]:
+        """Return one vector of each row, or one of each of its parts, row by row."""
         width = x.shape[-1]
         xavier = nn.initializers.xavier_uniform()
         probe = self.param("probe", nn.initializers.normal(width**-0.5), (1, width))
-        probe = jnp.broadcast_to(probe[None], (x.shape[0], 1, width)).astype(self.numerics.compute_dtype)
+        count = 1 if parts is None else parts.shape[1]
+        probe = jnp.broadcast_to(probe[None], (x.shape[0], count, width)).astype(self.numerics.compute_dtype)
         # Of Xavier's variance for a square matrix, whatever the shape of the kernel.
         square = nn.initializers.normal(width**-0.5)
         init = BlockInit(qkv=square, attn_out=square, fc_in=xavier, fc_out=xavier)
-        x = CrossAttention(self.num_heads, width, width, self.numerics, init, name="attn")(probe, x)
+        x = CrossAttention(self.num_heads, width, width, self.numerics, init, name="attn")(probe, x, parts)
         y = LayerNorm(self.numerics, name="ln")(x)
-        return (x + Mlp(self.mlp_dim, self.activation, self.numerics, init, name="mlp")(y))[:, 0]
+        return (x + Mlp(self.mlp_dim, self.activation, self.numerics, init, name="mlp")(y)).reshape(-1, width)
 
 
 class QueryPool(nn.Module):

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from clipjax.config import ModelConfig
 from clipjax.typing import Params
@@ -35,6 +35,33 @@ def resize_grid(table: Float[Array, "l w"], prefix: int, side: int) -> Float[Arr
     square = grid.reshape(old, old, -1)
     resized = jax.image.resize(square, (side, side, square.shape[-1]), "cubic", antialias=True)
     return jnp.concatenate([kept, resized.reshape(side * side, -1)])
+
+
+def positions_of_patches(
+    table: Float[Array, "l w"], place: Int[Array, "r t 2"], grid: Int[Array, "r t 2"]
+) -> Float[Array, "r t w"]:
+    """Return the position of each patch: the table's square grid resized to that of its image, bilinear, antialiased.
+
+    Args:
+        table: positions of a square grid, row by row.
+        place: row and column of each patch.
+        grid: rows and columns of its image.
+
+    Source: arXiv 2502.14786, section 2.4.2; Hugging Face's `Siglip2VisionEmbeddings`, whose `interpolate` weighs by a
+    triangle that is as wide as a place of the coarser grid, and makes the weights of each place sum to 1.
+    """
+    side = math.isqrt(table.shape[0])
+
+    def weights(axis: int) -> Float[Array, "r t s"]:
+        scale = side / grid[..., axis].astype(jnp.float32)
+        centre = (place[..., axis].astype(jnp.float32) + 0.5) * scale
+        distance = jnp.abs(jnp.arange(side, dtype=jnp.float32).reshape(1, 1, -1) + 0.5 - centre[..., None])
+        found = jnp.maximum(0.0, 1.0 - distance / jnp.maximum(scale, 1.0)[..., None])
+        return found / found.sum(-1, keepdims=True)
+
+    both = weights(0)[..., :, None] * weights(1)[..., None, :]
+    both = both.reshape(*both.shape[:2], side * side)
+    return jnp.einsum("rts,sw->rtw", both, table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def resize_text(table: Float[Array, "l w"], length: int, keep: int = 0) -> Float[Array, "m w"]:

@@ -32,6 +32,9 @@ RULES: Rules = (
 """Dimensions of the parameters of a stack of blocks."""
 
 
+Mask = Bool[Array, "b l"] | Bool[Array, "b l l"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockInit:
     """Initialisers of one block's kernels; biases of the MLP follow PyTorch's default, all others start at 0."""
@@ -115,7 +118,7 @@ class Attention(nn.Module):
     init: BlockInit
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l w"], mask: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
+    def __call__(self, x: Float[Array, "b l w"], mask: Mask | None = None) -> Float[Array, "b l w"]:
         length, width = x.shape[1:]
         heads = (3, self.num_heads, width // self.num_heads)
         if mask is None and is_fused(self.numerics.attention, x.shape, *heads[1:]):
@@ -128,7 +131,7 @@ class Attention(nn.Module):
         query, key, value = jnp.transpose(qkv, (2, 0, 3, 1, 4))  # each [b, n, l, d]
         visible = jnp.tril(jnp.ones((length, length), bool))[None, None] if self.causal else None
         if mask is not None:
-            attended = mask[:, None, None]
+            attended = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
             visible = attended if visible is None else visible & attended
         mixed = checkpoint_name(attend(query, key, value, visible), MATMUL)
         return Linear(heads[1:], (width,), self.numerics, self.init.attn_out, name="out")(mixed)
@@ -169,14 +172,17 @@ class CrossAttention(nn.Module):
     init: BlockInit
 
     @nn.compact
-    def __call__(self, queries: Float[Array, "b l v"], x: Float[Array, "b k w"]) -> Float[Array, "b l o"]:
+    def __call__(
+        self, queries: Float[Array, "b l v"], x: Float[Array, "b k w"], visible: Bool[Array, "b l k"] | None = None
+    ) -> Float[Array, "b l o"]:
         heads = (self.num_heads, self.width // self.num_heads)
 
         def project(name: str, tokens: Float[Array, "b l w"]) -> Float[Array, "b n l d"]:
             linear = Linear((tokens.shape[-1],), heads, self.numerics, self.init.qkv, name=name)
             return linear(tokens).transpose(0, 2, 1, 3)
 
-        mixed = attend(project("q", queries), project("k", x), project("v", x))
+        visible = None if visible is None else visible[:, None]
+        mixed = attend(project("q", queries), project("k", x), project("v", x), visible)
         return Linear(heads, (self.out_dim,), self.numerics, self.init.attn_out, name="out")(mixed)
 
 
@@ -204,7 +210,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One pre-norm residual block, in the form that `nn.scan` wants: carry in, (carry, None) out.
 
-    `mask` is True for tokens that may be attended to; None: all of them.
+    `mask` is True for tokens that may be attended to, by all or by each; None: all of them by all.
     """
 
     num_heads: int
@@ -215,7 +221,7 @@ class Block(nn.Module):
     init: BlockInit
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l w"], mask: Bool[Array, "b l"] | None) -> tuple[Float[Array, "b l w"], None]:
+    def __call__(self, x: Float[Array, "b l w"], mask: Mask | None) -> tuple[Float[Array, "b l w"], None]:
         x = x + Attention(self.num_heads, self.causal, self.numerics, self.init, name="attn")(
             LayerNorm(self.numerics, name="ln_1")(x), mask
         )
@@ -262,7 +268,7 @@ class Transformer(nn.Module):
     init: BlockInit
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l w"], mask: Bool[Array, "b l"] | None = None) -> Float[Array, "b l w"]:
+    def __call__(self, x: Float[Array, "b l w"], mask: Mask | None = None) -> Float[Array, "b l w"]:
         tower = self.tower
         stack = stack_blocks(Block, tower.depth, self.model)
         sizes = (tower.num_heads, tower.hidden_dim)

@@ -1,20 +1,24 @@
 """The image tower as a vision transformer: OpenAI's CLIP (arXiv 2103.00020, section 2.4) and its successors.
 
-Tokens are the class token if there is one, registers if there are any, then patches row by row.
+Tokens are the class token if there is one, registers if there are any, then patches row by row. Images of variable
+aspect (`Patches`; NaFlex, arXiv 2502.14786, section 2.4.2) have patches alone, several of them in a row of tokens.
 Axes: b batch, h height, w width (of the image), c channels, l patches, e embed.
 """
+
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from clipjax.config import ImagePool, ModelConfig, Positions, ViTConfig
 from clipjax.models.layers import LayerNorm, Linear, Numerics, align, torch_uniform, tower_projection
 from clipjax.models.pool import AttentionPool, QueryPool
-from clipjax.models.positions import sincos
-from clipjax.models.transformer import Transformer, image_block_init
+from clipjax.models.positions import positions_of_patches, sincos
+from clipjax.models.transformer import Mask, Transformer, image_block_init
 from clipjax.runtime.sharding import Rules, constrain
+from clipjax.typing import Patches
 
 RULES: Rules = (
     (r"image/patch_embed/kernel", (None, None, None, "width")),
@@ -49,6 +53,22 @@ def drop_patches(x: Float[Array, "b l w"], kept: int, key: jax.Array) -> Float[A
     return jnp.take_along_axis(x, chosen[:, :, None], axis=1)
 
 
+def parts_of(images: Patches) -> Bool[Array, "r g t"]:
+    """Return which patches of a row are those of each of its images."""
+    numbers = jnp.arange(images.grid.shape[1], dtype=images.segment.dtype)
+    return images.segment[:, None, :] == numbers.reshape(1, -1, 1)
+
+
+def visible_patches(images: Patches) -> Mask:
+    """Return which patches are attended to: those of the same image.
+
+    Padding attends to padding, as a softmax over nothing is not finite; alone in a row, it attends to the image.
+    """
+    if images.grid.shape[1] == 1:
+        return images.segment == 0
+    return images.segment[:, :, None] == images.segment[:, None, :]
+
+
 class VisionTransformer(nn.Module):
     """Image tower: normalised pixels in, the embedding before normalisation and the tokens for a caption out."""
 
@@ -58,28 +78,26 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, pixels: Float[Array, "b h w c"], *, train: bool = False
-    ) -> tuple[Float[Array, "b e"], Float[Array, "b k v"]]:
+        self, pixels: Float[Array, "b h w c"] | Patches, *, train: bool = False
+    ) -> tuple[Float[Array, "n e"], Float[Array, "b k v"]]:
         tower, width = self.tower, self.tower.width
-        x = self._embed(pixels, train)
+        is_square = not isinstance(pixels, Patches)
+        x = self._embed(pixels, train) if is_square else self._embed_patches(pixels)
+        parts = None if is_square else parts_of(pixels)
         if tower.ln_pre:
             x = LayerNorm(self.numerics, name="ln_pre")(x)
         x = constrain(x.astype(self.numerics.compute_dtype), "batch", None, None)
         init = image_block_init(width, tower.hidden_dim)
-        x = Transformer(tower, False, self.model, self.numerics, init, name="transformer")(x)
-        pooled, tokens = self._pool(x)
+        mask = None if is_square else visible_patches(pixels)
+        x = Transformer(tower, False, self.model, self.numerics, init, name="transformer")(x, mask)
+        pooled, tokens = self._pool(x) if parts is None else (constrain(self._pool_parts(x, parts), "batch", None), x)
         return tower_projection(pooled, tower.projection, width, self.model.embed_dim, self.numerics), tokens
 
     def _embed(self, pixels: Float[Array, "b h w c"], train: bool) -> Float[Array, "b l e"]:
         """Return tokens with their positions, float32."""
         tower, width = self.tower, self.tower.width
         normal = nn.initializers.normal(width**-0.5)
-        patch = (tower.patch_size, tower.patch_size, pixels.shape[-1])
-        init = torch_uniform(patch[0] * patch[1] * patch[2])
-        bias = init if tower.patch_bias else None
-        x = Linear(patch, (width,), self.numerics, init, bias, name="patch_embed")(patchify(pixels, tower.patch_size))
-        # Added in float32, and so its gradient, a sum over the batch, is float32 too.
-        x = x.astype(jnp.float32)
+        x = self._project(patchify(pixels, tower.patch_size))
         prefix = []
         if tower.class_token:
             prefix.append(self.param("class_embed", normal, (width,)).reshape(1, width))
@@ -95,6 +113,33 @@ class VisionTransformer(nn.Module):
             prefix.append(self.param("registers", normal, (tower.num_registers, width)))
         rows = [jnp.broadcast_to(token[None], (x.shape[0], *token.shape)) for token in prefix]
         return jnp.concatenate([*rows, x], axis=1)
+
+    def _project(self, patches: Float[Array, "b l s s c"]) -> Float[Array, "b l e"]:
+        """Return patches as tokens: float32, so that the gradient of what is added, a sum over the batch, is it too."""
+        shape = patches.shape[2:]
+        init = torch_uniform(math.prod(shape))
+        bias = init if self.tower.patch_bias else None
+        linear = Linear(shape, (self.tower.width,), self.numerics, init, bias, name="patch_embed")
+        return linear(patches).astype(jnp.float32)
+
+    def _embed_patches(self, images: Patches) -> Float[Array, "b l e"]:
+        """Return tokens of images of variable aspect with their positions, float32."""
+        size, width, side = self.tower.patch_size, self.tower.width, self.tower.grid()[1]
+        x = self._project(images.patches.reshape(*images.patches.shape[:2], size, size, -1))
+        table = self.param("pos_embed", nn.initializers.normal(width**-0.5), (side**2, width))
+        number = jnp.maximum(images.segment, 0)[..., None]
+        return x + positions_of_patches(table, images.place, jnp.take_along_axis(images.grid, number, axis=1))
+
+    def _pool_parts(self, x: Float[Array, "b l e"], parts: Bool[Array, "b g l"]) -> Float[Array, "n e"]:
+        """Return the vector of each image, row by row."""
+        tower, norm = self.tower, LayerNorm(self.numerics, name="ln_post")
+        if tower.pool is ImagePool.ATTENTION:
+            pool = AttentionPool(tower.num_heads, tower.hidden_dim, tower.activation, self.numerics, name="pool")
+            return pool(norm(x), parts)
+        x = (x if tower.ln_post_after_pool else norm(x)).astype(jnp.float32)
+        shares = parts / parts.sum(-1, keepdims=True, dtype=jnp.float32)
+        mean = jnp.einsum("bgl,ble->bge", shares, x, precision=jax.lax.Precision.HIGHEST).reshape(-1, x.shape[-1])
+        return norm(mean) if tower.ln_post_after_pool else mean.astype(self.numerics.compute_dtype)
 
     def _pool(self, x: Float[Array, "b l e"]) -> tuple[Float[Array, "b v"], Float[Array, "b k v"]]:
         tower, norm = self.tower, LayerNorm(self.numerics, name="ln_post")

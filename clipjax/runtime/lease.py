@@ -135,7 +135,7 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._ended.wait(self._seconds / 3):
-            with contextlib.suppress(OSError):  # the next try, or whoever writes, sees it again
+            with contextlib.suppress(Exception):  # the next try, or whoever writes, sees it again
                 self._renew()
 
     def _renew(self) -> None:

@@ -190,11 +190,15 @@ def _matches(parts: Sequence[str], wanted: Sequence[str]) -> bool:
 def list_folder(place: str) -> dict[str, Listed]:
     """Return all objects below a folder of a store, by their path inside it.
 
+    Consoles and file systems on stores keep empty objects for folders; these are left out.
+
     Raises:
         OSError: the store does not tell.
     """
     start = len(split(place)[2].rstrip("/"))
-    return {path[start:].lstrip("/"): listed for path, listed in _list(place, deep=True)}
+    found = {path[start:].lstrip("/"): listed for path, listed in _list(place, deep=True)}
+    folders = {path[:at] for path in found for at, letter in enumerate(path) if letter == "/"} | {""}
+    return {path: listed for path, listed in found.items() if listed.size or path not in folders}
 
 
 def list_objects(place: str) -> dict[str, Listed]:

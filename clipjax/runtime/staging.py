@@ -20,9 +20,10 @@ import re
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from clipjax.runtime import objects, owner
 from clipjax.runtime.files import read_bounded, write_atomic
@@ -84,32 +85,42 @@ class Copies:
     Args:
         folder: the local one.
         place: address of the folder of the store.
+
+    Attributes:
+        token: of the lease under which the folder was used.
+        renames: units that are to be renamed on the store, with their new names.
     """
 
     def __init__(self, folder: pathlib.Path, place: str) -> None:
         self._folder, self._place = folder, place
         self.token = ""
+        self.renames: dict[str, str] = {}
         self._known: dict[str, tuple[int, int, str]] = {}
+        self._lock = threading.Lock()
         try:
             found = json.loads(read_bounded(folder / STATE, _MAX_STATE_BYTES))
             if found["place"] == place:
                 self.token = str(found["token"])
                 self._known = {str(path): (int(a), int(b), str(c)) for path, (a, b, c) in found["files"].items()}
+                self.renames = {str(unit): str(new) for unit, new in found.get("renames", {}).items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass  # nothing is known: everything is loaded
 
     def note(self, path: str, version: str) -> None:
         """Note that a file as it is now is a copy of a version of its object."""
         about = (self._folder / path).stat()
-        self._known[path] = (about.st_size, about.st_mtime_ns, version)
+        with self._lock:
+            self._known[path] = (about.st_size, about.st_mtime_ns, version)
 
     def forget(self, path: str) -> None:
         """Forget a file."""
-        self._known.pop(path, None)
+        with self._lock:
+            self._known.pop(path, None)
 
-    def is_known(self, path: str) -> bool:
-        """Return True if a file was noted."""
-        return path in self._known
+    def forget_folder(self, folder: str) -> None:
+        """Forget all files in a folder."""
+        with self._lock:
+            self._known = {path: about for path, about in self._known.items() if not path.startswith(f"{folder}/")}
 
     def is_unchanged(self, path: str) -> bool:
         """Return True if a file is as it was when it was noted."""
@@ -129,9 +140,10 @@ class Copies:
         Args:
             token: of the lease under which this folder is used.
         """
-        self.token = token
-        record = {"place": self._place, "token": token, "files": self._known}
-        write_atomic(self._folder / STATE, json.dumps(record))
+        with self._lock:
+            self.token = token
+            record = {"place": self._place, "token": token, "renames": self.renames, "files": self._known}
+            write_atomic(self._folder / STATE, json.dumps(record))
 
 
 def fill(
@@ -158,6 +170,8 @@ def fill(
         if path.partition("/")[0] in (*plain, layout.parent) and path not in _OWN
     }
     found = find(listed, place, layout)
+    copies.renames = copies.renames if continues else {}
+    found = replace(found, complete=set(found.complete) - copies.renames.keys(), renames=dict(copies.renames))
     unsent = _unsent_units(folder, layout, found.complete, copies) if continues else set()
     mine = {f"{layout.parent}/{unit}" for unit in unsent}
     wanted = {path: each for path, each in listed.items() if _unit_of(path, layout) in (None, *found.complete)}
@@ -172,9 +186,9 @@ def fill(
             copies.forget(path)
     delete_empty(folder, keep=mine)
     download(place, {path: each for path, each in wanted.items() if path not in kept}, folder, copies)
-    for name in found.aside:  # so that their names are taken
+    for name in (*found.aside, *found.renames.values()):  # so that their names are taken
         (folder / layout.parent / name).mkdir(parents=True, exist_ok=True)
-    return copies, Found(found.complete, found.incomplete, found.aside, frozenset(unsent))
+    return copies, replace(found, unsent=frozenset(unsent))
 
 
 @dataclass(frozen=True)
@@ -186,12 +200,14 @@ class Found:
         incomplete: on the store, without a seal.
         aside: other folders among the units, on the store.
         unsent: complete in the local folder, and not on the store.
+        renames: to be renamed on the store, with their new names.
     """
 
     complete: Collection[str]
     incomplete: Collection[str]
     aside: Collection[str]
     unsent: Collection[str] = frozenset()
+    renames: Mapping[str, str] = field(default_factory=dict)
 
 
 def find(listed: Mapping[str, Listed], place: str, layout: Layout) -> Found:
@@ -222,7 +238,7 @@ def _unsent_units(folder: pathlib.Path, layout: Layout, sent: Collection[str], c
     seals = (folder / layout.parent).glob(f"*/{layout.seal}")
     found = {seal.relative_to(folder / layout.parent).parts[0] for seal in seals}
     found = {unit for unit in found if layout.is_unit(unit) and unit not in sent}
-    return {unit for unit in found if not copies.is_known(f"{layout.parent}/{unit}/{layout.seal}")}
+    return {unit for unit in found if not copies.is_unchanged(f"{layout.parent}/{unit}/{layout.seal}")}
 
 
 def _files(folder: pathlib.Path) -> list[str]:

@@ -204,7 +204,9 @@ def _mirrored(checked: Checked, signal: Shutdown, watchdog: Watchdog) -> Iterato
     except BaseException:
         if mirror is not None:
             with watchdog.paused("the last upload"):
-                mirror.flush()
+                left = mirror.flush()
+            if left:
+                processes.announce(left)
         raise
     _send_all(checked, watchdog)
 

@@ -1,6 +1,7 @@
 """Decoding odd and hostile files, and crops against references that are computed independently."""
 
 import io
+import math
 import struct
 import time
 import zlib
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from clipjax.config import Resize
-from clipjax.data.images import EvalTransform, decode, random_resized_crop, resize_center_crop
+from clipjax.data.images import EvalTransform, crop_box, decode, random_resized_crop, resize_center_crop
 from clipjax.data.sample import BadSample
 
 pytestmark = pytest.mark.newest
@@ -207,8 +208,7 @@ class _FixedDraws:
     def __init__(self, uniforms, integers):
         self.uniforms, self.draws, self.asked = list(uniforms), list(integers), []
 
-    def uniform(self, low, high):
-        self.asked.append((low, high))
+    def random(self):
         return self.uniforms.pop(0)
 
     def integers(self, low, high):
@@ -218,13 +218,29 @@ class _FixedDraws:
 
 def test_random_resized_crop_follows_torchvision():
     image = picture(60, 80)
-    rng = _FixedDraws([0.5, np.log(1.2)], [7, 11])
+    share = (0.5 - 0.3) / (1 - 0.3)  # of the way from 0.3 to 1
+    aspect = np.log(1.2 / (3 / 4)) / np.log((4 / 3) / (3 / 4))
+    rng = _FixedDraws([share, aspect], [7, 11])
     cropped = random_resized_crop(image, 24, min_area=0.3, rng=rng)
     # Area 2400 at aspect 1.2: width sqrt(2880) = 53.67, height sqrt(2000) = 44.72.
-    assert rng.asked == [(0.3, 1.0), (np.log(3 / 4), np.log(4 / 3)), (0, 60 - 45 + 1), (0, 80 - 54 + 1)]
+    assert rng.asked == [(0, 60 - 45 + 1), (0, 80 - 54 + 1)]
     box = (11, 7, 11 + 54, 7 + 45)
     expected = Image.fromarray(image).resize((24, 24), Image.Resampling.BICUBIC, box=box)
     np.testing.assert_array_equal(cropped, np.asarray(expected))
+
+
+def test_crops_are_those_of_numpys_uniform_draws():
+    """Runs go on with the crops that they began with."""
+    rng, other = np.random.default_rng(3), np.random.default_rng(3)
+    for _ in range(200):
+        top, left, height, width = crop_box(1000, 1000, 0.2, rng)
+        area = 1e6 * other.uniform(0.2, 1.0)
+        aspect = math.exp(other.uniform(math.log(3 / 4), math.log(4 / 3)))
+        if max(area * aspect, area / aspect) < 1e6:
+            assert (height, width) == (round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect)))
+            assert (top, left) == (other.integers(0, 1001 - height), other.integers(0, 1001 - width))
+        else:  # another try: only draws that fit are compared
+            rng, other = np.random.default_rng(height), np.random.default_rng(height)
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,10 @@ def test_a_component_in_two_scans_is_refused():
 def test_scans_are_limited():
     """Not those of a film that lies behind the picture, nor what a comment holds."""
     start, end = PROGRESSIVE.rindex(b"\xff\xda"), len(PROGRESSIVE) - 2
-    assert read(PROGRESSIVE[:end] + PROGRESSIVE[start:end] * 200 + EOI) == "corrupt_image"
+    scans = PROGRESSIVE[2:end] + PROGRESSIVE[start:end] * 200 + EOI
+    disguise = segment(0xFE, BASELINE[BASELINE.index(b"\xff\xc0") :][:19])  # the frame of another process
+    for head in (b"", disguise, b"\xff" + disguise):
+        assert read(PROGRESSIVE[:2] + head + scans) == "corrupt_image"
     film, comment = b"\xff\xda" * 300, segment(0xFE, b"\xff\xda" * 300)
     for data in (PROGRESSIVE + film, PROGRESSIVE[:2] + comment + PROGRESSIVE[2:]):
         np.testing.assert_array_equal(read(data), by_pillow(PROGRESSIVE))

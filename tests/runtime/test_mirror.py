@@ -1,5 +1,6 @@
 """The copy of a folder on a store: what is complete there is complete, whatever fails in between."""
 
+import os
 import shutil
 import threading
 import time
@@ -45,8 +46,8 @@ def mirror(request, tmp_path, monkeypatch):
         objects.delete(f"{made.place}/{path}")
 
 
-def open_mirror(folder, place):
-    copies, found = fill(folder, place, LAYOUT, plain=PLAIN)
+def open_mirror(folder, place, *, continues=False):
+    copies, found = fill(folder, place, LAYOUT, plain=PLAIN, continues=continues)
     mirror = Mirror(folder, place, Held(), layout=LAYOUT, copies=copies, found=found)
     mirror.said = []
     return mirror
@@ -240,3 +241,91 @@ def test_a_file_can_be_waited_for(mirror, impatient):
     mirror.server.plant("^PUT", status=503)
     with pytest.raises(OSError, match="503"):
         mirror.send(mirror.folder / "decisions")
+
+
+def set_aside(mirror, unit):
+    (mirror.folder / "units" / unit).rename(mirror.folder / "units" / f"{unit}.bad")
+    mirror.rename(unit, f"{unit}.bad")
+
+
+def test_a_unit_that_is_made_anew_before_it_was_sent_is_the_one_that_is_sent(mirror, impatient):
+    fault = mirror.server.plant("^PUT .*units/1/", status=503)
+    write_unit(mirror, 1, b"bad")
+    start(mirror).commit("1")
+    wait_for(lambda: mirror.said)
+    set_aside(mirror, "1")
+    write_unit(mirror, 1, b"good")
+    mirror.commit("1")
+    fault.times = 0
+    assert mirror.flush(5.0) == "" and set(unit_files(1)) <= set(on_store(mirror))
+    assert objects.read_bytes(f"{mirror.place}/units/1/a", 10) == b"good"
+    assert not any((mirror.folder / ".pinned").iterdir())
+
+
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_a_kill_forgets_no_unit_that_was_set_aside(mirror, is_made_anew):
+    write_unit(mirror, 1, b"bad")
+    start(mirror).commit("1")
+    assert mirror.close() == ""
+    set_aside(mirror, "1")  # and the process is killed before its thread sees that
+    if is_made_anew:
+        write_unit(mirror, 1, b"good")
+    second = open_mirror(mirror.folder, mirror.place, continues=True)
+    assert (second.folder / "units" / "1").exists() == is_made_anew
+    assert start(second).flush() == ""
+    assert on_store(second) == (unit_files(1, "1.bad") if is_made_anew else unit_files("1.bad"))
+    assert objects.read_bytes(f"{mirror.place}/units/1.bad/a", 10) == b"bad"
+    third = open_mirror(mirror.folder, mirror.place, continues=True)  # it is done once only
+    assert start(third).flush() == "" and on_store(third) == on_store(second)
+    assert second.close() == third.close() == ""
+
+
+def test_a_kill_while_a_unit_is_sent_anew_does_not_lose_it(mirror, tmp_path):
+    write_unit(mirror, 1, b"old")
+    start(mirror).commit("1")
+    assert mirror.close() == ""
+    shutil.rmtree(mirror.folder / "units" / "1")
+    write_unit(mirror, 1, b"new")
+    objects.delete(f"{mirror.place}/units/1/seal")  # so far the upload had come
+    second = open_mirror(mirror.folder, mirror.place, continues=True)
+    assert start(second).close() == "" and on_store(second) == unit_files(1)
+    assert objects.read_bytes(f"{mirror.place}/units/1/a", 10) == b"new"
+
+
+def test_a_file_that_cannot_be_read_stands_in_nothings_way(mirror):
+    os.mkfifo(mirror.folder / "plain")
+    write_unit(mirror, 1)
+    os.mkfifo(mirror.folder / "units" / "1" / "pipe")
+    mirror.commit("1")
+    write_unit(mirror, 2)
+    mirror.commit("2")
+    assert start(mirror).flush() == "" and on_store(mirror) == sorted(["units/1/a", "units/1/deep/b", *unit_files(2)])
+    assert mirror.flush() == ""
+    assert [line for line in mirror.said if "plain" in line and "not sent" in line] == mirror.said[:1]
+    assert "units/1 is not on" in mirror.said[1] and len(mirror.said) == 2
+
+
+def test_what_the_store_cannot_copy_stands_in_nothings_way(mirror):
+    write_unit(mirror, 1)
+    start(mirror).commit("1")
+    assert mirror.flush() == ""
+    mirror.server.plant("1.bad.*deep|deep.*1.bad", status=403)
+    set_aside(mirror, "1")
+    write_unit(mirror, 2)
+    mirror.commit("2")
+    assert mirror.flush() == ""
+    assert on_store(mirror) == sorted(["units/1.bad/a", "units/1.bad/seal", *unit_files(2)])
+    assert "does not hold all of 1" in mirror.said[0]
+
+
+def test_an_error_of_any_kind_is_told_and_ends_no_thread(mirror):
+    def fails():
+        raise RuntimeError("a surprise")
+
+    mirror._lease.require = fails
+    write(mirror, log=b"1")
+    start(mirror)
+    wait_for(lambda: mirror.said)
+    assert "RuntimeError: a surprise" in mirror.said[0]
+    del mirror._lease.require
+    wait_for(lambda: on_store(mirror) == ["log"])
