@@ -58,7 +58,7 @@ class PatchTransform:
 
     def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
         """Return the fields of `clipjax.typing.Patches`, with places for `max_patches`."""
-        rows, columns = fit_grid(*image.shape[:2], self.max_patches, self.patch_size)
+        rows, columns = fit_grid(image.shape[0], image.shape[1], self.max_patches, self.patch_size)
         patches = cut_patches(image, rows, columns, self.patch_size, self.interpolation)
         numbers = np.arange(self.max_patches)
         is_patch = numbers < len(patches)

@@ -106,6 +106,7 @@ QUERIES, DEFAULT = {"attentional_pool": True}, {"block_type": "default"}
 _TEXT_BLOCK = {"act_kwargs": TANH, "norm_kwargs": {"eps": 1e-3}, "mlp_ratio": 2.0}
 _HF_TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 _HF_TOWER |= {"hidden_act": "gelu", "layer_norm_eps": 1e-3}
+_OF_ANY_WIDTH = {name: value for name, value in _HF_TOWER.items() if name != "hidden_size"}
 _OPTIONS = dict.fromkeys(_BLOCK[3:], True)
 
 CHANGES: dict[str, list[dict[str, Any]]] = {
@@ -131,21 +132,10 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "CLIPVisionConfig": [{**_HF_TOWER, "image_size": 20, "patch_size": 4}],
     "CLIPTextConfig": [{**_HF_TOWER, "vocab_size": 65, "max_position_embeddings": 7}],
     "SiglipConfig": [{"model_type": "clip", "vision_config": {**_SIZES, "image_size": 32}}],
-    "SiglipVisionConfig": [
-        {name: value for name, value in _HF_TOWER.items() if name != "hidden_size"}
-        | {"image_size": 20, "patch_size": 4}
-    ],
-    **dict.fromkeys(
-        ("SiglipTextConfig", "Siglip2TextConfig"),
-        [
-            {name: value for name, value in _HF_TOWER.items() if name != "hidden_size"}
-            | {"vocab_size": 65, "max_position_embeddings": 7}
-        ],
-    ),
-    "Siglip2VisionConfig": [
-        {name: value for name, value in _HF_TOWER.items() if name != "hidden_size"}
-        | {"num_patches": 16, "patch_size": 4}
-    ],
+    "SiglipVisionConfig": [{**_OF_ANY_WIDTH, "image_size": 20, "patch_size": 4}],
+    "SiglipTextConfig": [{**_OF_ANY_WIDTH, "vocab_size": 65, "max_position_embeddings": 7}],
+    "Siglip2VisionConfig": [{**_OF_ANY_WIDTH, "num_patches": 16, "patch_size": 4}],
+    "Siglip2TextConfig": [{**_OF_ANY_WIDTH, "vocab_size": 65, "max_position_embeddings": 7}],
 }
 """Values that each, alone, change the model; `WITH` adds what a field needs to count."""
 
@@ -271,9 +261,8 @@ def test_the_tables_have_every_field_once(kind: str):
         assert set(fields.names) == set(OPEN_CLIP_NAMES[kind])
     else:  # older versions wrote more
         assert set(HUGGING_FACE_NAMES[kind]) <= set(fields.names)
-    tried = (
-        {"hidden_size"} if kind in ("SiglipVisionConfig", "Siglip2VisionConfig") else set()
-    )  # below, with the text's projection
+    siglip = ("SiglipVisionConfig", "Siglip2VisionConfig")
+    tried = {"hidden_size"} if kind in siglip else set()  # below, with the text's projection
     tried |= {
         name for rows in (CHANGING, SAME, REFUSED) for place, _, values in rows if place == kind for name in values
     }
