@@ -49,8 +49,8 @@ def variable_aspect_errors(data: DataConfig, image: ImageTower) -> list[str]:
         )
     if data.decode_margin is not None:
         errors.append(
-            f"data.decode_margin={data.decode_margin} is for squares, and model.image.max_patches={most} asks for other "
-            "pictures; leave it None"
+            f"data.decode_margin={data.decode_margin} is for squares, and model.image.max_patches={most} asks for "
+            "other pictures; leave it None"
         )
     if data.resize is not Resize.SHORTER_SIDE:
         errors.append(

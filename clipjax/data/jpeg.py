@@ -85,7 +85,7 @@ def _decode_strictly(image: bytes, check_size: Callable[[int, int], None], min_s
     check_size(int(height), int(width))
     # At 3/4, say, decoding takes longer than whole.
     scale: dict[str, Any] = {}
-    if min_side is not None and min(height, width) >= 2 * min_side:
+    if min_side is not None and min(int(height), int(width)) >= 2 * min_side:
         scale = {"min_height": min_side, "min_width": min_side, "min_factor": 2}
     # Strict: Pillow would return a damaged file as a half grey image.
     if colours not in ("CMYK", "YCCK"):
