@@ -17,7 +17,7 @@ import clipjax
 from clipjax.cli.convert import main_convert, main_export
 from clipjax.config import Interpolation, ViTConfig
 from clipjax.data.patches import fit_grid
-from clipjax.models import positions, vit
+from clipjax.models import vit
 from tests.commands import exit_code
 from tests.golden import naflex
 from tests.golden.peer_variants import make_weights
@@ -66,7 +66,12 @@ def test_pictures_of_any_aspect_have_the_peers_embeddings(model):
 
 def test_it_would_notice_positions_that_are_not_antialiased(model, monkeypatch):
     def plain(table, place, grid):
-        return positions.positions_of_patches(table, place * 0, jnp.full_like(grid, 4))  # of the first place
+        """Bilinear, with a triangle as wide as a place of the table whatever the grid."""
+        centre = (place + 0.5) * (4 / grid)
+        distance = jnp.abs((jnp.arange(4) + 0.5).reshape(1, 1, 1, -1) - centre[..., None])
+        found = jnp.maximum(0.0, 1.0 - distance)
+        found = found / found.sum(-1, keepdims=True)
+        return jnp.einsum("rty,rtx,yxw->rtw", found[:, :, 0], found[:, :, 1], table.reshape(4, 4, -1))
 
     monkeypatch.setattr(vit, "positions_of_patches", plain)
     other = clipjax.inference.Model(model.config, model.params, model.tokenizer, batch_size=4)

@@ -14,6 +14,7 @@ from clipjax.config import Config, DataConfig, Dtype, ImagePool, ModelConfig, Te
 from clipjax.config.model_validation import model_errors
 from clipjax.data.patches import PADDING
 from clipjax.models.clip import Clip, build_clip
+from clipjax.models.positions import positions_of_patches
 from clipjax.typing import Patches
 
 P, SIDE, MOST = 4, 3, 12
@@ -93,6 +94,31 @@ def test_a_square_is_the_image_of_the_tables_own_grid(pool):
     np.testing.assert_allclose(
         clip.encode_image(params, images), clip.encode_image(params, jnp.asarray(square)), atol=TOLERANCE
     )
+
+
+def resize_weights(old: int, new: int) -> np.ndarray:
+    """Float64 weights [new, old] of an antialiased bilinear resize, place by place over a window, as PyTorch's loop."""
+    scale, found = old / new, np.zeros((new, old))
+    support = max(scale, 1.0)
+    for place in range(new):
+        centre = scale * (place + 0.5)
+        window = range(max(0, int(centre - support + 0.5)), min(old, int(centre + support + 0.5)))
+        for source in window:
+            found[place, source] = max(0.0, 1 - abs(source + 0.5 - centre) / support)
+    return found / found.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (1, 16), (16, 1), (2, 7), (5, 4), (1, 1)])
+def test_positions_are_those_of_float64(grid):
+    side, (height, width) = 4, grid
+    table = np.random.default_rng(3).normal(size=(side**2, 6))
+    square = table.reshape(side, side, -1)
+    wanted = np.einsum("ay,bx,yxw->abw", resize_weights(side, height), resize_weights(side, width), square)
+    place = np.stack(np.divmod(np.arange(height * width), width), axis=-1)[None]
+    found = positions_of_patches(
+        jnp.asarray(table, jnp.float32), jnp.asarray(place), jnp.broadcast_to(jnp.asarray(grid), place.shape)
+    )
+    np.testing.assert_allclose(found[0], wanted.reshape(height * width, -1), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
