@@ -49,3 +49,11 @@ def test_a_replayed_step_is_that_of_the_log(config, finished, cache):
     output = run(*train_arguments(config, finished, "--replay=8"), **cache)
     loss = next(line["loss"] for line in log_lines(finished) if line["step"] == 8)
     assert f"step 8: loss {json.dumps(loss)}; every number is bit for bit that of the log" in output
+
+
+def test_zero_shot_and_retrieval_of_a_checkpoint_give_what_training_gave(finished, tmp_path, cache):
+    run("eval", f"--checkpoint={finished}", f"--output={tmp_path}/results.json", **cache)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found == json.loads((finished / "results.json").read_text())
+    assert set(found["tasks"]) == {"scenes/val", "scenes/pairs"}
+    assert all(task["num_examples"] > 0 == task["num_skipped"] for task in found["tasks"].values())
