@@ -43,6 +43,9 @@ from clipjax.data.workers import WorkersDie
 
 _JUDGED_READS = 1000  # the bad share of fewer samples says little
 _LATEST = 3
+_MOST_GROUPS = 2**31
+"""Samples that can be told apart by an int32, which the loss compares: another type would cost the device more."""
+
 _KEPT_WINDOWS = 3  # the one that is used, the one that is read ahead, and half used ones at the borders
 _SPARE_BLOCKS = 16
 _log = logging.getLogger(__name__)
@@ -104,7 +107,7 @@ class TrainStream:
         on_restart: function that gets a line about each restart of the workers.
 
     Raises:
-        ValueError: at construction: the batch does not divide, the source is too small, or a range is impossible.
+        ValueError: at construction: the batch does not divide, the source is too small or too large, or a range is impossible.
         NoUsableSample: from iteration: hardly anything is usable.
         WorkersDie: from iteration: more deaths than `recovery.max_worker_restarts`; `read_here` goes on without them.
 
@@ -139,6 +142,11 @@ class TrainStream:
             raise ValueError(
                 f"global_batch_size={batch_size} is larger than the {len(source)} samples of {data.shown_train};"
                 f" set global_batch_size to at most {len(source)} or give more data"
+            )
+        if config.loss.same_pair is SamePair.INDEX and len(source) > _MOST_GROUPS:
+            raise ValueError(
+                f"loss.same_pair=index tells {_MOST_GROUPS:,} samples apart, and {data.shown_train} has {len(source):,}; "
+                "set loss.same_pair to caption or none, or train on a part"
             )
         if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
