@@ -107,7 +107,7 @@ class TrainStream:
         on_restart: function that gets a line about each restart of the workers.
 
     Raises:
-        ValueError: at construction: the batch does not divide, the source is too small or too large, or a range is impossible.
+        ValueError: at construction: a batch that does not divide, a source too small or large, an impossible range.
         NoUsableSample: from iteration: hardly anything is usable.
         WorkersDie: from iteration: more deaths than `recovery.max_worker_restarts`; `read_here` goes on without them.
 
@@ -145,8 +145,8 @@ class TrainStream:
             )
         if config.loss.same_pair is SamePair.INDEX and len(source) > _MOST_GROUPS:
             raise ValueError(
-                f"loss.same_pair=index tells {_MOST_GROUPS:,} samples apart, and {data.shown_train} has {len(source):,}; "
-                "set loss.same_pair to caption or none, or train on a part"
+                f"loss.same_pair=index tells {_MOST_GROUPS:,} samples apart, and {data.shown_train} has "
+                f"{len(source):,}; set loss.same_pair to caption or none, or train on a part"
             )
         if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
