@@ -5,6 +5,7 @@ Reading order: `BlockReader`, `read_block`.
 
 import collections
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from concurrent import futures
@@ -17,8 +18,8 @@ from clipjax.data.sample import BadSample, Sample, Source
 REQUESTS = 16
 """Requests at a time of each process that reads."""
 
-MOST_BYTES = 4 * 2**30
-"""Encoded pictures that each process that reads keeps: some twenty thousand of 200 KB."""
+MOST_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+"""Half of the memory of the machine, for the encoded pictures that a training process and its workers keep."""
 
 _log = logging.getLogger(__name__)
 

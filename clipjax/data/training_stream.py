@@ -23,7 +23,7 @@ from clipjax.config import Config, ResizeOn, SamePair
 from clipjax.data import workers
 from clipjax.data.augmentations import make_augmentations
 from clipjax.data.batch_memory import ReceivedColumns, forget_the_dead
-from clipjax.data.block_reader import BlockReader
+from clipjax.data.block_reader import MOST_BYTES, BlockReader
 from clipjax.data.canvas import make_canvas_transform
 from clipjax.data.images import make_eval_transform, make_training_decoder
 from clipjax.data.mixture import sizes_of
@@ -177,7 +177,7 @@ class TrainStream:
             batches = _GrainBatches(samples, augment, config, share, process_count)
         else:
             if blocks:
-                self._reader = BlockReader(source, _most_blocks(blocks, share, batch_size))
+                self._reader = BlockReader(source, _most_blocks(blocks, share, batch_size), MOST_BYTES // self._slices)
             numbers = make_order(sizes_of(source), config, order)
             batches = Batches(samples, augment, numbers, config, share=share, reader=self._reader)
         self._pieces = grain.MapDataset.source(batches)
