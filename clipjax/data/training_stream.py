@@ -138,16 +138,7 @@ class TrainStream:
                 f"data.images_per_row={unit} must divide the {local_size} pairs of each process: global_batch_size="
                 f"{batch_size} / {process_count} processes"
             )
-        if len(source) < batch_size:
-            raise ValueError(
-                f"global_batch_size={batch_size} is larger than the {len(source)} samples of {data.shown_train};"
-                f" set global_batch_size to at most {len(source)} or give more data"
-            )
-        if config.loss.same_pair is SamePair.INDEX and len(source) > _MOST_GROUPS:
-            raise ValueError(
-                f"loss.same_pair=index tells {_MOST_GROUPS:,} samples apart, and {data.shown_train} has "
-                f"{len(source):,}; set loss.same_pair to caption or none, or train on a part"
-            )
+        _check_size(config, source)
         if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
         view = make_eval_transform(config)
@@ -280,6 +271,20 @@ class TrainStream:
             forget_the_dead()
         if self._reader is not None:
             self._reader.close()
+
+
+def _check_size(config: Config, source: Source) -> None:
+    """Refuse a source that fills no batch, or whose samples cannot be told apart."""
+    if len(source) < config.global_batch_size:
+        raise ValueError(
+            f"global_batch_size={config.global_batch_size} is larger than the {len(source)} samples of "
+            f"{config.data.shown_train}; set global_batch_size to at most {len(source)} or give more data"
+        )
+    if config.loss.same_pair is SamePair.INDEX and len(source) > _MOST_GROUPS:
+        raise ValueError(
+            f"loss.same_pair=index tells {_MOST_GROUPS:,} samples apart, and {config.data.shown_train} has "
+            f"{len(source):,}; set loss.same_pair to caption or none, or train on a part"
+        )
 
 
 def _join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
