@@ -13,6 +13,7 @@ from clipjax.data.digests import CONTENTS, Hasher, ShardDigest, spread
 from clipjax.data.image_files import IMAGE_EXTENSIONS, ImageFiles, max_image_bytes
 from clipjax.data.metadata import Described
 from clipjax.data.sample import BadSample, Sample, clean_caption
+from clipjax.data.tar_names import NOT_DECODED
 
 FOLDER_PREFIX = "folder:"
 _CAPTION = ".txt"
@@ -25,7 +26,7 @@ class FolderSource:
     If a text of the same name lies beside an image, texts are the captions, and an image without one is bad
     (`missing_caption`). Otherwise the folders directly inside are the classes, numbered in the order of their names,
     as in torchvision's ImageFolder, and there are no captions. Names that start with a dot are hidden, and links to
-    folders are not followed.
+    folders are not followed. A drawing or document with a text beside it and no image is bad (`unsupported_format`).
 
     Args:
         folder: path.
@@ -141,6 +142,10 @@ def _beside(name: str) -> str:
     return os.path.splitext(name)[0] + _CAPTION  # noqa: PTH122
 
 
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
 
@@ -153,9 +158,14 @@ def _list_images(folder: str) -> Iterator[tuple[str, bool]]:
         with os.scandir(os.path.join(folder, inside)) as entries:  # noqa: PTH118
             found = sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
         files = {each.name for each in found if not each.is_dir(follow_symlinks=False)}
-        for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:  # noqa: PTH122
-                yield os.path.join(inside, name), _beside(name) in files  # noqa: PTH118
+        images = {name for name in files if _ending(name) in IMAGE_EXTENSIONS}
+        taken = set(map(_beside, images))
+        # What we cannot decode is counted as such where a caption waits for it, and is no image elsewhere.
+        images |= {
+            n for n in files if _ending(n)[1:] in NOT_DECODED and _beside(n) in files and _beside(n) not in taken
+        }
+        for name in sorted(images):
+            yield os.path.join(inside, name), _beside(name) in files  # noqa: PTH118
         if inside.count(os.sep) < _MAX_DEPTH:
             waiting += [os.path.join(inside, each.name) for each in reversed(found) if _is_folder(each)]  # noqa: PTH118
 

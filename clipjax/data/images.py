@@ -69,8 +69,7 @@ def decode(
 
     Args:
         image: encoded bytes, or pixels uint8 [h, w, 3].
-        max_pixels: larger images are refused from the header, before any pixel is decoded. Pillow's own limit, of 179
-            megapixels, holds besides for GIF, TIFF and WebP alone.
+        max_pixels: larger images are refused from the header, before any pixel is decoded.
         background: colour behind transparent pixels; None drops the alpha, whatever colour it hides.
         exif_orientation: turn the picture as its EXIF data says; arrays have none.
         min_side: decode a JPEG at half of its sides or less if both stay as long as this.
@@ -100,8 +99,7 @@ def decode(
     except (BadSample, MemoryError):
         raise
     except Exception as error:  # the decoders raise many types on hostile bytes
-        is_large = type(error).__name__ in ("DecompressionBombError", "DecompressionBombWarning")
-        raise BadSample("image_too_large" if is_large else "corrupt_image") from error
+        raise BadSample("corrupt_image") from error
     return turn(pixels, orientation) if exif_orientation else pixels
 
 

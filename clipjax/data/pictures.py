@@ -12,14 +12,15 @@
 
 Reading order: `decode_picture`, `_open` (limits before pixels), `_to_rgb` (modes, alpha), `_is_known` (what we do not
 decode). The classes of Pillow are called one by one: `Image.open` has a limit of its own, which is the same for the
-whole process, and formats that start other programs.
+whole process, and formats that start other programs. Where such a class looks at that limit too, it gets the picture in
+a way that leaves nothing to look at: `data.max_image_pixels` has been checked before.
 """
 
 import contextlib
 import functools
 import io
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ _AVIF_BRANDS, _AVIF_SLACK = {b"avif", b"avis"}, 16
 _MAX_TAGS, _MAX_VALUES = 10_000, 1_000_000  # of a TIFF: Pillow makes an object of each
 _TIFF_BYTES = (1, 2, 6, 7)  # kinds of values that stay bytes
 _MAX_GIF_BLOCKS = 100_000  # before the first frame
+_GIF_CONTROL, _GIF_DISPOSAL, _MAX_GIF_SIDE = b"\xf9", 0b11100, 0xFFFF
+_WEBP_KIND_END = 16
 _MAX_TEXT_HEAD = 4096
 _OTHERS = (
     b"%PDF-", b"%!PS", b"\xc5\xd0\xd3\xc6", b"8BPS\0\1", b"8BPS\0\2", b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n",
@@ -98,19 +101,22 @@ def _open(image: bytes, check_size: Callable[[int, int], None]) -> Any:
         return PngImagePlugin.PngImageFile(io.BytesIO(b"".join(_png_pieces(image))))
     if image.startswith((b"GIF87a", b"GIF89a")):
         check_size(*struct.unpack_from("<HH", image, 6))
-        check_size(*_gif_size(image))
-        return GifImagePlugin.GifImageFile(io.BytesIO(image))
+        size, controls = _gif_head(image)
+        check_size(*size)
+        return GifImagePlugin.GifImageFile(io.BytesIO(_still_gif(image, size, controls)))
     if image.startswith(b"BM"):
         with _unsupported_if("nsupported"):
             return BmpImagePlugin.BmpImageFile(io.BytesIO(image))
     if image.startswith(b"RIFF") and image[8:12] == b"WEBP":
         if size := _webp_size(image):  # opening it takes memory for its pixels
             check_size(*size)
-        return WebPImagePlugin.WebPImageFile(io.BytesIO(image))
+        return WebPImagePlugin.WebPImageFile(_ShortReads(image))
     if image.startswith(_TIFF):
         _check_tiff(image, check_size)
         with _unsupported_if("unknown pixel mode"):
-            return _tiff_class()(io.BytesIO(image))
+            opened = _tiff_class()(io.BytesIO(image))
+        opened.check_size = check_size
+        return opened
     if image[4:8] == b"ftyp" and _AVIF_BRANDS & _brands(image) and AvifImagePlugin.SUPPORTED:
         # The count is up to four times what there is, of tiles with their edges, and of an alpha as large.
         check_size(1, max(1, count_frame_pixels(image) // _AVIF_SLACK))
@@ -152,26 +158,50 @@ def _png_chunk(image: bytes, kind: bytes) -> bytes:
     return b""
 
 
-def _gif_size(image: bytes) -> tuple[int, int]:
-    """Return height and width of the screen, or of the first frame where that is larger.
+def _gif_head(image: bytes) -> tuple[tuple[int, int], list[int]]:
+    """Return height and width of the screen with the first frame on it, and the places of the flags of its controls.
 
     Raises:
         BadSample: `corrupt_image` if there is no frame behind a reasonable number of comments.
     """
     width, height, flags = struct.unpack_from("<HHB", image, 6)
-    position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    position, controls = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0), list[int]()
     for _ in range(_MAX_GIF_BLOCKS):
         kind = image[position : position + 1]
         if kind == b",":
             left, top, columns, rows = struct.unpack_from("<HHHH", image, position + 1)
-            return max(height, top + rows), max(width, left + columns)
+            return (max(height, top + rows), max(width, left + columns)), controls
         if kind == b"!":
+            if image[position + 1 : position + 2] == _GIF_CONTROL and image[position + 2 : position + 3] > b"\0":
+                controls.append(position + 3)
             position += 2  # its blocks follow, the last one is empty
             kind = image[position : position + 1]
         if not kind:
             break
         position += 1 + kind[0]
     raise BadSample("corrupt_image")
+
+
+def _still_gif(image: bytes, size: tuple[int, int], controls: Sequence[int]) -> bytes:
+    """Return the GIF with a screen for the whole first frame, and nothing done to that frame before a next one.
+
+    Pillow checks a screen that grows, and a frame that is taken away, against its own limit.
+    """
+    height, width = size
+    if max(size) > _MAX_GIF_SIDE:
+        return image
+    changed = bytearray(image)
+    struct.pack_into("<HH", changed, 6, width, height)
+    for place in controls:
+        changed[place] &= ~_GIF_DISPOSAL
+    return bytes(changed)
+
+
+class _ShortReads(io.BytesIO):
+    """A file that gives the beginning of a WebP in pieces too short for Pillow's own check of its size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size if size is None or size < 0 else min(size, _WEBP_KIND_END))
 
 
 def _webp_size(image: bytes) -> tuple[int, int] | None:
@@ -198,10 +228,22 @@ def _check_tiff(image: bytes, check_size: Callable[[int, int], None]) -> None:
 
 @functools.cache
 def _tiff_class() -> Any:
-    """Return Pillow's class without its last step: that unpacks all of the EXIF data, and turns the picture."""
-    from PIL import TiffImagePlugin
+    """Return Pillow's class with our limit of the size, and without its last step.
+
+    That unpacks all of the EXIF data, and turns the picture.
+    """
+    from PIL import Image, ImageFile, TiffImagePlugin
 
     class TiffPixels(TiffImagePlugin.TiffImageFile):
+        check_size: Callable[[int, int], None]
+
+        def load_prepare(self) -> None:
+            if self._im is None:
+                width, height = getattr(self, "_tile_size", self.size)
+                self.check_size(height, width)
+                self.im = Image.core.new(self.mode, (width, height))
+            ImageFile.ImageFile.load_prepare(self)
+
         def load_end(self) -> None:
             pass
 

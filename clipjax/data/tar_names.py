@@ -24,7 +24,7 @@ COLUMNS = {
 }
 """Kinds of members by their extension, in lower case."""
 
-_NOT_DECODED = (
+NOT_DECODED = (
     "heic",
     "heif",
     "jxl",
@@ -41,7 +41,9 @@ _NOT_DECODED = (
     "qoi",
     "exr",
 )
-_RARE_IMAGES = frozenset(["tif", "tiff", "gif", "bmp", "avif", "jfif", "jpe", *_NOT_DECODED])
+"""Drawings, documents, and pictures that are not decoded: without another picture of the sample, they are its fault."""
+
+_RARE_IMAGES = frozenset(["tif", "tiff", "gif", "bmp", "avif", "jfif", "jpe", *NOT_DECODED])
 
 
 class Place(NamedTuple):

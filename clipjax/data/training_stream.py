@@ -23,7 +23,7 @@ from clipjax.config import Config, ResizeOn, SamePair
 from clipjax.data import workers
 from clipjax.data.augmentations import make_augmentations
 from clipjax.data.batch_memory import ReceivedColumns, forget_the_dead
-from clipjax.data.block_reader import BlockReader
+from clipjax.data.block_reader import MOST_BYTES, BlockReader
 from clipjax.data.canvas import make_canvas_transform
 from clipjax.data.images import make_eval_transform, make_training_decoder
 from clipjax.data.mixture import sizes_of
@@ -43,6 +43,9 @@ from clipjax.data.workers import WorkersDie
 
 _JUDGED_READS = 1000  # the bad share of fewer samples says little
 _LATEST = 3
+_MOST_GROUPS = 2**31
+"""Samples that can be told apart by an int32, which the loss compares: another type would cost the device more."""
+
 _KEPT_WINDOWS = 3  # the one that is used, the one that is read ahead, and half used ones at the borders
 _SPARE_BLOCKS = 16
 _log = logging.getLogger(__name__)
@@ -104,7 +107,7 @@ class TrainStream:
         on_restart: function that gets a line about each restart of the workers.
 
     Raises:
-        ValueError: at construction: the batch does not divide, the source is too small, or a range is impossible.
+        ValueError: at construction: a batch that does not divide, a source too small or large, an impossible range.
         NoUsableSample: from iteration: hardly anything is usable.
         WorkersDie: from iteration: more deaths than `recovery.max_worker_restarts`; `read_here` goes on without them.
 
@@ -135,11 +138,7 @@ class TrainStream:
                 f"data.images_per_row={unit} must divide the {local_size} pairs of each process: global_batch_size="
                 f"{batch_size} / {process_count} processes"
             )
-        if len(source) < batch_size:
-            raise ValueError(
-                f"global_batch_size={batch_size} is larger than the {len(source)} samples of {data.shown_train};"
-                f" set global_batch_size to at most {len(source)} or give more data"
-            )
+        _check_size(config, source)
         if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
         view = make_eval_transform(config)
@@ -169,7 +168,7 @@ class TrainStream:
             batches = _GrainBatches(samples, augment, config, share, process_count)
         else:
             if blocks:
-                self._reader = BlockReader(source, _most_blocks(blocks, share, batch_size))
+                self._reader = BlockReader(source, _most_blocks(blocks, share, batch_size), MOST_BYTES // self._slices)
             numbers = make_order(sizes_of(source), config, order)
             batches = Batches(samples, augment, numbers, config, share=share, reader=self._reader)
         self._pieces = grain.MapDataset.source(batches)
@@ -272,6 +271,20 @@ class TrainStream:
             forget_the_dead()
         if self._reader is not None:
             self._reader.close()
+
+
+def _check_size(config: Config, source: Source) -> None:
+    """Refuse a source that fills no batch, or whose samples cannot be told apart."""
+    if len(source) < config.global_batch_size:
+        raise ValueError(
+            f"global_batch_size={config.global_batch_size} is larger than the {len(source)} samples of "
+            f"{config.data.shown_train}; set global_batch_size to at most {len(source)} or give more data"
+        )
+    if config.loss.same_pair is SamePair.INDEX and len(source) > _MOST_GROUPS:
+        raise ValueError(
+            f"loss.same_pair=index tells {_MOST_GROUPS:,} samples apart, and {config.data.shown_train} has "
+            f"{len(source):,}; set loss.same_pair to caption or none, or train on a part"
+        )
 
 
 def _join(pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

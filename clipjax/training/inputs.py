@@ -19,7 +19,15 @@ from clipjax.data.sample import Source
 from clipjax.data.sources import build_training_source, recording_sources
 from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.data.tokenizers.protocol import Tokenizer
-from clipjax.data.training_order import DISK_ORDER, MixtureFormat, RunOrder, choose_order, make_order, parse_order
+from clipjax.data.training_order import (
+    DISK_ORDER,
+    MixtureFormat,
+    RunOrder,
+    choose_order,
+    make_order,
+    parse_order,
+    parts_of,
+)
 from clipjax.data.webdataset import TarSource
 from clipjax.evals.runner import Task, build_tasks
 from clipjax.models.clip import abstract_params
@@ -126,11 +134,13 @@ def _find_run_order(config: Config, source: Source, saved: SavedCheckpoint | Non
     Raises:
         ValueError: it does not fit the batch.
     """
+    is_remote = [any(map(is_address, part.files())) for part in _parts(source)]
     if saved is None:
-        parts = source.parts if isinstance(source, MixedSource) else (source,)
-        found = choose_order(config, sizes_of(source), [any(map(is_address, part.files())) for part in parts])
+        found = choose_order(config, sizes_of(source), is_remote)
     else:
         found = parse_order(saved.records["data"].get("order"))
+        if warning := warn_of_single_reads(config, found, sizes_of(source), is_remote):
+            announce(warning)
     make_order(sizes_of(source), config, found)
     if not isinstance(source, MixedSource) or not isinstance(found, MixtureFormat):
         return found
@@ -141,6 +151,34 @@ def _find_run_order(config: Config, source: Source, saved: SavedCheckpoint | Non
             f"the workdir had {', '.join(map(str, found.shards))}; each source must keep its own"
         )
     return dataclasses.replace(found, shards=shards)
+
+
+def warn_of_single_reads(
+    config: Config, order: RunOrder, sizes: Sequence[int], is_remote: Sequence[bool]
+) -> str | None:
+    """Return a warning about a run that began on local disks and now reads an object store; None if it does not.
+
+    Args:
+        config: the run.
+        order: that the run began with.
+        sizes: for each source, the number of its samples.
+        is_remote: for each source, whether its samples lie in an object store.
+    """
+    blocks = [part.block for part in parts_of(order)] or [1] * len(is_remote)
+    wanted = [part.block for part in parts_of(choose_order(config, sizes, is_remote))]
+    if config.data.cache_dir is not None or not any(
+        remote and block == 1 < best for remote, block, best in zip(is_remote, blocks, wanted, strict=False)
+    ):
+        return None
+    return (
+        "warning: the run began with an order for local disks, and its training data lies in an object store now: each "
+        "sample costs a request. Copy tars to a disk with data.cache_dir, or start anew in another workdir, in blocks "
+        f"of {max(wanted)} samples"
+    )
+
+
+def _parts(source: Source) -> Sequence[Source]:
+    return source.parts if isinstance(source, MixedSource) else (source,)
 
 
 def _in_recorded_order(source: Source, saved: SavedCheckpoint | None) -> Source:

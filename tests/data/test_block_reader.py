@@ -158,6 +158,34 @@ def test_the_stream_is_that_of_single_reads(order, most, monkeypatch):
     assert sum((batch["skip_reason"] >= 0).sum() for batch in single) > 5
 
 
+@pytest.mark.parametrize("most_bytes", [0, 100, 1000])
+def test_few_bytes_are_kept_and_the_stream_stays(most_bytes):
+    source, config = CountedBlocks(83, {3: "truncated_tar"}), make_config(8, max_bad_fraction=0.5)
+    numbers = make_order((83,), config, OrderFormat(8, 3, 1))
+
+    def read(reader: BlockReader | None) -> list[dict[str, np.ndarray]]:
+        batches = Batches(decoded(source), augment(), numbers, config, share=Share(8), reader=reader)
+        return [batches[position] for position in range(15)]
+
+    assert_same(read(BlockReader(source, 100, most_bytes)), read(None))
+
+
+def test_the_oldest_blocks_go_where_bytes_are_short(caplog):
+    source = CountedBlocks(64)
+    size = sum(np.asarray(source[i].image).nbytes for i in range(8))
+    reader = BlockReader(source, 100, 2 * size)
+    for first in (0, 8, 16, 24):  # one after the other
+        reader.take(first, first, 8)
+    assert list(reader._blocks) == [(16, 8), (24, 8)] and reader._bytes == 2 * size
+    assert caplog.text.count("read twice") == 1
+    for index in range(17, 24):
+        reader.take(index, 16, 8)
+    assert list(reader._blocks) == [(24, 8)] and reader._bytes == size
+    assert reader.take(0, 0, 8).key == "0"  # is read again
+    reader.close()
+    assert reader._bytes == 0
+
+
 def test_a_mixture_is_read_in_blocks_too():
     order = MixtureFormat((OrderFormat(4, 2, 2), OrderFormat(1, 1, 2)))
     parts = {"a": CountedBlocks(43), "b": CountedBlocks(17)}

@@ -7,6 +7,7 @@ import pytest
 
 from clipjax.config import DataConfig
 from clipjax.data.folders import FolderSource
+from clipjax.data.images import decode
 from clipjax.data.sample import BadSample
 from clipjax.data.sources import build_source, data_folders
 
@@ -54,6 +55,14 @@ def test_captions_beside_images(tmp_path):
     for beyond in (4, -1):
         with pytest.raises(IndexError):
             source[beyond]
+
+
+def test_what_cannot_be_decoded_is_counted_where_a_caption_waits_for_it(tmp_path):
+    files = {"a.svg": "<svg/>", "a.txt": "A", "b.jpg": "B", "b.psd": "?", "b.txt": "B", "paper.pdf": "%PDF-1.7"}
+    source = open_folder(write(tmp_path, files))
+    assert [source._name(i) for i in range(len(source))] == ["a.svg", "b.jpg"]
+    with pytest.raises(BadSample, match="unsupported_format"):
+        decode(source[0].image, max_pixels=100)
 
 
 def test_classes_are_numbered_by_name(tmp_path):

@@ -140,7 +140,7 @@ def test_a_large_frame_in_a_small_avif_is_refused_before_it_is_decoded():
     assert decode(data, max_pixels=2048 * 2048).shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize("image_format", ["PNG", "BMP", "AVIF"])
+@pytest.mark.parametrize("image_format", ["PNG", "BMP", "AVIF", "GIF", "TIFF", "WEBP"])
 def test_pillows_limit_does_not_count(monkeypatch, image_format):
     """It refuses 179 million pixels, and warns from half of that on; it belongs to the whole process."""
     if image_format == "AVIF" and not features.check("avif"):
@@ -154,8 +154,23 @@ def test_pillows_limit_does_not_count(monkeypatch, image_format):
         assert limit == Image.MAX_IMAGE_PIXELS
 
 
-@pytest.mark.parametrize("image_format", ["GIF", "TIFF", "WEBP"])
-def test_where_pillows_limit_counts_the_reason_is_the_size(monkeypatch, image_format):
-    data = BOMBS["gif frame"] if image_format == "GIF" else saved(RGB, image_format)
+@pytest.mark.parametrize("screen", [(WIDTH, HEIGHT), (1, 1)])
+@pytest.mark.parametrize("disposal", [0, 1, 2, 3])
+def test_a_gif_of_any_disposal_is_read_beyond_pillows_limit(monkeypatch, screen, disposal):
+    """Pillow looks at its limit where the frame is larger than the screen, or is taken away before the next one."""
+    frames = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
+    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:], disposal=disposal)
+    expected = decode(data, max_pixels=HEIGHT * WIDTH)
+    data = data[:6] + struct.pack("<HH", *screen) + data[10:]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
-    assert reason(data, max_pixels=2**40) == "image_too_large"
+    np.testing.assert_array_equal(decode(data, max_pixels=HEIGHT * WIDTH), expected)
+    assert reason(data, max_pixels=HEIGHT * WIDTH - 1) == "image_too_large"
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"}, {}])
+def test_a_webp_of_any_kind_is_read_beyond_pillows_limit(monkeypatch, options):
+    data = saved(RGB, "WEBP", **options)
+    expected = decode(data, max_pixels=HEIGHT * WIDTH)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    np.testing.assert_array_equal(decode(data, max_pixels=HEIGHT * WIDTH), expected)
+    assert reason(data, max_pixels=HEIGHT * WIDTH - 1) == "image_too_large"

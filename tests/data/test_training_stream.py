@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.config import Config, Crop, DataConfig, ModelConfig, ViTConfig
+from clipjax.config import Config, Crop, DataConfig, ModelConfig, SamePair, ViTConfig
 from clipjax.data.eval_batches import eval_batches
 from clipjax.data.images import EvalTransform
 from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, Sample
@@ -206,6 +206,25 @@ class CountingSource:
         return f"shard s.tar, key k{index}"
 
 
+class EndlessSource:
+    """One sample, many times."""
+
+    def __init__(self, size: int):
+        self._size, self._inner = size, make_source(1)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._inner[0]
+
+    def location(self, index: int) -> str:
+        return self._inner.location(0)
+
+    def digests(self):
+        return self._inner.digests()
+
+
 class FlawedSource(CountingSource):
     """Some samples are bad."""
 
@@ -335,6 +354,22 @@ def test_hopeless_sources_are_named():
 def test_construction_refuses(size, batch, processes, message):
     with pytest.raises(ValueError, match=message):
         TrainStream(make_source(size), tokenize=tokenize, config=make_config(batch), process_count=processes)
+
+
+@pytest.mark.parametrize(("size", "same_pair"), [(2**31, "index"), (2**31 + 1, "caption")])
+def test_groups_by_index_are_exact(size, same_pair):
+    config = make_config()
+    config.loss.same_pair = SamePair(same_pair)
+    stream = TrainStream(EndlessSource(size), tokenize=tokenize, config=config)
+    assert len(np.unique(next(stream)["index"])) == config.global_batch_size
+    stream.close()
+
+
+def test_groups_by_index_are_refused_where_two_samples_would_share_one():
+    config = make_config()
+    config.loss.same_pair = SamePair.INDEX
+    with pytest.raises(ValueError, match=r"loss.same_pair=index .* 2,147,483,648 .* has 2,147,483,649; set .* caption"):
+        TrainStream(EndlessSource(2**31 + 1), tokenize=tokenize, config=config)
 
 
 def test_the_smallest_source_and_batch():

@@ -41,7 +41,7 @@ from clipjax.runtime import owner, process_log
 from clipjax.runtime.watchdog import Watchdog
 from clipjax.training import preflight
 from clipjax.training.decisions import Decisions, Rollback
-from clipjax.training.inputs import open_inputs
+from clipjax.training.inputs import open_inputs, warn_of_single_reads
 from clipjax.training.resume import check_resumable, check_same_run
 from tests.data.test_webdataset import pair, write
 from tests.runtime.test_owner import holder
@@ -380,6 +380,29 @@ def test_another_block_is_another_run(tmp_path):
     config.data.order_block = 16
     with pytest.raises(ValueError, match=r"data.order_block=16 \(checkpoint: None\)"):
         check_same_run(saved, config, open_inputs(config, saved))
+
+
+@pytest.mark.parametrize(
+    ("order", "is_remote", "fields", "is_told"),
+    [
+        (DISK_ORDER, True, {}, True),
+        (None, True, {}, True),
+        (DISK_ORDER, False, {}, False),
+        (OrderFormat(64, 8, 8), True, {}, False),
+        (DISK_ORDER, True, {"order_block": 1}, False),  # was asked for
+        (DISK_ORDER, True, {"cache_dir": "/cache"}, False),
+    ],
+)
+def test_a_run_that_left_its_disks_for_a_store_is_told_the_remedy(order, is_remote, fields, is_told):
+    config = Config(global_batch_size=4096, data=DataConfig(train="x", **fields))
+    warning = warn_of_single_reads(config, order, [10**6], [is_remote])
+    assert (warning is not None) == is_told
+    assert warning is None or ("data.cache_dir" in warning and "blocks of 64 samples" in warning)
+
+
+def test_a_new_start_would_read_a_small_source_one_by_one_too():
+    config = Config(global_batch_size=4096, data=DataConfig(train="x"))
+    assert warn_of_single_reads(config, DISK_ORDER, [16], [True]) is None
 
 
 def test_the_parts_of_a_mixture_may_move_and_their_weights_stay(tmp_path):
