@@ -54,7 +54,7 @@ def _convert_parser() -> arguments.Parser:
     parser.add_argument(
         "--tokenizer",
         metavar="KIND:PATH",
-        type=arguments.source,
+        type=arguments.data_source,
         help="clip:PATH, siglip:PATH, ... where the input holds no tokenizer",
     )
     return parser

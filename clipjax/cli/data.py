@@ -164,7 +164,7 @@ def _add_source_options(parser: arguments.Parser) -> None:
         about = f"column of Parquet and tables, as data.{name}"
         parser.add_argument(f"--{name}", metavar="NAME", help=about)
     parser.add_argument(
-        "--image_root", metavar="DIR", type=arguments.path, help="folder of the images that tables name"
+        "--image_root", metavar="DIR", type=arguments.data_source, help="folder of the images that tables name"
     )
 
 

@@ -5,7 +5,7 @@ Reading order: `FolderSource`, `_list_images`.
 
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from clipjax.data.digests import CONTENTS, Hasher, ShardDigest, spread
 from clipjax.data.image_files import IMAGE_EXTENSIONS, ImageFiles, max_image_bytes
 from clipjax.data.metadata import Described
 from clipjax.data.sample import BadSample, Sample, clean_caption
+from clipjax.runtime import objects
+from clipjax.runtime.connections import STORES, split
+from clipjax.runtime.storage import is_address
 
 FOLDER_PREFIX = "folder:"
 _CAPTION = ".txt"
@@ -28,7 +31,7 @@ class FolderSource:
     folders are not followed.
 
     Args:
-        folder: path.
+        folder: path, or address in an object store, which is listed once.
         image_root: folder to which links may lead, besides the one given.
         max_caption_bytes: limit of a caption; longer ones make a sample bad.
         max_image_pixels: limit of an image; files that are larger than its raw pixels are not even read.
@@ -45,29 +48,34 @@ class FolderSource:
         self._files = ImageFiles(
             [self._folder, *([image_root] if image_root else [])], max_bytes=max_image_bytes(max_image_pixels)
         )
-        if not pathlib.Path(folder).is_dir():
+        if is_address(folder):
+            found, classes = _list_objects(folder)
+        elif pathlib.Path(folder).is_dir():
+            found, classes = list(_list_images(self._folder)), None
+        else:
             raise ValueError(f"{folder} is no folder; a folder of images holds them and their captions, or classes")
-        found = list(_list_images(self._folder))
         if not found:
             raise ValueError(f"no image in {folder}: expected files such as a.jpg, with a.txt beside it or in classes")
         names = [os.fsencode(name) for name, _ in found]
         self._names = b"".join(names)
         self._ends = np.cumsum([len(name) for name in names])
-        self._has_captions = any(has_caption for _, has_caption in found)
+        self._captioned = np.array([has_caption for _, has_caption in found])
+        self._has_captions = bool(self._captioned.any())
         self._labels = np.full(len(found), -1, np.int32)
         if not self._has_captions:
-            self._labels = np.array(self._classes([name for name, _ in found]), np.int32)
+            self._labels = np.array(self._classes([name for name, _ in found], classes), np.int32)
         self._digests: list[ShardDigest] | None = None
 
-    def _classes(self, names: Sequence[str]) -> list[int]:
+    def _classes(self, names: Sequence[str], classes: Collection[str] | None) -> list[int]:
         if loose := [name for name in names if os.sep not in name]:
             raise ValueError(
                 f"{self._folder}: no image has a caption beside it ({loose[0]} would have "
                 f"{os.path.splitext(loose[0])[0]}{_CAPTION}), and {len(loose)} lie in no folder of a class"  # noqa: PTH122
             )
-        with os.scandir(self._folder) as entries:
-            classes = sorted(each.name for each in entries if _is_folder(each))
-        numbers = {name: number for number, name in enumerate(classes)}
+        if classes is None:
+            with os.scandir(self._folder) as entries:
+                classes = [each.name for each in entries if _is_folder(each)]
+        numbers = {name: number for number, name in enumerate(sorted(classes))}
         return [numbers[name.partition(os.sep)[0]] for name in names]
 
     def __len__(self) -> int:
@@ -117,10 +125,9 @@ class FolderSource:
     def files(self) -> list[str]:
         """Return the paths of all images and captions."""
         names = [self._name(index) for index in range(len(self))]
-        if self._has_captions:
-            names += dict.fromkeys(map(_beside, names))
+        names += dict.fromkeys(_beside(names[index]) for index in np.flatnonzero(self._captioned))
         paths = (os.path.join(self._folder, name) for name in names)  # noqa: PTH118
-        return [path for path in paths if os.path.isfile(path)]  # noqa: PTH113
+        return [path for path in paths if is_address(path) or os.path.isfile(path)]  # noqa: PTH113
 
     def caption_fields(self) -> list[str]:
         """Return the fields of captions: the texts beside the images, if there are any."""
@@ -158,6 +165,23 @@ def _list_images(folder: str) -> Iterator[tuple[str, bool]]:
                 yield os.path.join(inside, name), _beside(name) in files  # noqa: PTH118
         if inside.count(os.sep) < _MAX_DEPTH:
             waiting += [os.path.join(inside, each.name) for each in reversed(found) if _is_folder(each)]  # noqa: PTH118
+
+
+def _list_objects(folder: str) -> tuple[list[tuple[str, bool]], set[str]]:
+    """Return what `_list_images` yields for a folder of a store, and the names of the folders directly inside.
+
+    Raises:
+        OSError: the store does not list it.
+        ValueError: nothing here lists such an address.
+    """
+    if split(folder)[0] not in STORES:
+        raise ValueError(f"{folder}: a web server lists no files; give a table (.csv) of the images")
+    parts = (path.split("/") for path in objects.list_folder(folder))
+    seen = [names for names in parts if not any(name.startswith(".") for name in names) and len(names) <= _MAX_DEPTH]
+    paths = {"/".join(names) for names in seen}
+    seen.sort(key=lambda names: [(True, name) for name in names[:-1]] + [(False, names[-1])])  # files before folders
+    images = [path for path in map("/".join, seen) if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS]  # noqa: PTH122
+    return [(path, _beside(path) in paths) for path in images], {names[0] for names in seen if len(names) > 1}
 
 
 def holds_images(folder: str) -> bool:
