@@ -102,18 +102,20 @@ def read_small(place: pathlib.Path | str, max_bytes: int) -> bytes:
     return files.read_bounded(pathlib.Path(place), max_bytes)
 
 
-def require_writable(place: pathlib.Path | str, option: str) -> None:
-    """Check that a file can be written, before the work whose result it is to hold; make its folder.
+def require_writable(place: pathlib.Path | str, option: str, *, makes_folder: bool = False) -> None:
+    """Check that a file can be written, before the work whose result it is to hold.
 
     Args:
         place: path of the file, or address of the object.
         option: that names it, for the message.
+        makes_folder: the folder of a path is made.
 
     Raises:
         ValueError: it cannot be written.
     """
     if isinstance(place, pathlib.Path):
-        files.require_writable(place.parent, option)
+        if makes_folder:
+            files.require_writable(place.parent, option)
         files.require_file_writable(place, option)
         return
     probe = f"{place}.write-probe-{secrets.token_hex(8)}"
@@ -124,14 +126,14 @@ def require_writable(place: pathlib.Path | str, option: str) -> None:
         raise ValueError(f"{option}={place}: {error.strerror}; choose another place") from error
 
 
-def write(place: pathlib.Path | str, content: str) -> None:
+def write(place: pathlib.Path | str, content: str | bytes) -> None:
     """Write a file that is whole or absent at any time, or the one that was there before.
 
     Raises:
         OSError: it cannot be written.
     """
     if isinstance(place, str):
-        objects.write_bytes(place, content.encode())
+        objects.write_bytes(place, content.encode() if isinstance(content, str) else content)
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(place, content)
