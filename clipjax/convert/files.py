@@ -56,7 +56,8 @@ def local_input(place: pathlib.Path | str) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory() as temporary:
         folder, name = pathlib.Path(temporary), place.rpartition("/")[2]
         try:
-            listed = objects.list_objects(place)  # peers keep all that is read in one folder
+            # Peers keep all that is read directly in one folder.
+            listed = {path: each for path, each in objects.list_folder(place).items() if "/" not in path}
             if listed:
                 staging.download(place, listed, folder)
             else:
