@@ -1,9 +1,13 @@
 """Places by address: each flag and field that names one refuses what nothing opens, and makes no folder of its name."""
 
 import argparse
+import io
 import json
+import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from clipjax.cli import arguments, checkpoint, convert, data, eval, plan, sweep, train
 from clipjax.cli.main import main
@@ -131,6 +135,28 @@ def test_no_such_bucket_is_told(argv, here, gcs, capsys):
     told = refusal(argv.format("gs://none-such").split(), capsys)
     assert "there is no bucket none-such" in told, told
     assert [path.name for path in here.iterdir()] == ["table.jsonl"]
+
+
+def test_a_table_of_a_bucket_is_packed_and_searched_for_duplicates(here, gcs, capsys):
+    place, pictures = f"gs://{BUCKET}/packed", [picture(seed) for seed in (0, 0, 1)]
+    for number, content in enumerate(pictures):
+        objects.write_bytes(f"{place}/{number}.png", content)
+    rows = (json.dumps({"path": f"{number}.png", "caption": "a"}) + "\n" for number in range(3))
+    objects.write_bytes(f"{place}/a.jsonl", "".join(rows).encode())
+    assert main(["data", "pack", f"{place}/a.jsonl", "--output=shards"]) == 0
+    with tarfile.open(here / "shards/00000.tar") as tar:
+        found = [tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".png")]
+    assert found == pictures
+    argv = ["data", "dedup", f"{place}/a.jsonl", f"--output={place}/drop.txt", "--num_workers=1"]
+    assert main(argv) == 0
+    assert objects.read_bytes(f"{place}/drop.txt", 1000).splitlines() == [b"1.png"]
+
+
+def picture(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).resize((64, 64)).save(content, "PNG")
+    return content.getvalue()
 
 
 def test_what_a_command_writes_goes_to_a_bucket(here, gcs, capsys):
