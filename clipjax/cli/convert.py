@@ -46,7 +46,7 @@ def _main(parser: arguments.Parser, command: Callable[[Namespace], int], argv: S
 def _convert_parser() -> arguments.Parser:
     parser = arguments.Parser(CONVERT, "Open a peer's weights as a clipjax checkpoint.")
     _add_choice(parser, "from", SOURCES, "whose weights")
-    _add_path(parser, "input", "a directory with *.safetensors or *.npz and the peer's config, or one such file")
+    _add_place(parser, "input", "a directory with *.safetensors or *.npz and the peer's config, or one such file")
     _add_place(parser, "output", "the directory to make; clipjax.load, eval and config.init_from open it")
     parser.add_argument(
         "--model", metavar="NAME", help="a preset (`clipjax presets`) where there is no config beside the weights"
@@ -54,7 +54,7 @@ def _convert_parser() -> arguments.Parser:
     parser.add_argument(
         "--tokenizer",
         metavar="KIND:PATH",
-        type=arguments.source,
+        type=arguments.data_source,
         help="clip:PATH, siglip:PATH, ... where the input holds no tokenizer",
     )
     return parser
@@ -78,10 +78,6 @@ def _add_choice(parser: arguments.Parser, name: str, known: Sequence[str], text:
     )
 
 
-def _add_path(parser: arguments.Parser, name: str, text: str) -> None:
-    parser.add_argument(f"--{name}", metavar="PATH", type=arguments.path, help=text, missing=f" is missing: {text}")
-
-
 def _add_place(parser: arguments.Parser, name: str, text: str) -> None:
     text = f"{text}; a path, or gs://, s3://, az://"
     parser.add_argument(f"--{name}", metavar="PLACE", type=arguments.place, help=text, missing=f" is missing: {text}")
@@ -90,7 +86,8 @@ def _add_place(parser: arguments.Parser, name: str, text: str) -> None:
 def _convert(options: Namespace) -> int:
     source, path, output = getattr(options, "from"), options.input, options.output
     files.check_new(output)
-    peer = read_peer(source, path, model=options.model, tokenizer=options.tokenizer)
+    with files.local_input(path) as local:
+        peer = read_peer(source, local, model=options.model, tokenizer=options.tokenizer)
     save(peer, output)
     size = f"{peer.num_params / 1e6:.1f} million parameters"
     print(printable(f"{source} {path} -> {output}: {size}, {peer.describe_tokenizer()}"))

@@ -24,7 +24,7 @@ from clipjax.data.hash_workers import SourceSpec
 from clipjax.data.images import make_decoder
 from clipjax.data.sample import BadSample, Source
 from clipjax.data.sources import build_source
-from clipjax.runtime.files import read_bounded, require_file_writable, require_writable, write_atomic
+from clipjax.runtime.storage import read_small, require_writable, write
 from clipjax.runtime.terminal import printable
 
 PROGRAM = "clipjax data"
@@ -118,7 +118,7 @@ def _parser(command: str) -> arguments.Parser:
         parser.add_argument(
             "--output",
             metavar="FILE",
-            type=arguments.path,
+            type=arguments.place,
             help="the .model file to write",
             missing="=FILE is missing: the .model file to write",
         )
@@ -129,7 +129,7 @@ def _parser(command: str) -> arguments.Parser:
         parser.add_argument(
             "--sheet",
             metavar="FILE.png",
-            type=arguments.path,
+            type=arguments.place,
             help="draw small pictures with their captions into a PNG",
         )
         _add_filter_options(parser)
@@ -147,7 +147,7 @@ def _parser(command: str) -> arguments.Parser:
     if command == "verify":
         parser.description = VERIFY
         for name, about in (("write", "the manifest to write"), ("against", "the manifest to compare with")):
-            parser.add_argument(f"--{name}", metavar="FILE", type=arguments.path, help=about)
+            parser.add_argument(f"--{name}", metavar="FILE", type=arguments.place, help=about)
     parser.add_argument("--tfds_dir", metavar="DIR", type=arguments.path, help=where)
     return parser
 
@@ -164,7 +164,7 @@ def _add_source_options(parser: arguments.Parser) -> None:
         about = f"column of Parquet and tables, as data.{name}"
         parser.add_argument(f"--{name}", metavar="NAME", help=about)
     parser.add_argument(
-        "--image_root", metavar="DIR", type=arguments.path, help="folder of the images that tables name"
+        "--image_root", metavar="DIR", type=arguments.data_source, help="folder of the images that tables name"
     )
 
 
@@ -261,11 +261,10 @@ def _captions(source: Source) -> Iterator[str]:
 def _tokenizer(options: Namespace) -> int:
     from clipjax.data.tokenizers.training import train_sentencepiece
 
-    output: pathlib.Path = options.output
-    require_writable(output.parent, "--output")
-    require_file_writable(output, "--output")
+    output: pathlib.Path | str = options.output
+    require_writable(output, "--output", makes_folder=True)
     model = train_sentencepiece(_captions(_open(options)), options.vocab_size)
-    write_atomic(output, model)
+    write(output, model)
     print(printable(f"sentencepiece:{output} has {options.vocab_size} ids"))
     return 0
 
@@ -274,11 +273,11 @@ def _show(options: Namespace) -> int:
     from clipjax.data.contact_sheet import draw_sheet
     from clipjax.data.survey import survey
 
-    sheet: pathlib.Path | None = options.sheet
+    sheet: pathlib.Path | str | None = options.sheet
     if sheet is not None:
-        if sheet.suffix.lower() != ".png":
+        if not str(sheet).lower().endswith(".png"):
             raise ValueError(f"--sheet={sheet} must end in .png: it is drawn as one")
-        require_file_writable(sheet, "--sheet")
+        require_writable(sheet, "--sheet")
     source, decoder = _open(options), make_decoder(_data(options))
     print(f"{printable(options.source)}: {len(source)} samples", flush=True)
     source = _filtered(options, source)
@@ -294,22 +293,22 @@ def _show(options: Namespace) -> int:
     if sheet is not None:
         unusable = sum(found.reasons().values())
         about = f"{len(source):,} samples; {unusable:,} of {len(found.looks):,} that were looked at are unusable"
-        write_atomic(sheet, draw_sheet(source, decoder, title=options.source, subtitle=about))
+        write(sheet, draw_sheet(source, decoder, title=options.source, subtitle=about))
         print(f"contact sheet: {printable(str(sheet))}")
     return 0
 
 
 def _verify(options: Namespace) -> int:
-    write, against = options.write, options.against
-    if (write is None) == (against is None):
+    write_to, against = options.write, options.against
+    if (write_to is None) == (against is None):
         raise ValueError("give one of --write=FILE, to make a manifest, and --against=FILE, to compare with one")
-    if write is not None:
-        require_file_writable(write, "--write")
+    if write_to is not None:
+        require_writable(write_to, "--write")
     recorded = [] if against is None else _read_manifest(against)
     found = digest_files(_open(options).files())
-    if write is not None:
-        write_atomic(write, json.dumps({"files": found}, indent=2) + "\n", sync=True)
-        print(f"{printable(str(write))}: digests of {len(found)} files, {sum(file.size for file in found)} bytes")
+    if write_to is not None:
+        write(write_to, json.dumps({"files": found}, indent=2) + "\n")
+        print(f"{printable(str(write_to))}: digests of {len(found)} files, {sum(file.size for file in found)} bytes")
         return 0
     differing = [(word, file.shown) for word, files in find_differences(recorded, found).items() for file in files]
     for word, name in differing:
@@ -321,7 +320,7 @@ def _verify(options: Namespace) -> int:
 
 def _read_manifest(path: pathlib.Path) -> list[ShardDigest]:
     try:
-        found = from_record(json.loads(read_bounded(path, _MAX_MANIFEST_BYTES))["files"])
+        found = from_record(json.loads(read_small(path, _MAX_MANIFEST_BYTES))["files"])
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"--against={path} is no manifest that {PROGRAM} verify --write has made: {error}") from error
     return found or []

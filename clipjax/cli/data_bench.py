@@ -15,8 +15,7 @@ from clipjax.data.mixture import MixedSource
 from clipjax.data.sources import build_training_source
 from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.planning import targets
-from clipjax.runtime.files import require_file_writable, write_atomic
-from clipjax.runtime.storage import is_address
+from clipjax.runtime.storage import is_address, require_writable, write
 from clipjax.runtime.terminal import format_table, printable
 
 ABOUT = """Measure how many images per second training gets: clipjax data bench 'cc3m/*.tar' --config=configs/clip.py
@@ -41,7 +40,7 @@ def add_options(parser: arguments.Parser) -> None:
         "--topology", metavar="CHIP:SHAPE", help="accelerators of the run, as in clipjax plan: v5e:16x16, h100:32x8"
     )
     parser.add_argument("--slices", metavar="N", type=arguments.whole_number(1), default=1, help="so many of these (1)")
-    parser.add_argument("--output", metavar="FILE", type=arguments.path, help="file for the figures as JSON")
+    parser.add_argument("--output", metavar="FILE", type=arguments.place, help="file for the figures as JSON")
 
 
 def _seconds(text: str) -> float:
@@ -71,7 +70,7 @@ def run(parsed: arguments.Arguments) -> int:
         targets.prepare_environment(options.topology)
     config = _config(parsed)
     if options.output is not None:
-        require_file_writable(options.output, "--output")
+        require_writable(options.output, "--output")
     target = None if options.topology is None else targets.find_target(options.topology, options.slices)
     if target is not None:
         targets.check_devices(config, target, None)
@@ -90,7 +89,7 @@ def run(parsed: arguments.Arguments) -> int:
         )
         print(describe_need(rates, needed, target.name, target.num_hosts))
     if options.output is not None:
-        write_atomic(options.output, json.dumps(record, indent=1) + "\n")
+        write(options.output, json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -21,7 +21,7 @@ from clipjax.data.hash_workers import SourceSpec
 from clipjax.data.picture_rows import USABLE, PictureHashes
 from clipjax.data.sample import NUM_COUNTERS, BadSample, Source, count_by_reason
 from clipjax.monitoring.progress import Progress
-from clipjax.runtime.files import require_file_writable, write_atomic
+from clipjax.runtime.storage import require_writable, write
 from clipjax.runtime.terminal import printable
 
 ABOUT = """Find near-duplicates inside a source, and samples of evaluation sets among them:
@@ -55,9 +55,9 @@ def add_options(parser: arguments.Parser) -> None:
         help=f"most bits in which hashes of a pair differ, up to {MAX_DISTANCE}; {DEFAULT_DISTANCE} if left out",
     )
     parser.add_argument(
-        "--output", metavar="FILE", type=arguments.path, help="the list of keys to write, for data.drop_keys"
+        "--output", metavar="FILE", type=arguments.place, help="the list of keys to write, for data.drop_keys"
     )
-    parser.add_argument("--report", metavar="FILE.png", type=arguments.path, help="draw pairs side by side into a PNG")
+    parser.add_argument("--report", metavar="FILE.png", type=arguments.place, help="draw pairs side by side into a PNG")
     parser.add_argument(
         "--num_workers", metavar="N", type=arguments.whole_number(1), help="processes; one per core if left out"
     )
@@ -99,7 +99,7 @@ def run(options: Namespace, spec: SourceSpec) -> int:
     )
     if options.output is not None:
         lines, unwritable = _drop_lines(sources[0], dropped)
-        write_atomic(options.output, b"".join(lines))
+        write(options.output, b"".join(lines))
         print(f"list for data.drop_keys: {printable(str(options.output))}, {len(lines):,} keys")
         if unwritable:
             print(f"{unwritable:,} keys are not in the list: they are empty, or no line of text can hold them")
@@ -120,9 +120,9 @@ def _check(options: Namespace) -> None:
         )
     for name in ("output", "report"):
         if (path := getattr(options, name)) is not None:
-            require_file_writable(path, f"--{name}")
-    report: pathlib.Path | None = options.report
-    if report is not None and report.suffix.lower() != ".png":
+            require_writable(path, f"--{name}")
+    report: pathlib.Path | str | None = options.report
+    if report is not None and not str(report).lower().endswith(".png"):
         raise ValueError(f"--report={report} must end in .png: it is drawn as one")
     if repeated := {each for each in options.against if options.against.count(each) > 1}:
         raise ValueError(f"--against={sorted(repeated)[0]} is given twice; give it once")
@@ -170,7 +170,7 @@ def _draw(path: pathlib.Path, sources: Sequence[Source], examples: Sequence[Exam
     if options.against:
         subtitle += "; evaluation sets: " + ", ".join(f"{i + 1} {each}" for i, each in enumerate(options.against))
     drawn = draw_pairs(sources[0], sources[1:], choose_examples(examples), title=options.source, subtitle=subtitle)
-    write_atomic(path, drawn)
+    write(path, drawn)
     print(f"pairs side by side: {printable(str(path))}")
 
 

@@ -147,7 +147,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
     expand_paths(config, skip=NOT_OPENED)
     changed = [f"--config.{change}" for change in changes(base, config, parsed.overrides)]
     if options.output:
-        storage.require_writable(options.output, "--output")
+        storage.require_writable(options.output, "--output", makes_folder=True)
     validate(config, batch_fields=("eval.batch_size",))
     _select_tasks(config, options.tasks, parsed.overrides)
     _refuse_unused_tfds(config, parsed.overrides)

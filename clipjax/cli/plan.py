@@ -5,7 +5,6 @@ The step is compiled for accelerators that are not here, exactly as `clipjax tra
 
 import argparse
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from clipjax.cli.output import show
 from clipjax.config import AttentionMethod, Config
 from clipjax.config.validation import validate
 from clipjax.planning import targets
-from clipjax.runtime.files import require_file_writable
+from clipjax.runtime import storage
 
 PROGRAM = "clipjax plan"
 ABOUT = """Tell what a run will need before it starts, by compiling its step for accelerators that are not here.
@@ -70,9 +69,9 @@ def _parser() -> arguments.Parser:
         default=1,
         help="so many of these, with the data-center network between them (1)",
     )
-    parser.add_argument("--output", metavar="FILE", type=arguments.path, help="file for the plan as JSON")
+    parser.add_argument("--output", metavar="FILE", type=arguments.place, help="file for the plan as JSON")
     parser.add_argument(
-        "--dump_hlo", metavar="FILE", type=arguments.path, help="file for the text of the compiled step"
+        "--dump_hlo", metavar="FILE", type=arguments.place, help="file for the text of the compiled step"
     )
     parser.add_argument("--price", type=_price, help="per chip and hour, in any currency: adds the cost of the run")
     parser.add_argument(
@@ -112,7 +111,7 @@ def _check(config: Config, options: argparse.Namespace) -> tuple[targets.Target,
     validate(config)
     for name in ("output", "dump_hlo"):
         if path := getattr(options, name):
-            require_file_writable(path, f"--{name}")
+            storage.require_writable(path, f"--{name}")
     if config.model.attention is AttentionMethod.CUDNN and topology != targets.HERE:
         raise ValueError(
             f"config.model.attention=cudnn cannot be compiled for --topology={topology}, which is not here: cuDNN has "
@@ -148,7 +147,7 @@ def _plan(config: Config, target: targets.Target, options: argparse.Namespace, *
         (options.dump_hlo, compiled.text or compiled.refusal),
     ):
         if path:
-            pathlib.Path(path).write_text(text, encoding="utf-8")
+            storage.write(path, text)
     print(report.describe(plan))
     return plan["fits"]
 

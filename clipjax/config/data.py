@@ -158,7 +158,7 @@ class DataConfig:
                 f"data.cache_gib={self.cache_gib} would be ignored without data.cache_dir; set that, or leave it out"
             )
             return [ignored] if self.cache_gib != default else []
-        if any("://" in source and not _reads_columns(source) for source in sources):
+        if any("://" in source and _is_tars(source) for source in sources):
             return []
         return [f"data.cache_dir={self.cache_dir!r} would be ignored: no source is tars in a store; leave it out"]
 
@@ -238,6 +238,11 @@ def unused_columns(
 
 def _reads_columns(source: str) -> bool:
     return re.search(r"\.(parquet|parq|pq|csv|tsv|jsonl)\b", source.lower()) is not None
+
+
+def _is_tars(source: str) -> bool:
+    is_record = re.search(r"\.array_?record\b", source.lower()) is not None
+    return not (source.startswith(("folder:", "tfds:")) or is_record or _reads_columns(source))
 
 
 def _reads_image_files(source: str) -> bool:

@@ -29,6 +29,9 @@ PATH_FIELDS = (
 
 TASK_PATH_FIELDS = ("source", "gallery", "classes", "templates")
 
+_ON_DISK = ("compile_cache", "data.tfds_dir", "data.cache_dir")
+"""Fields of folders that libraries open by themselves, or that are to be on a disk."""
+
 _KIND = re.compile(
     r"(?:clip|sentencepiece|huggingface|siglip2?|folder):"
 )  # of a tokenizer or a source, before its path
@@ -97,9 +100,7 @@ def schemes_of(field: str) -> tuple[str, ...]:
     """Return the schemes of the addresses that a field of the config takes."""
     if field in ("init_from", "loss.distill_from"):
         return STORES
-    if field == "data.train" or (is_path_field(field) and field.rpartition(".")[2] in ("source", "gallery")):
-        return READABLE
-    return ()
+    return READABLE if is_path_field(field) and field not in _ON_DISK else ()
 
 
 def _home(user: str, text: str, name: str) -> str:

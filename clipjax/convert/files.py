@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.convert import pytorch
-from clipjax.runtime import objects
+from clipjax.runtime import objects, staging
 from clipjax.runtime.files import read_bounded
 
 MAX_JSON_BYTES = 16 * 2**20
@@ -38,6 +38,38 @@ def read_json(path: pathlib.Path) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
+
+
+@contextmanager
+def local_input(place: pathlib.Path | str) -> Iterator[pathlib.Path]:
+    """Give the path of an input: its own, or that of a copy that is deleted again.
+
+    Args:
+        place: a path, or the address of an object or of a folder of an object store.
+
+    Raises:
+        ValueError: there is no such thing, or it cannot be copied.
+    """
+    if isinstance(place, pathlib.Path):
+        yield place
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, name = pathlib.Path(temporary), place.rpartition("/")[2]
+        try:
+            # Peers keep all that is read directly in one folder.
+            listed = {path: each for path, each in objects.list_folder(place).items() if "/" not in path}
+            if listed:
+                staging.download(place, listed, folder)
+            else:
+                about = objects.ObjectFile(place)
+                single = {name: objects.Listed(about.size, about.version)}
+                staging.download(place.removesuffix(f"/{name}"), single, folder)
+        except OSError as error:
+            raise ValueError(f"--input={place}: {error.strerror}; check the address") from error
+        try:
+            yield folder if listed else folder / name
+        except ValueError as error:
+            raise ValueError(str(error).replace(temporary, place)) from error
 
 
 def find_weights(path: pathlib.Path, preferred: Sequence[str] = ()) -> list[pathlib.Path]:

@@ -212,7 +212,9 @@ def count_records(path: str) -> int:
         ValueError: it is no ArrayRecord, or holds records of another program.
     """
     if is_address(path):
-        raise ValueError(f"{path}: ArrayRecord files must lie on a disk; copy them there")
+        raise ValueError(
+            f"{path}: ArrayRecord files must lie on a disk, as their library reads no other; copy them there"
+        )
     reader = _open_reader(path)
     if not reader.ok():
         raise ValueError(f"{path} is no ArrayRecord file, or is cut off; write it again")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from clipjax.data.sample import BadSample, Source
+from clipjax.runtime.storage import stream
 
 CONTENTS = 16
 """Samples of a shard whose content enters its digest, spread evenly over it."""
@@ -136,7 +137,7 @@ def digest_files(paths: Sequence[str]) -> list[ShardDigest]:
     """Return the digests of whole files, in order."""
 
     def digest(path: str) -> ShardDigest:
-        with open(path, "rb") as file:  # noqa: PTH123
+        with stream(path) as file:
             return ShardDigest(path, hashlib.file_digest(file, xxhash.xxh3_128).hexdigest(), file.tell())
 
     with futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:

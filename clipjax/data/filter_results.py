@@ -35,7 +35,7 @@ from clipjax.data.metadata import Described, DescribedSource
 from clipjax.data.sample import Source, UnreadableData
 from clipjax.data.tar_format import DamagedTar
 from clipjax.runtime.files import read_bounded, write_atomic
-from clipjax.runtime.storage import OpenFile, is_address, open_file
+from clipjax.runtime.storage import OpenFile, is_address, open_file, stream
 from clipjax.runtime.terminal import printable
 
 _MAGIC = b"clipjaxF"
@@ -65,8 +65,8 @@ class _KeyList:
     def __init__(self, field: str, path: str):
         hasher, hashes = xxhash.xxh3_128(), array.array("Q")
         try:
-            with open(path, "rb") as file:  # noqa: PTH123
-                if os.fstat(file.fileno()).st_size > _MAX_LIST_BYTES:
+            with stream(path) as file:
+                if open_file(path).size > _MAX_LIST_BYTES:
                     raise ValueError(f"{field}={path} is larger than {_MAX_LIST_BYTES} bytes; split it")
                 while line := file.readline(_MAX_KEY_BYTES + 1):
                     if len(line) > _MAX_KEY_BYTES:

@@ -5,7 +5,7 @@ Reading order: `FolderSource`, `_list_images`.
 
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from clipjax.data.image_files import IMAGE_EXTENSIONS, ImageFiles, max_image_byt
 from clipjax.data.metadata import Described
 from clipjax.data.sample import BadSample, Sample, clean_caption
 from clipjax.data.tar_names import NOT_DECODED
+from clipjax.runtime import objects
+from clipjax.runtime.connections import STORES, split
+from clipjax.runtime.storage import is_address
 
 FOLDER_PREFIX = "folder:"
 _CAPTION = ".txt"
@@ -29,7 +32,7 @@ class FolderSource:
     folders are not followed. A drawing or document with a text beside it and no image is bad (`unsupported_format`).
 
     Args:
-        folder: path.
+        folder: path, or address in an object store, which is listed once.
         image_root: folder to which links may lead, besides the one given.
         max_caption_bytes: limit of a caption; longer ones make a sample bad.
         max_image_pixels: limit of an image; files that are larger than its raw pixels are not even read.
@@ -46,29 +49,34 @@ class FolderSource:
         self._files = ImageFiles(
             [self._folder, *([image_root] if image_root else [])], max_bytes=max_image_bytes(max_image_pixels)
         )
-        if not pathlib.Path(folder).is_dir():
+        if is_address(folder):
+            found, classes = _list_objects(folder)
+        elif pathlib.Path(folder).is_dir():
+            found, classes = list(_list_images(self._folder)), None
+        else:
             raise ValueError(f"{folder} is no folder; a folder of images holds them and their captions, or classes")
-        found = list(_list_images(self._folder))
         if not found:
             raise ValueError(f"no image in {folder}: expected files such as a.jpg, with a.txt beside it or in classes")
         names = [os.fsencode(name) for name, _ in found]
         self._names = b"".join(names)
         self._ends = np.cumsum([len(name) for name in names])
-        self._has_captions = any(has_caption for _, has_caption in found)
+        self._captioned = np.array([has_caption for _, has_caption in found])
+        self._has_captions = bool(self._captioned.any())
         self._labels = np.full(len(found), -1, np.int32)
         if not self._has_captions:
-            self._labels = np.array(self._classes([name for name, _ in found]), np.int32)
+            self._labels = np.array(self._classes([name for name, _ in found], classes), np.int32)
         self._digests: list[ShardDigest] | None = None
 
-    def _classes(self, names: Sequence[str]) -> list[int]:
+    def _classes(self, names: Sequence[str], classes: Collection[str] | None) -> list[int]:
         if loose := [name for name in names if os.sep not in name]:
             raise ValueError(
                 f"{self._folder}: no image has a caption beside it ({loose[0]} would have "
                 f"{os.path.splitext(loose[0])[0]}{_CAPTION}), and {len(loose)} lie in no folder of a class"  # noqa: PTH122
             )
-        with os.scandir(self._folder) as entries:
-            classes = sorted(each.name for each in entries if _is_folder(each))
-        numbers = {name: number for number, name in enumerate(classes)}
+        if classes is None:
+            with os.scandir(self._folder) as entries:
+                classes = [each.name for each in entries if _is_folder(each)]
+        numbers = {name: number for number, name in enumerate(sorted(classes))}
         return [numbers[name.partition(os.sep)[0]] for name in names]
 
     def __len__(self) -> int:
@@ -118,10 +126,9 @@ class FolderSource:
     def files(self) -> list[str]:
         """Return the paths of all images and captions."""
         names = [self._name(index) for index in range(len(self))]
-        if self._has_captions:
-            names += dict.fromkeys(map(_beside, names))
+        names += dict.fromkeys(_beside(names[index]) for index in np.flatnonzero(self._captioned))
         paths = (os.path.join(self._folder, name) for name in names)  # noqa: PTH118
-        return [path for path in paths if os.path.isfile(path)]  # noqa: PTH113
+        return [path for path in paths if is_address(path) or os.path.isfile(path)]  # noqa: PTH113
 
     def caption_fields(self) -> list[str]:
         """Return the fields of captions: the texts beside the images, if there are any."""
@@ -150,6 +157,17 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
 
 
+def _choose_images(files: Collection[str]) -> set[str]:
+    """Return the images among files.
+
+    What we cannot decode is counted as such where a caption waits for it, and is no image elsewhere.
+    """
+    images = {name for name in files if _ending(name) in IMAGE_EXTENSIONS}
+    taken = set(map(_beside, images))
+    others = (name for name in files if _ending(name)[1:] in NOT_DECODED)
+    return images.union(name for name in others if _beside(name) in files and _beside(name) not in taken)
+
+
 def _list_images(folder: str) -> Iterator[tuple[str, bool]]:
     """Yield the path of each image from the folder on, sorted, and True if a caption lies beside it."""
     waiting = [""]
@@ -158,16 +176,29 @@ def _list_images(folder: str) -> Iterator[tuple[str, bool]]:
         with os.scandir(os.path.join(folder, inside)) as entries:  # noqa: PTH118
             found = sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
         files = {each.name for each in found if not each.is_dir(follow_symlinks=False)}
-        images = {name for name in files if _ending(name) in IMAGE_EXTENSIONS}
-        taken = set(map(_beside, images))
-        # What we cannot decode is counted as such where a caption waits for it, and is no image elsewhere.
-        images |= {
-            n for n in files if _ending(n)[1:] in NOT_DECODED and _beside(n) in files and _beside(n) not in taken
-        }
-        for name in sorted(images):
+        for name in sorted(_choose_images(files)):
             yield os.path.join(inside, name), _beside(name) in files  # noqa: PTH118
         if inside.count(os.sep) < _MAX_DEPTH:
             waiting += [os.path.join(inside, each.name) for each in reversed(found) if _is_folder(each)]  # noqa: PTH118
+
+
+def _list_objects(folder: str) -> tuple[list[tuple[str, bool]], set[str]]:
+    """Return what `_list_images` yields for a folder of a store, and the names of the folders directly inside.
+
+    Raises:
+        OSError: the store does not list it.
+        ValueError: nothing here lists such an address.
+    """
+    if split(folder)[0] not in STORES:
+        raise ValueError(f"{folder}: a web server lists no files; give a table (.csv) of the images")
+    parts = (path.split("/") for path in objects.list_folder(folder))
+    seen = [names for names in parts if not any(name.startswith(".") for name in names) and len(names) <= _MAX_DEPTH]
+    paths = {"/".join(names) for names in seen}
+    seen.sort(key=lambda names: [(True, name) for name in names[:-1]] + [(False, names[-1])])  # files before folders
+    images = _choose_images(paths)
+    return [(path, _beside(path) in paths) for path in map("/".join, seen) if path in images], {
+        names[0] for names in seen if len(names) > 1
+    }
 
 
 def holds_images(folder: str) -> bool:

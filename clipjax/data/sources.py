@@ -176,7 +176,7 @@ def build_source(
 def _image_folder(spec: str) -> str | None:
     """Return the folder that a config string names, None if it names files."""
     if spec.startswith(FOLDER_PREFIX):
-        return expand(spec, "source").removeprefix(FOLDER_PREFIX)
+        return expand(spec, "source", schemes=READABLE).removeprefix(FOLDER_PREFIX).rstrip("/") or "/"
     if is_address(spec):
         return None
     folder = expand(spec, "source")
@@ -296,7 +296,7 @@ def data_folders(sources: Mapping[str, Source], tfds_dir: str | None) -> list[pa
     listed = [source for source in opened if isinstance(source, TableSource | FolderSource)]
     files = [path for source in opened if source not in listed for path in source.files()]
     paths = [pathlib.Path(path) for path in files if not is_address(path)]
-    folders = {pathlib.Path(folder) for source in listed for folder in source.folders()}
+    folders = {pathlib.Path(folder) for source in listed for folder in source.folders() if not is_address(folder)}
     folders |= {path.parent for path in paths} | {path.resolve().parent for path in paths if path.is_symlink()}
     if any(spec.startswith(TFDS_PREFIX) for spec in sources):
         folders.add(pathlib.Path(data_folder(tfds_dir)))

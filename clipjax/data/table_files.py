@@ -24,7 +24,7 @@ import xxhash
 from clipjax.data.caption_fields import Weights
 from clipjax.data.fields import IMAGE_PATHS, Fields, choose_fields
 from clipjax.data.sample import BadSample
-from clipjax.runtime.storage import OpenFile, is_address, open_file
+from clipjax.runtime.storage import OpenFile, open_file, stream
 
 _SEPARATORS = {".csv": ",\t;", ".tsv": "\t", ".jsonl": ""}
 SUFFIXES = tuple(_SEPARATORS)
@@ -49,10 +49,10 @@ class Row:
 
 
 class TableFile:
-    """A CSV, TSV or file of JSON lines on a disk. It is read once, and again a block at a time.
+    """A CSV, TSV or file of JSON lines. It is read once, and again a block at a time.
 
     Args:
-        path: of the file.
+        path: of the file, or its address.
         image_field: column of the paths; None: the first of `IMAGE_PATHS`.
         caption_field: column of the captions; None: the first of `CAPTIONS`.
         label_key: column of the class.
@@ -70,15 +70,13 @@ class TableFile:
     def __init__(
         self, path: str, *, image_field: str | None, caption_field: str | None, label_key: str, captions: Weights
     ):
-        if is_address(path):
-            raise ValueError(f"{path}: a table and its images must lie on a disk; copy them there")
         self.path = path
         choice: dict[str, Any] = {"image_field": image_field, "caption_field": caption_field, "label_key": label_key}
         choice["captions"] = captions
         self._separator, self._columns, self._fields = _read_header(path, choice)
         hasher, places, last = xxhash.xxh3_128(), [], 0
         self.num_rows = 0
-        with open(path, "rb") as file:  # noqa: PTH123
+        with stream(path) as file:
             records = _read_records(_read_lines(file, path, hasher.update), self._separator, path)
             for start, end, _ in itertools.islice(records, 1 if self._separator else 0, None):
                 if self.num_rows % _ROWS_PER_BLOCK == 0:
@@ -216,7 +214,7 @@ def _read_header(path: str, choice: Mapping[str, Any]) -> tuple[str, list[str], 
     """
     failures: list[ValueError] = []
     for separator in _SEPARATORS[pathlib.PurePath(path).suffix.lower()] or ("",):
-        with open(path, "rb") as file:  # noqa: PTH123
+        with stream(path) as file:
             records = _read_records(_read_lines(file, path, lambda line: None), separator, path)
             first, others = next(records, None), []
             if choice["captions"] and not separator:  # an object need not have every field of the captions

@@ -20,6 +20,7 @@ from clipjax.data.image_files import ImageFiles, max_image_bytes
 from clipjax.data.metadata import Described, table_metadata
 from clipjax.data.sample import BadSample, Sample
 from clipjax.data.table_files import TableFile
+from clipjax.runtime.storage import is_address
 
 _MAX_SHOWN_NAME = 200
 
@@ -28,11 +29,12 @@ class TableSource:
     """Samples that the rows of tables name: an image file and its captions.
 
     Args:
-        paths: tables on a disk.
+        paths: tables, or their addresses.
         image_field: column of the paths; None: the first of `IMAGE_PATHS`.
         caption_field: column of the captions; None: the first of `CAPTIONS`.
         label_key: column of the class, which need not be there.
-        image_root: folder where the paths start, and in which images may lie besides the folder of the table.
+        image_root: folder, or its address, where the paths start, and in which images may lie besides the folder of
+            the table.
         max_caption_bytes: limit of a caption; longer ones make a sample bad.
         max_image_pixels: limit of an image; files that are larger than its raw pixels are not even read.
         captions: weights of columns of captions; none: `caption_field` is the one.
@@ -134,13 +136,13 @@ class TableSource:
         return table_metadata(table.cells, table.num_rows, *table.names)
 
     def files(self) -> list[str]:
-        """Return the paths of the tables and of all images that they name and that are there."""
+        """Return the paths of the tables and of all images that they name and, on a disk, that are there."""
         found = dict.fromkeys(table.path for table in self._tables)
         for table, files in zip(self._tables, self._files, strict=True):
             for row in range(table.num_rows):
                 with contextlib.suppress(BadSample):
                     path = files.find(table.row(row).image or "")
-                    if os.path.isfile(path):  # noqa: PTH113
+                    if is_address(path) or os.path.isfile(path):  # noqa: PTH113
                         found[path] = None
         return list(found)
 

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Sequence
 
 from clipjax.data.scenes.language import CLASS_NAMES, TEMPLATES
-from clipjax.runtime.files import read_bounded
+from clipjax.runtime.storage import is_address, read_small
 
 CLASSES: dict[str, tuple[str, ...]] = {"scenes": tuple(CLASS_NAMES)}
 
@@ -71,12 +71,11 @@ def check_templates(templates: Sequence[str], field: str = "templates") -> None:
 def _load(name: str, known: dict[str, tuple[str, ...]], field: str) -> tuple[str, ...]:
     if name in known:
         return known[name]
-    path = pathlib.Path(name)
-    if not path.is_file():
+    if not is_address(name) and not pathlib.Path(name).is_file():
         raise ValueError(f"{field}={name!r} must be one of {', '.join(known)}, or a JSON file with a list of strings")
     try:
-        content = read_bounded(path, _MAX_FILE_BYTES)
-    except ValueError as error:
+        content = read_small(name, _MAX_FILE_BYTES)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{field}: {error}") from error
     try:
         values = json.loads(content)

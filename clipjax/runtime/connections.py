@@ -22,6 +22,9 @@ RETRY_SECONDS = 120.0
 MAX_RETRIES = 8
 STORES = ("gs", "s3", "az")
 WEB = ("http", "https")
+NO_OBJECT = "there is no object"
+"""Text of the error of an address in a bucket that is there."""
+
 _EMULATOR = "STORAGE_EMULATOR_HOST"
 _CREDENTIALS = {
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
@@ -110,7 +113,7 @@ def explain(error: Exception, place: str) -> OSError:
     if "NoSuchBucket" in text or "The specified container does not exist" in text:
         return FileNotFoundError(errno.ENOENT, f"there is no bucket {bucket}", place)
     if isinstance(error, FileNotFoundError):
-        missing = f"there is no bucket {bucket}" if scheme in STORES and _has_no_bucket(place) else "there is no object"
+        missing = f"there is no bucket {bucket}" if scheme in STORES and _has_no_bucket(place) else NO_OBJECT
         return FileNotFoundError(errno.ENOENT, missing, place)
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         said = status[1].strip() if status else "no permission"

@@ -2,20 +2,22 @@
 
 `objects.py` speaks with the object stores.
 
-Reading order: `is_address`, `open_file`, `OpenFile`, `require_writable`, `write`.
+Reading order: `is_address`, `open_file`, `OpenFile`, `stream`, `read_small`, `require_writable`, `write`.
 """
 
+import io
 import os
 import pathlib
 import re
 import secrets
-from typing import Protocol
+from typing import Any, Protocol
 
 from clipjax.runtime import files, objects
 from clipjax.runtime.objects import FileChanged
 
-__all__ = ["FileChanged", "OpenFile", "is_address", "open_file", "require_writable", "write"]
+__all__ = ["FileChanged", "OpenFile", "is_address", "open_file", "read_small", "require_writable", "stream", "write"]
 
+_STREAM_BYTES = 2**22  # of a request
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # C:/ is a drive
 
 
@@ -60,18 +62,60 @@ def open_file(place: str, listed: objects.Listed | None = None) -> OpenFile:
     return objects.ObjectFile(place, listed) if is_address(place) else _LocalFile(place)
 
 
-def require_writable(place: pathlib.Path | str, option: str) -> None:
-    """Check that a file can be written, before the work whose result it is to hold; make its folder.
+def stream(place: str) -> io.BufferedReader:
+    """Open a file that is read from its beginning to its end.
+
+    Raises:
+        OSError: it cannot be opened; or, later, read.
+        ValueError: the place is an address that nothing here opens.
+    """
+    return io.BufferedReader(_Stream(open_file(place)), _STREAM_BYTES) if is_address(place) else open(place, "rb")  # noqa: PTH123
+
+
+class _Stream(io.RawIOBase):
+    def __init__(self, file: OpenFile):
+        self._file, self._position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._file.read(self._position, len(buffer))
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+def read_small(place: pathlib.Path | str, max_bytes: int) -> bytes:
+    """Return the content of a file or an object that should be small.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read.
+        ValueError: it is larger than `max_bytes`, and not read then; or it is an address that nothing here opens.
+    """
+    if is_address(str(place)):
+        return objects.read_bytes(str(place), max_bytes)
+    return files.read_bounded(pathlib.Path(place), max_bytes)
+
+
+def require_writable(place: pathlib.Path | str, option: str, *, makes_folder: bool = False) -> None:
+    """Check that a file can be written, before the work whose result it is to hold.
 
     Args:
         place: path of the file, or address of the object.
         option: that names it, for the message.
+        makes_folder: the folder of a path is made.
 
     Raises:
         ValueError: it cannot be written.
     """
     if isinstance(place, pathlib.Path):
-        files.require_writable(place.parent, option)
+        if makes_folder:
+            files.require_writable(place.parent, option)
         files.require_file_writable(place, option)
         return
     probe = f"{place}.write-probe-{secrets.token_hex(8)}"
@@ -82,14 +126,14 @@ def require_writable(place: pathlib.Path | str, option: str) -> None:
         raise ValueError(f"{option}={place}: {error.strerror}; choose another place") from error
 
 
-def write(place: pathlib.Path | str, content: str) -> None:
+def write(place: pathlib.Path | str, content: str | bytes) -> None:
     """Write a file that is whole or absent at any time, or the one that was there before.
 
     Raises:
         OSError: it cannot be written.
     """
     if isinstance(place, str):
-        objects.write_bytes(place, content.encode())
+        objects.write_bytes(place, content.encode() if isinstance(content, str) else content)
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(place, content)

@@ -184,7 +184,15 @@ COMMANDS = {
     "convert": (convert.main_convert, ["--input", "--output", "--model", "--tokenizer"]),
     "export": (convert.main_export, ["--checkpoint", "--output"]),
 }
-STORE_PLACES = ("--source", "--workdir", "--checkpoint", "--output")  # of some commands
+STORE_PLACES = (
+    "--source",
+    "--workdir",
+    "--checkpoint",
+    "--tokenizer",
+    "--output",
+    "--input",
+    "--dump_hlo",
+)  # of some commands
 NO_PATHS = ("--tasks", "--topology", "--model", "--config")
 
 

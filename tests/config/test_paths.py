@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from clipjax.config import Config, MixtureSource, TaskConfig
+from clipjax.config import Config, DataConfig, MixtureSource, TaskConfig
 from clipjax.config.paths import PATH_FIELDS, expand, expand_paths
 from clipjax.config.serialization import field_value
 
@@ -136,3 +136,9 @@ def test_everything_wrong_is_one_error_and_skipped_fields_stay():
     assert config.init_from == "hdfs://a"
     config.data.train = pathlib.Path("~/x")  # type: ignore[assignment]  # `validate` refuses it
     expand_paths(config, skip=("init_from",))
+
+
+@pytest.mark.parametrize("source", ["folder:gs://b/x", "gs://b/a.csv", "gs://b/a.array_record", "tfds:scenes/train"])
+def test_a_cache_of_tars_is_refused_for_other_sources(source):
+    assert "no source is tars in a store" in DataConfig(cache_dir="x").cache_errors([source])[0]
+    assert DataConfig(cache_dir="x").cache_errors([source, "gs://b/a.tar"]) == []

@@ -1,6 +1,5 @@
 """Tokenizers by a config string, or from the files inside a checkpoint."""
 
-import pathlib
 from collections.abc import Mapping
 
 from clipjax.data.tokenizers.bytes import BytesTokenizer
@@ -40,9 +39,9 @@ def build_tokenizer(spec: str) -> Tokenizer:
             case "bytes":
                 return BytesTokenizer()
             case "clip":
-                return read_clip_bpe(pathlib.Path(path))
+                return read_clip_bpe(path)
             case _:
-                return tokenizer_from_files(name, {_FILES[name][0]: read_file(pathlib.Path(path))})
+                return tokenizer_from_files(name, {_FILES[name][0]: read_file(path)})
     except ValueError as error:
         raise ValueError(f"data.tokenizer={spec!r}: {error}") from error
 

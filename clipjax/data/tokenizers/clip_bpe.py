@@ -6,6 +6,7 @@ splitting are ours, as the reference's; the bytes of a word are merged by `token
 
 import gzip
 import html
+import io
 import json
 import pathlib
 import zlib
@@ -15,7 +16,8 @@ import ftfy
 import regex
 from tokenizers.models import BPE
 
-from clipjax.runtime.files import read_bounded
+from clipjax.runtime import objects
+from clipjax.runtime.storage import is_address, read_small
 
 START_TEXT = "<|startoftext|>"
 END_TEXT = "<|endoftext|>"
@@ -38,34 +40,37 @@ _CACHE_ENTRIES = 2**17  # about 30 MB of ordinary English
 _CACHE_KEY_LENGTH = 32  # characters
 
 
-def read_file(path: pathlib.Path, *, max_bytes: int = _MAX_FILE_BYTES) -> bytes:
-    """Read a small file.
+def read_file(path: pathlib.Path | str, *, max_bytes: int = _MAX_FILE_BYTES) -> bytes:
+    """Read a small file, or object of a store.
 
     Raises:
         ValueError: it cannot be read or is larger than `max_bytes`.
     """
     try:
-        return read_bounded(path, max_bytes)
+        return read_small(path, max_bytes)
     except OSError as error:
         raise ValueError(f"Tokenizer file {str(path)!r} cannot be read: {error}. Check the path.") from error
     except ValueError as error:
         raise ValueError(f"Tokenizer file {error}: not a tokenizer file.") from error
 
 
-def read_clip_bpe(path: pathlib.Path) -> "ClipBpe":
+def read_clip_bpe(path: pathlib.Path | str) -> "ClipBpe":
     """Read OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or a directory with `vocab.json` and `merges.txt`.
+
+    Of an address, one that ends with `.gz` is the file, any other a directory.
 
     Raises:
         ValueError: a file is missing, corrupt or too large, or the two files of a directory contradict each other.
     """
-    if path.is_dir():
-        tokenizer = ClipBpe(read_file(path / MERGES_FILE))
-        _check_vocabulary(tokenizer, path / "vocab.json")
+    path = str(path)
+    if not path.endswith(".gz") if is_address(path) else pathlib.Path(path).is_dir():
+        tokenizer = ClipBpe(read_file(objects.join(path, MERGES_FILE)))
+        _check_vocabulary(tokenizer, objects.join(path, "vocab.json"))
         return tokenizer
     try:
-        with gzip.open(path, "rb") as file:
+        with gzip.open(io.BytesIO(read_small(path, _MAX_FILE_BYTES))) as file:
             text = file.read(_MAX_FILE_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(
             f"Tokenizer file {str(path)!r} cannot be read: {error}. "
             "It must be bpe_simple_vocab_16e6.txt.gz, or a directory with vocab.json and merges.txt."
@@ -78,7 +83,7 @@ def read_clip_bpe(path: pathlib.Path) -> "ClipBpe":
     return ClipBpe(b"\n".join([_HEADER.encode(), *merges]))
 
 
-def _check_vocabulary(tokenizer: "ClipBpe", path: pathlib.Path) -> None:
+def _check_vocabulary(tokenizer: "ClipBpe", path: str) -> None:
     try:
         vocabulary = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:

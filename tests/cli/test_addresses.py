@@ -1,0 +1,168 @@
+"""Places by address: each flag and field that names one refuses what nothing opens, and makes no folder of its name."""
+
+import argparse
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipjax.cli import arguments, checkpoint, convert, data, eval, plan, sweep, train
+from clipjax.cli.main import main
+from clipjax.cli.overrides import describe_fields
+from clipjax.config.paths import PATH_FIELDS, TASK_PATH_FIELDS
+from clipjax.runtime import objects
+from tests.runtime.stores import BUCKET
+
+PLACE_TYPES = (
+    arguments.path,
+    arguments.place,
+    arguments.source,
+    arguments.data_source,
+    arguments.file_with_argument,
+)
+PARSERS = {
+    "train": train._parser(),
+    "eval": eval._parser(),
+    "plan": plan._parser(),
+    "sweep": sweep._parser(),
+    "checkpoint verify": checkpoint._parser(),
+    "convert": convert._convert_parser(),
+    "export": convert._export_parser(),
+} | {f"data {name}": data._parser(name) for name in data.COMMANDS}
+CONFIG_FIELDS = (
+    *PATH_FIELDS,
+    'data.mixture["a"].source',
+    *(f'eval.tasks["t"].{name}' for name in TASK_PATH_FIELDS),
+)
+OTHER_TEXTS = {
+    "checkpoint.best_metric",
+    "data.tfds_image_key",
+    "data.tfds_caption_key",
+    "data.image_field",
+    "data.caption_field",
+    "log.prometheus_host",
+}
+"""Fields of texts that are no places."""
+
+
+def flags() -> list[tuple[str, str]]:
+    def is_place(action: argparse.Action) -> bool:
+        return action.type in PLACE_TYPES and bool(action.option_strings)
+
+    return [
+        (command, action.option_strings[0])
+        for command, parser in PARSERS.items()
+        for action in parser._actions
+        if is_place(action)
+    ]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refusal(argv, capsys) -> str:
+    with pytest.raises(SystemExit) as caught:
+        raise SystemExit(main(argv))
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_the_flags_that_name_places_are_found():
+    assert {"--output", "--report", "--workdir", "--input", "--image_root"} <= {name for _, name in flags()}
+
+
+@pytest.mark.parametrize(("command", "flag"), flags())
+def test_a_flag_refuses_an_address_that_nothing_opens(command, flag, here, capsys):
+    told = refusal([*command.split(), f"{flag}=foo://x/y"], capsys)
+    assert f"{flag}=foo://x/y: nothing here opens an address of foo://" in told
+    assert not any(here.iterdir())
+
+
+def test_all_texts_of_a_config_are_places_or_known_not_to_be():
+    texts = {
+        line.partition("=")[0].strip().removeprefix("--config.")
+        for line in describe_fields()
+        if line.endswith(("  (str)", "  (str | None)"))
+    }
+    assert texts - set(PATH_FIELDS) == OTHER_TEXTS
+
+
+@pytest.fixture
+def config(here):
+    (here / "config.py").write_text(
+        "from clipjax.config import Config, DataConfig, EvalConfig, MixtureSource, TaskConfig\n"
+        "def get_config():\n"
+        "    return Config(data=DataConfig(mixture={'a': MixtureSource(source='a.tar')}),\n"
+        "                  eval=EvalConfig(tasks={'t': TaskConfig(source='a.tar')}))\n"
+    )
+    return here
+
+
+@pytest.mark.parametrize("field", CONFIG_FIELDS)
+def test_a_field_refuses_an_address_that_nothing_opens(field, config, capsys):
+    value = "clip:foo://x/y" if field == "data.tokenizer" else "foo://x/y"
+    told = refusal(["train", "--config=config.py", "--workdir=run", f"--config.{field}={value}"], capsys)
+    name = field.replace('"', "'") if "tasks" in field else field.replace('["a"]', ".a")
+    assert f"{name}={value}: nothing here opens an address of foo://" in told, told
+    assert {path.name for path in config.iterdir()} <= {"config.py", "__pycache__"}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "data show {}/a.jsonl",
+        "data show folder:{}/a",
+        "data show table.jsonl --image_root={}/a",
+        "data show table.jsonl --sheet={}/a.png",
+        "data dedup table.jsonl --output={}/a.txt",
+        "data dedup table.jsonl --report={}/a.png",
+        "data bench table.jsonl --output={}/a.json",
+        "data verify table.jsonl --write={}/a.json",
+        "data verify table.jsonl --against={}/a.json",
+        "data tokenizer --source=table.jsonl --vocab_size=300 --output={}/a.model",
+        "convert --from=open_clip --input={}/a --output=out",
+        "convert --from=open_clip --input=table.jsonl --output={}/a",
+    ],
+)
+def test_no_such_bucket_is_told(argv, here, gcs, capsys):
+    (here / "table.jsonl").write_text(json.dumps({"path": "a.jpg", "caption": "a"}))
+    told = refusal(argv.format("gs://none-such").split(), capsys)
+    assert "there is no bucket none-such" in told, told
+    assert [path.name for path in here.iterdir()] == ["table.jsonl"]
+
+
+def test_a_table_of_a_bucket_is_packed_and_searched_for_duplicates(here, gcs, capsys):
+    place, pictures = f"gs://{BUCKET}/packed", [picture(seed) for seed in (0, 0, 1)]
+    for number, content in enumerate(pictures):
+        objects.write_bytes(f"{place}/{number}.png", content)
+    rows = (json.dumps({"path": f"{number}.png", "caption": "a"}) + "\n" for number in range(3))
+    objects.write_bytes(f"{place}/a.jsonl", "".join(rows).encode())
+    assert main(["data", "pack", f"{place}/a.jsonl", "--output=shards"]) == 0
+    with tarfile.open(here / "shards/00000.tar") as tar:
+        found = [tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".png")]
+    assert found == pictures
+    argv = ["data", "dedup", f"{place}/a.jsonl", f"--output={place}/drop.txt", "--num_workers=1"]
+    assert main(argv) == 0
+    assert objects.read_bytes(f"{place}/drop.txt", 1000).splitlines() == [b"1.png"]
+
+
+def picture(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).resize((64, 64)).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_what_a_command_writes_goes_to_a_bucket(here, gcs, capsys):
+    (here / "table.jsonl").write_text(json.dumps({"path": "table.jsonl", "caption": "a"}))
+    place = f"gs://{BUCKET}/written"
+    assert main(["data", "verify", "table.jsonl", f"--write={place}/files.json"]) == 0
+    assert main(["data", "verify", "table.jsonl", f"--against={place}/files.json"]) == 0
+    assert main(["data", "show", "table.jsonl", f"--sheet={place}/sheet.png"]) == 0
+    assert objects.read_bytes(f"{place}/sheet.png", 2**24).startswith(b"\x89PNG")
