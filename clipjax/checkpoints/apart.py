@@ -30,7 +30,7 @@ _FILLED = ".filled"
 class _Follower:
     """The part of a lease that a process needs which sends its log alone."""
 
-    token = ""
+    token, retry_seconds = "", None
 
     def require(self) -> None:
         """Do nothing: process 0 holds the workdir for all."""

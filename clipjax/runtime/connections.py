@@ -49,15 +49,23 @@ def split(place: str) -> tuple[str, str, str]:
     return scheme, bucket, key
 
 
-def locate(place: str) -> tuple[Any, str]:
-    """Return store and key of an address; the connections of a store are kept."""
+def locate(place: str, retry_seconds: float | None = None) -> tuple[Any, str]:
+    """Return store and key of an address; the connections of a store are kept.
+
+    Args:
+        place: the address.
+        retry_seconds: time after which no further try begins; None: `RETRY_SECONDS`.
+    """
     scheme, bucket, key = split(place)
     environment = tuple(sorted(item for item in os.environ.items() if _ENVIRONMENT.match(item[0])))
-    return _open_store(scheme, bucket, environment, os.getpid()), key
+    seconds = min(RETRY_SECONDS, RETRY_SECONDS if retry_seconds is None else retry_seconds)
+    return _open_store(scheme, bucket, environment, os.getpid(), seconds), key
 
 
 @functools.lru_cache(64)
-def _open_store(scheme: str, bucket: str, environment: tuple[tuple[str, str], ...], process: int) -> Any:
+def _open_store(
+    scheme: str, bucket: str, environment: tuple[tuple[str, str], ...], process: int, retry_seconds: float
+) -> Any:
     """Open a store by the environment variables that every tool of its cloud knows."""
     from obstore import store
 
@@ -73,7 +81,7 @@ def _open_store(scheme: str, bucket: str, environment: tuple[tuple[str, str], ..
     backoff = {"init_backoff": datetime.timedelta(seconds=0.1), "max_backoff": datetime.timedelta(seconds=10)}
     retry: Any = {
         "max_retries": MAX_RETRIES,
-        "retry_timeout": datetime.timedelta(seconds=RETRY_SECONDS),
+        "retry_timeout": datetime.timedelta(seconds=retry_seconds),
         "backoff": backoff,
     }
     if scheme in WEB:

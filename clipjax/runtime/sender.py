@@ -28,6 +28,11 @@ class Holder(Protocol):
         """Name of this holding."""
         ...
 
+    @property
+    def retry_seconds(self) -> float | None:
+        """Time after which no write may be tried again without `require`; None: any time."""
+        ...
+
     def require(self) -> None:
         """Make sure that the lease is held now; raise `LeaseLost` if it is not."""
 
@@ -86,8 +91,7 @@ class Sender:
         """
         inside = path.relative_to(self._folder).as_posix()
         with self._lock_of(inside):
-            self._lease.require()
-            objects.write_file(objects.join(self._place, inside), path)
+            self._write(objects.join(self._place, inside), path)
 
     def send_plain(self) -> None:
         """Send the files that have changed, but those of units.
@@ -140,8 +144,7 @@ class Sender:
             except OSError as error:
                 return Unreadable(None, f"{error.strerror}; it is not sent", str(source / path))
             try:
-                self._lease.require()
-                objects.write_file(objects.join(self._place, *filter(None, (inside, path))), source / path)
+                self._write(objects.join(self._place, *filter(None, (inside, path))), source / path)
             except FileNotFoundError as error:
                 return None if not (source / path).exists() else error
             except OSError as error:
@@ -161,6 +164,14 @@ class Sender:
             if error.filename not in self._unread:
                 self._unread.add(error.filename)
                 self.say(describe(error))
+
+    def _write(self, place: str, path: pathlib.Path) -> None:
+        self._lease.require()
+        objects.write_file(place, path, self._lease.retry_seconds)
+
+    def _remove(self, place: str) -> None:
+        self._lease.require()
+        objects.delete(place, self._lease.retry_seconds)
 
     def _lock_of(self, path: str) -> threading.Lock:
         """Return the lock of a file: what is sent last must be what was read last."""
@@ -194,17 +205,16 @@ class Sender:
         local = {path: (source / path).stat().st_size for path in parts_of(source)}
         before = objects.list_folder(place)
         if seal in before:
-            objects.delete(objects.join(place, seal))
+            self._remove(objects.join(place, seal))
         self.complete.discard(unit)
         for path in before.keys() - local.keys():
-            objects.delete(objects.join(place, path))
+            self._remove(objects.join(place, path))
         self._send_all(inside, [path for path in local if path != seal], source)
         listed = objects.list_folder(place)
         for path, size in local.items():
             if path != seal and (path not in listed or listed[path].size != size):
                 raise OSError(None, "the store does not list a file as it was sent", objects.join(place, path))
-        self._lease.require()
-        objects.write_file(objects.join(place, seal), source / seal)
+        self._write(objects.join(place, seal), source / seal)
         for path, each in objects.list_folder(place).items():
             if path in local and _is_same(source / path, self._folder / inside / path):
                 self.copies.note(f"{inside}/{path}", each.version)
@@ -221,8 +231,7 @@ class Sender:
         place = objects.join(self._place, self._layout.parent, unit)
         listed = objects.list_folder(place)
         for path in sorted(listed, key=lambda path: path != self._layout.seal):
-            self._lease.require()
-            objects.delete(objects.join(place, path))
+            self._remove(objects.join(place, path))
             self.copies.forget(f"{self._layout.parent}/{unit}/{path}")
 
     def rename(self, unit: str, new: str) -> None:
@@ -238,13 +247,13 @@ class Sender:
         for path in sorted(listed, key=lambda path: path != seal):
             self._lease.require()
             try:
-                objects.copy(objects.join(place, path), objects.join(target, path))
+                objects.copy(objects.join(place, path), objects.join(target, path), self._lease.retry_seconds)
             except TimeoutError:
                 raise
             except OSError as error:  # not allowed, or too large for the store: it must not stand in the way
                 failed = error
             if path == seal:
-                objects.delete(objects.join(place, path))
+                self._remove(objects.join(place, path))
         if failed is not None:
             self.say(f"{target} does not hold all of {unit}, which is deleted: {describe(failed)}")
         self.delete(unit)

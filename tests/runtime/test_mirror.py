@@ -20,7 +20,7 @@ LAYOUT = Layout("units", "seal", str.isdecimal, lambda *_: False)
 class Held:
     """A lease that is held until it is lost."""
 
-    token, lost, released = "token", False, False
+    token, retry_seconds, lost, released = "token", None, False, False
 
     def require(self):
         if self.lost:
@@ -329,3 +329,23 @@ def test_an_error_of_any_kind_is_told_and_ends_no_thread(mirror):
     assert "RuntimeError: a surprise" in mirror.said[0]
     del mirror._lease.require
     wait_for(lambda: on_store(mirror) == ["log"])
+
+
+def test_no_write_is_tried_again_for_longer_than_the_lease_allows(mirror):
+    mirror._lease.retry_seconds = 0.0
+    mirror.server.plant("^PUT", status=503)
+    write(mirror, decisions=b"1")
+    with pytest.raises(OSError, match="503"):
+        mirror.send(mirror.folder / "decisions")
+    assert mirror.server.count("^PUT") == 1
+
+
+def test_nothing_is_deleted_once_the_lease_is_lost(mirror):
+    write_unit(mirror, 1)
+    start(mirror).commit("1")
+    assert mirror.flush() == ""
+    mirror.server.plant("^GET .*prefix=.*units/1", times=1, after=lambda: setattr(mirror._lease, "lost", True))
+    write_unit(mirror, 1, b"anew")
+    mirror.commit("1")
+    assert mirror.flush() == "it is another run's"
+    assert on_store(mirror) == unit_files(1) and objects.read_bytes(f"{mirror.place}/units/1/a", 10) == b"x"
