@@ -57,6 +57,11 @@ def open_mirror(place: str, folder: pathlib.Path, plain: Collection[str], tell: 
             known.write(lease.token)
         copies, found = staging.fill(folder, place, LAYOUT, plain=plain, continues=lease.continues)
         copies.write(lease.token)
+        if found.lost_at is not None:
+            tell(
+                f"warning: {place} was used elsewhere before all checkpoints of the last run on this machine were "
+                f"there; they are no part of this run any more, and lie in {found.lost_at}"
+            )
     except OSError as error:
         lease.release()
         raise ValueError(_refusal("--workdir", place, error)) from error

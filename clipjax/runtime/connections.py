@@ -120,6 +120,8 @@ def explain(error: Exception, place: str) -> OSError:
     if isinstance(error, FileNotFoundError):
         missing = f"there is no bucket {bucket}" if scheme in STORES and _has_no_bucket(place) else "there is no object"
         return FileNotFoundError(errno.ENOENT, missing, place)
+    if "ExpiredToken" in text or "TokenExpired" in text:
+        return PermissionError(errno.EACCES, f"the credentials have expired; {_CREDENTIALS.get(scheme, text)}", place)
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         said = status[1].strip() if status else "no permission"
         return PermissionError(errno.EACCES, f"the store refuses access ({said}) with the credentials it got", place)

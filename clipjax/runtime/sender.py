@@ -109,11 +109,14 @@ class Sender:
     def send_marks(self) -> None:
         """Send what has changed in units that are complete on the store: their seals, and files that mark them."""
         for unit in sorted(self.complete):
-            inside = self._folder / self._layout.parent / unit
-            for path in parts_of(inside) if inside.is_dir() else ():
-                whole = f"{self._layout.parent}/{unit}/{path}"
-                if "/" not in path and not _LEFT_OUT.match(path) and not self.copies.is_unchanged(whole):
-                    self._send_all("", [whole], self._folder)
+            inside = f"{self._layout.parent}/{unit}"
+            parts = parts_of(self._folder / inside) if (self._folder / inside).is_dir() else []
+            changed = [path for path in parts if not self.copies.is_unchanged(f"{inside}/{path}")]
+            if any("/" in path for path in changed):
+                continue  # it is being made anew: its seal would stand for the contents of the old one
+            for path in changed:
+                if not _LEFT_OUT.match(path):
+                    self._send_all("", [f"{inside}/{path}"], self._folder)
 
     def _send_all(self, inside: str, paths: list[str], source: pathlib.Path) -> None:
         """Send files, several at a time; those that are gone meanwhile are left out.
@@ -125,12 +128,17 @@ class Sender:
 
         Raises:
             Unreadable: one in a unit cannot be read; others are told, once.
-            OSError: the store does not take one; the others are sent all the same.
+            OSError: the store does not take one; the others are sent all the same, if it can be reached.
         """
+
+        away = threading.Event()  # else each file would wait as long as the first
 
         def send(path: str) -> OSError | None:
             with self._lock_of(path):
-                return send_locked(path)
+                error = None if away.is_set() else send_locked(path)
+            if error is not None and not isinstance(error, Unreadable | PermissionError):
+                away.set()
+            return error
 
         def send_locked(path: str) -> OSError | None:
             try:

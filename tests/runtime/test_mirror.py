@@ -187,6 +187,16 @@ def test_marks_of_complete_units_follow(mirror):
     assert objects.read_bytes(f"{mirror.place}/units/1/seal", 100) == b"with the best metric"
 
 
+def test_the_seal_of_a_unit_that_is_made_anew_waits_for_its_contents(mirror):
+    write_unit(mirror, 1, b"old")
+    start(mirror).commit("1")
+    assert mirror.flush() == ""
+    write_unit(mirror, 1, b"new")  # and is committed in a moment
+    assert mirror.flush() == "" and objects.read_bytes(f"{mirror.place}/units/1/seal", 10) == b"old"
+    mirror.commit("1")
+    assert mirror.flush() == "" and objects.read_bytes(f"{mirror.place}/units/1/seal", 10) == b"new"
+
+
 def test_what_a_killed_run_left_is_deleted_or_written_anew(mirror, tmp_path):
     for path in ("units/1/a", "units/1/stale", "units/2/a"):
         objects.write_bytes(f"{mirror.place}/{path}", b"half")
@@ -349,3 +359,12 @@ def test_nothing_is_deleted_once_the_lease_is_lost(mirror):
     mirror.commit("1")
     assert mirror.flush() == "it is another run's"
     assert on_store(mirror) == unit_files(1) and objects.read_bytes(f"{mirror.place}/units/1/a", 10) == b"x"
+
+
+def test_a_store_that_is_away_is_not_waited_for_once_for_each_file(mirror):
+    mirror._lease.retry_seconds = 0.0
+    mirror.server.plant("^PUT", status=503)
+    write(mirror, **{f"deep__{i}": b"1" for i in range(40)})
+    assert "503" in mirror.flush(0.0) and mirror.server.count("^PUT") < 10
+    mirror.server.reset()
+    assert mirror.flush(0.0) == "" and len(on_store(mirror)) == 40
