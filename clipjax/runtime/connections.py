@@ -134,7 +134,12 @@ def explain(error: Exception, place: str) -> OSError:
     if status is None and re.search(r"error sending request|connect|dns|timed out|timeout", text, re.IGNORECASE):
         return TimeoutError(errno.ETIMEDOUT, f"the store cannot be reached, after retries ({text[-120:]})", place)
     said = f"the server answers {status[1].strip()}, after retries" if status else text[:300]
-    return OSError(errno.EIO, said, place)
+    return OSError(errno.EBUSY if status and status[1].startswith(("5", "429")) else errno.EIO, said, place)
+
+
+def is_away(error: OSError) -> bool:
+    """Return True if a store could not be reached or was too busy, and may take the same later."""
+    return isinstance(error, TimeoutError) or error.errno == errno.EBUSY
 
 
 def _has_no_bucket(place: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from clipjax.runtime import objects
+from clipjax.runtime import connections, objects
 from clipjax.runtime.staging import PINNED, Copies, Found, Layout, parts_of
 
 _WORKERS = 4
@@ -136,7 +136,7 @@ class Sender:
         def send(path: str) -> OSError | None:
             with self._lock_of(path):
                 error = None if away.is_set() else send_locked(path)
-            if error is not None and not isinstance(error, Unreadable | PermissionError):
+            if error is not None and connections.is_away(error):
                 away.set()
             return error
 
@@ -256,10 +256,10 @@ class Sender:
             self._lease.require()
             try:
                 objects.copy(objects.join(place, path), objects.join(target, path), self._lease.retry_seconds)
-            except TimeoutError:
-                raise
-            except OSError as error:  # not allowed, or too large for the store: it must not stand in the way
-                failed = error
+            except OSError as error:
+                if connections.is_away(error):
+                    raise
+                failed = error  # not allowed, or too large for the store: it must not stand in the way
             if path == seal:
                 self._remove(objects.join(place, path))
         if failed is not None:

@@ -358,7 +358,7 @@ def test_nothing_is_deleted_once_the_lease_is_lost(mirror):
     write_unit(mirror, 1, b"anew")
     mirror.commit("1")
     assert mirror.flush() == "it is another run's"
-    assert on_store(mirror) == unit_files(1) and objects.read_bytes(f"{mirror.place}/units/1/a", 10) == b"x"
+    assert on_store(mirror) == unit_files(1) and mirror.server.count(r"DELETE|\?delete") == 0
 
 
 def test_a_store_that_is_away_is_not_waited_for_once_for_each_file(mirror):
@@ -368,3 +368,19 @@ def test_a_store_that_is_away_is_not_waited_for_once_for_each_file(mirror):
     assert "503" in mirror.flush(0.0) and mirror.server.count("^PUT") < 10
     mirror.server.reset()
     assert mirror.flush(0.0) == "" and len(on_store(mirror)) == 40
+
+
+def test_a_store_that_is_away_for_a_moment_loses_nothing_of_what_is_set_aside(mirror):
+    mirror._lease.retry_seconds = 0.0
+    write_unit(mirror, 1)
+    start(mirror).commit("1")
+    assert mirror.flush() == ""
+    mirror.server.plant("1.bad.*deep|deep.*1.bad", status=503, times=1)
+    set_aside(mirror, "1")
+    assert mirror.flush(5.0) == "" and on_store(mirror) == unit_files("1.bad")
+
+
+def test_a_file_that_the_store_refuses_keeps_no_other_back(mirror):
+    mirror.server.plant("^PUT .*deep/00", status=400)
+    write(mirror, **{f"deep__{i:02d}": b"1" for i in range(20)})
+    assert "400" in mirror.flush(0.0) and len(on_store(mirror)) == 19

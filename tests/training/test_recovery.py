@@ -1,8 +1,8 @@
 """Decisions on disk, and the judgement that takes them: goodness, rollbacks, and when there is no way back."""
 
+import contextlib
 import dataclasses
 import errno
-import contextlib
 import json
 import os
 
