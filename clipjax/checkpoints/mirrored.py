@@ -35,7 +35,9 @@ LAYOUT = staging.Layout(FOLDER, FILE, is_step_name, _is_old_format)
 """A step directory is a unit, and its manifest the seal."""
 
 
-def open_mirror(place: str, folder: pathlib.Path, plain: Collection[str], tell: Callable[[str], None]) -> Mirror:
+def open_mirror(
+    place: str, folder: pathlib.Path, plain: Collection[str], tell: Callable[[str], None], *, is_locked: bool = True
+) -> Mirror:
     """Take a workdir on a store, and fill its local folder, which this process has locked.
 
     Args:
@@ -43,13 +45,14 @@ def open_mirror(place: str, folder: pathlib.Path, plain: Collection[str], tell: 
         folder: the local one.
         plain: names of the files and folders beside the checkpoints that a start needs.
         tell: shows a line while this waits.
+        is_locked: the file system of the folder has locks.
 
     Raises:
         ValueError: another run holds it, or the store cannot be used.
     """
     known = staging.Copies(folder, place)
     try:
-        lease = Lease(place, known.token, tell)
+        lease = Lease(place, known.token, tell, is_locked=is_locked)
     except OSError as error:
         raise ValueError(_refusal("--workdir", place, error)) from error
     try:

@@ -45,6 +45,7 @@ class Lease:
         place: address of the folder.
         own_token: of the last holder whose local folder this process has locked; empty: there was none.
         tell: shows a line while this waits for another holder.
+        is_locked: that folder's file system has locks, so that its last user is gone.
 
     Attributes:
         token: names this holding.
@@ -56,8 +57,10 @@ class Lease:
         OSError: the store cannot be used.
     """
 
-    def __init__(self, place: str, own_token: str = "", tell: Callable[[str], None] = print) -> None:
-        self._place, self._object = place, objects.join(place, FILE)
+    def __init__(
+        self, place: str, own_token: str = "", tell: Callable[[str], None] = print, *, is_locked: bool = True
+    ) -> None:
+        self._place, self._object, self._is_locked = place, objects.join(place, FILE), is_locked
         self._seconds = _seconds(os.environ.get(VARIABLE))
         self.retry_seconds = self._seconds / 2
         self.token, self._number = secrets.token_hex(16), 0
@@ -97,7 +100,7 @@ class Lease:
             if holder.get("token") == self.token:  # only an answer was lost
                 return version
             self.continues = bool(own_token) and own_token in (holder.get("token"), holder.get("follows"))
-            if not self.continues and not holder.get("released"):
+            if not (self.continues and self._is_locked) and not holder.get("released"):
                 self._watch(holder, version, tell)
             self._renewed_at = _now()
             follows = own_token if self.continues else ""  # a kill may come before this token is kept

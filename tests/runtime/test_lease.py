@@ -185,3 +185,13 @@ def test_a_lease_that_was_lost_is_not_deleted(place):
     second.require()
     assert json.loads(objects.read_bytes(f"{place}/.owner", 10_000))["token"] == second.token
     second.release()
+
+
+def test_a_folder_without_locks_may_have_another_user(place):
+    first = Lease(place)
+    with pytest.raises(ValueError, match="another run holds it"):
+        Lease(place, own_token=first.token, tell=lambda _: None, is_locked=False)
+    die(first)
+    second = Lease(place, own_token=first.token, tell=lambda _: None, is_locked=False)
+    assert second.continues
+    second.release()
