@@ -1,13 +1,14 @@
 """Images per second of loaders on the same tars: clipjax, open_clip's own, and the bare loop of decoding and resizing.
 
     python -m venv /tmp/open_clip
-    /tmp/open_clip/bin/pip install torch==2.13.0 open_clip_torch==3.3.0 webdataset==0.2.86 pandas
+    /tmp/open_clip/bin/pip install torch==2.13.0 torchvision open_clip_torch==3.3.0 webdataset==0.2.86 pandas
     python -m benchmarks.data.loaders --open_clip=/tmp/open_clip/bin/python
 
 Every row runs in a process of its own and reads the same shards, which lie in the page cache: tar to uint8 pixels of
 224 (open_clip: to normalised floats, as its trainer does) with 77 tokens of CLIP's vocabulary. Rows take turns; figures
 are medians. CPU time is that of the process and its workers. The bare loop has the same JPEGs in memory, one thread,
-and no tokens. `device` is `data.resize_on=device`, where the host only decodes.
+and no tokens; it resizes crops of clipjax's random sizes, as a crop's size decides what resizing it costs. `device` is
+`data.resize_on=device`, where the host only decodes.
 """
 
 import argparse
@@ -25,9 +26,11 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.machine import describe
+from clipjax.config import DataConfig
+from clipjax.data.images import crop_box
 
 SETS = {"256": (340, 256, 88), "500": (500, 375, 90)}  # width, height, quality
-SHARDS, PER_SHARD, BATCH, WARM, ROUNDS = 4, 250, 50, 6, 2
+SHARDS, PER_SHARD, BATCH, WARM, ROUNDS = 4, 250, 50, 6, 3
 WORDS = ("a", "the", "small", "large", "old", "new", "red", "photo", "of", "house", "dog", "tree", "street", "light")
 
 BARE = """
@@ -38,19 +41,17 @@ jpegs = []
 for path in sys.argv[3].split(","):
     with tarfile.open(path) as tar:
         jpegs += [tar.extractfile(m).read() for m in tar if m.name.endswith("jpg")]
-draw = np.random.default_rng(0)
-def one(jpeg):
-    pixels = simplejpeg.decode_jpeg(jpeg, "RGB", strict=True)
-    h, w = pixels.shape[:2]
-    side = int(min(h, w) * 0.97)
-    top, left = int(draw.integers(h - side + 1)), int(draw.integers(w - side + 1))
-    box = (left, top, left + side, top + side)
+boxes = json.loads(sys.argv[8])
+def one(number):
+    pixels = simplejpeg.decode_jpeg(jpegs[number], "RGB", strict=True)
+    top, left, h, w = boxes[number]
+    box = (left, top, left + w, top + h)
     return np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC, box=box))
-for jpeg in jpegs[:50]: one(jpeg)
+for number in range(50): one(number)
 wall, cpu = time.perf_counter(), time.process_time()
 count = 0
 while time.perf_counter() - wall < 5:
-    for jpeg in jpegs[:100]: one(jpeg)
+    for number in range(100): one(number)
     count += 100
 print(json.dumps([count / (time.perf_counter() - wall), count / (time.process_time() - cpu)]))
 """
@@ -79,7 +80,7 @@ batch, warm, count = map(int, sys.argv[4:7])
 if __name__ == "__main__":
     data = DataConfig(train="{" + paths + "}", num_workers=workers, num_threads=1, resize_on=ResizeOn(where))
     if where == "device":
-        data.canvas_size = 512
+        data.canvas_size = int(sys.argv[9])
     config = Config(global_batch_size=batch, model=ModelConfig(image=ViTConfig(image_size=224)), data=data)
     tokens = TextToTokens(build_tokenizer("clip:" + vocabulary), 77)
     stream = TrainStream(build_source(data.train, data=data), tokenize=tokens, config=config)
@@ -96,6 +97,9 @@ workers, paths, batch, warm, count = int(sys.argv[1]), sys.argv[3], *map(int, sy
 if __name__ == "__main__":
     import torch
     torch.set_num_threads(1)
+    library = torch.library.Library("torchvision", "DEF")  # its wheel is built for CUDA; of these none is used
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import open_clip
     from open_clip_train.data import get_wds_dataset
     preprocess = open_clip.image_transform(224, is_train=True)
@@ -146,11 +150,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(name: str, rows: Sequence[tuple[str, str, str, int, str]], paths: str, vocabulary: str) -> list[dict]:
     """Return the figures of all rows on one set of shards."""
+    width, height, _ = SETS[name]
+    draw, canvas = np.random.default_rng(0), str(-(-width // 128) * 128)
+    boxes = json.dumps([crop_box(height, width, DataConfig().min_crop_area, draw) for _ in range(100)])
     rounds: dict[int, list[list[float]]] = {number: [] for number in range(len(rows))}
     for _ in range(ROUNDS):
         for number, (_, python, code, workers, where) in enumerate(rows):
             count = 60 if name == "256" else 40
-            words = [str(workers), where, paths, str(BATCH), str(WARM), str(count), vocabulary]
+            words = [str(workers), where, paths, str(BATCH), str(WARM), str(count), vocabulary, boxes, canvas]
             done = subprocess.run([python, "-c", TICKS + code, *words], capture_output=True, text=True, timeout=300)
             if done.returncode:
                 raise RuntimeError(done.stderr[-3000:])

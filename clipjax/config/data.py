@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from clipjax.config.augment import AugmentConfig
 from clipjax.config.filters import condition_errors
-from clipjax.config.ranges import FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, RANGES, Range, bounded
+from clipjax.config.ranges import AT_LEAST_ONE, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, RANGES, Range, bounded
 
 
 class Crop(enum.Enum):
@@ -114,6 +114,9 @@ class DataConfig:
     min_crop_area: float = bounded(0.9, FRACTION)  # share of the image's area
     resize: Resize = Resize.SHORTER_SIDE  # in evaluation, and in training with crop=center
     interpolation: Interpolation = Interpolation.BICUBIC
+    # In training, large JPEGs are decoded at half of their sides or less, which leaves each crop at least this many
+    # times model.image.image_size; None: always whole.
+    decode_margin: float | None = bounded(None, AT_LEAST_ONE)
     resize_on: ResizeOn = ResizeOn.HOST
     canvas_size: int = bounded(384, POSITIVE)  # side of what resize_on=device sends; larger parts are reduced before
     # With model.image.max_patches (variable aspect): patches per image, of which the seed draws one for each step;

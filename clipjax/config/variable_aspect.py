@@ -47,6 +47,11 @@ def variable_aspect_errors(data: DataConfig, image: ImageTower) -> list[str]:
             f"data.resize_on=device makes squares only, and model.image.max_patches={most} asks for other pictures; "
             "use data.resize_on=host"
         )
+    if data.decode_margin is not None:
+        errors.append(
+            f"data.decode_margin={data.decode_margin} is for squares, and model.image.max_patches={most} asks for "
+            "other pictures; leave it None"
+        )
     if data.resize is not Resize.SHORTER_SIDE:
         errors.append(
             f"data.resize={data.resize.value} would be ignored: with model.image.max_patches={most} pictures keep "

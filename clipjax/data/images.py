@@ -4,12 +4,12 @@ Axes: h height, w width. Pixels stay uint8 up to the device, which normalises th
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from clipjax.config import Config, DataConfig, Interpolation, Resize
+from clipjax.config import Config, Crop, DataConfig, Interpolation, Resize
 from clipjax.data.jpeg import SIGNATURE, decode_jpeg, jpeg_orientation
 from clipjax.data.pictures import decode_picture, turn
 from clipjax.data.sample import BadSample
@@ -27,11 +27,16 @@ class Decoder:
     max_pixels: int
     background: tuple[int, int, int] | None = None
     exif_orientation: bool = False
+    min_side: int | None = None
 
     def __call__(self, image: bytes | np.ndarray) -> np.ndarray:
         """Return the pixels. Raise `BadSample` if there are none to use."""
         return decode(
-            image, max_pixels=self.max_pixels, background=self.background, exif_orientation=self.exif_orientation
+            image,
+            max_pixels=self.max_pixels,
+            background=self.background,
+            exif_orientation=self.exif_orientation,
+            min_side=self.min_side,
         )
 
 
@@ -40,12 +45,22 @@ def make_decoder(data: DataConfig) -> Decoder:
     return Decoder(data.max_image_pixels, data.background, data.exif_orientation)
 
 
+def make_training_decoder(config: Config) -> Decoder:
+    """Return the decoder of a run's training pictures."""
+    decoder, data = make_decoder(config.data), config.data
+    if data.decode_margin is None:
+        return decoder
+    area = 1.0 if data.crop is Crop.CENTER else data.min_crop_area * _ASPECT[0]  # of a square as high as the crop
+    return replace(decoder, min_side=math.ceil(data.decode_margin * config.model.image.image_size / math.sqrt(area)))
+
+
 def decode(
     image: bytes | np.ndarray,
     *,
     max_pixels: int,
     background: tuple[int, int, int] | None = None,
     exif_orientation: bool = False,
+    min_side: int | None = None,
 ) -> np.ndarray:
     """Decode a picture to RGB; pixels pass through.
 
@@ -58,6 +73,7 @@ def decode(
             megapixels, holds besides for GIF, TIFF and WebP alone.
         background: colour behind transparent pixels; None drops the alpha, whatever colour it hides.
         exif_orientation: turn the picture as its EXIF data says; arrays have none.
+        min_side: decode a JPEG at half of its sides or less if both stay as long as this.
 
     Returns:
         uint8 [h, w, 3].
@@ -77,7 +93,7 @@ def decode(
         return image
     try:
         if image.startswith(SIGNATURE):
-            pixels = decode_jpeg(image, check_size)
+            pixels = decode_jpeg(image, check_size, min_side)
             orientation = jpeg_orientation(image) if exif_orientation else 1
         else:
             pixels, orientation = decode_picture(image, check_size, background=background)

@@ -27,7 +27,7 @@ from clipjax.data.tar_index import NO_FAULT, ShardIndex, Unused
 from clipjax.data.tar_names import NUM_COLUMNS
 from clipjax.runtime.storage import OpenFile
 
-FORMAT = 1
+FORMAT = 2
 _MAGIC = b"clipjaxI"
 FIXED = struct.Struct("<8sIIQ16s16s")
 """Magic, format, bytes of the header and of the body, digests of both."""

@@ -13,6 +13,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ _ORIENTATION_TAG, _SHORT = 0x0112, 3
 _MAX_TAGS = 1000
 
 
-def decode_jpeg(image: bytes, check_size: Callable[[int, int], None]) -> np.ndarray:
+def decode_jpeg(image: bytes, check_size: Callable[[int, int], None], min_side: int | None = None) -> np.ndarray:
     """Decode a JPEG to RGB; of several pictures in one file (MPO), the first.
 
     The decoder stops at each of its warnings. It names only the first one, behind which others may hide, so a picture
@@ -46,6 +47,7 @@ def decode_jpeg(image: bytes, check_size: Callable[[int, int], None]) -> np.ndar
     Args:
         image: encoded bytes.
         check_size: function of height and width that raises if they are not allowed, before pixels are decoded.
+        min_side: decode at half of the sides or less if both stay as long as this; None: whole.
 
     Returns:
         uint8 [h, w, 3]. CMYK and YCCK are taken as Adobe writes them, inverted, as Pillow does.
@@ -61,7 +63,7 @@ def decode_jpeg(image: bytes, check_size: Callable[[int, int], None]) -> np.ndar
         if scans > _MAX_SCANS:
             raise ValueError(f"{scans} scans")
     try:
-        return _decode_strictly(image, check_size)
+        return _decode_strictly(image, check_size, min_side)
     except ValueError as error:
         if isinstance(error, BadSample):
             raise
@@ -72,19 +74,23 @@ def decode_jpeg(image: bytes, check_size: Callable[[int, int], None]) -> np.ndar
             raise
     for copy in copies[:-1]:
         with contextlib.suppress(ValueError):
-            return _decode_strictly(copy, check_size)
-    return _decode_strictly(copies[-1], check_size)
+            return _decode_strictly(copy, check_size, min_side)
+    return _decode_strictly(copies[-1], check_size, min_side)
 
 
-def _decode_strictly(image: bytes, check_size: Callable[[int, int], None]) -> np.ndarray:
+def _decode_strictly(image: bytes, check_size: Callable[[int, int], None], min_side: int | None) -> np.ndarray:
     import simplejpeg
 
     height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
     check_size(int(height), int(width))
+    # At 3/4, say, decoding takes longer than whole.
+    scale: dict[str, Any] = {}
+    if min_side is not None and min(int(height), int(width)) >= 2 * min_side:
+        scale = {"min_height": min_side, "min_width": min_side, "min_factor": 2}
     # Strict: Pillow would return a damaged file as a half grey image.
     if colours not in ("CMYK", "YCCK"):
-        return simplejpeg.decode_jpeg(image, "RGB", strict=True)
-    paper = simplejpeg.decode_jpeg(image, "CMYK", strict=True)  # 255 - ink
+        return simplejpeg.decode_jpeg(image, "RGB", strict=True, **scale)
+    paper = simplejpeg.decode_jpeg(image, "CMYK", strict=True, **scale)  # 255 - ink
     product = paper[..., :3].astype(np.uint16) * paper[..., 3:]  # at most 255 * 255
     return ((product + np.uint16(127)) // 255).astype(np.uint8)
 

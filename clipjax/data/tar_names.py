@@ -24,7 +24,24 @@ COLUMNS = {
 }
 """Kinds of members by their extension, in lower case."""
 
-_RARE_IMAGES = frozenset(["tif", "tiff", "gif", "bmp", "avif", "jfif", "jpe", "heic", "heif", "jxl", "jp2"])
+_NOT_DECODED = (
+    "heic",
+    "heif",
+    "jxl",
+    "jp2",
+    "j2k",
+    "svg",
+    "pdf",
+    "psd",
+    "eps",
+    "ico",
+    "ppm",
+    "pgm",
+    "pnm",
+    "qoi",
+    "exr",
+)
+_RARE_IMAGES = frozenset(["tif", "tiff", "gif", "bmp", "avif", "jfif", "jpe", *_NOT_DECODED])
 
 
 class Place(NamedTuple):

@@ -25,7 +25,7 @@ from clipjax.data.augmentations import make_augmentations
 from clipjax.data.batch_memory import ReceivedColumns, forget_the_dead
 from clipjax.data.block_reader import BlockReader
 from clipjax.data.canvas import make_canvas_transform
-from clipjax.data.images import make_decoder, make_eval_transform
+from clipjax.data.images import make_eval_transform, make_training_decoder
 from clipjax.data.mixture import sizes_of
 from clipjax.data.patch_rows import make_patch_rows
 from clipjax.data.sample import NUM_COUNTERS, REASONS, Source, count_by_reason
@@ -154,7 +154,7 @@ class TrainStream:
             canvas=make_canvas_transform(config, view) if data.resize_on is ResizeOn.DEVICE else None,
             patch_rows=make_patch_rows(config),
         )
-        samples = substituted(source, make_decoder(data))
+        samples = substituted(source, make_training_decoder(config))
         blocks = [part for part in parts_of(order) if part.block > 1]
         # Where blocks are read, each worker has rows of its own in every batch, so that none reads another's blocks.
         self._slices = min(max(1, data.num_workers), local_size // unit) if blocks else 1

@@ -57,6 +57,7 @@ def test_choices_without_variable_aspect_are_refused(data, message):
         ({"images_per_row": 0}, "data.images_per_row=0 must be greater than 0"),
         ({"images_per_row": 4}, "data.images_per_row=4 would save nothing with data.enlarge=True"),
         ({"resize_on": ResizeOn.DEVICE}, "data.resize_on=device makes squares only"),
+        ({"decode_margin": 2.0}, "data.decode_margin=2.0 is for squares"),
         ({"resize": Resize.SQUASH}, "data.resize=squash would be ignored"),
         (
             {"images_per_row": 48, "enlarge": False},

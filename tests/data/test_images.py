@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.config import Resize
-from clipjax.data.images import EvalTransform, crop_box, decode, random_resized_crop, resize_center_crop
+from clipjax.config import Config, Crop, DataConfig, Resize
+from clipjax.data.images import (
+    EvalTransform,
+    crop_box,
+    decode,
+    make_decoder,
+    make_training_decoder,
+    random_resized_crop,
+    resize_center_crop,
+)
 from clipjax.data.sample import BadSample
 
 pytestmark = pytest.mark.newest
@@ -265,3 +273,53 @@ def test_random_crops_cover_what_they_should():
     assert spans.max() > 170
     corners = np.array([crop[0, 0, 0] for crop in crops])
     assert corners.min() < 10 < 60 < corners.max()
+
+
+def photograph(width: int, height: int) -> bytes:
+    """A JPEG with the detail of a photograph: noise of several scales."""
+    draw, pixels = np.random.default_rng(0), np.zeros((height, width, 3), np.float32)
+    for scale, strength in ((2, 60), (8, 40), (32, 24), (128, 12), (256, 7)):
+        noise = Image.fromarray(draw.integers(0, 256, (scale, scale, 3), dtype=np.uint8))
+        pixels += (
+            (np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), np.float32) - 128) * strength / 64
+        )
+    content = io.BytesIO()
+    Image.fromarray(np.clip(pixels + 128, 0, 255).astype(np.uint8)).save(content, "JPEG", quality=90)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(("margin", "size", "bound"), [(1.0, (640, 480), 1.5), (2.0, (1600, 1200), 0.5)])
+def test_decoding_at_a_part_of_the_size_stays_within_the_stated_error(margin, size, bound):
+    """The bounds are those of docs/data.md, in levels of 255 on average."""
+    jpeg = photograph(*size)
+    whole = decode(jpeg, max_pixels=10**7)
+    part = decode(jpeg, max_pixels=10**7, min_side=math.ceil(margin * 224))
+    assert whole.shape[:2] == size[::-1]
+    assert 224 * margin <= min(part.shape[:2]) <= size[1] / 2
+    views = [resize_center_crop(pixels, 224).astype(int) for pixels in (whole, part)]
+    assert 0 < np.abs(views[0] - views[1]).mean() < bound
+
+
+def test_small_jpegs_and_other_formats_are_decoded_whole():
+    jpeg = photograph(400, 300)
+    np.testing.assert_array_equal(decode(jpeg, max_pixels=10**6, min_side=151), decode(jpeg, max_pixels=10**6))
+    content = io.BytesIO()
+    Image.fromarray(picture(300, 400)).save(content, "PNG")
+    assert decode(content.getvalue(), max_pixels=10**6, min_side=10).shape == (300, 400, 3)
+
+
+def test_the_limit_of_pixels_is_that_of_the_whole_picture():
+    with pytest.raises(BadSample, match="image_too_large"):
+        decode(photograph(400, 300), max_pixels=100_000, min_side=10)
+
+
+@pytest.mark.parametrize(("crop", "expected"), [(Crop.CENTER, 448), (Crop.RANDOM_RESIZED, 863)])
+def test_no_crop_of_training_has_fewer_pixels_than_the_margin(crop, expected):
+    data = DataConfig(decode_margin=2.0, crop=crop, min_crop_area=0.36)
+    decoder = make_training_decoder(Config(data=data))
+    assert decoder.min_side == expected
+    if crop is Crop.RANDOM_RESIZED:
+        draws = [crop_box(expected, expected, 0.36, np.random.default_rng(i)) for i in range(300)]
+        assert 448 - 1 <= min(min(height, width) for _, _, height, width in draws) < 500
+    assert make_training_decoder(Config()).min_side is None
+    assert make_decoder(data).min_side is None  # evaluation

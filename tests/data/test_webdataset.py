@@ -276,7 +276,7 @@ def test_names_of_unused_members_are_shown_escaped(path, caplog):
     assert "1 like \\x1b[2J.in.jpg" in unused(source, caplog) and "\x1b" not in caplog.text
 
 
-@pytest.mark.parametrize("extension", ["tif", "tiff", "gif", "bmp", "avif", "jfif", "TIF", "heic"])
+@pytest.mark.parametrize("extension", ["tif", "tiff", "gif", "bmp", "avif", "jfif", "TIF", "heic", "svg", "pdf", "PSD"])
 def test_images_in_rare_formats_are_images(path, extension):
     rare = [entry(f"k.{extension}", IMAGE + b"k"), entry("k.txt", b"about k")]
     assert outcomes(write(path, [*pair("a"), *rare, *pair("z")])) == {key: good(key) for key in "akz"}
