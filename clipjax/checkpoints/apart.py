@@ -19,7 +19,7 @@ import jax
 from clipjax.checkpoints import exchange
 from clipjax.checkpoints.mirrored import LAYOUT
 from clipjax.checkpoints.records import RECORD_FILE
-from clipjax.runtime import objects, staging
+from clipjax.runtime import objects, process_log, staging
 from clipjax.runtime.mirror import Mirror
 
 _LOOK_SECONDS = 2.0
@@ -30,7 +30,7 @@ _FILLED = ".filled"
 class _Follower:
     """The part of a lease that a process needs which sends its log alone."""
 
-    token = ""
+    token, retry_seconds = "", None
 
     def require(self) -> None:
         """Do nothing: process 0 holds the workdir for all."""
@@ -75,11 +75,20 @@ def find_folder(
         if not (own / _FILLED).exists() or (own / _FILLED).read_text() != name:
             _fill(own, place, files)
             (own / _FILLED).write_text(name)
+        _load_log(own, place)
     copies = staging.Copies(own, "")
     for path in staging.parts_of(own):
         copies.note(path, "")
     found = staging.Found((), (), ())
     return own, Mirror(own, place, _Follower(), layout=LAYOUT, copies=copies, found=found), apart
+
+
+def _load_log(folder: pathlib.Path, place: str) -> None:
+    """Load the log of this process that earlier starts have left, which would be overwritten else."""
+    log = process_log.path_of(pathlib.Path(), jax.process_index()).as_posix()
+    listed = objects.list_folder(objects.join(place, process_log.FOLDER))
+    if each := listed.get(pathlib.PurePath(log).name):
+        staging.download(place, {log: each}, folder)
 
 
 def _make_probe(folder: pathlib.Path) -> str:

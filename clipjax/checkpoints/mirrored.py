@@ -35,7 +35,9 @@ LAYOUT = staging.Layout(FOLDER, FILE, is_step_name, _is_old_format)
 """A step directory is a unit, and its manifest the seal."""
 
 
-def open_mirror(place: str, folder: pathlib.Path, plain: Collection[str], tell: Callable[[str], None]) -> Mirror:
+def open_mirror(
+    place: str, folder: pathlib.Path, plain: Collection[str], tell: Callable[[str], None], *, is_locked: bool = True
+) -> Mirror:
     """Take a workdir on a store, and fill its local folder, which this process has locked.
 
     Args:
@@ -43,13 +45,14 @@ def open_mirror(place: str, folder: pathlib.Path, plain: Collection[str], tell: 
         folder: the local one.
         plain: names of the files and folders beside the checkpoints that a start needs.
         tell: shows a line while this waits.
+        is_locked: the file system of the folder has locks.
 
     Raises:
         ValueError: another run holds it, or the store cannot be used.
     """
     known = staging.Copies(folder, place)
     try:
-        lease = Lease(place, known.token, tell)
+        lease = Lease(place, known.token, tell, is_locked=is_locked)
     except OSError as error:
         raise ValueError(_refusal("--workdir", place, error)) from error
     try:
@@ -57,6 +60,11 @@ def open_mirror(place: str, folder: pathlib.Path, plain: Collection[str], tell: 
             known.write(lease.token)
         copies, found = staging.fill(folder, place, LAYOUT, plain=plain, continues=lease.continues)
         copies.write(lease.token)
+        if found.lost_at is not None:
+            tell(
+                f"warning: {place} was used elsewhere before all checkpoints of the last run on this machine were "
+                f"there; they are no part of this run any more, and lie in {found.lost_at}"
+            )
     except OSError as error:
         lease.release()
         raise ValueError(_refusal("--workdir", place, error)) from error

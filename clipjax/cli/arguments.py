@@ -18,6 +18,7 @@ from clipjax.cli.overrides import Override, load_config, override, split_overrid
 from clipjax.config import Config
 from clipjax.config.paths import READABLE, STORES, expand, expand_paths
 from clipjax.runtime import launchers
+from clipjax.runtime.storage import is_address
 
 HELP_FLAGS = ("-h", "--help", "--helpfull", "-help")
 
@@ -181,7 +182,11 @@ def place(text: str) -> pathlib.Path | str:
     if not text:
         raise argparse.ArgumentTypeError("= must name a file or folder")
     expanded = source(text, STORES)
-    return expanded.rstrip("/") if "://" in expanded else pathlib.Path(expanded)
+    if not is_address(expanded):
+        return pathlib.Path(expanded)
+    if "//" in expanded.partition("://")[2].rstrip("/"):
+        raise argparse.ArgumentTypeError(f"={text} has an empty folder name; write one slash between names")
+    return expanded.rstrip("/")
 
 
 def source(text: str, schemes: Collection[str] = ()) -> str:

@@ -11,6 +11,7 @@ import platform
 import shlex
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,8 @@ from clipjax.runtime.files import write_atomic
 FILE = "run.json"
 PACKAGES = ("clipjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 """Packages whose version can change numbers or files."""
+
+_lock = threading.Lock()  # a commit is recorded by another thread than facts about a start
 
 
 def versions() -> dict[str, str]:
@@ -84,17 +87,19 @@ def write(workdir: pathlib.Path, record: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    found = _read_or_set_aside(workdir)
-    _save(workdir, {**found, "starts": [*found.get("starts", []), dict(record)]})
+    with _lock:
+        found = _read_or_set_aside(workdir)
+        _save(workdir, {**found, "starts": [*found.get("starts", []), dict(record)]})
 
 
 def add_to_start(workdir: pathlib.Path, **facts: Any) -> None:
     """Add facts to the record of this start, which is the last one; if they cannot be written, the log has them."""
     process_log.info("\n".join(f"{name}: {value}" for name, value in facts.items()))
     try:
-        found = _read_or_set_aside(workdir)
-        if starts := found.get("starts", []):
-            _save(workdir, {**found, "starts": [*starts[:-1], {**starts[-1], **facts}]})
+        with _lock:
+            found = _read_or_set_aside(workdir)
+            if starts := found.get("starts", []):
+                _save(workdir, {**found, "starts": [*starts[:-1], {**starts[-1], **facts}]})
     except OSError as error:
         process_log.info(f"{workdir / FILE} cannot be written: {error}")
 
@@ -105,7 +110,8 @@ def record_commit(workdir: pathlib.Path, step: int) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    _save(workdir, {"starts": [], **_read_or_set_aside(workdir), "committed_step": step})
+    with _lock:
+        _save(workdir, {"starts": [], **_read_or_set_aside(workdir), "committed_step": step})
 
 
 def _read_or_set_aside(workdir: pathlib.Path) -> dict[str, Any]:

@@ -52,15 +52,23 @@ def split(place: str) -> tuple[str, str, str]:
     return scheme, bucket, key
 
 
-def locate(place: str) -> tuple[Any, str]:
-    """Return store and key of an address; the connections of a store are kept."""
+def locate(place: str, retry_seconds: float | None = None) -> tuple[Any, str]:
+    """Return store and key of an address; the connections of a store are kept.
+
+    Args:
+        place: the address.
+        retry_seconds: time after which no further try begins; None: `RETRY_SECONDS`.
+    """
     scheme, bucket, key = split(place)
     environment = tuple(sorted(item for item in os.environ.items() if _ENVIRONMENT.match(item[0])))
-    return _open_store(scheme, bucket, environment, os.getpid()), key
+    seconds = min(RETRY_SECONDS, RETRY_SECONDS if retry_seconds is None else retry_seconds)
+    return _open_store(scheme, bucket, environment, os.getpid(), seconds), key
 
 
 @functools.lru_cache(64)
-def _open_store(scheme: str, bucket: str, environment: tuple[tuple[str, str], ...], process: int) -> Any:
+def _open_store(
+    scheme: str, bucket: str, environment: tuple[tuple[str, str], ...], process: int, retry_seconds: float
+) -> Any:
     """Open a store by the environment variables that every tool of its cloud knows."""
     from obstore import store
 
@@ -76,7 +84,7 @@ def _open_store(scheme: str, bucket: str, environment: tuple[tuple[str, str], ..
     backoff = {"init_backoff": datetime.timedelta(seconds=0.1), "max_backoff": datetime.timedelta(seconds=10)}
     retry: Any = {
         "max_retries": MAX_RETRIES,
-        "retry_timeout": datetime.timedelta(seconds=RETRY_SECONDS),
+        "retry_timeout": datetime.timedelta(seconds=retry_seconds),
         "backoff": backoff,
     }
     if scheme in WEB:
@@ -115,6 +123,8 @@ def explain(error: Exception, place: str) -> OSError:
     if isinstance(error, FileNotFoundError):
         missing = f"there is no bucket {bucket}" if scheme in STORES and _has_no_bucket(place) else NO_OBJECT
         return FileNotFoundError(errno.ENOENT, missing, place)
+    if "ExpiredToken" in text or "TokenExpired" in text:
+        return PermissionError(errno.EACCES, f"the credentials have expired; {_CREDENTIALS.get(scheme, text)}", place)
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         said = status[1].strip() if status else "no permission"
         return PermissionError(errno.EACCES, f"the store refuses access ({said}) with the credentials it got", place)
@@ -127,7 +137,12 @@ def explain(error: Exception, place: str) -> OSError:
     if status is None and re.search(r"error sending request|connect|dns|timed out|timeout", text, re.IGNORECASE):
         return TimeoutError(errno.ETIMEDOUT, f"the store cannot be reached, after retries ({text[-120:]})", place)
     said = f"the server answers {status[1].strip()}, after retries" if status else text[:300]
-    return OSError(errno.EIO, said, place)
+    return OSError(errno.EBUSY if status and status[1].startswith(("5", "429")) else errno.EIO, said, place)
+
+
+def is_away(error: OSError) -> bool:
+    """Return True if a store could not be reached or was too busy, and may take the same later."""
+    return isinstance(error, TimeoutError) or error.errno == errno.EBUSY
 
 
 def _has_no_bucket(place: str) -> bool:

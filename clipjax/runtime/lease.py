@@ -45,9 +45,11 @@ class Lease:
         place: address of the folder.
         own_token: of the last holder whose local folder this process has locked; empty: there was none.
         tell: shows a line while this waits for another holder.
+        is_locked: that folder's file system has locks, so that its last user is gone.
 
     Attributes:
         token: names this holding.
+        retry_seconds: after which no write to the folder may be tried again without `require`.
         continues: the last holder was the one of `own_token`, and nobody has held the lease since.
 
     Raises:
@@ -55,9 +57,12 @@ class Lease:
         OSError: the store cannot be used.
     """
 
-    def __init__(self, place: str, own_token: str = "", tell: Callable[[str], None] = print) -> None:
-        self._place, self._object = place, objects.join(place, FILE)
+    def __init__(
+        self, place: str, own_token: str = "", tell: Callable[[str], None] = print, *, is_locked: bool = True
+    ) -> None:
+        self._place, self._object, self._is_locked = place, objects.join(place, FILE), is_locked
         self._seconds = _seconds(os.environ.get(VARIABLE))
+        self.retry_seconds = self._seconds / 2
         self.token, self._number = secrets.token_hex(16), 0
         self._about = {
             "host": socket.gethostname(),
@@ -70,8 +75,8 @@ class Lease:
         self._lock = threading.Lock()
         self._lost = ""
         self.continues = self._is_new = False
+        self._renewed_at = 0.0
         self._version = self._take(own_token, tell)
-        self._renewed_at = time.monotonic()
         self._ended = threading.Event()
         self._on_lost: Callable[[str], None] | None = None
         self._thread = threading.Thread(target=self._keep, daemon=True, name="lease")
@@ -84,6 +89,7 @@ class Lease:
     def _take(self, own_token: str, tell: Callable[[str], None]) -> Any:
         """Return the version of the object, which is now this holder's."""
         while True:
+            self._renewed_at = _now()
             if version := objects.create(self._object, self._content()):
                 self._is_new = True
                 return version
@@ -91,10 +97,14 @@ class Lease:
             if found is None:
                 continue
             holder, version = found
-            self.continues = bool(own_token) and holder.get("token") == own_token
-            if not self.continues and not holder.get("released"):
+            if holder.get("token") == self.token:  # only an answer was lost
+                return version
+            self.continues = bool(own_token) and own_token in (holder.get("token"), holder.get("follows"))
+            if not (self.continues and self._is_locked) and not holder.get("released"):
                 self._watch(holder, version, tell)
-            if taken := objects.replace(self._object, self._content(), version):
+            self._renewed_at = _now()
+            follows = own_token if self.continues else ""  # a kill may come before this token is kept
+            if taken := objects.replace(self._object, self._content(follows=follows), version):
                 return taken
 
     def _watch(self, holder: dict[str, Any], version: Any, tell: Callable[[str], None]) -> None:
@@ -128,7 +138,7 @@ class Lease:
             LeaseLost: it is not.
             OSError: the store does not tell.
         """
-        if time.monotonic() - self._renewed_at > self._seconds / 2:
+        if _now() - self._renewed_at > self._seconds / 2:
             self._renew()
         if self._lost:
             raise LeaseLost(None, self._lost, self._place)
@@ -142,6 +152,7 @@ class Lease:
         with self._lock:
             if self._lost or self._ended.is_set():
                 return
+            start = _now()
             version = objects.replace(self._object, self._content(), self._version)
             if version is None:
                 found = _read(self._object)
@@ -151,7 +162,7 @@ class Lease:
                 elif found[0].get("token") == self.token:  # only an answer was lost
                     version = found[1]
             if version is not None:
-                self._version, self._renewed_at = version, time.monotonic()
+                self._version, self._renewed_at = version, start
                 return
             by = "its file .owner comes and goes" if found is None else _describe(found[0])
             self._lost = (
@@ -170,10 +181,14 @@ class Lease:
             self._ended.set()
             if not self._lost:
                 with contextlib.suppress(OSError):  # it passes after its time
-                    if delete and self._is_new:
+                    released = objects.replace(self._object, self._content(released=True), self._version)
+                    if released is not None and delete and self._is_new:
                         objects.delete(self._object)
-                        return
-                    objects.replace(self._object, self._content(released=True), self._version)
+
+
+def _now() -> float:
+    """Return seconds of a clock that goes on while the machine sleeps, where there is one."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _read(place: str) -> tuple[dict[str, Any], Any] | None:

@@ -240,14 +240,20 @@ def write_bytes(place: str, content: bytes) -> None:
     _put(place, content)
 
 
-def write_file(place: str, path: pathlib.Path) -> None:
+def write_file(place: str, path: pathlib.Path, retry_seconds: float | None = None) -> None:
     """Write an object from a file, a large one in parts; it is whole or the old one at any time.
+
+    Args:
+        place: address of the object.
+        path: of the file.
+        retry_seconds: as `connections.locate` takes it, for each request.
 
     Raises:
         OSError: the file cannot be read, or the store does not take it.
     """
     large = path.stat().st_size > PART_BYTES
-    _put(place, path if large else path.read_bytes(), chunk_size=PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+    content = path if large else path.read_bytes()
+    _put(place, content, retry_seconds, chunk_size=PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
 
 
 def create(place: str, content: bytes) -> Any:
@@ -268,7 +274,7 @@ def replace(place: str, content: bytes, version: Any) -> Any:
     return _put(place, content, mode=version)
 
 
-def _put(place: str, content: bytes | pathlib.Path, **options: Any) -> Any:
+def _put(place: str, content: bytes | pathlib.Path, retry_seconds: float | None = None, **options: Any) -> Any:
     import obstore
     from obstore.exceptions import AlreadyExistsError, PreconditionError
 
@@ -277,7 +283,7 @@ def _put(place: str, content: bytes | pathlib.Path, **options: Any) -> Any:
             errno.EACCES, "a web server takes no files; write to a disk, gs://, s3:// or az://", place
         )
     try:
-        return _token(obstore.put(*locate(place), content, **options))
+        return _token(obstore.put(*locate(place, retry_seconds), content, **options))
     except (AlreadyExistsError, PreconditionError):
         return None
     except Exception as error:
@@ -286,8 +292,8 @@ def _put(place: str, content: bytes | pathlib.Path, **options: Any) -> Any:
         raise explain(error, place) from error
 
 
-def copy(place: str, target: str) -> None:
-    """Copy an object inside one bucket, without reading it.
+def copy(place: str, target: str, retry_seconds: float | None = None) -> None:
+    """Copy an object inside one bucket, without reading it; `retry_seconds` as `connections.locate` takes it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -296,13 +302,13 @@ def copy(place: str, target: str) -> None:
     import obstore
 
     try:
-        obstore.copy(*locate(place), split(target)[2])
+        obstore.copy(*locate(place, retry_seconds), split(target)[2])
     except Exception as error:
         raise explain(error, place) from error
 
 
-def delete(place: str) -> None:
-    """Delete an object, if there is one.
+def delete(place: str, retry_seconds: float | None = None) -> None:
+    """Delete an object, if there is one; `retry_seconds` as `connections.locate` takes it.
 
     Raises:
         OSError: the store does not do it.
@@ -310,7 +316,7 @@ def delete(place: str) -> None:
     import obstore
 
     try:
-        obstore.delete(*locate(place))
+        obstore.delete(*locate(place, retry_seconds))
     except FileNotFoundError:
         return
     except Exception as error:

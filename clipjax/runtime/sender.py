@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from clipjax.runtime import objects
+from clipjax.runtime import connections, objects
 from clipjax.runtime.staging import PINNED, Copies, Found, Layout, parts_of
 
 _WORKERS = 4
@@ -26,6 +26,11 @@ class Holder(Protocol):
     @property
     def token(self) -> str:
         """Name of this holding."""
+        ...
+
+    @property
+    def retry_seconds(self) -> float | None:
+        """Time after which no write may be tried again without `require`; None: any time."""
         ...
 
     def require(self) -> None:
@@ -86,8 +91,7 @@ class Sender:
         """
         inside = path.relative_to(self._folder).as_posix()
         with self._lock_of(inside):
-            self._lease.require()
-            objects.write_file(objects.join(self._place, inside), path)
+            self._write(objects.join(self._place, inside), path)
 
     def send_plain(self) -> None:
         """Send the files that have changed, but those of units.
@@ -105,11 +109,14 @@ class Sender:
     def send_marks(self) -> None:
         """Send what has changed in units that are complete on the store: their seals, and files that mark them."""
         for unit in sorted(self.complete):
-            inside = self._folder / self._layout.parent / unit
-            for path in parts_of(inside) if inside.is_dir() else ():
-                whole = f"{self._layout.parent}/{unit}/{path}"
-                if "/" not in path and not _LEFT_OUT.match(path) and not self.copies.is_unchanged(whole):
-                    self._send_all("", [whole], self._folder)
+            inside = f"{self._layout.parent}/{unit}"
+            parts = parts_of(self._folder / inside) if (self._folder / inside).is_dir() else []
+            changed = [path for path in parts if not self.copies.is_unchanged(f"{inside}/{path}")]
+            if any("/" in path for path in changed):
+                continue  # it is being made anew: its seal would stand for the contents of the old one
+            for path in changed:
+                if not _LEFT_OUT.match(path):
+                    self._send_all("", [f"{inside}/{path}"], self._folder)
 
     def _send_all(self, inside: str, paths: list[str], source: pathlib.Path) -> None:
         """Send files, several at a time; those that are gone meanwhile are left out.
@@ -121,12 +128,17 @@ class Sender:
 
         Raises:
             Unreadable: one in a unit cannot be read; others are told, once.
-            OSError: the store does not take one; the others are sent all the same.
+            OSError: the store does not take one; the others are sent all the same, if it can be reached.
         """
+
+        away = threading.Event()  # else each file would wait as long as the first
 
         def send(path: str) -> OSError | None:
             with self._lock_of(path):
-                return send_locked(path)
+                error = None if away.is_set() else send_locked(path)
+            if error is not None and connections.is_away(error):
+                away.set()
+            return error
 
         def send_locked(path: str) -> OSError | None:
             try:
@@ -140,8 +152,7 @@ class Sender:
             except OSError as error:
                 return Unreadable(None, f"{error.strerror}; it is not sent", str(source / path))
             try:
-                self._lease.require()
-                objects.write_file(objects.join(self._place, *filter(None, (inside, path))), source / path)
+                self._write(objects.join(self._place, *filter(None, (inside, path))), source / path)
             except FileNotFoundError as error:
                 return None if not (source / path).exists() else error
             except OSError as error:
@@ -161,6 +172,14 @@ class Sender:
             if error.filename not in self._unread:
                 self._unread.add(error.filename)
                 self.say(describe(error))
+
+    def _write(self, place: str, path: pathlib.Path) -> None:
+        self._lease.require()
+        objects.write_file(place, path, self._lease.retry_seconds)
+
+    def _remove(self, place: str) -> None:
+        self._lease.require()
+        objects.delete(place, self._lease.retry_seconds)
 
     def _lock_of(self, path: str) -> threading.Lock:
         """Return the lock of a file: what is sent last must be what was read last."""
@@ -194,17 +213,16 @@ class Sender:
         local = {path: (source / path).stat().st_size for path in parts_of(source)}
         before = objects.list_folder(place)
         if seal in before:
-            objects.delete(objects.join(place, seal))
+            self._remove(objects.join(place, seal))
         self.complete.discard(unit)
         for path in before.keys() - local.keys():
-            objects.delete(objects.join(place, path))
+            self._remove(objects.join(place, path))
         self._send_all(inside, [path for path in local if path != seal], source)
         listed = objects.list_folder(place)
         for path, size in local.items():
             if path != seal and (path not in listed or listed[path].size != size):
                 raise OSError(None, "the store does not list a file as it was sent", objects.join(place, path))
-        self._lease.require()
-        objects.write_file(objects.join(place, seal), source / seal)
+        self._write(objects.join(place, seal), source / seal)
         for path, each in objects.list_folder(place).items():
             if path in local and _is_same(source / path, self._folder / inside / path):
                 self.copies.note(f"{inside}/{path}", each.version)
@@ -221,8 +239,7 @@ class Sender:
         place = objects.join(self._place, self._layout.parent, unit)
         listed = objects.list_folder(place)
         for path in sorted(listed, key=lambda path: path != self._layout.seal):
-            self._lease.require()
-            objects.delete(objects.join(place, path))
+            self._remove(objects.join(place, path))
             self.copies.forget(f"{self._layout.parent}/{unit}/{path}")
 
     def rename(self, unit: str, new: str) -> None:
@@ -238,13 +255,13 @@ class Sender:
         for path in sorted(listed, key=lambda path: path != seal):
             self._lease.require()
             try:
-                objects.copy(objects.join(place, path), objects.join(target, path))
-            except TimeoutError:
-                raise
-            except OSError as error:  # not allowed, or too large for the store: it must not stand in the way
-                failed = error
+                objects.copy(objects.join(place, path), objects.join(target, path), self._lease.retry_seconds)
+            except OSError as error:
+                if connections.is_away(error):
+                    raise
+                failed = error  # not allowed, or too large for the store: it must not stand in the way
             if path == seal:
-                objects.delete(objects.join(place, path))
+                self._remove(objects.join(place, path))
         if failed is not None:
             self.say(f"{target} does not hold all of {unit}, which is deleted: {describe(failed)}")
         self.delete(unit)

@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -172,7 +173,10 @@ def fill(
     found = find(listed, place, layout)
     copies.renames = copies.renames if continues else {}
     found = replace(found, complete=set(found.complete) - copies.renames.keys(), renames=dict(copies.renames))
-    unsent = _unsent_units(folder, layout, found.complete, copies) if continues else set()
+    unsent = _unsent_units(folder, layout, found.complete, copies)
+    lost_at = None
+    if unsent and not continues:
+        unsent, lost_at = set(), _set_aside(folder, layout, unsent)
     mine = {f"{layout.parent}/{unit}" for unit in unsent}
     wanted = {path: each for path, each in listed.items() if _unit_of(path, layout) in (None, *found.complete)}
     kept = set()
@@ -188,7 +192,16 @@ def fill(
     download(place, {path: each for path, each in wanted.items() if path not in kept}, folder, copies)
     for name in (*found.aside, *found.renames.values()):  # so that their names are taken
         (folder / layout.parent / name).mkdir(parents=True, exist_ok=True)
-    return copies, replace(found, unsent=frozenset(unsent))
+    return copies, replace(found, unsent=frozenset(unsent), lost_at=lost_at)
+
+
+def _set_aside(folder: pathlib.Path, layout: Layout, units: Collection[str]) -> pathlib.Path:
+    """Move units out of a folder, to a new one beside it, which is returned."""
+    aside = folder.with_name(f"{folder.name}.unsent-{secrets.token_hex(4)}")
+    aside.mkdir()
+    for unit in units:
+        (folder / layout.parent / unit).rename(aside / unit)
+    return aside
 
 
 @dataclass(frozen=True)
@@ -201,6 +214,8 @@ class Found:
         aside: other folders among the units, on the store.
         unsent: complete in the local folder, and not on the store.
         renames: to be renamed on the store, with their new names.
+        lost_at: folder with units that were complete in the local one, and which others who have written to the store
+            since have overtaken; None: there are none.
     """
 
     complete: Collection[str]
@@ -208,6 +223,7 @@ class Found:
     aside: Collection[str]
     unsent: Collection[str] = frozenset()
     renames: Mapping[str, str] = field(default_factory=dict)
+    lost_at: pathlib.Path | None = None
 
 
 def find(listed: Mapping[str, Listed], place: str, layout: Layout) -> Found:

@@ -4,6 +4,7 @@ The first process writes a decision to disk before it takes effect, and hands it
 copy of those before it. So a start after a kill at any moment does what the run would have done.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -85,6 +86,7 @@ class Decisions:
     Attributes:
         path: of the file.
         taken: the decisions.
+        patience: makes what `take` does, with a name for it; the watchdog's, once there is one.
 
     Args:
         workdir: of the run.
@@ -96,6 +98,7 @@ class Decisions:
 
     def __init__(self, workdir: pathlib.Path, send: Callable[[pathlib.Path], None] | None = None) -> None:
         self.path, self._send = workdir / FILE, send
+        self.patience: Callable[[str], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext()
         self.taken: list[Rollback] = []
         try:
             content = read_bounded(self.path, _MAX_BYTES)
@@ -143,7 +146,8 @@ class Decisions:
                 return f"a rollback cannot be recorded in {self.path} ({error.strerror})"
             return to_record(verdict)
 
-        record = exchange.publish(f"decisions/{len(self.taken)}", decide_and_write)
+        with self.patience("a decision"):  # a store may be slow to take it
+            record = exchange.publish(f"decisions/{len(self.taken)}", decide_and_write)
         if isinstance(record, str):
             return record
         self.taken.append(parse(record))

@@ -155,7 +155,7 @@ def _claim(parse: Callable[[], tuple[Config, Path | str]], made: list[Path], mir
         _check_entries(workdir)
         warning = owner.take(workdir, place=place if isinstance(place, str) else "")
         if isinstance(place, str):
-            mirrors.append(open_mirror(place, workdir, _LOADED, announce))
+            mirrors.append(open_mirror(place, workdir, _LOADED, announce, is_locked=not warning))
             _check_entries(workdir)
     return Claim(config, workdir, str(place), next(iter(mirrors), None), warning)
 

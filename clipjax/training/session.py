@@ -125,6 +125,7 @@ def open_session(checked: Checked, *, record: bool = True) -> Iterator[Session]:
             stack.callback(checked.exporter.close)
         log = process_log.open_file()
         watchdog = stack.enter_context(Watchdog(config.recovery.stuck_seconds, log=log))
+        checked.decisions.patience = watchdog.paused
         events = Events(workdir, enabled=record and processes.is_first(), clock=wall_clock)
         goodput = stack.enter_context(_ledger(checked, events))
         effect = "the run saves and leaves" if record else "nothing is saved; it leaves after the step that it computes"

@@ -6,6 +6,7 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
+from clipjax.checkpoints import apart
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.manifest import DamagedCheckpoint
 from clipjax.checkpoints.mirrored import LAYOUT, fetch, open_mirror
@@ -74,6 +75,30 @@ def test_a_refused_start_loses_nothing_that_was_not_sent_yet(place, workdir, tmp
     mirror.start(say=lambda _: None, on_lost=lambda _: None)
     assert not mirror.close() and (unsent / "manifest.json").exists()
     assert f"{place}/checkpoints/9/manifest.json" in objects.list_files(f"{place}/checkpoints/9/*")
+
+
+def test_what_was_not_sent_before_others_used_the_workdir_is_told_and_kept_aside(place, workdir, tmp_path):
+    folder, said = tmp_path / "here", []
+    folder.mkdir()
+    for each in (folder, tmp_path / "there", folder):
+        each.mkdir(exist_ok=True)
+        mirror = open_mirror(place, each, (), said.append)
+        mirror.start(say=said.append, on_lost=said.append)
+        assert not mirror.close()
+        shutil.copytree(workdir / "checkpoints" / "2", each / "checkpoints" / "9", dirs_exist_ok=True)
+    (told,) = [line for line in said if "warning" in line]
+    aside = pathlib.Path(told.rpartition(" lie in ")[2])
+    assert "was used elsewhere" in told and staging.parts_of(aside / "9") == staging.parts_of(workdir / "checkpoints/2")
+    assert not objects.list_folder(f"{place}/checkpoints/9")
+
+
+def test_a_process_goes_on_with_its_log_of_earlier_starts(place, tmp_path):
+    apart._load_log(tmp_path, place)
+    assert not staging.parts_of(tmp_path)
+    for rank in (0, 1):
+        objects.write_bytes(f"{place}/logs/rank-{rank:05d}.log", b"the first start")
+    apart._load_log(tmp_path, place)
+    assert staging.parts_of(tmp_path) == ["logs/rank-00000.log"]
 
 
 def test_the_newest_complete_step_is_loaded_once(place, request):

@@ -1,5 +1,6 @@
 """Command lines: overrides reach their fields, and every mistake gets one clear message."""
 
+import argparse
 import pathlib
 import re
 
@@ -249,3 +250,11 @@ def test_processes_meet_before_the_rest_is_parsed_and_tell_each_other_what_is_wr
     assert exit_code(main, ["--nonsense", *(f"--{name}={value}" for name, value in options.items())]) == 2
     assert met == [options]
     assert len(told) == 1 and told[0].startswith("unknown option --nonsense")
+
+
+def test_a_place_is_a_path_or_an_address():
+    assert arguments.place("gs://bucket/run//") == "gs://bucket/run"
+    assert arguments.place("a/b") == pathlib.Path("a/b")
+    for bad in ("gs://bucket//run", "s3://bucket/a//b"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"={bad} has an empty folder name"):
+            arguments.place(bad)

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+import time
 
 import jax
 import pytest
@@ -42,3 +44,15 @@ def test_a_start_is_described_by_machine_devices_and_versions(monkeypatch):
     assert start["xla_flags"] == "--xla_some=1"
     assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} <= start["versions"].keys()
     json.dumps(start)
+
+
+def test_a_commit_and_facts_that_are_recorded_at_once_are_both_kept(tmp_path, monkeypatch):
+    run_record.write(tmp_path, {})
+    save = run_record._save
+    monkeypatch.setattr(run_record, "_save", lambda *words: (time.sleep(0.1), save(*words)))
+    thread = threading.Thread(target=run_record.record_commit, args=(tmp_path, 7))
+    thread.start()
+    time.sleep(0.05)
+    run_record.add_to_start(tmp_path, fact=1)
+    thread.join()
+    assert run_record.read(tmp_path) == {"starts": [{"fact": 1}], "committed_step": 7}

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from clipjax.runtime import lease as lease_module
 from clipjax.runtime import objects
 from clipjax.runtime.lease import VARIABLE, Lease, LeaseLost
 from tests.runtime.stores import BUCKET
@@ -127,3 +128,70 @@ def test_what_others_write_there_is_no_trouble(gcs, monkeypatch):
         place = f"gs://{BUCKET}/lease/others-{number}"
         objects.write_bytes(f"{place}/.owner", content[:60_000])
         Lease(place, tell=lambda _: None).release()
+
+
+def test_a_start_that_is_killed_once_it_has_the_lease_is_followed_by_the_next_one(place):
+    first = Lease(place)
+    die(first)
+    for _ in range(2):  # neither has kept its token
+        killed = Lease(place, own_token=first.token)
+        assert killed.continues
+        die(killed)
+    other = Lease(place, tell=lambda _: None)
+    die(other)
+    last = Lease(place, own_token=first.token, tell=lambda _: None)
+    assert not other.continues and not last.continues
+    last.release()
+
+
+def test_a_start_whose_answer_is_lost_goes_on_from_the_last_one(place, monkeypatch):
+    first = Lease(place)
+    first.release()
+    replace, lost = objects.replace, [True]
+
+    def replace_once(*args):
+        version = replace(*args)
+        return None if lost and lost.pop() else version
+
+    monkeypatch.setattr(objects, "replace", replace_once)
+    said = []
+    second = Lease(place, own_token=first.token, tell=said.append)
+    assert second.continues and not said
+    assert not lost
+    second._renew()
+    second.require()
+    second.release()
+
+
+def test_the_time_of_a_lease_counts_from_the_request_on(gcs, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "600")
+    place = f"gs://{BUCKET}/lease/time"
+    gcs.plant("^PUT .*owner", delay=0.3, times=2)
+    start = lease_module._now()
+    lease = Lease(place)
+    assert lease._renewed_at < start + 0.3
+    start = lease_module._now()
+    lease._renew()
+    assert lease._renewed_at < start + 0.3
+    lease.release()
+
+
+def test_a_lease_that_was_lost_is_not_deleted(place):
+    first = Lease(place)
+    die(first)
+    second = Lease(place, tell=lambda _: None)
+    first._ended.clear()
+    first.release(delete=True)
+    second.require()
+    assert json.loads(objects.read_bytes(f"{place}/.owner", 10_000))["token"] == second.token
+    second.release()
+
+
+def test_a_folder_without_locks_may_have_another_user(place):
+    first = Lease(place)
+    with pytest.raises(ValueError, match="another run holds it"):
+        Lease(place, own_token=first.token, tell=lambda _: None, is_locked=False)
+    die(first)
+    second = Lease(place, own_token=first.token, tell=lambda _: None, is_locked=False)
+    assert second.continues
+    second.release()

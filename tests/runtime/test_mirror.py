@@ -20,7 +20,7 @@ LAYOUT = Layout("units", "seal", str.isdecimal, lambda *_: False)
 class Held:
     """A lease that is held until it is lost."""
 
-    token, lost, released = "token", False, False
+    token, retry_seconds, lost, released = "token", None, False, False
 
     def require(self):
         if self.lost:
@@ -187,6 +187,16 @@ def test_marks_of_complete_units_follow(mirror):
     assert objects.read_bytes(f"{mirror.place}/units/1/seal", 100) == b"with the best metric"
 
 
+def test_the_seal_of_a_unit_that_is_made_anew_waits_for_its_contents(mirror):
+    write_unit(mirror, 1, b"old")
+    start(mirror).commit("1")
+    assert mirror.flush() == ""
+    write_unit(mirror, 1, b"new")  # and is committed in a moment
+    assert mirror.flush() == "" and objects.read_bytes(f"{mirror.place}/units/1/seal", 10) == b"old"
+    mirror.commit("1")
+    assert mirror.flush() == "" and objects.read_bytes(f"{mirror.place}/units/1/seal", 10) == b"new"
+
+
 def test_what_a_killed_run_left_is_deleted_or_written_anew(mirror, tmp_path):
     for path in ("units/1/a", "units/1/stale", "units/2/a"):
         objects.write_bytes(f"{mirror.place}/{path}", b"half")
@@ -329,3 +339,48 @@ def test_an_error_of_any_kind_is_told_and_ends_no_thread(mirror):
     assert "RuntimeError: a surprise" in mirror.said[0]
     del mirror._lease.require
     wait_for(lambda: on_store(mirror) == ["log"])
+
+
+def test_no_write_is_tried_again_for_longer_than_the_lease_allows(mirror):
+    mirror._lease.retry_seconds = 0.0
+    mirror.server.plant("^PUT", status=503)
+    write(mirror, decisions=b"1")
+    with pytest.raises(OSError, match="503"):
+        mirror.send(mirror.folder / "decisions")
+    assert mirror.server.count("^PUT") == 1
+
+
+def test_nothing_is_deleted_once_the_lease_is_lost(mirror):
+    write_unit(mirror, 1)
+    start(mirror).commit("1")
+    assert mirror.flush() == ""
+    mirror.server.plant("^GET .*prefix=.*units/1", times=1, after=lambda: setattr(mirror._lease, "lost", True))
+    write_unit(mirror, 1, b"anew")
+    mirror.commit("1")
+    assert mirror.flush() == "it is another run's"
+    assert on_store(mirror) == unit_files(1) and mirror.server.count(r"DELETE|\?delete") == 0
+
+
+def test_a_store_that_is_away_is_not_waited_for_once_for_each_file(mirror):
+    mirror._lease.retry_seconds = 0.0
+    mirror.server.plant("^PUT", status=503)
+    write(mirror, **{f"deep__{i}": b"1" for i in range(40)})
+    assert "503" in mirror.flush(0.0) and mirror.server.count("^PUT") < 10
+    mirror.server.reset()
+    assert mirror.flush(0.0) == "" and len(on_store(mirror)) == 40
+
+
+def test_a_store_that_is_away_for_a_moment_loses_nothing_of_what_is_set_aside(mirror):
+    mirror._lease.retry_seconds = 0.0
+    write_unit(mirror, 1)
+    start(mirror).commit("1")
+    assert mirror.flush() == ""
+    mirror.server.plant("1.bad.*deep|deep.*1.bad", status=503, times=1)
+    set_aside(mirror, "1")
+    assert mirror.flush(5.0) == "" and on_store(mirror) == unit_files("1.bad")
+
+
+def test_a_file_that_the_store_refuses_keeps_no_other_back(mirror):
+    mirror.server.plant("^PUT .*deep/00", status=400)
+    write(mirror, **{f"deep__{i:02d}": b"1" for i in range(20)})
+    assert "400" in mirror.flush(0.0) and len(on_store(mirror)) == 19

@@ -155,6 +155,13 @@ def test_refused_access_is_not_tried_again(store, status):
     assert server.count("^GET") == 1
 
 
+def test_credentials_that_have_expired_are_told(s3, monkeypatch):
+    answer = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+    monkeypatch.setattr(s3, "backend", lambda *_: (400, {}, answer))
+    with pytest.raises(PermissionError, match="the credentials have expired; set AWS_ACCESS_KEY_ID"):
+        objects.read_bytes(f"s3://{BUCKET}/x", 10)
+
+
 def test_no_server(monkeypatch, impatient):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:9")
     with pytest.raises(TimeoutError, match="the store cannot be reached"):

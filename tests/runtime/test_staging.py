@@ -63,6 +63,7 @@ def test_the_store_wins(place, tmp_path):
     _, found = fill(tmp_path, place, LAYOUT, plain=PLAIN)
     assert tree(tmp_path) == WHOLE | {".owner": b"lock"} and not found.unsent
     assert not (tmp_path / "other").exists()
+    assert tree(found.lost_at) == {"9/seal": b"of another run"}  # it was never sent, and is not lost in silence
 
 
 def test_what_this_machine_had_not_sent_yet_is_kept_if_nobody_came_between(place, tmp_path):

@@ -1,5 +1,6 @@
 """Decisions on disk, and the judgement that takes them: goodness, rollbacks, and when there is no way back."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -76,6 +77,21 @@ def test_decisions_are_read_back_and_a_half_line_has_not_taken_effect(tmp_path):
     assert again.taken == [DECISION]
     assert again.left_out == [(23, 33)]
     assert again.records() == [to_record(DECISION)]
+
+
+def test_a_store_that_takes_a_decision_slowly_is_waited_for(tmp_path):
+    def send(_):
+        assert waiting == ["a decision"]
+
+    @contextlib.contextmanager
+    def patience(name):
+        waiting.append(name)
+        yield
+        waiting.clear()
+
+    waiting, decisions = [], Decisions(tmp_path, send)
+    decisions.patience = patience
+    assert decisions.take(lambda: DECISION) == DECISION and not waiting
 
 
 def test_a_decision_that_does_not_reach_the_store_takes_no_effect(tmp_path):
