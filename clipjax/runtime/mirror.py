@@ -38,7 +38,7 @@ Work = Callable[[], None]
 
 @dataclass(frozen=True, eq=False)
 class _Item:
-    """What is to be done on the store for a unit; `source` are the files of one that is sent."""
+    """A change of a unit on the store; `source` are the files of one that is sent."""
 
     unit: str
     work: Work
