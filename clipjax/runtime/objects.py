@@ -207,7 +207,9 @@ def list_objects(place: str) -> dict[str, Listed]:
     Raises:
         OSError: the store does not tell.
     """
-    return {path.rpartition("/")[2]: listed for path, listed in _list(place, deep=False)}
+    start = len(split(place)[2].rstrip("/"))
+    found = {path[start:].lstrip("/"): listed for path, listed in _list(place, deep=False)}
+    return {path: listed for path, listed in found.items() if "/" not in path}  # an emulator gives those inside, too
 
 
 def _list(place: str, *, deep: bool) -> Iterator[tuple[str, Listed]]:

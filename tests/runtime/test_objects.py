@@ -254,6 +254,7 @@ def test_lists(store):
     assert found("no/*") == [] and found(".*") == [".c.tar"]
     listed = objects.list_folder(f"{folder}/")
     assert {name: each.size for name, each in listed.items()} == {name: len(name) for name in names}
+    assert objects.list_objects(folder) == {name: each for name, each in listed.items() if "/" not in name}
     objects.write_bytes(f"{folder}/a.tar", b"other")
     changed = objects.list_folder(folder)
     assert changed["a.tar"].version != listed["a.tar"].version and changed["b.tar"] == listed["b.tar"]
