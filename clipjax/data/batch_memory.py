@@ -77,6 +77,11 @@ class _Segment(SharedMemory):
         with contextlib.suppress(BufferError):
             super().close()
 
+    def unlink(self) -> None:
+        """Take it out of the file system, if the other side has not: both may at once when a worker is closed."""
+        with contextlib.suppress(FileNotFoundError):
+            super().unlink()
+
 
 _Layout = Mapping[str, tuple[int, tuple[int, ...], str]]
 """Of each column its first byte, shape and type."""
@@ -138,8 +143,7 @@ class BatchWriter:
             self._ends = True  # threads that read ahead may still ask for more
             for segment in self._segments:
                 if not segment.memory[_OPENED]:
-                    with contextlib.suppress(FileNotFoundError):
-                        segment.unlink()
+                    segment.unlink()
 
 
 @dataclass(frozen=True)

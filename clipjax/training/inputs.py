@@ -14,6 +14,7 @@ from clipjax.config.serialization import field_value
 from clipjax.config.validation import MEMORY_UNIT
 from clipjax.data.digests import ShardDigest, find_order, from_record
 from clipjax.data.filters import FilteredSource, unfiltered
+from clipjax.data.index_file import FORMAT as INDEX_FORMAT
 from clipjax.data.mixture import MixedSource, sizes_of
 from clipjax.data.sample import Source
 from clipjax.data.sources import build_training_source, recording_sources
@@ -61,6 +62,11 @@ class Inputs:
     teacher_checkpoint: SavedCheckpoint | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
     order: RunOrder = DISK_ORDER
+
+    def index_formats(self) -> list[int | None]:
+        """Return for each training source the format of the index that numbers its samples; None: it has none."""
+        parts = map(unfiltered, _parts(self.source))
+        return [INDEX_FORMAT if isinstance(part, TarSource) else None for part in parts]
 
 
 def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:

@@ -80,6 +80,8 @@ class Position:
         shards: of the training source, in order: `[name, digest, number of samples]`; None: an older version saved.
         decisions: taken before, as JSON objects.
         order: fixes that of the training pairs; None: an older version saved.
+        index: for each training source, the format of the index that has numbered its samples, or None where there is
+            none; None: an older version saved.
     """
 
     step: int = 0
@@ -89,6 +91,7 @@ class Position:
     shards: Sequence[Sequence[Any]] | None = None
     decisions: Sequence[Mapping[str, Any]] = ()
     order: Mapping[str, Any] | None = None
+    index: Sequence[int | None] | None = None
 
     @classmethod
     def from_record(cls, record: Any, step: int) -> "Position":
@@ -127,6 +130,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "shards": (list, NoneType),
     "decisions": (list,),
     "order": (dict, NoneType),
+    "index": (list, NoneType),
 }
 """Types of the fields of a `data` record; `shards` and `decisions` are parsed further where they are used."""
 

@@ -212,6 +212,7 @@ class Run:
             shards=[list(shard) for shard in self.inputs.source.digests()],
             decisions=self.session.decisions.records(),
             order=None if self.inputs.order is None else self.inputs.order.to_record(),
+            index=self.inputs.index_formats(),
         )
         records = make_records(self.config, self.inputs.tokenizer, asdict(position))
         best_value = self._best_value(evaluation)

@@ -100,6 +100,18 @@ def test_what_is_left_in_a_queue_can_be_thrown_away(writer):
         columns.arrays()
 
 
+def test_both_sides_may_take_it_out_of_the_file_system_at_once(writer, monkeypatch):
+    sent = send(writer, 1)
+    opened = SharedMemory.__init__
+
+    def open_late(self, *args, **options):
+        opened(self, *args, **options)
+        writer._end()  # the worker ends between the two calls of the other side
+
+    monkeypatch.setattr(SharedMemory, "__init__", open_late)
+    assert (receive(sent).arrays()["tokens"] == 1).all()
+
+
 def test_too_little_memory_is_told_before_it_kills(writer, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,16 +1,21 @@
 """First weights of another run: positions of longer texts, of which the first may stay."""
 
 import copy
+import io
 import re
+import tarfile
 
 import jax
 import numpy as np
 import pytest
 
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
-from clipjax.config import CbowConfig, Config, MeshConfig
+from clipjax.config import CbowConfig, Config, DataConfig, MeshConfig
+from clipjax.data.index_file import FORMAT
+from clipjax.data.sources import build_training_source
+from clipjax.data.tokenizers.bytes import BytesTokenizer
 from clipjax.runtime import sharding
-from clipjax.training.inputs import check_same_shapes
+from clipjax.training.inputs import Inputs, check_same_shapes
 from clipjax.training.program import build_program
 from clipjax.training.resume import _take_params
 from tests.golden.test_checkpoint import FOLDER
@@ -59,3 +64,16 @@ def test_positions_that_cannot_be_kept_are_refused(saved, change, message):
     change(config)
     with pytest.raises(ValueError, match="^init_keep_positions=.*" + re.escape(message)):
         check_same_shapes(config, saved)
+
+
+def test_the_formats_of_indexes_go_into_checkpoints(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.jpg", "a.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"x"))
+    (tmp_path / "table.csv").write_text("filepath,title\na.jpg,a\n")
+    formats = {"a.tar": FORMAT, "table.csv": None}
+    for name, expected in formats.items():
+        source = build_training_source(DataConfig(train=str(tmp_path / name)))
+        assert Inputs(source, BytesTokenizer(), {}, None).index_formats() == [expected]

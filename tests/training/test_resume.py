@@ -136,6 +136,7 @@ GOOD = json.loads(json.dumps(dataclasses.asdict(Position(step=7, num_samples=3))
         (GOOD | {"shards": {}}, "data.shards="),
         (GOOD | {"decisions": "none"}, "data.decisions="),
         (GOOD | {"order": [64, 4, 1]}, "data.order="),
+        (GOOD | {"index": 2}, "data.index="),
         (GOOD | {"order": {"block": 64, "window": 4}}, "data.order="),
         (GOOD | {"order": {"block": 64, "window": 4, "lanes": 0}}, "data.order.lanes=0"),
         *((GOOD | {"format": value}, "data.format=") for value in (0, "2", None, 2.5, 99)),
