@@ -105,7 +105,7 @@ def _wait_for(address: str) -> float:
 
 def _measure(pixels: str, paths: Sequence[str], url: str, vocabulary: str, cache: pathlib.Path) -> list[dict]:
     """Return the figures of one set of shards: from the disk and from the server, with one worker and two."""
-    places = {"disk": ",".join(paths), "server": ",".join(f"{url}/{pathlib.Path(path).name}" for path in paths)}
+    places = {"disk": ",".join(paths), "server": f"{url}/{pixels}-{{00000..{len(paths) - 1:05d}}}.tar"}
     rows = [(place, workers) for workers in (1, 2) for place in places]
     rounds: dict[tuple[str, int], list[list[float]]] = {row: [] for row in rows}
     for _ in range(ROUNDS):

@@ -78,7 +78,8 @@ from clipjax.data.training_stream import TrainStream
 workers, where, paths, vocabulary = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[7]
 batch, warm, count = map(int, sys.argv[4:7])
 if __name__ == "__main__":
-    data = DataConfig(train="{" + paths + "}", num_workers=workers, num_threads=1, resize_on=ResizeOn(where))
+    train = paths if "{" in paths else "{" + paths + "}"
+    data = DataConfig(train=train, num_workers=workers, num_threads=1, resize_on=ResizeOn(where))
     if where == "device":
         data.canvas_size = int(sys.argv[9])
     config = Config(global_batch_size=batch, model=ModelConfig(image=ViTConfig(image_size=224)), data=data)
