@@ -307,7 +307,7 @@ def _verify(options: Namespace) -> int:
     recorded = [] if against is None else _read_manifest(against)
     found = digest_files(_open(options).files())
     if write_to is not None:
-        write(write_to, json.dumps({"files": found}, indent=2) + "\n")
+        write(write_to, json.dumps({"files": found}, indent=2) + "\n", sync=True)
         print(f"{printable(str(write_to))}: digests of {len(found)} files, {sum(file.size for file in found)} bytes")
         return 0
     differing = [(word, file.shown) for word, files in find_differences(recorded, found).items() for file in files]

@@ -57,8 +57,7 @@ def eval_batches(
     total = len(source) if max_examples is None else min(len(source), max_examples)
     parts = [range(start + process_index, start + batch_size, process_count) for start in range(0, total, batch_size)]
     assert all(len(part) == local_size for part in parts)
-    decode = Decoder(max_image_pixels, background, exif_orientation)
-    blank = view(np.zeros((1, 1, 3), np.uint8))
+    decode, blank = Decoder(max_image_pixels, background, exif_orientation), view(np.zeros((1, 1, 3), np.uint8))
 
     def read(index: int) -> dict[str, Any]:
         if index >= total:

@@ -15,7 +15,7 @@ from clipjax.config import Config, Crop, Interpolation, ViTConfig, flops_per_pai
 from clipjax.data.augmentations import Augmentations, make_augmentations
 from clipjax.data.images import resampling
 from clipjax.data.order import derive_key
-from clipjax.data.patches import PADDING, cut_patches, fit_grid
+from clipjax.data.patches import PADDING, cut, fit_grid
 
 _BUDGET_KEY = 17  # what a key is for, beside those of an order and of augmentations
 _STEPS = 256  # of the common factor that shrinks the pictures of a row
@@ -127,8 +127,7 @@ class PatchRows:
         for number, ((picture, rng), box, (rows, columns)) in enumerate(zip(pictures, boxes, grids, strict=True)):
             resized = _resize(picture, box, (rows * patch_size, columns * patch_size), data.interpolation)
             here = slice(first, first + rows * columns)
-            changed = self.augmentations(resized, rng)
-            patches[here] = cut_patches(changed, rows, columns, patch_size, data.interpolation)
+            patches[here] = cut(self.augmentations(resized, rng), patch_size)
             segment[here] = number
             place[here] = np.stack(np.divmod(np.arange(rows * columns), columns), axis=-1)
             first = here.stop

@@ -43,8 +43,13 @@ def cut_patches(
     from PIL import Image
 
     size = (columns * patch_size, rows * patch_size)
-    resized = np.asarray(Image.fromarray(image).resize(size, resampling(interpolation)))
-    grid = resized.reshape(rows, patch_size, columns, patch_size, 3).swapaxes(1, 2)
+    return cut(np.asarray(Image.fromarray(image).resize(size, resampling(interpolation))), patch_size)
+
+
+def cut(image: np.ndarray, patch_size: int) -> np.ndarray:
+    """Cut a picture uint8 [rows * p, columns * p, 3]: uint8 [rows * columns, p * p * 3], row by row."""
+    rows, columns = (side // patch_size for side in image.shape[:2])
+    grid = image.reshape(rows, patch_size, columns, patch_size, 3).swapaxes(1, 2)
     return grid.reshape(rows * columns, 3 * patch_size**2)
 
 

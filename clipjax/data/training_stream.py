@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.config import Config, ResizeOn, SamePair
+from clipjax.config import Config, ResizeOn, SamePair, most_patches
 from clipjax.data import workers
 from clipjax.data.augmentations import make_augmentations
 from clipjax.data.batch_memory import ReceivedColumns, forget_the_dead
@@ -133,11 +133,7 @@ class TrainStream:
 
         batch_size, data = config.global_batch_size, config.data
         local_size, unit = per_process("global_batch_size", batch_size, process_count), data.images_per_row
-        if local_size % unit:
-            raise ValueError(
-                f"data.images_per_row={unit} must divide the {local_size} pairs of each process: global_batch_size="
-                f"{batch_size} / {process_count} processes"
-            )
+        _check_rows(config, order, local_size, process_count)
         _check_size(config, source)
         if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
@@ -160,11 +156,6 @@ class TrainStream:
         self._reader: BlockReader | None = None
         share = Share(local_size, process_index, self._slices, tuple(left_out), unit)
         if order is None:
-            if augment.patch_rows is not None:
-                raise ValueError(
-                    "model.image.max_patches: the run began with the order of an older version, which knows squares "
-                    "only; start anew in another workdir"
-                )
             batches = _GrainBatches(samples, augment, config, share, process_count)
         else:
             if blocks:
@@ -271,6 +262,20 @@ class TrainStream:
             forget_the_dead()
         if self._reader is not None:
             self._reader.close()
+
+
+def _check_rows(config: Config, order: RunOrder, local_size: int, process_count: int) -> None:
+    """Refuse rows of several pictures that a process cannot fill, and pictures of variable aspect in Grain's order."""
+    if local_size % (unit := config.data.images_per_row):
+        raise ValueError(
+            f"data.images_per_row={unit} must divide the {local_size} pairs of each process: global_batch_size="
+            f"{config.global_batch_size} / {process_count} processes"
+        )
+    if order is None and most_patches(config.model.image) is not None:
+        raise ValueError(
+            "model.image.max_patches: the run began with the order of an older version, which knows squares only; "
+            "start anew in another workdir"
+        )
 
 
 def _check_size(config: Config, source: Source) -> None:

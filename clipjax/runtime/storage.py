@@ -126,8 +126,13 @@ def require_writable(place: pathlib.Path | str, option: str, *, makes_folder: bo
         raise ValueError(f"{option}={place}: {error.strerror}; choose another place") from error
 
 
-def write(place: pathlib.Path | str, content: str | bytes) -> None:
+def write(place: pathlib.Path | str, content: str | bytes, *, sync: bool = False) -> None:
     """Write a file that is whole or absent at any time, or the one that was there before.
+
+    Args:
+        place: path or address.
+        content: of the file.
+        sync: return only when the disk has it; a store always has.
 
     Raises:
         OSError: it cannot be written.
@@ -136,7 +141,7 @@ def write(place: pathlib.Path | str, content: str | bytes) -> None:
         objects.write_bytes(place, content.encode() if isinstance(content, str) else content)
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(place, content)
+    files.write_atomic(place, content, sync=sync)
 
 
 class _LocalFile:

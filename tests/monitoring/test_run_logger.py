@@ -43,7 +43,7 @@ def count_samples(step: int, counters: np.ndarray) -> dict:
     return {"samples_skipped": count_by_reason(counters), "step_of_counts": step}
 
 
-def make_logger(workdir, config: Config, *, start_step: int, enabled: bool) -> RunLogger:
+def make_logger(workdir, config: Config, *, start_step: int = 0, **more) -> RunLogger:
     flops = config.model.flops()
     return RunLogger(
         config,
@@ -51,7 +51,7 @@ def make_logger(workdir, config: Config, *, start_step: int, enabled: bool) -> R
         start_step=start_step,
         flops_per_pair=lambda first, last: flops,
         count_samples=count_samples,
-        enabled=enabled,
+        **more,
     )
 
 
@@ -92,14 +92,7 @@ def test_a_step_is_fetched_and_written_on_flush_only(tmp_path, capsys):
 
 def test_prometheus_gets_the_numbers_of_each_logged_step(tmp_path):
     exporter, config = mock.Mock(), make_config()
-    logger = RunLogger(
-        config,
-        tmp_path,
-        start_step=0,
-        flops_per_pair=lambda first, last: 1,
-        count_samples=count_samples,
-        exporter=exporter,
-    )
+    logger = make_logger(tmp_path, config, exporter=exporter)
     logger.log_step(2, step_metrics(3.5), 0.0)
     logger.flush()
     logger.close()
@@ -111,14 +104,7 @@ def test_lines_hold_the_times_of_the_run_by_cause(tmp_path):
     now = [1000.0]
     ledger = Goodput(Events(tmp_path, enabled=False), began=999.0, clock=lambda: now[0])
     config = make_config()
-    logger = RunLogger(
-        config,
-        tmp_path,
-        start_step=0,
-        flops_per_pair=lambda first, last: 1,
-        count_samples=count_samples,
-        goodput=ledger,
-    )
+    logger = make_logger(tmp_path, config, goodput=ledger)
     ledger.step(1)
     now[0] += 3
     logger.log_step(1, step_metrics(3.5), 0.0)
