@@ -33,6 +33,26 @@ KILLS = {
 }
 
 
+PACED = """
+import sys
+from clipjax.cli.main import console
+from clipjax.training.run import Run
+
+save = Run.save
+
+def save_and_send(run, *args, **options):
+    save(run, *args, **options)
+    run.wait_for_saves()
+    if run.session.checked.mirror is not None:
+        run.session.checked.mirror.send_unsent()
+
+Run.save = save_and_send
+sys.argv[0] = "clipjax"
+console()
+"""
+"""A run that waits at each save until the store has it: a fast machine would leave out the save whose upload kills."""
+
+
 class BucketRun(TinyRun):
     """The tiny run with a workdir on a store."""
 
@@ -72,7 +92,7 @@ def test_kills_during_uploads(kind, folder, request):
     environment = request.getfixturevalue({"gs": "gcs_session", "s3": "s3_session"}[kind])[1]
     run, name = BucketRun(folder).on(kind, server, environment), f"on-{kind}"
     for number, (pattern, moment) in enumerate(KILLS[kind]):
-        process = run.start_on(f"{kind}-machine-{number}", name)
+        process = run.start_on(f"{kind}-machine-{number}", name, prefix=("-c", PACED))
 
         def kill(process=process):
             os.killpg(process.pid, signal.SIGKILL)
@@ -172,7 +192,8 @@ def test_two_hosts_without_a_shared_disk(folder, gcs, gcs_session):
     options = ("--config.total_examples=480", "--config.mesh.fsdp=2", "--config.eval.every_examples=480")
 
     finish_two(start_two(lambda _, *words: shared.start("on-a-disk", *words), *options))
-    first = start_two(lambda i, *words: run.start_on(f"host-{i}", "two-hosts", *words), *options)
+    paced = ("-c", PACED)
+    first = start_two(lambda i, *words: run.start_on(f"host-{i}", "two-hosts", *words, prefix=paced), *options)
 
     def kill():
         for process in first:
