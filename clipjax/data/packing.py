@@ -22,10 +22,10 @@ from typing import Any
 from clipjax.config import DataConfig
 from clipjax.data.archives import is_archive, read_archive
 from clipjax.data.array_records import count_records, write_array_records
-from clipjax.data.block_reader import read_block
+from clipjax.data.block_reader import Read, read_block
 from clipjax.data.digests import digest_files
 from clipjax.data.packed_samples import PackedSample, from_sample, with_unique_keys, write_tar
-from clipjax.data.sample import BadSample, Sample, Source
+from clipjax.data.sample import BadSample, Sample, Source, UnreadableData
 from clipjax.data.sources import build_source, tar_paths
 from clipjax.data.tar_samples import Limits, assemble
 from clipjax.data.webdataset import TarSource, max_file_bytes
@@ -243,7 +243,7 @@ def _read_source(source: Source, start: int) -> Iterator[Item]:
     described = _json_objects(source, start)
     blocks = iter(range(start, len(source), _BLOCK))
     with futures.ThreadPoolExecutor(4) as pool:
-        waiting: collections.deque[futures.Future[Sequence[Sample | BadSample]]] = collections.deque()
+        waiting: collections.deque[futures.Future[Sequence[Read]]] = collections.deque()
         number = start
         while True:
             for first in itertools.islice(blocks, _AHEAD - len(waiting)):
@@ -251,6 +251,8 @@ def _read_source(source: Source, start: int) -> Iterator[Item]:
             if not waiting:
                 return
             for sample in waiting.popleft().result():
+                if isinstance(sample, UnreadableData):
+                    raise sample
                 metadata = next(described)
                 yield sample if isinstance(sample, BadSample) else from_sample(sample, number, metadata)
                 number += 1
