@@ -239,10 +239,10 @@ def unused_columns(
                 f"{prefix}{name}={value!r} would be ignored: {prefix}captions names the columns of the training pairs, "
                 "and no task reads any; leave one of them out"
             )
-    if data.image_root is not None and not any(map(_reads_image_files, sources)):
+    if data.image_root is not None and not any(_reads_image_files(source, data.image_root) for source in sources):
         errors.append(
-            f"{prefix}image_root={data.image_root!r} would be ignored: no source is a table of paths or a folder; "
-            "leave it out"
+            f"{prefix}image_root={data.image_root!r} would be ignored: no source is a table of paths, or a folder with "
+            "links to it on the same disk; leave it out"
         )
     return errors
 
@@ -256,9 +256,9 @@ def _is_tars(source: str) -> bool:
     return not (source.startswith(("folder:", "tfds:")) or is_record or _reads_columns(source))
 
 
-def _reads_image_files(source: str) -> bool:
-    """Return True for tables of paths, and for folders, whose names may be any."""
-    if source.startswith("tfds:"):
+def _reads_image_files(source: str, image_root: str) -> bool:
+    """Return True for tables of paths, and for folders on a disk with links; their names may be any."""
+    if source.startswith("tfds:") or (source.startswith("folder:") and "://" in source + image_root):
         return False
     return re.search(r"\.(tar|parquet|parq|pq|array_?record)\b", source.lower()) is None
 

@@ -45,6 +45,11 @@ def split(place: str) -> tuple[str, str, str]:
     if scheme not in (*STORES, *WEB) or not bucket:
         known = ", ".join(f"{name}://" for name in (*STORES, *WEB))
         raise ValueError(f"{place}: nothing here opens such an address; known are {known}, each followed by a name")
+    if "@" in bucket:
+        raise ValueError(
+            f"{scheme}://...@{bucket.rpartition('@')[2]}/{key}: a name and password in an address would stand in logs "
+            "and checkpoints; give the address without them, of a server that asks for none"
+        )
     if scheme in WEB:
         if "?" in key or "#" in key:
             raise ValueError(f"{place}: an address with a query is not read; give one that ends with the file's name")

@@ -275,6 +275,15 @@ def test_the_web_is_read_only_and_lists_nothing(web):
         open_file(f"{web.url}/a?b=1")
 
 
+@pytest.mark.parametrize("place", ["http://me:secret@host/a", "s3://me:sec@ret@bucket/a"])
+def test_passwords_in_addresses_are_refused_and_not_repeated(place):
+    with pytest.raises(
+        ValueError, match=r"://\.\.\.@(host|bucket)/a: a name and password in an address would"
+    ) as caught:
+        open_file(place)
+    assert "sec" not in str(caught.value)
+
+
 @pytest.mark.parametrize("place", ["hdfs://h/x", "gs:///x", "GS://b/x"])
 def test_other_addresses_are_refused(place):
     assert is_address(place)
