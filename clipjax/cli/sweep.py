@@ -58,18 +58,23 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] = TRAIN_CO
         return 0
     lost: list[str] = []
     with contextlib.ExitStack() as stack:
-        with refusals(PROGRAM):
-            options, passed = _parse(argv)
-            _refuse_several()
-            sweep = load_sweep(options.sweep)
-            home = Folder(options.workdir)
-            trials = plan_trials(sweep, config=options.config, home=home, passed=passed)
-            chosen = trials if options.trial is None else _choose(trials, options.trial)
-            stack.enter_context(home.held(None if options.trial is None else chosen[0].folder, lost.append))
-            restore_trials(trials, home, check=() if options.launcher == "slurm" else chosen)
-            if not (options.dry_run or is_address(str(options.workdir))):
-                options.workdir.mkdir(parents=True, exist_ok=True)
-            if options.launcher == "slurm":
+        try:
+            with refusals(PROGRAM):
+                options, passed = _parse(argv)
+                _refuse_several()
+                sweep = load_sweep(options.sweep)
+                home = Folder(options.workdir)
+                trials = plan_trials(sweep, config=options.config, home=home, passed=passed)
+                chosen = trials if options.trial is None else _choose(trials, options.trial)
+                stack.enter_context(home.held(None if options.trial is None else chosen[0].folder, lost.append))
+                restore_trials(trials, home, check=() if options.launcher == "slurm" else chosen)
+                if not (options.dry_run or is_address(str(options.workdir))):
+                    options.workdir.mkdir(parents=True, exist_ok=True)
+        except KeyboardInterrupt:  # while it waits to see whether an owner is alive
+            print("interrupted: no trial was started", file=sys.stderr)
+            return SIGNAL + signal.SIGINT
+        if options.launcher == "slurm":
+            with refusals(PROGRAM):
                 return _on_slurm(sweep, trials, options, passed)
         try:
             return _run_here(sweep, chosen, options, lost, command=command)

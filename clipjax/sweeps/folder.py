@@ -172,6 +172,11 @@ class Folder:
         if isinstance(self.place, str):
             objects.write_file(objects.join(self.place, path), self.local / path, self._require())
 
+    def drop_copy(self, trial: str) -> None:
+        """Delete the local copy of a finished trial, all of which the store has: many would fill a disk."""
+        if isinstance(self.place, str):
+            shutil.rmtree(staging.folder_of(objects.join(self.place, trial)), ignore_errors=True)
+
     def _require(self) -> float:
         """Return for how many seconds a write may be tried again, if the folder is held."""
         assert self._lease is not None

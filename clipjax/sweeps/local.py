@@ -116,6 +116,8 @@ def _finish(trial: Trial, exit_code: int, *, metric: str, interrupted: bool) -> 
             trial.problem = f"exit code {exit_code}: {_last_line(trial.home.local / trial.path(LOG))}"
             outcome = f"{trial.problem} [{trial.home.at(trial.path(LOG))}]"
         trial.save()
+        if trial.status == "done":
+            trial.home.drop_copy(trial.folder)
     except OSError as error:
         trial.status, trial.metric, trial.problem = "failed", None, f"cannot be recorded: {error}"
         outcome = trial.problem

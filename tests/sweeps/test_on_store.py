@@ -20,8 +20,6 @@ import pytest
 
 from clipjax.runtime import objects, staging
 from clipjax.runtime.lease import Lease
-from tests.faults.test_bucket import PACED
-from tests.faults.tiny_run import TinyRun, ended, losses
 from tests.runtime.stores import BUCKET
 from tests.sweeps.test_sweep import GRID, Bench
 
@@ -166,7 +164,7 @@ def test_changed_definitions_are_noticed_before_anything_is_written(gs_bench, ca
 
 
 @contextlib.contextmanager
-def slow_sweep(bench: StoreBench, *more: str, trials: int = 1):
+def slow_sweep(bench: StoreBench, *more: str):
     """A sweep in another process, whose trials wait; they are gone after the block."""
     output = bench.folder / "slow.out"
     with output.open("wb") as file:
@@ -174,14 +172,13 @@ def slow_sweep(bench: StoreBench, *more: str, trials: int = 1):
             [sys.executable, "-c", bench.call(*more)], env={**os.environ, "SLOW": "1"}, stdout=file, stderr=file
         )
     try:
-        deadline = time.monotonic() + 30
-        while len(pids(bench)) < trials:
-            assert process.poll() is None and time.monotonic() < deadline, output.read_text()
-            time.sleep(0.05)
-        yield process
+        with ended_alone(process):
+            deadline = time.monotonic() + 30
+            while not pids(bench):
+                assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+                time.sleep(0.05)
+            yield process
     finally:
-        process.kill()
-        process.wait()
         for pid in pids(bench):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -226,6 +223,32 @@ def test_a_refused_start_leaves_nothing(gs_bench, capsys):
     assert list(objects.list_folder(gs_bench.place)) == [f"{NAMES[1]}/.owner"]
     lease.release()
     assert gs_bench.run() == 0
+
+
+@pytest.mark.process
+def test_an_interrupt_while_it_waits_for_an_owner(gs_bench):
+    gs_bench.monkeypatch.setenv("CLIPJAX_LEASE_SECONDS", "30")
+    lease = Lease(gs_bench.place)
+    holder = gs_bench.text(".owner")
+    process = subprocess.Popen([sys.executable, "-c", gs_bench.call()], stderr=subprocess.PIPE, text=True)
+    with ended_alone(process):
+        assert process.stderr is not None
+        assert "has an owner; waiting up to 30 s" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert (process.returncode, error) == (130, "interrupted: no trial was started\n")
+    assert list(objects.list_folder(gs_bench.place)) == [".owner"] and gs_bench.text(".owner") == holder
+    lease.release()
+
+
+@contextlib.contextmanager
+def ended_alone(process: subprocess.Popen):
+    """The process, which is gone after the block."""
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.process
@@ -314,80 +337,3 @@ def test_mistakes_are_one_line_and_nothing_is_written(gs_bench, capsys, gcs, mor
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not objects.list_folder(gs_bench.place) and not gcs.count("^PUT .*trial")
-
-
-# Training
-
-KILLS = {
-    "gs": rf"PUT .*{NAMES[1]}/checkpoints/40/params/",  # in the middle of a checkpoint of the second trial
-    "s3": rf"PUT .*{NAMES[1]}/results.json",  # it is trained, and the sweep does not know
-}
-STEPS = {"gs": "20", "s3": "40"}
-"""The step from which the second trial then goes on."""
-
-
-class SweepRun(TinyRun):
-    """A sweep of two real runs of 40 steps."""
-
-    def command(self, name: str, *options: str) -> list[str]:
-        return []
-
-    def start_sweep(
-        self, workdir: str, machine: str, environment: dict[str, str], train: tuple[str, ...] = ("-m", "clipjax")
-    ) -> subprocess.Popen:
-        options = [f"--config={self.folder}/config.py", f"--sweep={self.folder}/sweep.py", f"--workdir={workdir}"]
-        options += ["--config.total_examples=320", "--config.eval.every_examples=320"]
-        call = f"main({options}, command={[sys.executable, *train, 'train']})"
-        code = f"import sys; from clipjax.cli.sweep import main; sys.exit({call})"
-        here = {"CLIPJAX_STAGING": str(self.folder / machine), "CLIPJAX_LEASE_SECONDS": "2"}
-        return self.start(machine, prefix=("-c", code), environment={**environment, **here})
-
-
-@pytest.fixture(scope="module")
-def on_disk(tmp_path_factory):
-    """The files of the sweep, and its undisturbed end on a disk."""
-    run = SweepRun(pathlib.Path(tmp_path_factory.mktemp("sweep")))
-    run.write()
-    (run.folder / "sweep.py").write_text(
-        "from clipjax.sweeps import *\n"
-        "def get_sweep():\n"
-        "    search = Grid({'optim.learning_rate': [0.001, 0.002]})\n"
-        "    return Sweep(search=search, metric='loss', maximize=False)\n"
-    )
-    with ended(process := run.start_sweep(str(run.workdir("disk")), "no-machine", {})):
-        assert process.wait(300) == 0, run.output("no-machine")
-    return run
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("kind", ["gs", pytest.param("s3", marks=pytest.mark.slow)])
-def test_a_machine_lost_in_the_middle_of_real_trials(kind, on_disk, request, tmp_path):
-    server = request.getfixturevalue({"gs": "gcs", "s3": "s3"}[kind])
-    environment = request.getfixturevalue({"gs": "gcs_session", "s3": "s3_session"}[kind])[1]
-    place = f"{kind}://{BUCKET}/sweeps/trained"
-    process = on_disk.start_sweep(place, f"{kind}-machine-0", environment, train=("-c", PACED))
-
-    def lose_machine():
-        process.kill()
-        process.wait()
-        trial = json.loads(objects.read_bytes(f"{place}/{NAMES[1]}/.owner", 2**16))["pid"]
-        os.killpg(trial, signal.SIGKILL)
-
-    fault = server.plant(KILLS[kind], times=1, **{"before" if kind == "gs" else "after": lose_machine})
-    with ended(process):
-        assert process.wait(300) == -signal.SIGKILL and fault.hits == 1, on_disk.output(f"{kind}-machine-0")
-    server.reset()
-    before = objects.list_folder(f"{place}/{NAMES[0]}")
-    assert f"{NAMES[1]}/.owner" in objects.list_folder(place)
-    with ended(process := on_disk.start_sweep(place, f"{kind}-machine-1", environment)):
-        assert process.wait(300) == 0, on_disk.output(f"{kind}-machine-1")
-    assert "2 trials in" in (out := on_disk.output(f"{kind}-machine-1")) and "1 to run" in out
-
-    assert objects.list_folder(f"{place}/{NAMES[0]}") == before  # no file of the finished trial was touched
-    staging.download(place, objects.list_folder(place), tmp_path)
-    disk = on_disk.workdir("disk")
-    assert rows_of((tmp_path / "leaderboard.csv").read_text()) == rows_of((disk / "leaderboard.csv").read_text())
-    for name in NAMES[:2]:
-        assert losses(tmp_path / name) == losses(disk / name)
-    log = (tmp_path / NAMES[1] / "log.txt").read_text()  # of the last start: the other's was lost with its machine
-    assert re.findall(r"^step (\d+) of 40", log, re.MULTILINE) == [STEPS[kind]]
