@@ -17,7 +17,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from clipjax.runtime import objects, owner
@@ -32,6 +33,7 @@ VARIABLE = "CLIPJAX_LEASE_SECONDS"
 _MAX_BYTES = 65_536
 _MAX_SECONDS = 3600.0
 _LOOKS = 6  # within the time of a lease
+_WORKERS = 8
 
 
 class LeaseLost(OSError):
@@ -101,28 +103,11 @@ class Lease:
                 return version
             self.continues = bool(own_token) and own_token in (holder.get("token"), holder.get("follows"))
             if not (self.continues and self._is_locked) and not holder.get("released"):
-                self._watch(holder, version, tell)
+                _watch({self._place: found}, tell)
             self._renewed_at = _now()
             follows = own_token if self.continues else ""  # a kill may come before this token is kept
             if taken := objects.replace(self._object, self._content(follows=follows), version):
                 return taken
-
-    def _watch(self, holder: dict[str, Any], version: Any, tell: Callable[[str], None]) -> None:
-        """Return once the object of a holder has not changed for its time.
-
-        Raises:
-            ValueError: it has.
-        """
-        seconds = _seconds(holder.get("seconds"))
-        until = time.monotonic() + seconds
-        tell(f"{self._place} has an owner; waiting up to {seconds:.0f} s to see whether it is alive")
-        while time.monotonic() < until:
-            time.sleep(min(seconds / _LOOKS, max(0.0, until - time.monotonic())))
-            now = _read(self._object)
-            if now is None or now[0].get("released"):
-                return
-            if now[1] != version:
-                raise ValueError(f"--workdir={self._place}: {_describe(now[0])}")
 
     def watch(self, on_lost: Callable[[str], None]) -> None:
         """Call a function, in another thread, with the reason once the lease is lost."""
@@ -184,6 +169,48 @@ class Lease:
                     released = objects.replace(self._object, self._content(released=True), self._version)
                     if released is not None and delete and self._is_new:
                         objects.delete(self._object)
+
+
+def refuse_held(places: Sequence[str], tell: Callable[[str], None] = print) -> None:
+    """Refuse folders of stores that another run holds, without taking them; write nothing.
+
+    Args:
+        places: addresses of the folders, which are looked at together.
+        tell: shows a line while this waits to see whether a holder is alive.
+
+    Raises:
+        ValueError: another run holds one.
+        OSError: a store cannot be used.
+    """
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        found = dict(zip(places, pool.map(lambda place: _read(objects.join(place, FILE)), places), strict=True))
+    held = {place: each for place, each in found.items() if each is not None and not each[0].get("released")}
+    if held:
+        _watch(held, tell)
+
+
+def _watch(held: dict[str, tuple[dict[str, Any], Any]], tell: Callable[[str], None]) -> None:
+    """Return once the leases of some folders have not changed for their time, or are given up.
+
+    Args:
+        held: content and version of each lease, by its folder; those that are given up are removed.
+        tell: shows a line first.
+
+    Raises:
+        ValueError: one has changed.
+    """
+    seconds = max(_seconds(holder.get("seconds")) for holder, _ in held.values())
+    until = time.monotonic() + seconds
+    more = f" (and {len(held) - 1} more like it)" if len(held) > 1 else ""
+    tell(f"{next(iter(held))} has an owner{more}; waiting up to {seconds:.0f} s to see whether it is alive")
+    while held and time.monotonic() < until:
+        time.sleep(min(seconds / _LOOKS, max(0.0, until - time.monotonic())))
+        for place, (_, version) in list(held.items()):
+            now = _read(objects.join(place, FILE))
+            if now is None or now[0].get("released"):
+                del held[place]
+            elif now[1] != version:
+                raise ValueError(f"--workdir={place}: {_describe(now[0])}")
 
 
 def _now() -> float:

@@ -233,13 +233,13 @@ def _list(place: str, *, deep: bool) -> Iterator[tuple[str, Listed]]:
         raise explain(error, place) from error
 
 
-def write_bytes(place: str, content: bytes) -> None:
-    """Write an object; it is whole or the old one at any time.
+def write_bytes(place: str, content: bytes, retry_seconds: float | None = None) -> None:
+    """Write an object; it is whole or the old one at any time. `retry_seconds` as `connections.locate` takes it.
 
     Raises:
         OSError: the store does not take it.
     """
-    _put(place, content)
+    _put(place, content, retry_seconds)
 
 
 def write_file(place: str, path: pathlib.Path, retry_seconds: float | None = None) -> None:

@@ -1,14 +1,15 @@
 """The ranking of the trials of a sweep as table, CSV and picture."""
 
 import csv
+import io
 import math
-import pathlib
 import shlex
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from clipjax.runtime.terminal import format_table, printable
+from clipjax.sweeps.folder import Folder
 from clipjax.sweeps.space import Choice, Grid, Sweep, format_value
 from clipjax.sweeps.trial import Trial, format_overrides, formatted
 
@@ -19,8 +20,12 @@ def rank_trials(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: math.inf if trial.metric is None else sign * trial.metric)
 
 
-def write_leaderboard(sweep: Sweep, trials: Sequence[Trial], workdir: pathlib.Path) -> None:
-    """Print the ranking and write `leaderboard.csv` and `sweep.png`."""
+def write_leaderboard(sweep: Sweep, trials: Sequence[Trial], home: Folder) -> None:
+    """Print the ranking and write `leaderboard.csv` and `sweep.png` into the folder of the sweep.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     paths = list(trials[0].overrides)
     header = ["rank", "trial", sweep.metric, *paths, "loss", "seconds", "status"]
     table, exact = [], []
@@ -33,14 +38,16 @@ def write_leaderboard(sweep: Sweep, trials: Sequence[Trial], workdir: pathlib.Pa
     for trial in trials:
         if trial.problem:
             print(f"{trial.name}: {printable(trial.problem)}")
-    with (workdir / "leaderboard.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *exact])
-    plot_sweep(sweep, trials, workdir / "sweep.png")
+    text, picture = io.StringIO(), io.BytesIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *exact])
+    home.write("leaderboard.csv", text.getvalue())
+    plot_sweep(sweep, trials, picture)
+    home.write("sweep.png", picture.getvalue())
     best = rank_trials(sweep, trials)[0]
     if best.metric is not None:
         flags = shlex.join(f"--config.{path}={value}" for path, value in formatted(best.overrides).items())
-        print(printable(f"best: {best.folder}  {sweep.metric} {best.metric:.4f}"), printable(f"  {flags}"), sep="\n")
-    print(printable(f"wrote {workdir / 'leaderboard.csv'} and {workdir / 'sweep.png'}"), flush=True)
+        print(printable(f"best: {best.place}  {sweep.metric} {best.metric:.4f}"), printable(f"  {flags}"), sep="\n")
+    print(printable(f"wrote {home.at('leaderboard.csv')} and {home.at('sweep.png')}"), flush=True)
 
 
 def _number(value: float | None, style: str) -> str:
@@ -49,15 +56,15 @@ def _number(value: float | None, style: str) -> str:
     return repr(value) if style == "r" else format(value, style)
 
 
-def plot_sweep(sweep: Sweep, trials: Sequence[Trial], path: pathlib.Path) -> None:
-    """Draw the metric against each swept field, one panel per field, on axes of the search's own scale."""
+def plot_sweep(sweep: Sweep, trials: Sequence[Trial], file: io.BytesIO) -> None:
+    """Draw, as PNG, the metric against each swept field, one panel per field, on axes of the search's own scale."""
     import matplotlib
 
     with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a value is no formula
-        _plot(sweep, trials, path)
+        _plot(sweep, trials, file)
 
 
-def _plot(sweep: Sweep, trials: Sequence[Trial], path: pathlib.Path) -> None:
+def _plot(sweep: Sweep, trials: Sequence[Trial], file: io.BytesIO) -> None:
     from matplotlib.figure import Figure
 
     fields = list(trials[0].overrides)
@@ -79,7 +86,7 @@ def _plot(sweep: Sweep, trials: Sequence[Trial], path: pathlib.Path) -> None:
     figure.suptitle(title, fontsize=10)
     handles = {label: handle for p in figure.axes for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path)
+    figure.savefig(file, format="png")
 
 
 def _draw_panel(panel: Any, sweep: Sweep, trials: Sequence[Trial], name: str) -> None:

@@ -8,14 +8,18 @@ import runpy
 import shlex
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from clipjax.config import Config
 from clipjax.config.paths import expand, is_path_field, schemes_of
 from clipjax.config.serialization import canonical_path, check_override, split_assignment
+from clipjax.sweeps.folder import Folder
 from clipjax.sweeps.local import open_log
 from clipjax.sweeps.space import Sweep
-from clipjax.sweeps.trial import Trial, formatted, read_json
+from clipjax.sweeps.trial import RECORD, RESULTS, Trial, formatted, read_json
+
+_WORKERS = 8
 
 
 def path_of(argument: str) -> str:
@@ -44,20 +48,17 @@ def load_sweep(path: pathlib.Path) -> Sweep:
     return sweep
 
 
-def plan_trials(
-    sweep: Sweep, *, config: str, workdir: pathlib.Path, passed: Sequence[str], check: Sequence[int] | None = None
-) -> list[Trial]:
-    """Return the trials of a sweep with the results of earlier runs in `workdir`; start and write nothing.
+def plan_trials(sweep: Sweep, *, config: str, home: Folder, passed: Sequence[str]) -> list[Trial]:
+    """Return the trials of a sweep, without what earlier runs of them have left; read nothing in its folder.
 
     Args:
         sweep: definition of the sweep.
         config: config file, FILE or FILE:ARG.
-        workdir: folder of the sweep.
+        home: folder of the sweep.
         passed: options `--config.FIELD=VALUE` for all trials.
-        check: numbers of the trials that nobody else may be training now; all by default.
 
     Raises:
-        ValueError: a field or value does not fit the config, or `workdir` holds trials of another definition.
+        ValueError: a field or value does not fit the config.
     """
     all_overrides = sweep.trials()
     _check_fields(all_overrides, passed)
@@ -67,21 +68,35 @@ def plan_trials(
     source = hashlib.sha256(config_path.read_bytes()).hexdigest()
     trials = []
     for index, overrides in enumerate(all_overrides):
-        folder = workdir / f"trial-{index:04d}-{_slug(overrides)}"
-        arguments = [f"--config={config}", f"--workdir={folder}", *passed]
+        folder = f"trial-{index:04d}-{_slug(overrides)}"
+        arguments = [f"--config={config}", f"--workdir={home.at(folder)}", *passed]
         arguments += [f"--config.{path}={value}" for path, value in formatted(overrides).items()]
         identity = [source, config.partition(":")[2], list(passed), formatted(overrides)]
         definition = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         trials.append(
-            Trial(index=index, folder=folder, overrides=overrides, arguments=arguments, definition=definition)
+            Trial(
+                index=index, home=home, folder=folder, overrides=overrides, arguments=arguments, definition=definition
+            )
         )
-    _check_folders(trials, workdir)
-    for index in check or ():
-        if not 0 <= index < len(trials):
-            raise ValueError(f"--trial={index} must be from 0 to {len(trials) - 1}")
-    for trial in trials:
-        restore(trial, check_lock=check is None or trial.index in check)
     return trials
+
+
+def restore_trials(trials: Sequence[Trial], home: Folder, *, check: Sequence[Trial]) -> None:
+    """Take over status and time of trials from earlier runs; write nothing.
+
+    Args:
+        trials: all of a sweep.
+        home: folder of the sweep.
+        check: those that nobody else may be training now.
+
+    Raises:
+        ValueError: the folder holds trials of another definition, or somebody else trains one of `check`.
+        OSError: it cannot be read.
+    """
+    _check_folders(trials, home)
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        list(pool.map(lambda trial: restore(trial, check_lock=trial in check), trials))
+    home.refuse_trained([trial.folder for trial in check if trial.status != "done"])
 
 
 def _check_fields(all_overrides: Sequence[dict[str, Any]], passed: Sequence[str]) -> None:
@@ -104,13 +119,13 @@ def _check_fields(all_overrides: Sequence[dict[str, Any]], passed: Sequence[str]
         raise ValueError("; ".join(problems))
 
 
-def _check_folders(trials: Sequence[Trial], workdir: pathlib.Path) -> None:
-    planned = {trial.folder.name for trial in trials}
-    for folder in sorted(workdir.glob("trial-[0-9]*")):
-        if folder.name not in planned:
+def _check_folders(trials: Sequence[Trial], home: Folder) -> None:
+    planned = {trial.folder for trial in trials}
+    for name in home.names():
+        if re.match(r"trial-[0-9]", name) and name not in planned:
             raise ValueError(
-                f"{folder} is a trial of another sweep definition; give another --workdir, undo the change of the "
-                "sweep, or delete that folder"
+                f"{home.at(name)} is a trial of another sweep definition; give another --workdir, undo the change of "
+                "the sweep, or delete that folder"
             )
 
 
@@ -119,8 +134,9 @@ def restore(trial: Trial, *, check_lock: bool) -> None:
 
     Raises:
         ValueError: the folder holds another trial, or another process trains it.
+        OSError: it cannot be read.
     """
-    record = read_json(trial.folder / "trial.json")
+    record = read_json(trial.home, trial.path(RECORD))
     if not record:
         return
     if record.get("definition") != trial.definition:
@@ -131,11 +147,11 @@ def restore(trial: Trial, *, check_lock: bool) -> None:
         ]
         what = f"its arguments differ in {shlex.join(changed)}" if changed else "the config file has changed since"
         raise ValueError(
-            f"{trial.folder} was trained by another definition: {what}; give another --workdir, undo the change, or "
+            f"{trial.place} was trained by another definition: {what}; give another --workdir, undo the change, or "
             "delete that folder"
         )
     trial.seconds = float(record.get("seconds", 0.0))
-    if record.get("status") == "done" and (trial.folder / "results.json").is_file():
+    if record.get("status") == "done" and trial.home.exists(trial.path(RESULTS)):
         trial.status = "done"
     elif check_lock:
         open_log(trial).close()

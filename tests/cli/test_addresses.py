@@ -4,6 +4,8 @@ import argparse
 import io
 import json
 import tarfile
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,9 +50,9 @@ OTHER_TEXTS = {
 """Fields of texts that are no places."""
 
 
-def flags() -> list[tuple[str, str]]:
+def flags(*types: Callable[[str], Any]) -> list[tuple[str, str]]:
     def is_place(action: argparse.Action) -> bool:
-        return action.type in PLACE_TYPES and bool(action.option_strings)
+        return action.type in (types or PLACE_TYPES) and bool(action.option_strings)
 
     return [
         (command, action.option_strings[0])
@@ -82,6 +84,17 @@ def test_a_flag_refuses_an_address_that_nothing_opens(command, flag, here, capsy
     told = refusal([*command.split(), f"{flag}=foo://x/y"], capsys)
     assert f"{flag}=foo://x/y: nothing here opens an address of foo://" in told
     assert not any(here.iterdir())
+
+
+@pytest.mark.parametrize(("command", "flag"), flags(arguments.place))
+def test_a_flag_that_takes_stores_refuses_a_web_server(command, flag, here, capsys):
+    told = refusal([*command.split(), f"{flag}=https://x/y"], capsys)
+    assert f"{flag}=https://x/y: nothing here opens an address of https:// for this, which takes gs://" in told
+    assert told.count("\n") == 1 and not any(here.iterdir())
+
+
+def test_the_workdirs_of_train_and_sweep_take_stores():
+    assert {("train", "--workdir"), ("sweep", "--workdir")} <= set(flags(arguments.place))
 
 
 def test_all_texts_of_a_config_are_places_or_known_not_to_be():

@@ -28,6 +28,7 @@ from clipjax.config.paths import is_path_field
 from clipjax.config.serialization import field_value, members, take_apart
 from clipjax.data.tokenizers.bytes import BytesTokenizer
 from clipjax.sweeps import Grid, Sweep
+from clipjax.sweeps.folder import Folder
 from clipjax.sweeps.plan import plan_trials
 from tests.commands import exit_code
 
@@ -128,7 +129,7 @@ def test_train_plan_and_sweep_take_every_field(given, tmp_path, path):
     options, passed = sweep._parse([file, *argv[1:], "--sweep=s.py", f"--workdir={tmp_path}"])
     other_field = "seed" if path != "seed" else "total_examples"
     search = Sweep(search=Grid({other_field: [3]}), metric="loss")
-    (trial,) = plan_trials(search, config=options.config, workdir=tmp_path, passed=passed)
+    (trial,) = plan_trials(search, config=options.config, home=Folder(tmp_path), passed=passed)
     given(config)
     again, _ = train._parse(trial.arguments)
     assert field_value(again, path) == field_value(trained, path)

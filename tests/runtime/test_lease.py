@@ -8,7 +8,7 @@ import pytest
 
 from clipjax.runtime import lease as lease_module
 from clipjax.runtime import objects
-from clipjax.runtime.lease import VARIABLE, Lease, LeaseLost
+from clipjax.runtime.lease import VARIABLE, Lease, LeaseLost, refuse_held
 from tests.runtime.stores import BUCKET
 
 SECONDS = 1.0
@@ -72,6 +72,26 @@ def test_the_next_start_on_the_same_machine_does_not_wait(place):
     assert third.continues
     third.release()
     assert not Lease(place, own_token=second.token).continues
+
+
+def test_folders_that_others_hold_are_refused_together(place):
+    places, said = [f"{place}/{name}" for name in ("none", "free", "dead", "held")], []
+    free, dead, held = (Lease(each) for each in places[1:])
+    free.release()
+    die(dead)
+    start = time.monotonic()
+    refuse_held(places[:2], said.append)
+    assert time.monotonic() - start < SECONDS / 2 and not said
+    refuse_held(places[:3], said.append)
+    assert SECONDS <= time.monotonic() - start < 4 * SECONDS
+    with pytest.raises(ValueError, match=f"--workdir={places[3]}: another run holds it"):
+        refuse_held(places, said.append)
+    assert len(said) == 2 and f"{places[2]} has an owner (and 1 more like it); waiting up to 1 s" in said[1]
+    held.require()  # nothing was written
+    held.release()
+    assert not objects.exists(f"{places[0]}/.owner")
+    for each in places:
+        objects.delete(f"{each}/.owner")
 
 
 def test_two_that_start_at_once(place):
