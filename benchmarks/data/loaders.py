@@ -6,9 +6,10 @@
 
 Every row runs in a process of its own and reads the same shards, which lie in the page cache: tar to uint8 pixels of
 224 (open_clip: to normalised floats, as its trainer does) with 77 tokens of CLIP's vocabulary. Rows take turns; figures
-are medians. CPU time is that of the process and its workers. The bare loop has the same JPEGs in memory, one thread,
-and no tokens; it resizes crops of clipjax's random sizes, as a crop's size decides what resizing it costs. `device` is
-`data.resize_on=device`, where the host only decodes.
+are medians. CPU time is that of the process and its workers. The bare loops have the same JPEGs in memory, one thread,
+and no tokens; they resize crops of clipjax's random sizes, as a crop's size decides what resizing it costs. `pillow`
+decodes as Pillow does, which is what loaders of PyTorch do; `simplejpeg` is the fastest decoder that we know, and
+clipjax's own. Both resize by Pillow. `device` is `data.resize_on=device`, where the host only decodes.
 """
 
 import argparse
@@ -42,11 +43,14 @@ for path in sys.argv[3].split(","):
     with tarfile.open(path) as tar:
         jpegs += [tar.extractfile(m).read() for m in tar if m.name.endswith("jpg")]
 boxes = json.loads(sys.argv[8])
+def decode(content):
+    if sys.argv[2] == "pillow":
+        return Image.open(io.BytesIO(content)).convert("RGB")
+    return Image.fromarray(simplejpeg.decode_jpeg(content, "RGB", strict=True))
 def one(number):
-    pixels = simplejpeg.decode_jpeg(jpegs[number], "RGB", strict=True)
     top, left, h, w = boxes[number]
     box = (left, top, left + w, top + h)
-    return np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC, box=box))
+    return np.asarray(decode(jpegs[number]).resize((224, 224), Image.Resampling.BICUBIC, box=box))
 for number in range(50): one(number)
 wall, cpu = time.perf_counter(), time.process_time()
 count = 0
@@ -130,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("benchmarks/results/loaders.json"))
     options = parser.parse_args(argv)
     vocabulary = options.shared / "data/tokenizers/bpe_simple_vocab_16e6.txt.gz"
-    rows = [("bare", sys.executable, BARE, 0, "-")]
+    rows = [("bare", sys.executable, BARE, 0, decoder) for decoder in ("simplejpeg", "pillow")]
     for workers in (1, 2):
         rows += [("clipjax", sys.executable, CLIPJAX, workers, where) for where in ("host", "device")]
         if options.open_clip:
@@ -174,7 +178,7 @@ def measure(name: str, rows: Sequence[tuple[str, str, str, int, str]], paths: st
                 "pixels": name,
                 "loader": loader,
                 "workers": workers,
-                "resize_on": where,
+                "variant": where,
                 "per_second": round(wall, 1),
                 "per_core_second": round(cpu, 1),
                 "rounds": rounds[number],
