@@ -48,7 +48,7 @@ from clipjax.runtime.storage import is_address, open_file
 from clipjax.runtime.terminal import printable
 
 _FORMAT = 1
-_THREADS, _REMOTE_THREADS = 4, 16
+_THREADS, _REMOTE_THREADS, _REMOTE_LOOKING_THREADS = 4, 16, 64
 _SECONDS_PER_SAMPLE = 20e-6
 _SECONDS_TO_START = 2.0  # worth the start of processes
 _TOLD_SECONDS = 20.0
@@ -124,13 +124,13 @@ def _look_at(shards: Sequence[tuple[str, int]]) -> list[Listed | None]:
             raise unreadable(path, error) from error
 
     paths = [path for path, _ in shards]
-    with futures.ThreadPoolExecutor(_threads(paths)) as pool:
+    with futures.ThreadPoolExecutor(_threads(paths, _REMOTE_LOOKING_THREADS)) as pool:
         listed = list_shards(paths, pool)
         return list(pool.map(look, paths))
 
 
-def _threads(paths: Sequence[str]) -> int:
-    return _REMOTE_THREADS if any(map(is_address, paths)) else _THREADS
+def _threads(paths: Sequence[str], remote: int) -> int:
+    return remote if any(map(is_address, paths)) else _THREADS
 
 
 def _key_of(shards: Sequence[tuple[str, int]], versions: Sequence[Listed | None], filters: Filters) -> str:
@@ -148,13 +148,13 @@ def _judge_all(
 ) -> list[ShardResult]:
     """Return the results of all shards; judge those that have none, with the other processes that do so."""
     shards = source.shard_counts()
-    threads = _threads([path for path, _ in shards])
+    paths = [path for path, _ in shards]
 
     def find(number: int) -> ShardResult | None:
         path, count = shards[number]
         return find_result(path, versions[number], count, filters)
 
-    with futures.ThreadPoolExecutor(threads) as pool:
+    with futures.ThreadPoolExecutor(_threads(paths, _REMOTE_LOOKING_THREADS)) as pool:
         known = list(pool.map(find, range(len(shards))))
     missing = [number for number, result in enumerate(known) if result is None]
     if missing:
@@ -162,8 +162,9 @@ def _judge_all(
         jobs = _Jobs(source, missing, filters, progress)
         seconds = _SECONDS_PER_SAMPLE * sum(shards[number][1] for number in missing)
         judges = [Judge(data) for _ in range(min(num_cores(), len(missing)) if seconds > _SECONDS_TO_START else 0)]
+        works = [functools.partial(jobs.run, judge) for judge in judges or [None] * _threads(paths, _REMOTE_THREADS)]
         try:
-            run_threads([functools.partial(jobs.run, judge) for judge in judges or [None] * threads], stop=jobs.stop)
+            run_threads(works, stop=jobs.stop)
         finally:
             for judge in judges:
                 judge.close()

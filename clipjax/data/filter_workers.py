@@ -68,6 +68,8 @@ def main() -> None:
             source = build_source(job["path"], data=data)
             assert isinstance(source, DescribedSource)
             [(path, count)] = source.shard_counts()
+            if path != job["path"]:  # its name is a pattern that another one matches
+                raise ValueError(f"{path} is another shard")
             result = judge_shard(source, 0, path, count, made[text], may_wait=job["may_wait"])
             packed = "" if result is None else base64.b64encode(pack_result(result, made[text])).decode()
             answer: dict[str, Any] = {"is_held": result is None, "result": packed}

@@ -1,6 +1,6 @@
 """Processes and machines that judge one source: each shard once, whoever is killed or fails, and the same bitmap."""
 
-import itertools
+import functools
 import json
 import os
 import pathlib
@@ -17,19 +17,20 @@ from clipjax.data import filter_results, filter_workers, shard_results
 from clipjax.data.filters import FilteredSource
 from clipjax.data.index_store import FOLDER
 from clipjax.data.kept_samples import kept_place
+from clipjax.data.key_lists import KeyList
 from clipjax.data.sample import UnreadableData
 from clipjax.data.shard_results import judge_shard, make_filters
 from clipjax.data.sources import build_source, build_training_source
 from clipjax.data.training_order import OrderFormat, make_order
 from clipjax.data.training_stream import TrainStream
-from clipjax.runtime import objects
+from clipjax.data.webdataset import TarSource
+from clipjax.runtime.consistency import run_on_all
 from tests.cli.test_data_show import png
 from tests.data.test_filters import FILTERS, OLD, add, expected_keys, keys, rows, write_tar
-from tests.runtime.stores import BUCKET
+from tests.runtime.test_consistency import run_processes
 
 pytestmark = pytest.mark.process
 
-_numbers = itertools.count()
 PROGRAM = """
 import os, sys, time
 from clipjax.config import DataConfig
@@ -161,6 +162,49 @@ def test_a_process_that_fails_leaves_its_shards_to_the_others(tmp_path, spec):
     assert other.communicate(timeout=60)[0].split() == expected_keys()
 
 
+class Failing(TarSource):
+    """The source of a process whose disk gives nothing."""
+
+    failed = threading.Event()
+
+    def metadata(self, shard, columns):
+        self.failed.set()
+        raise OSError(5, "Input/output error")
+
+
+class Waiting(TarSource):
+    """The source of a process that is slower."""
+
+    def metadata(self, shard, columns):
+        assert Failing.failed.wait(30)
+        return super().metadata(shard, columns)
+
+
+def test_a_process_that_fails_ends_the_others_of_its_run(spec, monkeypatch):
+    data = DataConfig(train=spec, filters=FILTERS)
+
+    def open_data(kind: type[TarSource]):
+        source = kind(paths(spec), max_caption_bytes=1000, max_image_pixels=10**6)
+        return filter_results.filter_source(source, data, spec), {"data": {}}
+
+    works = [functools.partial(run_on_all, "it", functools.partial(open_data, kind)) for kind in (Waiting, Failing)]
+    outcomes = run_processes(monkeypatch, works)
+    assert [type(each) for each in outcomes] == [ValueError] * 2 and str(outcomes[0]) == str(outcomes[1])
+    assert str(outcomes[0]).startswith("process 1 (") and "cannot be read for its filters: [Errno 5]" in str(
+        outcomes[0]
+    )
+    assert keys(build_training_source(data)) == expected_keys()
+
+
+def test_a_list_that_changes_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("a\nb\n")
+    listed = KeyList("data.keep_keys", str(path))
+    path.write_text("a\nc\n")
+    with pytest.raises(ValueError, match="^data.keep_keys=.*keys has changed while it was read; start again"):
+        listed.load()
+
+
 def test_waiting_threads_take_other_shards_first(tmp_path, spec, monkeypatch):
     data = DataConfig(train=spec, filters=FILTERS)
     path = paths(spec)[7]
@@ -229,110 +273,6 @@ def test_workers_give_the_batches_of_a_list_in_memory(tmp_path, cache, num_worke
 
 def tokenize(text: str) -> np.ndarray:
     return np.array([int(text)], np.int32)
-
-
-@pytest.fixture
-def place(gcs, tmp_path) -> str:
-    folder = f"gs://{BUCKET}/filters-{next(_numbers)}"
-    (tmp_path / "made").mkdir()
-    for number in range(3):
-        path = write_tar(tmp_path / "made" / f"{number}.tar", rows(number * 20, 20))
-        objects.write_bytes(f"{folder}/{number}.tar", pathlib.Path(path).read_bytes())
-    return folder
-
-
-@pytest.fixture
-def on_machine(tmp_path, monkeypatch):
-    """Go to another machine: one with an empty cache folder."""
-
-    def go(name: str) -> pathlib.Path:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-        return tmp_path / name / "clipjax" / "index"
-
-    return go
-
-
-def count_judged(monkeypatch) -> list[str]:
-    done: list[str] = []
-    judge = shard_results._judge
-    monkeypatch.setattr(shard_results, "_judge", lambda *each: done.append(each[1]) or judge(*each))
-    return done
-
-
-def test_the_next_machine_fetches_what_the_first_has_judged(place, on_machine, monkeypatch, gcs):
-    data = DataConfig(train=f"{place}/{{0,1,2}}.tar", filters=FILTERS)
-    done = count_judged(monkeypatch)
-    on_machine("first")
-    first = build_training_source(data)
-    assert keys(first) == expected_keys() and len(done) == 3
-    assert sum(name.endswith(".kept") for name in objects.list_folder(place)) == 3
-    folder = on_machine("second")
-    second = build_training_source(data)
-    assert len(done) == 3 and keys(second) == expected_keys() and second.digests() == first.digests()
-    assert len(list(folder.glob("*.kept"))) == 3 and len(list(folder.glob("*.bitmap"))) == 1
-    gcs.requests.clear()
-    build_training_source(data)
-    assert len(done) == 3 and not any(FOLDER in request for request in gcs.requests)
-    build_training_source(DataConfig(train=data.train, filters=FILTERS[:1]))
-    assert len(done) == 6
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other", "text"])
-def test_a_damaged_or_foreign_result_in_the_store_is_made_anew(place, on_machine, monkeypatch, damage):
-    data = DataConfig(train=f"{place}/{{0,1,2}}.tar", filters=FILTERS)
-    on_machine("first")
-    digests = build_training_source(data).digests()
-    shared = {name: f"{place}/{name}" for name in objects.list_folder(place) if name.endswith(".kept")}
-    names = sorted(shared)
-    content = objects.read_bytes(shared[names[1]], 2**20)
-    damaged = {
-        "cut": content[:-1],
-        "flipped": content[:-1] + bytes([content[-1] ^ 16]),
-        "empty": b"",
-        "other": objects.read_bytes(shared[names[0]], 2**20),
-        "text": b"<html>not here</html>",
-    }
-    objects.write_bytes(shared[names[1]], damaged[damage])
-    on_machine("second")
-    done = count_judged(monkeypatch)
-    assert build_training_source(data).digests() == digests and done == [f"{place}/1.tar"]
-    on_machine("third")
-    assert build_training_source(data).digests() == digests and len(done) == 1  # the second has mended it
-
-
-def test_a_shard_that_has_changed_in_the_store_is_judged_again(place, on_machine, monkeypatch, tmp_path):
-    data = DataConfig(train=f"{place}/{{0,1,2}}.tar", filters=FILTERS)
-    on_machine("first")
-    build_training_source(data)
-    path = write_tar(tmp_path / "made" / "1.tar", rows(100, 20))
-    objects.write_bytes(f"{place}/1.tar", pathlib.Path(path).read_bytes())
-    on_machine("second")
-    done = count_judged(monkeypatch)
-    assert "0101" in keys(build_training_source(data)) and done == [f"{place}/1.tar"]
-
-
-def test_a_store_that_takes_nothing_is_judged_by_each_machine(place, on_machine, monkeypatch):
-    data = DataConfig(train=f"{place}/{{0,1,2}}.tar", filters=FILTERS)
-
-    def refuse(place: str, content: bytes) -> None:
-        raise PermissionError(13, "read-only", place)
-
-    monkeypatch.setattr(objects, "write_bytes", refuse)
-    done = count_judged(monkeypatch)
-    for number, name in enumerate(("first", "second")):
-        on_machine(name)
-        for _ in range(2):
-            assert keys(build_training_source(data)) == expected_keys() and len(done) == 3 * (number + 1)
-
-
-def test_a_machine_judges_what_another_has_not_finished(place, on_machine, monkeypatch):
-    data = DataConfig(train=f"{place}/{{0,1,2}}.tar", filters=FILTERS)
-    on_machine("first")
-    source, filters = build_source(data.train, data=data), make_filters(data)
-    judge_shard(source, 1, f"{place}/1.tar", 20, filters)  # type: ignore[arg-type]
-    on_machine("second")
-    done = count_judged(monkeypatch)
-    assert keys(build_training_source(data)) == expected_keys() and sorted(done) == [f"{place}/{i}.tar" for i in (0, 2)]
 
 
 def test_a_shard_that_is_written_anew_meanwhile_is_told_and_nothing_is_kept(tmp_path, cache, monkeypatch):
