@@ -159,7 +159,9 @@ def judge_shard(
                     make_folder(place.parent)
                     stack.enter_context(locked(f"{place}.lock", may_wait=may_wait))
                 except BlockingIOError:
-                    return None
+                    if result is None:
+                        return None
+                    continue
                 except OSError:
                     continue
                 found = _read(place, version, count, filters) or _fetch(path, version, count, filters)

@@ -229,6 +229,22 @@ def test_waiting_threads_take_other_shards_first(tmp_path, spec, monkeypatch):
     assert keys(found[0]) == expected_keys() and done[-1] == path and sorted(done) == paths(spec)
 
 
+def test_a_result_that_is_there_waits_for_no_other_place(spec, monkeypatch):
+    """The disk of the shards is full, and another process holds the name in the cache folder."""
+    data = DataConfig(train=spec, filters=FILTERS)
+    source, filters, path = build_source(spec, data=data), make_filters(data), paths(spec)[3]
+    [_, cached] = shard_results.result_places(path, filters)
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shard_results, "write_atomic", refuse)
+    cached.parent.mkdir(parents=True)
+    with shard_results.locked(f"{cached}.lock", may_wait=False):
+        found = judge_shard(source, 3, path, 3, filters, may_wait=False)  # type: ignore[arg-type]
+    assert found is not None and found.shard.kept == sum(9 <= int(key) < 12 for key in expected_keys())
+
+
 def test_judging_processes_answer_where_nothing_can_be_written(tmp_path, spec, cache, monkeypatch, caplog):
     for each in (tmp_path / FOLDER).iterdir():
         each.unlink()
