@@ -21,10 +21,10 @@ import time
 import urllib.request
 from collections.abc import Sequence
 
-from benchmarks.data.loaders import BATCH, CLIPJAX, SETS, TICKS, WARM, make_shards
+from benchmarks.data.loaders import CLIPJAX, SETS, TICKS, make_shards
 from benchmarks.machine import describe
 
-ROUNDS, COUNT, SECONDS = 3, 40, 0.03
+ROUNDS, BATCH, WARM, COUNT, SECONDS = 3, 128, 3, 16, 0.03
 SERVER = """
 load_module modules/ngx_http_echo_module.so;
 worker_processes 1;

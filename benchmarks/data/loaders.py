@@ -74,6 +74,7 @@ from clipjax.config import *
 from clipjax.data.sources import build_source
 from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.data.tokenizers.protocol import TextToTokens
+from clipjax.data.training_order import choose_order
 from clipjax.data.training_stream import TrainStream
 workers, where, paths, vocabulary = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[7]
 batch, warm, count = map(int, sys.argv[4:7])
@@ -84,7 +85,9 @@ if __name__ == "__main__":
         data.canvas_size = int(sys.argv[9])
     config = Config(global_batch_size=batch, model=ModelConfig(image=ViTConfig(image_size=224)), data=data)
     tokens = TextToTokens(build_tokenizer("clip:" + vocabulary), 77)
-    stream = TrainStream(build_source(data.train, data=data), tokenize=tokens, config=config)
+    source = build_source(data.train, data=data)
+    order = choose_order(config, [len(source)], ["://" in train])
+    stream = TrainStream(source, tokenize=tokens, config=config, order=order)
     for _ in range(warm): next(stream)
     wall, cpu = time.perf_counter(), ticks()
     for _ in range(count): next(stream)

@@ -1,8 +1,9 @@
-"""Agreement of the processes of a run about its checkpoints, over the key-value store; alone, no store is needed.
+"""Agreement of the processes of a run about what it keeps, over the key-value store; alone, no store is needed.
 
 Nothing here uses Orbax's barriers: in one of those all processes would wait for one whose disk has failed.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 from clipjax.runtime import processes
 
 _LOOK_SECONDS = 60.0
+_questions = itertools.count()
 
 
 def publish(key: str, make: Callable[[], Any]) -> Any:
@@ -39,6 +41,26 @@ def forget(folder: str) -> None:
     """Delete keys that all processes have read; process 0 calls this."""
     if jax.process_count() > 1:
         processes.kv_delete(folder)
+
+
+def ask(key: str, question: Any) -> Any:
+    """Return process 0's answer to a question, both JSON values; a thread of it calls `answer` now and then."""
+    number = f"{jax.process_index()}-{next(_questions)}"
+    processes.kv_set(f"{key}/asked/{number}", json.dumps(question))
+    return json.loads(_receive(f"{key}/answered/{number}"))
+
+
+def answer(key: str, reply: Callable[[int, Any], Any]) -> None:
+    """Answer what the other processes have asked; process 0 calls this.
+
+    Args:
+        key: of the questions.
+        reply: gives the answer to the question of a process.
+    """
+    for number, question in processes.kv_list(f"{key}/asked").items():
+        value = reply(int(number.partition("-")[0]), json.loads(question))
+        processes.kv_delete(f"{key}/asked/{number}")  # first: who has the answer may ask again
+        processes.kv_set(f"{key}/answered/{number}", json.dumps(value))
 
 
 def _receive(key: str) -> str:

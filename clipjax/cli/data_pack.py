@@ -8,7 +8,8 @@ from clipjax.cli import arguments
 from clipjax.cli.data_index import ShardProgress
 from clipjax.cli.errors import SIGNAL
 from clipjax.config import DataConfig
-from clipjax.data.packing import FORMATS, MANIFEST, describe_unusable, pack
+from clipjax.data.pack_manifest import FORMATS, MANIFEST
+from clipjax.data.packing import describe_unusable, pack
 from clipjax.runtime.terminal import printable
 
 ABOUT = """Write a source as shards: clipjax data pack 'cc3m/*.tar.gz' --output=packed
@@ -23,8 +24,8 @@ def add_options(parser: arguments.Parser) -> None:
     parser.add_argument(
         "--output",
         metavar="DIR",
-        type=arguments.path,
-        help="folder of the shards",
+        type=arguments.place,
+        help="folder of the shards; a path, or gs://, s3://, az://",
         missing="=DIR is missing: the folder of the shards",
     )
     parser.add_argument("--format", type=arguments.choice(FORMATS), default="tar", help="tar or array_record (tar)")
@@ -37,18 +38,19 @@ def add_options(parser: arguments.Parser) -> None:
     )
 
 
-def run(source: str, output: pathlib.Path, *, data: DataConfig, form: str, samples_per_shard: int) -> int:
+def run(source: str, output: pathlib.Path | str, *, data: DataConfig, form: str, samples_per_shard: int) -> int:
     """Write the shards that are missing; return the exit code.
 
     Args:
         source: names the samples.
-        output: folder of the shards.
+        output: folder of the shards, a path or an address of a store.
         data: limits and columns.
         form: one of `FORMATS`.
         samples_per_shard: of the source.
 
     Raises:
-        ValueError: the source cannot be used, the folder holds something else, or the disk is full.
+        ValueError: the source cannot be used, the folder holds something else, the disk is full, or the store takes no
+            more.
         OSError: a file cannot be read.
     """
     line = ShardProgress()

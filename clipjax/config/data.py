@@ -50,6 +50,16 @@ class ResizeOn(enum.Enum):
     DEVICE = "device"
 
 
+class OnUnreadable(enum.Enum):
+    """Answer to a training sample that its storage does not give, after retries: `stop` the run, or `skip` the sample.
+
+    Another sample of its source stands in for one that is skipped, at this place of the order in every later start.
+    """
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
 class TaskKind(enum.Enum):
     """Measurement of an evaluation task."""
 
@@ -135,6 +145,7 @@ class DataConfig:
     cache_dir: str | None = None  # folder on a disk of each machine for copies of shards that are read from stores
     cache_gib: float = bounded(100.0, POSITIVE)  # of these copies
     order_block: int | None = bounded(None, BLOCK)  # consecutive pairs that are shuffled as one; None: by the store
+    on_unreadable: OnUnreadable = OnUnreadable.STOP  # what a sample leads to that its storage does not give
     max_bad_fraction: float = bounded(0.05, FRACTION)  # of the samples read; above it the run stops
     max_image_pixels: int = bounded(25_000_000, POSITIVE)  # refused from the header
     max_caption_bytes: int = bounded(65_536, POSITIVE)

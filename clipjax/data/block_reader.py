@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.data.sample import BadSample, Sample, Source
+from clipjax.data.sample import BadSample, ChangedData, Sample, Source, UnreadableData
+from clipjax.runtime.objects import FileChanged
+from clipjax.runtime.terminal import printable
 
 REQUESTS = 16
 """Requests at a time of each process that reads."""
@@ -24,27 +26,41 @@ MOST_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 _log = logging.getLogger(__name__)
 
 
-def read_block(source: Source, first: int, count: int) -> Sequence[Sample | BadSample]:
-    """Return consecutive samples, with the error in the place of each that cannot be used.
+Read = Sample | BadSample | UnreadableData
+"""A sample that was read, or the error in its place."""
+
+
+def read_block(source: Source, first: int, count: int) -> Sequence[Read]:
+    """Return consecutive samples, with the error in the place of each that cannot be used or read.
 
     Sources whose samples lie together have a method of this name, which reads them at once.
     """
     read = getattr(source, "read_block", None)
     if read is not None:
         return read(first, count)
-    found: list[Sample | BadSample] = []
+    found: list[Read] = []
     for index in range(first, first + count):
         try:
             found.append(source[index])
-        except BadSample as bad:
-            found.append(bad)
+        except (BadSample, UnreadableData) as error:
+            found.append(error)
+        except OSError as error:
+            found.append(to_unreadable(error, index))
     return found
+
+
+def to_unreadable(error: OSError, index: int) -> UnreadableData:
+    """Return the error of the storage of a sample as one of the data."""
+    kind = ChangedData if isinstance(error, FileChanged) else UnreadableData
+    place = f"{error.filename}: " if error.filename else ""
+    text = printable(place + (error.strerror or str(error) or repr(error)))
+    return kind(f"sample {index} of the source cannot be read: {text}; see to its storage")
 
 
 class _Block:
     """A block that is being read, or lies ready."""
 
-    def __init__(self, samples: "futures.Future[Sequence[Sample | BadSample]]", count: int):
+    def __init__(self, samples: "futures.Future[Sequence[Read]]", count: int):
         self.samples, self.left, self.size = samples, count, 0
 
 
@@ -81,6 +97,7 @@ class BlockReader:
 
         Raises:
             BadSample: it cannot be used.
+            UnreadableData: it cannot be read.
         """
         if count == 1:
             return self._source[index]
@@ -95,6 +112,8 @@ class BlockReader:
                 self._forget((first, count))
         if isinstance(sample, BadSample):
             raise BadSample(sample.reason)
+        if isinstance(sample, UnreadableData):
+            raise type(sample)(str(sample))
         return sample
 
     def close(self) -> None:
@@ -120,7 +139,7 @@ class BlockReader:
                     self._forget(next(iter(self._blocks)))
             return block
 
-    def _read(self, first: int, count: int) -> Sequence[Sample | BadSample]:
+    def _read(self, first: int, count: int) -> Sequence[Read]:
         samples = read_block(self._source, first, count)
         with self._lock:
             if block := self._blocks.get((first, count)):  # else it was pushed out meanwhile
@@ -153,7 +172,7 @@ class BlockReader:
         block.samples.cancel()
 
 
-def _num_bytes(sample: Sample | BadSample) -> int:
-    if isinstance(sample, BadSample):
+def _num_bytes(sample: Read) -> int:
+    if not isinstance(sample, Sample):
         return 0
     return sample.image.nbytes if isinstance(sample.image, np.ndarray) else len(sample.image)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.data.block_reader import read_block
+from clipjax.data.block_reader import Read, read_block
 from clipjax.data.digests import Hasher, ShardDigest
 from clipjax.data.kept_format import ShardBits, pack_kept
 from clipjax.data.kept_samples import KeptSamples, make_kept
-from clipjax.data.sample import BadSample, Sample, Source
+from clipjax.data.sample import Sample, Source
 from clipjax.runtime.terminal import printable
 
 _MAX_GAP = 8  # dropped samples that are read with those around them, which is cheaper than another request
@@ -55,9 +55,9 @@ class FilteredSource:
     def _inner(self, index: int) -> int:
         return int(self._kept.select(index)[0])
 
-    def read_block(self, first: int, count: int) -> list[Sample | BadSample]:
+    def read_block(self, first: int, count: int) -> list[Read]:
         """Read consecutive kept samples, with the dropped ones between them where those are few; see `read_block`."""
-        found: list[Sample | BadSample] = []
+        found: list[Read] = []
         for run in _runs(self._kept.select(first, count)):
             start = int(run[0])
             samples = read_block(self.source, start, int(run[-1]) - start + 1)

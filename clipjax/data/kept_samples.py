@@ -18,7 +18,7 @@ import numpy as np
 
 from clipjax.data.index_store import locked, make_folder
 from clipjax.data.kept_format import BLOCK, FIXED, DamagedKept, ShardBits, check_kept, read_kept_header, split_kept
-from clipjax.data.sample import UnreadableData
+from clipjax.data.sample import ChangedData
 from clipjax.runtime.terminal import printable
 
 _log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class KeptSamples:
         except (OSError, DamagedKept) as error:
             content, problem = None, str(error)
         if content is None or problem:
-            raise UnreadableData(
+            raise ChangedData(
                 f"the kept samples of the filters in {printable(str(self._place))} cannot be read: {problem}; look at "
                 "its disk, and start the same command again, which makes them anew"
             )
@@ -108,7 +108,7 @@ class KeptSamples:
 
         Raises:
             IndexError: there are not so many.
-            UnreadableData: the file is not there any more.
+            ChangedData: the file is not there any more.
         """
         if not (first >= 0 and count >= 0 and first + count <= len(self)):
             raise IndexError(f"samples {first} to {first + count - 1} of {len(self)}")
@@ -127,7 +127,7 @@ class KeptSamples:
 
         Raises:
             IndexError: there is no such sample.
-            UnreadableData: the file is not there any more.
+            ChangedData: the file is not there any more.
         """
         if not 0 <= number <= self.header.samples:
             raise IndexError(f"sample {number} of {self.header.samples}")

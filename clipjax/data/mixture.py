@@ -16,10 +16,10 @@ from fractions import Fraction
 
 import numpy as np
 
-from clipjax.data.block_reader import read_block
+from clipjax.data.block_reader import Read, read_block
 from clipjax.data.digests import ShardDigest
 from clipjax.data.order import BlockOrder, blocks_of, derive_key, permute
-from clipjax.data.sample import BadSample, Sample, Source
+from clipjax.data.sample import Sample, Source
 
 _SCALE = 2**40  # weights are counted in parts of it
 _PART, _SLOTS, _PHASE = 32, 33, 34  # what a key is for, beside those of an order
@@ -172,7 +172,7 @@ class MixedSource:
         part, number = self.find(index)
         return self.parts[part][number]
 
-    def read_block(self, first: int, count: int) -> Sequence[Sample | BadSample]:
+    def read_block(self, first: int, count: int) -> Sequence[Read]:
         """Read consecutive samples of one source; the error of one stands in its place."""
         part, number = self.find(first)
         return read_block(self.parts[part], number, count)

@@ -2,7 +2,7 @@
 
 A manifest has a line for each finished shard, so that a second start goes on behind the last one.
 
-Reading order: `pack`, `_samples_of` (the samples of a source), `_Output` (folder and manifest), `_write_shard`.
+Reading order: `pack`, `_samples_of` (the samples of a source), `_write_shard`; `pack_output.py` has the folder.
 """
 
 import collections
@@ -13,67 +13,32 @@ import itertools
 import json
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from clipjax.config import DataConfig
 from clipjax.data.archives import is_archive, read_archive
 from clipjax.data.array_records import count_records, write_array_records
-from clipjax.data.block_reader import read_block
+from clipjax.data.block_reader import Read, read_block
 from clipjax.data.digests import digest_files
+from clipjax.data.pack_manifest import FORMATS, PackedShard
+from clipjax.data.pack_output import FULL, Output, check_store, open_output
 from clipjax.data.packed_samples import PackedSample, from_sample, with_unique_keys, write_tar
-from clipjax.data.sample import BadSample, Sample, Source
+from clipjax.data.sample import BadSample, Sample, Source, UnreadableData
 from clipjax.data.sources import build_source, tar_paths
 from clipjax.data.tar_samples import Limits, assemble
 from clipjax.data.webdataset import TarSource, max_file_bytes
-from clipjax.runtime.files import read_bounded, require_writable, sync_folder, write_atomic
 from clipjax.runtime.storage import is_address, open_file
-
-MANIFEST = "manifest.jsonl"
-"""A line about the whole, and one for each finished shard."""
-
-FORMATS = {"tar": ".tar", "array_record": ".array_record"}
-"""Kinds of shards and the ends of their names."""
 
 _BLOCK = 64
 _AHEAD = 8
-_MAX_MANIFEST_BYTES = 2**30
-_OURS = re.compile(r"(\.partial-)?[0-9]{5,}\.(tar|array_record)|\.clipjax-index")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Item = PackedSample | BadSample
-
-
-@dataclass(frozen=True)
-class PackedShard:
-    """A line of the manifest.
-
-    Attributes:
-        shard: name of the file.
-        samples: in it.
-        bytes: of it.
-        digest: of all its bytes.
-        first: number of its first sample in the source.
-        read: samples of the source that it stands for.
-        unusable: samples that were left out, by reason.
-        renamed: samples that got another key.
-    """
-
-    shard: str
-    samples: int
-    bytes: int
-    digest: str
-    first: int
-    read: int
-    unusable: Mapping[str, int]
-    renamed: int
 
 
 def pack(
     spec: str,
-    output: pathlib.Path,
+    output: pathlib.Path | str,
     *,
     data: DataConfig,
     form: str = "tar",
@@ -84,7 +49,7 @@ def pack(
 
     Args:
         spec: names the source; or compressed tars.
-        output: folder of the shards.
+        output: folder of the shards, a path or an address of a store.
         data: limits and columns.
         form: of the shards, one of `FORMATS`.
         samples_per_shard: of the source; those that are unusable are left out.
@@ -94,31 +59,36 @@ def pack(
         The shards, and how many of them were there before.
 
     Raises:
-        ValueError: the source cannot be used, the folder holds something else, or the disk is full.
+        ValueError: the source cannot be used, the folder holds something else, the disk is full, or the store takes no
+            more.
         OSError: a file cannot be read.
     """
+    if isinstance(output, str):
+        check_store(output)
     limits = Limits(max_file_bytes(data.max_image_pixels), data.max_caption_bytes)
     archives = _archives(spec)
     source = None if archives else build_source(spec, data=data)
     files = archives or list(source.files() if source else [])
     _check_place(files, spec, output)
     about = {"source": _identity(source, archives), "format": form, "samples_per_shard": samples_per_shard}
-    target = _Output(output, about)
-    old, total = len(target.shards), 0 if source is None else -(-len(source) // samples_per_shard)
-    old_samples = sum(shard.samples for shard in target.shards)
-    samples = _samples_of(source, archives, limits, target.num_read)
-    for number in itertools.count(len(target.shards)):
-        first = next(samples, None)
-        if first is None:
-            break
-        items = itertools.chain([first], itertools.islice(samples, samples_per_shard - 1))
-        with _full_disk_told(output, len(target.shards)):
-            target.add(_write_shard(output, f"{number:05d}{FORMATS[form]}", _Kept(items), target.num_read, limits))
-        samples_now = sum(shard.samples for shard in target.shards)
-        progress(len(target.shards) - old, max(0, total - old), samples_now - old_samples)
-    if not any(shard.samples for shard in target.shards):
-        raise ValueError(f"source {spec!r} has no usable sample: {describe_unusable(target.shards) or 'it is empty'}")
-    return target.shards, old
+    with open_output(output, about) as target:
+        old, total = list(target.shards), 0 if source is None else -(-len(source) // samples_per_shard)
+        samples = _samples_of(source, archives, limits, _num_read(old))
+        while (first := next(samples, None)) is not None:
+            items = _Kept(itertools.chain([first], itertools.islice(samples, samples_per_shard - 1)))
+            _write_shard(target, f"{len(target.shards):05d}{FORMATS[form]}", items, limits)
+            if new := target.finished[len(old) :]:
+                progress(len(new), max(0, total - len(old)), sum(shard.samples for shard in new))
+        target.finish()
+        shards = target.finished
+    if not any(shard.samples for shard in shards):
+        raise ValueError(f"source {spec!r} has no usable sample: {describe_unusable(shards) or 'it is empty'}")
+    return shards, len(old)
+
+
+def _num_read(shards: Sequence[PackedShard]) -> int:
+    """Return the number of samples of the source that shards stand for."""
+    return sum(shard.read for shard in shards)
 
 
 def describe_unusable(shards: Sequence[PackedShard]) -> str:
@@ -150,84 +120,22 @@ def _identity(source: Source | None, archives: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _check_place(files: Sequence[str], spec: str, output: pathlib.Path) -> None:
+def _check_place(files: Sequence[str], spec: str, output: pathlib.Path | str) -> None:
     """Refuse to write where the source lies.
 
     Raises:
-        ValueError: a file of the source is in the output folder, or the output folder in a folder of the source.
+        ValueError: a file of the source is in the output folder, or the output folder is a file of the source.
     """
-    place = output.resolve()
+    place = output if isinstance(output, str) else output.resolve()
     for path in files:
-        if not is_address(path) and place in pathlib.Path(path).resolve().parents:
+        if is_address(path) != isinstance(place, str):
+            continue
+        file = path if isinstance(place, str) else pathlib.Path(path).resolve()
+        is_inside = path.startswith(f"{place}/") if isinstance(place, str) else place in pathlib.Path(file).parents
+        if is_inside:
             raise ValueError(f"--output={output} holds {path} of the source {spec!r}; write into another folder")
-        if not is_address(path) and place == pathlib.Path(path).resolve():
+        if file == place:
             raise ValueError(f"--output={output} is a file of the source; name a folder")
-
-
-class _Output:
-    """The folder of shards, and its manifest.
-
-    Raises:
-        ValueError: it holds something else, or cannot be written to.
-
-    Attributes:
-        shards: that are finished.
-    """
-
-    def __init__(self, folder: pathlib.Path, about: Mapping[str, Any]):
-        self._path, self._about = folder / MANIFEST, dict(about)
-        require_writable(folder, "--output")
-        others = sorted(entry.name for entry in folder.iterdir() if not _OURS.fullmatch(entry.name))
-        others = [name for name in others if name not in (MANIFEST, f"{MANIFEST}.tmp")]
-        if others or (not self._path.exists() and any(folder.glob("[0-9]*"))):
-            shown = others[0] if others else next(folder.glob("[0-9]*")).name
-            raise ValueError(f"--output={folder} holds {shown!r}, which is of something else; name an empty folder")
-        for left in folder.glob(".partial-*"):
-            left.unlink()
-        self.shards = self._read(folder)
-        self._write()
-
-    @property
-    def num_read(self) -> int:
-        """Samples of the source that the finished shards stand for."""
-        return sum(shard.read for shard in self.shards)
-
-    def _read(self, folder: pathlib.Path) -> list[PackedShard]:
-        if not self._path.exists():
-            return []
-        lines = read_bounded(self._path, _MAX_MANIFEST_BYTES).splitlines()
-        try:
-            about = json.loads(lines[0]) if lines else None
-        except (ValueError, RecursionError):
-            about = None
-        if about != self._about:
-            raise ValueError(
-                f"--output={folder} holds shards of another source, another --format or --samples_per_shard; name an "
-                "empty folder, or give what they were made of to go on with them"
-            )
-        found: list[PackedShard] = []
-        for line in lines[1:]:
-            try:
-                shard = PackedShard(**json.loads(line))
-                size = (folder / shard.shard).stat().st_size
-            except (ValueError, TypeError, OSError, RecursionError):
-                break
-            if size != shard.bytes or not shard.shard.startswith(f"{len(found):05d}."):
-                break
-            found.append(shard)
-        return found
-
-    def _write(self) -> None:
-        lines = [json.dumps(each) for each in (self._about, *map(asdict, self.shards))]
-        write_atomic(self._path, "\n".join(lines) + "\n", sync=True)
-
-    def add(self, shard: PackedShard) -> None:
-        """Note a finished shard."""
-        self.shards.append(shard)
-        with self._path.open("a") as file:
-            file.write(json.dumps(asdict(shard)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _samples_of(source: Source | None, archives: Sequence[str], limits: Limits, start: int) -> Iterator[Item]:
@@ -243,7 +151,7 @@ def _read_source(source: Source, start: int) -> Iterator[Item]:
     described = _json_objects(source, start)
     blocks = iter(range(start, len(source), _BLOCK))
     with futures.ThreadPoolExecutor(4) as pool:
-        waiting: collections.deque[futures.Future[Sequence[Sample | BadSample]]] = collections.deque()
+        waiting: collections.deque[futures.Future[Sequence[Read]]] = collections.deque()
         number = start
         while True:
             for first in itertools.islice(blocks, _AHEAD - len(waiting)):
@@ -251,6 +159,8 @@ def _read_source(source: Source, start: int) -> Iterator[Item]:
             if not waiting:
                 return
             for sample in waiting.popleft().result():
+                if isinstance(sample, UnreadableData):
+                    raise sample
                 metadata = next(described)
                 yield sample if isinstance(sample, BadSample) else from_sample(sample, number, metadata)
                 number += 1
@@ -308,37 +218,37 @@ class _Kept:
                 self.unusable[bad.reason] += 1
 
 
-def _write_shard(folder: pathlib.Path, name: str, items: _Kept, first: int, limits: Limits) -> PackedShard:
-    """Write a shard under another name, and give it its own when it is whole.
+def _write_shard(target: Output, name: str, items: _Kept, limits: Limits) -> None:
+    """Write a shard under another name, and add it to the others when it is whole.
 
     Raises:
         OSError: it cannot be written.
+        ValueError: the disk is full, or the store takes no more.
     """
-    partial, path = folder / f".partial-{name}", folder / name
+    partial = target.folder / f".partial-{name}"
     try:
         if name.endswith(FORMATS["tar"]):
             write_tar(partial, items)
         else:
             _write_records(partial, items.records(limits))
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
         [digest] = digest_files([str(partial)])
-        partial.replace(path)
-        sync_folder(folder)
-    except BaseException:
+        shard = PackedShard(
+            shard=name,
+            samples=items.kept,
+            bytes=digest.size,
+            digest=digest.digest,
+            first=_num_read(target.shards),
+            read=items.read,
+            unusable=dict(sorted(items.unusable.items())),
+            renamed=items.renamed,
+        )
+        target.add(shard, partial)
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise target.full_disk(error) from error
         raise
-    return PackedShard(
-        shard=name,
-        samples=items.kept,
-        bytes=digest.size,
-        digest=digest.digest,
-        first=first,
-        read=items.read,
-        unusable=dict(sorted(items.unusable.items())),
-        renamed=items.renamed,
-    )
 
 
 def _write_records(path: pathlib.Path, samples: Iterator[Sample]) -> None:
@@ -350,20 +260,7 @@ def _write_records(path: pathlib.Path, samples: Iterator[Sample]) -> None:
     try:
         written = write_array_records(path, samples)
     except RuntimeError as error:  # the library's own, with the system's words in it
-        code = next((code for code in _FULL if os.strerror(code) in str(error)), errno.EIO)
+        code = next((code for code in FULL if os.strerror(code) in str(error)), errno.EIO)
         raise OSError(code, os.strerror(code), str(path)) from error
     if count_records(str(path)) != written:
         raise OSError(errno.EIO, "not all records could be written", str(path))
-
-
-@contextlib.contextmanager
-def _full_disk_told(output: pathlib.Path, finished: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise ValueError(
-            f"--output={output}: nothing more can be written there ({error.strerror}); {finished} shards are finished "
-            "and stay: free some space, and the same command goes on from there"
-        ) from error

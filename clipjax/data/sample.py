@@ -26,6 +26,7 @@ REASONS = (
     "duplicate_key",
     "truncated_tar",
     "unsupported_format",
+    "unreadable",
 )
 """Reasons for skipping a sample. Append only: counters in checkpoints refer to these names."""
 
@@ -54,10 +55,15 @@ class BadSample(ValueError):
 
 
 class UnreadableData(ValueError):
-    """The error of data that cannot be read any more, or is not the data that was opened: a person has to look at it.
+    """The error of data that its storage does not give: a person has to look at it.
 
-    Unlike `BadSample` it says nothing about one sample, so none takes its place.
+    Unlike `BadSample` it says nothing about the sample itself: it may be read again later. So none takes its place,
+    unless `data.on_unreadable` is `skip`.
     """
+
+
+class ChangedData(UnreadableData):
+    """The error of data that is not the data that was opened; nothing can take its place."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Reading order: `build_source`, `ArraySource`, `recording_sources`.
 
 import dataclasses
 import glob
+import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -121,8 +122,9 @@ def build_source(
 
     Args:
         spec: `tfds:NAME/SPLIT`, `folder:DIR` or the path of a folder of images, or a path, glob or brace pattern of
-            files of one kind: tars (`a.tar`, `dir/*.tar`, `gs://b/cc3m/{00000..00331}.tar`), `.parquet`, `.csv`,
-            `.tsv`, `.jsonl` or `.array_record`. Files are in the order of the pattern, those of one glob sorted.
+            files of one kind: tars (`a.tar`, `dir/*.tar`, `gs://b/cc3m/{00000..00331}.tar`, `{gs://b/*.tar,/c/d.tar}`),
+            `.parquet`, `.csv`, `.tsv`, `.jsonl` or `.array_record`. Files are in the order of the pattern, those of one
+            glob sorted.
         data: limits, columns, the folder of images that tables name, and the folder of TFDS data.
         label_key: TFDS feature, or column, of the class number.
         captions: weights of the fields of captions that training reads; none: plain captions.
@@ -177,10 +179,10 @@ def _image_folder(spec: str) -> str | None:
     """Return the folder that a config string names, None if it names files."""
     if spec.startswith(FOLDER_PREFIX):
         return expand(spec, "source", schemes=READABLE).removeprefix(FOLDER_PREFIX).rstrip("/") or "/"
-    if is_address(spec):
+    folder = expand(spec, "source", schemes=READABLE)
+    if is_address(folder):
         return None
-    folder = expand(spec, "source")
-    return folder if pathlib.Path(folder).is_dir() and holds_images(folder) else None
+    return folder if os.path.isdir(folder) and holds_images(folder) else None  # noqa: PTH112  long patterns too
 
 
 def _file_kind(spec: str, paths: Sequence[str]) -> str:
@@ -222,10 +224,11 @@ def _expand(spec: str) -> list[str]:
     from braceexpand import braceexpand
 
     expanded = expand(spec, "source", schemes=READABLE)
-    patterns = [expanded] if pathlib.Path(expanded).exists() else braceexpand(expanded)
+    patterns = [expanded] if os.path.exists(expanded) else braceexpand(expanded)  # noqa: PTH110  long patterns too
     paths: list[str] = []
     missing: list[str] = []
     for pattern in patterns:
+        expand(pattern, "source", schemes=READABLE)  # braces can put an address together, as in {a,b}c://d
         found = _find_files(pattern)
         paths += found
         missing += [] if found else [pattern]

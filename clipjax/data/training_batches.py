@@ -6,11 +6,12 @@ Reading order: `Batches`, `SubstitutedSamples` (decoding and the substitution of
 
 import functools
 import itertools
+import logging
 import math
 import sys
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,24 +19,39 @@ import numpy as np
 from clipjax.config import Config, Crop, TextTruncation
 from clipjax.data.augmentations import Augmentations
 from clipjax.data.batch_memory import BatchWriter, SentColumns, new_columns
-from clipjax.data.block_reader import BlockReader
+from clipjax.data.block_reader import BlockReader, to_unreadable
 from clipjax.data.canvas import CanvasTransform
 from clipjax.data.caption_fields import draw_captions
 from clipjax.data.images import Decoder, EvalTransform, random_resized_crop
 from clipjax.data.mixture import MixedSource
 from clipjax.data.order import derive_key
 from clipjax.data.patch_rows import PatchRows
-from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, FieldCaptions, Sample, Source
+from clipjax.data.sample import (
+    NUM_COUNTERS,
+    REASONS,
+    BadSample,
+    ChangedData,
+    FieldCaptions,
+    Sample,
+    Source,
+    UnreadableData,
+)
 from clipjax.data.tokenizers.truncation import choose_tokens
 from clipjax.data.training_order import TrainingOrder, batch_number
 
 GOOD = -1
 """The reason of a sample that is not bad."""
 
+UNREADABLE = REASONS.index("unreadable")
+"""The reason of a sample in whose place another stands because storage did not give it, or its substitute, before."""
+
+_MOST_TOLD = 20
 _MAX_PROBES = 100  # bad samples in a row before giving up: nearly all of the data is unusable
+_MAX_UNREADABLE = 4  # probes that storage does not give, each after its retries: it gives nothing at all
 _AHEAD = 4  # batches whose blocks are asked for before they are needed
 _BEHIND = 16  # batches that other threads may still be making
 _AUGMENT_KEY = 16  # what a key is for, beside those of an order
+_log = logging.getLogger(__name__)
 
 
 class TooManyBadSamples(ValueError):
@@ -59,11 +75,19 @@ class Pair:
 
 
 class SubstitutedSamples:
-    """The decoded samples of a source, with a fixed substitute for each bad one, so that batches keep their shape."""
+    """The decoded samples of a source, with a fixed substitute for each bad one, so that batches keep their shape.
 
-    def __init__(self, source: Source, decoder: Decoder):
+    Args:
+        source: of the samples.
+        decoder: of their images.
+        skips_unreadable: a sample that storage does not give has a substitute, too; else it is an error.
+    """
+
+    def __init__(self, source: Source, decoder: Decoder, *, skips_unreadable: bool = False):
         self._source = source
         self._decoder = decoder
+        self._skips_unreadable = skips_unreadable
+        self._told = set[str]()
         size = len(source)
         # Steps of a golden-ratio share, made coprime, visit every sample once and do not stay in a bad shard.
         stride = max(1, round(size * (math.sqrt(5) - 1) / 2))
@@ -75,32 +99,72 @@ class SubstitutedSamples:
     def __getitem__(self, index: int) -> Pair:
         return self.get(index)
 
-    def get(self, index: int, take: Callable[[], Sample] | None = None) -> Pair:
+    def get(self, index: int, take: Callable[[], Sample] | None = None, stand_in: int | None = None) -> Pair:
         """Return a decoded sample, or its substitute.
 
         Args:
             index: of the sample.
             take: returns the sample itself, where it has been read already.
+            stand_in: the substitute of an unreadable sample, as it was decided before; None: nothing was.
+
+        Raises:
+            NoUsableSample: it has none.
+            UnreadableData: storage does not give it, and that is an error.
         """
         size = len(self._source)
-        first_reason = GOOD
+        reason, num_unreadable = GOOD, 0
         failure = ""
-        for attempt in range(min(size, _MAX_PROBES)):
-            probe = (index + attempt * self._stride) % size
+        for attempt in range(min(size, _MAX_PROBES) if stand_in is None else 1):
+            probe = (index + attempt * self._stride) % size if stand_in is None else stand_in
             try:
-                sample = self._source[probe] if attempt or take is None else take()
+                sample = self._source[probe] if attempt or take is None or stand_in is not None else take()
                 if not sample.captions:
                     raise BadSample("missing_caption")
                 image = self._decoder(sample.image)
-                return Pair(image, sample.captions, probe, index, first_reason, sample.fields)
+                if stand_in is not None:
+                    reason = UNREADABLE
+                return Pair(image, sample.captions, probe, index, reason, sample.fields)
             except BadSample as bad:
-                if first_reason == GOOD:
-                    first_reason = REASONS.index(bad.reason)
+                if reason == GOOD:
+                    reason = REASONS.index(bad.reason)
                 failure = f"{bad.reason} in {self._source.location(probe)}"
+            except (OSError, UnreadableData) as error:
+                num_unreadable += 1
+                self._pass_over(error, probe, num_unreadable, is_decided=stand_in is not None)
+                reason = UNREADABLE  # also in place of another: that may be good tomorrow
+                failure = str(error)
+        if stand_in is not None:
+            raise ChangedData(
+                f"{failure}, which stood in for another sample before: it has changed; bring it back as it was"
+            )
         raise NoUsableSample(
             f"{min(size, _MAX_PROBES)} samples in a row are unusable, the last: {failure}; check the source and that "
             "its image and caption keys name what the data holds"
         )
+
+    def _pass_over(self, error: OSError | UnreadableData, probe: int, count: int, *, is_decided: bool) -> None:
+        """Tell of a sample that storage does not give.
+
+        Args:
+            error: of the storage.
+            probe: index of the sample.
+            count: of these samples in a row.
+            is_decided: it stands in for another; what stands in for it would be another run.
+
+        Raises:
+            UnreadableData: nothing may stand in for it.
+        """
+        unreadable = error if isinstance(error, UnreadableData) else to_unreadable(error, probe)
+        if isinstance(unreadable, ChangedData) or is_decided or not self._skips_unreadable:
+            raise unreadable from error
+        if count >= _MAX_UNREADABLE:
+            raise UnreadableData(
+                f"data.on_unreadable=skip: {count} samples from all over the source in a row cannot be read, so its "
+                f"storage seems to be away; the last: {unreadable}"
+            ) from error
+        if (text := str(unreadable)) not in self._told and len(self._told) < _MOST_TOLD:
+            self._told.add(text)
+            _log.warning("data.on_unreadable=skip: %s", text)
 
 
 class MixedSamples:
@@ -109,14 +173,15 @@ class MixedSamples:
     A reason tells the source, too: it is counted as `NUM_COUNTERS` times the source's number, and the reason's own.
     """
 
-    def __init__(self, source: MixedSource, decoder: Decoder):
+    def __init__(self, source: MixedSource, decoder: Decoder, *, skips_unreadable: bool = False):
         self._source = source
-        self._parts = [SubstitutedSamples(part, decoder) for part in source.parts]
+        self._parts = [SubstitutedSamples(part, decoder, skips_unreadable=skips_unreadable) for part in source.parts]
 
-    def get(self, index: int, take: Callable[[], Sample] | None = None) -> Pair:
+    def get(self, index: int, take: Callable[[], Sample] | None = None, stand_in: int | None = None) -> Pair:
         """Return a decoded sample, or its substitute; see `SubstitutedSamples.get`."""
         number, inside = self._source.find(index)
-        pair, first = self._parts[number].get(inside, take), self._source.first[number]
+        first = self._source.first[number]
+        pair = self._parts[number].get(inside, take, None if stand_in is None else stand_in - first)
         return Pair(
             pair.image,
             pair.captions,
@@ -174,11 +239,13 @@ class Augment:
         return self.view(image)
 
 
-def substituted(source: Source, decoder: Decoder) -> SubstitutedSamples | MixedSamples:
-    """Return the decoded samples of a source or a mixture."""
+def substituted(
+    source: Source, decoder: Decoder, *, skips_unreadable: bool = False
+) -> SubstitutedSamples | MixedSamples:
+    """Return the decoded samples of a source or a mixture; see `SubstitutedSamples`."""
     if isinstance(source, MixedSource):
-        return MixedSamples(source, decoder)
-    return SubstitutedSamples(source, decoder)
+        return MixedSamples(source, decoder, skips_unreadable=skips_unreadable)
+    return SubstitutedSamples(source, decoder, skips_unreadable=skips_unreadable)
 
 
 @dataclass(frozen=True)
@@ -191,6 +258,8 @@ class Share:
         slices: pieces of the part, which worker processes read in turn.
         unit: pairs that stay together in a piece; it divides the part.
         left_out: ranges of batch numbers that are never used.
+        stand_ins: by the number of a place, counted over all batches of all processes, the sample that stands there in
+            for one that was unreadable.
     """
 
     size: int
@@ -198,6 +267,7 @@ class Share:
     slices: int = 1
     left_out: tuple[tuple[int, int], ...] = ()
     unit: int = 1
+    stand_ins: Mapping[int, int] = field(default_factory=dict)
 
     def rows(self, piece: int) -> range:
         """Return the rows of a piece in a global batch."""
@@ -266,7 +336,7 @@ class Batches:
                 number = batch * self._batch_size + rows[first + len(pairs)]  # the same for any number of processes
                 rng = np.random.Generator(np.random.Philox(key=np.array([self._key, number], np.uint64)))
                 take = None if self._reader is None else functools.partial(self._reader.take, *place)
-                pair = self._samples.get(place[0], take)
+                pair = self._samples.get(place[0], take, self._share.stand_ins.get(number))
                 values.append(self._augment(pair, rng))
                 pairs.append((pair.image, rng))
             together = {} if patch_rows is None else patch_rows(pairs, position + 1)

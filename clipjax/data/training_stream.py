@@ -1,6 +1,6 @@
 """Training batches of one process: the integer step is the only state; Grain reads ahead, in threads or processes.
 
-Reading order: `TrainStream`, `BadSampleLimit`. The order is in `clipjax.data.training_order`, decoding
+Reading order: `TrainStream`. The order is in `clipjax.data.training_order`, decoding
 and augmentation in `clipjax.data.training_batches`, worker processes in `clipjax.data.workers`. Axes: b batch of this
 process, s image_size, l tokens.
 """
@@ -10,7 +10,6 @@ import collections
 import contextlib
 import functools
 import logging
-import math
 import time
 import weakref
 import zlib
@@ -28,8 +27,15 @@ from clipjax.data.canvas import make_canvas_transform
 from clipjax.data.images import make_eval_transform, make_training_decoder
 from clipjax.data.mixture import sizes_of
 from clipjax.data.patch_rows import make_patch_rows
-from clipjax.data.sample import NUM_COUNTERS, REASONS, Source, count_by_reason
-from clipjax.data.training_batches import GOOD, Augment, Batches, Share, TooManyBadSamples, substituted
+from clipjax.data.sample import NUM_COUNTERS, REASONS, Source
+from clipjax.data.training_batches import (
+    GOOD,
+    UNREADABLE,
+    Augment,
+    Batches,
+    Share,
+    substituted,
+)
 from clipjax.data.training_order import (
     DISK_ORDER,
     OrderFormat,
@@ -41,7 +47,6 @@ from clipjax.data.training_order import (
 )
 from clipjax.data.workers import WorkersDie
 
-_JUDGED_READS = 1000  # the bad share of fewer samples says little
 _LATEST = 3
 _MOST_GROUPS = 2**31
 """Samples that can be told apart by an int32, which the loss compares: another type would cost the device more."""
@@ -85,7 +90,8 @@ class TrainStream:
 
     When a worker process dies (the kernel kills it if memory is short), all of them start again at the next batch.
 
-    A bad sample is replaced by another one of the source, always the same, and marked with the reason.
+    A bad sample is replaced by another one of the source, always the same, and marked with the reason. One that storage
+    does not give today may be there tomorrow: it is replaced only where the choice can be kept, by `keep_stand_ins`.
 
     Iterating gives `image` uint8 [b, s, s, 3], `tokens` int32 [b, l], `index` int64 [b], the index in the source
     of the pair that was used, and `skip_reason` int32 [b], the fault of the pair that was due: an index into
@@ -104,11 +110,16 @@ class TrainStream:
         process_count: number of processes that share each global batch.
         start_step: completed updates; the stream goes on from there without reading what came before.
         left_out: ranges (first, last) of global batch numbers, counted from 0, that are never used.
+        stand_ins: of samples that storage did not give before: by the place, batch number * global batch size + row,
+            the index of the sample that stands in.
+        keep_stand_ins: keeps more of them before their batch is used; what it raises, iteration raises. None: a sample
+            that storage does not give is an error.
         on_restart: function that gets a line about each restart of the workers.
 
     Raises:
         ValueError: at construction: a batch that does not divide, a source too small or large, an impossible range.
         NoUsableSample: from iteration: hardly anything is usable.
+        UnreadableData: from iteration: storage does not give a sample, and none stands in for it; or the data changed.
         WorkersDie: from iteration: more deaths than `recovery.max_worker_restarts`; `read_here` goes on without them.
 
     Attributes:
@@ -127,6 +138,8 @@ class TrainStream:
         process_count: int = 1,
         start_step: int = 0,
         left_out: Sequence[tuple[int, int]] = (),
+        stand_ins: Mapping[int, int] | None = None,
+        keep_stand_ins: Callable[[Mapping[int, int]], None] | None = None,
         on_restart: Callable[[str], None] | None = None,
     ):
         import grain
@@ -134,6 +147,11 @@ class TrainStream:
         batch_size, data = config.global_batch_size, config.data
         local_size, unit = per_process("global_batch_size", batch_size, process_count), data.images_per_row
         _check_rows(config, order, local_size, process_count)
+        if order is None and keep_stand_ins is not None:
+            raise ValueError(
+                "data.on_unreadable=skip: the run began with the order of an older version, which cannot keep what "
+                "stands in for a sample; leave it at stop, or start anew in another workdir"
+            )
         _check_size(config, source)
         if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
@@ -149,12 +167,13 @@ class TrainStream:
             canvas=make_canvas_transform(config, view) if data.resize_on is ResizeOn.DEVICE else None,
             patch_rows=make_patch_rows(config),
         )
-        samples = substituted(source, make_training_decoder(config))
+        samples = substituted(source, make_training_decoder(config), skips_unreadable=keep_stand_ins is not None)
         blocks = [part for part in parts_of(order) if part.block > 1]
         # Where blocks are read, each worker has rows of its own in every batch, so that none reads another's blocks.
         self._slices = min(max(1, data.num_workers), local_size // unit) if blocks else 1
         self._reader: BlockReader | None = None
-        share = Share(local_size, process_index, self._slices, tuple(left_out), unit)
+        self._stand_ins, self._keep_stand_ins = dict(stand_ins or {}), keep_stand_ins
+        share = Share(local_size, process_index, self._slices, tuple(left_out), unit, self._stand_ins)
         if order is None:
             batches = _GrainBatches(samples, augment, config, share, process_count)
         else:
@@ -165,6 +184,7 @@ class TrainStream:
         self._pieces = grain.MapDataset.source(batches)
         self._source, self._data, self._position = source, data, start_step
         self._process_index, self._on_restart, self._left_out = process_index, on_restart, share.left_out
+        self._batch_size, self._first_row = batch_size, process_index * local_size
         self._max_restarts = config.recovery.max_worker_restarts
         self._latest: collections.deque[tuple[str, int]] = collections.deque(maxlen=_LATEST)
         self.wait_seconds = 0.0
@@ -202,13 +222,25 @@ class TrainStream:
             raise ValueError("the stream is closed")
         start = time.perf_counter()
         batch = self._read()
-        self._position += 1
         self.wait_seconds += time.perf_counter() - start
         reasons, requested = batch["skip_reason"], batch.pop("requested")
+        self._keep_new(batch)
+        self._position += 1
         self._latest.extend(
             (REASONS[reasons[i] % NUM_COUNTERS], int(requested[i])) for i in np.flatnonzero(reasons != GOOD)
         )
         return batch
+
+    def _keep_new(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Keep what stands in for samples that storage did not give, before the batch is used."""
+        rows = np.flatnonzero(batch["skip_reason"] % NUM_COUNTERS == UNREADABLE).tolist()
+        if not rows:
+            return
+        first = batch_number(self._position, self._left_out) * self._batch_size + self._first_row
+        new = {first + row: int(batch["index"][row]) for row in rows if first + row not in self._stand_ins}
+        if new and self._keep_stand_ins is not None:
+            self._keep_stand_ins(new)
+            self._stand_ins |= new
 
     def _read(self) -> dict[str, np.ndarray]:
         """Return the next batch; start workers again that have died."""
@@ -331,48 +363,6 @@ def pair_groups(batch: Mapping[str, np.ndarray], same_pair: SamePair) -> np.ndar
             rows = tokens.reshape(-1, tokens.shape[-1])
             found = np.array([zlib.crc32(row.tobytes()) for row in rows], np.uint32).view(np.int32)
             return found.reshape(tokens.shape[:-1])
-
-
-class BadSampleLimit:
-    """The limit of unusable samples in a run, counted from the start of this process.
-
-    Args:
-        config: the run: its `global_batch_size` and `data.max_bad_fraction`.
-        num_samples: size of the source.
-        start_step: completed updates.
-        skipped: unusable samples by reason up to `start_step`; those of an earlier start do not count again.
-    """
-
-    def __init__(self, config: Config, *, num_samples: int, start_step: int, skipped: Sequence[int]):
-        self._max_fraction = config.data.max_bad_fraction
-        self._batch_size = config.global_batch_size
-        self._window = min(_JUDGED_READS, num_samples - num_samples % config.global_batch_size)
-        self._start_step = start_step
-        self._skipped = np.asarray(skipped)
-
-    def check(self, step: int, skipped: Sequence[int], latest: Sequence[str]) -> None:
-        """Judge the counts of all processes after a step, in windows of 1000 samples or one epoch if that is less.
-
-        Args:
-            step: completed updates.
-            skipped: unusable samples by reason up to there.
-            latest: last few of them, for the message.
-
-        Raises:
-            TooManyBadSamples: their share is above the limit.
-        """
-        counts = count_by_reason(np.asarray(skipped) - self._skipped)
-        read, bad = (step - self._start_step) * self._batch_size, sum(counts.values())
-        # Whole windows: in the middle of one, the bad samples may just have come first.
-        if bad <= self._max_fraction * math.ceil(read / self._window) * self._window:
-            return
-        by_reason = ", ".join(f"{reason} {count}" for reason, count in counts.items() if count)
-        seen = f"the latest: {'; '.join(latest)}" if latest else "other processes name them"
-        raise TooManyBadSamples(
-            f"data.max_bad_fraction={self._max_fraction}: {bad} of the {read} samples read are unusable, "
-            f"{bad / read:.1%} ({by_reason}); {seen}. Raise data.max_bad_fraction to go on without them, or repair or "
-            "remove them and start anew in another workdir: the run in this one goes on with the same data only"
-        )
 
 
 def per_process(field: str, batch_size: int, process_count: int) -> int:

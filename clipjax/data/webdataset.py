@@ -22,12 +22,13 @@ import numpy as np
 import xxhash
 
 from clipjax.data import index_store, indexes
+from clipjax.data.block_reader import Read
 from clipjax.data.caption_fields import to_weights
 from clipjax.data.digests import DIGEST_THREADS, ShardDigest
 from clipjax.data.index_file import DamagedIndex, IndexHeader, shard_digest
 from clipjax.data.index_table import Checked, IndexTable, open_table
 from clipjax.data.metadata import Described, tar_metadata
-from clipjax.data.sample import REASONS, BadSample, Sample, UnreadableData
+from clipjax.data.sample import REASONS, BadSample, ChangedData, Sample, UnreadableData
 from clipjax.data.tar_format import DamagedTar
 from clipjax.data.tar_index import NO_FAULT, index_shard
 from clipjax.data.tar_names import classify
@@ -277,18 +278,17 @@ class TarSource:
         with self._reading(shard) as opened:
             return opened.read(row)
 
-    def read_block(self, first: int, count: int) -> list[Sample | BadSample]:
-        """Read consecutive samples, those of a shard by one request; the error of one stands in its place.
-
-        Raises:
-            UnreadableData: a shard cannot be read.
-        """
-        found: list[Sample | BadSample] = []
+    def read_block(self, first: int, count: int) -> list[Read]:
+        """Read consecutive samples, those of a shard by one request; the error of one stands in its place."""
+        found: list[Read] = []
         while len(found) < count:
             shard, row = self._find(first + len(found))
             here = min(count - len(found), self._first[shard + 1] - self._first[shard] - row)
-            with self._reading(shard) as opened:
-                found += opened.read_rows(row, here)
+            try:
+                with self._reading(shard) as opened:
+                    found += opened.read_rows(row, here)
+            except UnreadableData as error:  # the next shard may be well
+                found += [error] * here
         return found
 
     @contextlib.contextmanager
@@ -298,7 +298,8 @@ class TarSource:
         except BadSample:
             raise
         except (OSError, ValueError, DamagedTar) as error:
-            raise UnreadableData(
+            is_changed = isinstance(error, FileChanged) or not isinstance(error, OSError)
+            raise (ChangedData if is_changed else UnreadableData)(
                 f"shard {printable(self._paths[shard])} cannot be read as it was opened: {_describe(error)}; let what "
                 "writes it finish, or look at its disk, then start the same command again"
             ) from error

@@ -1,13 +1,15 @@
-"""`WORKDIR/decisions.jsonl`: the rollbacks of a run. With config and contents they determine all that it computes.
+"""`WORKDIR/decisions.jsonl`: what a run has decided on its way. With config and contents it determines all it computes.
 
-The first process writes a decision to disk before it takes effect, and hands it to the others; every checkpoint holds a
-copy of those before it. So a start after a kill at any moment does what the run would have done.
+There are two kinds: a `Rollback`, and `StandIns` for samples that storage did not give. The first process writes a
+decision to disk before it takes effect, and hands it to the others; every checkpoint holds a copy of those before it.
+So a start after a kill at any moment does what the run would have done.
 """
 
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -16,6 +18,9 @@ from clipjax.runtime import process_log, processes
 from clipjax.runtime.files import read_bounded, write_atomic
 
 FILE = "decisions.jsonl"
+MOST_STAND_INS = 100_000
+"""Samples for which others stand in, in a run: each decision writes the file anew, and each checkpoint has a copy."""
+
 _MAX_BYTES = 2**24
 
 
@@ -47,7 +52,32 @@ class Rollback:
             raise ValueError("its steps or batches are out of order")
 
 
-def parse(record: Any) -> Rollback:
+@dataclass(frozen=True, kw_only=True)
+class StandIns:
+    """The samples that stand in for others that storage did not give.
+
+    Attributes:
+        places: of those that were due: number of the global batch * its size + row, counted from 0.
+        samples: index in the source of the one that stands in at each place.
+    """
+
+    places: Sequence[int]
+    samples: Sequence[int]
+
+    def __post_init__(self) -> None:
+        for name in ("places", "samples"):
+            values = getattr(self, name)
+            if not isinstance(values, list) or any(type(value) is not int or value < 0 for value in values):
+                raise ValueError(f"{name}={values!r} is no list of whole numbers")
+        if not self.places or len(self.places) != len(self.samples) or len({*self.places}) < len(self.places):
+            raise ValueError("its places and samples do not fit each other")
+
+
+Decision = Rollback | StandIns
+_KINDS: Mapping[str, type[Decision]] = {"rollback": Rollback, "stand_ins": StandIns}
+
+
+def parse(record: Any) -> Decision:
     """Return the decision of a JSON object.
 
     Raises:
@@ -57,14 +87,15 @@ def parse(record: Any) -> Rollback:
         raise ValueError(f"{record!r} is no decision")
     try:
         values = dict(record)
-        if (kind := values.pop("decision")) != "rollback":
+        kind = values.pop("decision")
+        if not isinstance(kind, str) or kind not in _KINDS:
             raise ValueError(f"decision={kind!r} is of another version of clipjax")
-        return Rollback(**values)
+        return _KINDS[kind](**values)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{record!r} is no decision: {error!r}") from error
 
 
-def parse_all(records: Any) -> list[Rollback]:
+def parse_all(records: Any) -> list[Decision]:
     """Return the decisions of a checkpoint's copy.
 
     Raises:
@@ -75,17 +106,19 @@ def parse_all(records: Any) -> list[Rollback]:
     return [parse(record) for record in records]
 
 
-def to_record(decision: Rollback) -> dict[str, Any]:
+def to_record(decision: Decision) -> dict[str, Any]:
     """Return a decision as a JSON object."""
-    return {"decision": "rollback", **asdict(decision)}
+    kind = next(name for name, each in _KINDS.items() if isinstance(decision, each))
+    return {"decision": kind, **asdict(decision)}
 
 
 class Decisions:
-    """The decisions of a run, in order. Every process has the same.
+    """The decisions of a run. Every process has the same rollbacks, and the stand-ins in its own part of the batches.
 
     Attributes:
         path: of the file.
-        taken: the decisions.
+        taken: the rollbacks, in order.
+        stand_ins: index of the sample that stands in, by place (see `StandIns`). The first process has those of all.
         patience: makes what `take` does, with a name for it; the watchdog's, once there is one.
 
     Args:
@@ -100,6 +133,8 @@ class Decisions:
         self.path, self._send = workdir / FILE, send
         self.patience: Callable[[str], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext()
         self.taken: list[Rollback] = []
+        self.stand_ins: dict[int, int] = {}
+        self._lock = threading.Lock()  # of the file, and of what it holds
         try:
             content = read_bounded(self.path, _MAX_BYTES)
         except FileNotFoundError:
@@ -108,12 +143,27 @@ class Decisions:
             if not line.endswith(b"\n"):  # a kill came before it was on disk, and so before it took effect
                 continue
             try:
-                self.taken.append(parse(json.loads(line)))
+                self._add(parse(json.loads(line)))
             except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{self.path}, line {number}: {error}; bring back the file, or copy the decisions of the newest "
                     "checkpoint (its record data/metadata) into it"
                 ) from error
+
+    def _add(self, decision: Decision) -> None:
+        """Add a decision.
+
+        Raises:
+            ValueError: it contradicts an earlier one.
+        """
+        if isinstance(decision, Rollback):
+            self.taken.append(decision)
+            return
+        found = dict(zip(decision.places, decision.samples, strict=True))
+        for place in found.keys() & self.stand_ins.keys():
+            if self.stand_ins[place] != found[place]:
+                raise ValueError(f"two samples, {self.stand_ins[place]} and {found[place]}, stand in at place {place}")
+        self.stand_ins |= found
 
     @property
     def left_out(self) -> list[tuple[int, int]]:
@@ -121,12 +171,13 @@ class Decisions:
         return [(each.first_batch, each.last_batch) for each in self.taken]
 
     def forget_from(self, number: int) -> None:
-        """Forget the decisions from this one on (the first is 0), here and not on disk, to look at an earlier run."""
+        """Forget the rollbacks from this one on (the first is 0), here and not on disk, to look at an earlier run."""
         del self.taken[number:]
 
     def records(self) -> list[dict[str, Any]]:
         """Return all decisions as JSON objects, for a checkpoint."""
-        return [to_record(each) for each in self.taken]
+        with self._lock:
+            return [to_record(each) for each in _all(self.taken, self.stand_ins)]
 
     def take(self, decide: Callable[[], Rollback | str]) -> Rollback | str:
         """Return what the first process decides; when this returns, a decision is on disk.
@@ -141,7 +192,8 @@ class Decisions:
             if isinstance(verdict, str):
                 return verdict
             try:
-                self._write([*self.taken, verdict])
+                with self._lock:
+                    self._write([*self.taken, verdict], self.stand_ins)
             except OSError as error:
                 return f"a rollback cannot be recorded in {self.path} ({error.strerror})"
             return to_record(verdict)
@@ -150,50 +202,93 @@ class Decisions:
             record = exchange.publish(f"decisions/{len(self.taken)}", decide_and_write)
         if isinstance(record, str):
             return record
-        self.taken.append(parse(record))
-        return self.taken[-1]
+        decision = parse(record)
+        assert isinstance(decision, Rollback)
+        with self._lock:
+            self.taken.append(decision)
+        return decision
 
-    def adopt(self, copy: list[Rollback]) -> None:
+    def keep(self, stand_ins: Mapping[int, int]) -> str:
+        """Keep more stand-ins, on the first process and in any of its threads; when this returns, they are on disk.
+
+        Returns:
+            Why they cannot be kept; empty if they are.
+        """
+        with self._lock:
+            more = {**self.stand_ins, **stand_ins}
+            if len(more) > MOST_STAND_INS:
+                return f"others stand in for {MOST_STAND_INS:,} samples already, and a run keeps no more"
+            try:
+                self._write(self.taken, more)
+            except OSError as error:
+                return f"what stands in for a sample cannot be recorded in {self.path} ({error.strerror})"
+            self.stand_ins = more
+            return ""
+
+    def adopt(self, copy: Sequence[Decision]) -> None:
         """Take over a checkpoint's copy where the file has lost decisions.
 
         Raises:
             ValueError: the copy contradicts the file.
         """
-        shared = min(len(copy), len(self.taken))
-        if copy[:shared] != self.taken[:shared]:
-            raise ValueError(
-                f"{self.path} and the checkpoint's copy contradict each other; bring back the file of this run"
-            )
-        if len(copy) > len(self.taken):
-            self.taken = copy
-            if processes.is_first():
-                try:
-                    self._write(copy)
-                except OSError as error:  # the checkpoints still hold it
-                    process_log.info(f"{self.path} cannot be written: {error.strerror}")
+        with self._lock:
+            self._adopt(rollbacks_of(copy), [each for each in copy if isinstance(each, StandIns)])
+
+    def _adopt(self, rollbacks: Sequence[Rollback], stand_ins: Sequence[StandIns]) -> None:
+        known, num_stand_ins = len(self.taken), len(self.stand_ins)
+        shared = min(len(rollbacks), known)
+        contradiction = f"{self.path} and the checkpoint's copy contradict each other; bring back the file of this run"
+        if rollbacks[:shared] != self.taken[:shared]:
+            raise ValueError(contradiction)
+        try:
+            for decision in (*rollbacks[known:], *stand_ins):
+                self._add(decision)
+        except ValueError as error:
+            raise ValueError(f"{contradiction} ({error})") from error
+        if (len(self.taken), len(self.stand_ins)) != (known, num_stand_ins) and processes.is_first():
+            try:
+                self._write(self.taken, self.stand_ins)
+            except OSError as error:  # the checkpoints still hold it
+                process_log.info(f"{self.path} cannot be written: {error.strerror}")
 
     def is_current(self, step: int, num_known: int) -> bool:
         """Return True if a checkpoint belongs to the run that the decisions have left: none went back behind it.
 
         Args:
             step: of the checkpoint.
-            num_known: decisions in its copy.
+            num_known: rollbacks in its copy.
         """
         return all(decision.to_step >= step for decision in self.taken[num_known:])
 
-    def _write(self, decisions: Sequence[Rollback]) -> None:
-        write_atomic(self.path, _lines(decisions), sync=True)
+    def _write(self, rollbacks: Sequence[Rollback], stand_ins: Mapping[int, int]) -> None:
+        write_atomic(self.path, _lines(rollbacks, stand_ins), sync=True)
         if self._send is None:
             return
         try:
             self._send(self.path)
         except OSError:  # the decision takes no effect, so the next start must not find it
-            write_atomic(self.path, _lines(self.taken), sync=True)
+            write_atomic(self.path, _lines(self.taken, self.stand_ins), sync=True)
             raise
 
 
-def _lines(decisions: Sequence[Rollback]) -> str:
-    return "".join(json.dumps(to_record(each)) + "\n" for each in decisions)
+def _all(rollbacks: Sequence[Rollback], stand_ins: Mapping[int, int]) -> list[Decision]:
+    places = sorted(stand_ins)
+    known = [StandIns(places=places, samples=[stand_ins[place] for place in places])] if places else []
+    return [*rollbacks, *known]
+
+
+def _lines(rollbacks: Sequence[Rollback], stand_ins: Mapping[int, int]) -> str:
+    return "".join(json.dumps(to_record(each)) + "\n" for each in _all(rollbacks, stand_ins))
+
+
+def rollbacks_of(decisions: Sequence[Decision]) -> list[Rollback]:
+    """Return those decisions that are rollbacks."""
+    return [each for each in decisions if isinstance(each, Rollback)]
+
+
+def num_decided(decisions: Sequence[Decision]) -> tuple[int, int]:
+    """Return the numbers of rollbacks and of stand-ins."""
+    return len(rollbacks_of(decisions)), sum(len(each.places) for each in decisions if isinstance(each, StandIns))
 
 
 def rollbacks_to(taken: Sequence[Rollback], step: int) -> int:

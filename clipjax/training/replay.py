@@ -22,9 +22,9 @@ from clipjax.runtime import sharding
 from clipjax.training.decisions import Rollback
 from clipjax.training.preflight import Checked
 from clipjax.training.resume import start_state
-from clipjax.training.run import device_batch, open_stream
 from clipjax.training.session import Session, open_session
 from clipjax.training.step import TrainState
+from clipjax.training.stream import device_batch, open_stream
 from clipjax.typing import Batch
 
 _SHOWN = 8

@@ -22,7 +22,7 @@ from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, map_with_path
 from clipjax.runtime import processes, sharding
 from clipjax.training import migrations
-from clipjax.training.decisions import Decisions, parse_all
+from clipjax.training.decisions import Decisions, num_decided, parse_all, rollbacks_of
 from clipjax.training.health import init_health
 from clipjax.training.inputs import Inputs, comes_from_init
 from clipjax.training.program import Program
@@ -41,6 +41,7 @@ RESUMABLE = (
     "data.cache_",
     "data.train",
     "data.max_bad_fraction",
+    "data.on_unreadable",
     "data.num_",
     "data.prefetch_batches",
 )
@@ -261,10 +262,10 @@ def _apply(decisions: Decisions, checkpoints: Checkpoints, steps: Sequence[int] 
         except ValueError as error:
             raise _damaged(checkpoints.path(step), f"data.decisions: {error}") from error
     try:
-        decisions.adopt(max(copies.values(), key=len, default=[]))
+        decisions.adopt(max(copies.values(), key=num_decided, default=[]))
     except ValueError as error:
         raise RunStopped(str(error)) from error
-    is_current = {step: decisions.is_current(step, len(copy)) for step, copy in copies.items()}
+    is_current = {step: decisions.is_current(step, len(rollbacks_of(copy))) for step, copy in copies.items()}
     for step in is_current:
         if not is_current[step]:
             checkpoints.set_aside(step, "rejected")

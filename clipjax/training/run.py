@@ -13,22 +13,21 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.records import make_records
-from clipjax.config import Config, LossKind, ResizeOn, steps_of, total_steps
+from clipjax.config import Config, steps_of, total_steps
+from clipjax.data.bad_sample_limit import BadSampleLimit
 from clipjax.data.patch_rows import mean_flops_per_pair
-from clipjax.data.tokenizers.protocol import TextToTokens
-from clipjax.data.training_stream import BadSampleLimit, TrainStream, WorkersDie, pair_groups
+from clipjax.data.training_stream import TrainStream, WorkersDie
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.runner import RESULTS_FILE, Evaluation, run_tasks, write_results
 from clipjax.losses import describe_loss
 from clipjax.monitoring.events import Events
 from clipjax.monitoring.run_logger import RunLogger, results_table
 from clipjax.monitoring.stragglers import rank_times
-from clipjax.runtime import processes, sharding
+from clipjax.runtime import processes
 from clipjax.runtime.objects import join
 from clipjax.runtime.shutdown import Shutdown
 from clipjax.training import left_out
@@ -37,12 +36,12 @@ from clipjax.training.recovery import Recovery, RunStopped
 from clipjax.training.resume import Position, start_state
 from clipjax.training.sample_counts import SampleCounts
 from clipjax.training.session import Session, open_checkpoints
+from clipjax.training.stand_ins import keeping
 from clipjax.training.step import TrainState, eval_params, to_items
-from clipjax.typing import Batch, Metrics, Patches
+from clipjax.training.stream import device_batch, open_stream
+from clipjax.typing import Batch, Metrics
 
 STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices; updates are judged as late
-TAKEN = ("image", *Patches._fields, "tokens", "skip_reason")
-"""Arrays of a batch that the step takes as they are, as far as there are any."""
 JUDGED = ("loss", "param_norm", "skipped_in_a_row", "loss_spike", "samples_skipped")
 """Metrics that are looked at after every step."""
 
@@ -203,6 +202,8 @@ class Run:
             SavesFail: too many saves in a row have failed.
         """
         self.logger.flush()
+        with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
+            jax.block_until_ready(state.step)
         teacher = self.inputs.teacher_checkpoint
         position = Position(
             step,
@@ -216,8 +217,6 @@ class Run:
         )
         records = make_records(self.config, self.inputs.tokenizer, asdict(position))
         best_value = self._best_value(evaluation)
-        with self.logger.waiting_for_devices():  # saving would wait for the step: no work of the host
-            jax.block_until_ready(state.step)
         with self.session.phase("saving", "a save"):
             ends = last or step == total_steps(self.config)
             self.checkpoints.save(step, to_items(state), records, best_value, last=ends, before_commit=self._sync_logs)
@@ -282,17 +281,6 @@ class Run:
         return join(self.place, *path.relative_to(self.workdir).parts)
 
 
-def device_batch(config: Config, mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
-    """Return this process's part of a batch as global arrays, with what the config's loss needs besides."""
-    group = pair_groups(batch, config.loss.same_pair)
-    more = {} if group is None else {"group": group}
-    if config.loss.kind is LossKind.GLOBAL:
-        more["index"] = batch["index"].astype(np.int32)
-    if config.data.resize_on is ResizeOn.DEVICE:
-        more["crop"] = batch["crop"]
-    return sharding.global_batch(mesh, {name: batch[name] for name in TAKEN if name in batch} | more)
-
-
 class _Teller:
     """Events that are shown as well, as the progress line allows; in any thread.
 
@@ -309,6 +297,9 @@ class _Teller:
 
     def worker_restart(self, text: str) -> None:
         self._tell("worker_restart", text)
+
+    def stand_ins(self, text: str, total: int) -> None:
+        self._tell("stand_ins", text, total=total)
 
     def _tell(self, event: str, text: str, **facts: int) -> None:
         self._events.add(event, text=text, **facts)
@@ -344,11 +335,13 @@ def build(session: Session) -> Iterator[Run]:
             exporter=checked.exporter,
         )
         stack.callback(logger.close)
+        stack.callback(_wait_for_save, checkpoints.close, session)  # first, as it brings the log to the disk
         teller.say = logger.message  # above the progress line
         logger.message(describe_loss(config, session.mesh))
         if checked.exporter is not None:
             logger.message(f"metrics for Prometheus: {checked.exporter.url}")
-        stream = open_stream(session, start.step, teller.worker_restart)
+        keep = stack.enter_context(keeping(session.decisions, config, teller.stand_ins))
+        stream = open_stream(session, start.step, teller.worker_restart, keep)
         stack.callback(stream.close)
         yield Run(
             session=session,
@@ -372,24 +365,6 @@ def build(session: Session) -> Iterator[Run]:
             state=state,
             start=start,
         )
-
-
-def open_stream(
-    session: Session, start_step: int, on_restart: Callable[[str], None] = processes.announce
-) -> TrainStream:
-    """Open this process's training batches from a step on, without those that the decisions leave out."""
-    config, inputs = session.checked.config, session.checked.inputs
-    return TrainStream(
-        inputs.source,
-        tokenize=TextToTokens(inputs.tokenizer, config.model.text.context_length),
-        config=config,
-        order=inputs.order,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        start_step=start_step,
-        left_out=session.decisions.left_out,
-        on_restart=on_restart,
-    )
 
 
 def _wait_for_save(wait: Callable[[], None], session: Session) -> None:

@@ -120,6 +120,8 @@ def test_a_field_refuses_an_address_that_nothing_opens(field, config, capsys):
         "data show folder:{}/a",
         "data show table.jsonl --image_root={}/a",
         "data show table.jsonl --sheet={}/a.png",
+        "data pack table.jsonl --output={}/a",
+        "data pack table.jsonl --output={}",
         "data dedup table.jsonl --output={}/a.txt",
         "data dedup table.jsonl --report={}/a.png",
         "data bench table.jsonl --output={}/a.json",
@@ -137,16 +139,28 @@ def test_no_such_bucket_is_told(argv, here, gcs, capsys):
     assert [path.name for path in here.iterdir()] == ["table.jsonl"]
 
 
+@pytest.mark.parametrize("place", ["http://h/x", "https://h/x", "gs:/x", "gcs://b/x", "gs://b//x"])
+def test_shards_go_to_no_web_server_and_to_nothing_like_an_address(place, here, capsys):
+    (here / "table.jsonl").write_text(json.dumps({"path": "a.jpg", "caption": "a"}))
+    told = refusal(["data", "pack", "table.jsonl", f"--output={place}"], capsys)
+    assert told.startswith(f"clipjax data: error: --output={place}") and len(told.splitlines()) == 1
+    assert [path.name for path in here.iterdir()] == ["table.jsonl"]
+
+
 def test_a_table_of_a_bucket_is_packed_and_searched_for_duplicates(here, gcs, capsys):
     place, pictures = f"gs://{BUCKET}/packed", [picture(seed) for seed in (0, 0, 1)]
     for number, content in enumerate(pictures):
         objects.write_bytes(f"{place}/{number}.png", content)
     rows = (json.dumps({"path": f"{number}.png", "caption": "a"}) + "\n" for number in range(3))
     objects.write_bytes(f"{place}/a.jsonl", "".join(rows).encode())
-    assert main(["data", "pack", f"{place}/a.jsonl", "--output=shards"]) == 0
+    for output in ("shards", f"{place}/shards"):
+        assert main(["data", "pack", f"{place}/a.jsonl", f"--output={output}"]) == 0
     with tarfile.open(here / "shards/00000.tar") as tar:
         found = [tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".png")]
     assert found == pictures
+    packed = (here / "shards/00000.tar").read_bytes()
+    assert objects.read_bytes(f"{place}/shards/00000.tar", 2**20) == packed
+    assert [path.name for path in here.iterdir()] == ["shards"]
     argv = ["data", "dedup", f"{place}/a.jsonl", f"--output={place}/drop.txt", "--num_workers=1"]
     assert main(argv) == 0
     assert objects.read_bytes(f"{place}/drop.txt", 1000).splitlines() == [b"1.png"]

@@ -1,6 +1,7 @@
 """Reading in blocks: the same samples with a fraction of the requests, each block by one worker of one process."""
 
 import collections
+import errno
 import pickle
 import threading
 
@@ -13,13 +14,24 @@ from clipjax.data.block_reader import BlockReader, _Block, read_block
 from clipjax.data.images import Decoder, EvalTransform
 from clipjax.data.mixture import MixedSource
 from clipjax.data.order import blocks_of
-from clipjax.data.sample import BadSample, Sample, Source
+from clipjax.data.sample import BadSample, ChangedData, Sample, Source, UnreadableData
 from clipjax.data.training_batches import Augment, Batches, MixedSamples, Share, SubstitutedSamples, substituted
 from clipjax.data.training_order import MixtureFormat, OrderFormat, choose_order, make_order
 from clipjax.data.training_stream import _most_blocks
 from clipjax.data.webdataset import TarSource
+from clipjax.runtime.objects import FileChanged
 from tests.data.test_mixture import mixed_config
-from tests.data.test_training_stream import FLAWS, FlawedSource, assert_same, make_config, make_source, take, tokenize
+from tests.data.test_training_stream import (
+    FLAWS,
+    FlawedSource,
+    assert_same,
+    jpeg,
+    make_config,
+    make_source,
+    take,
+    tokenize,
+)
+from tests.data.test_webdataset import entry, write
 
 pytestmark = pytest.mark.newest
 
@@ -278,3 +290,39 @@ def test_tars_give_blocks_as_they_give_samples(tmp_path):
         for count in range(1, 16 - first):
             found = source.read_block(first, count)
             assert [each for each in found if not isinstance(each, BadSample)] == singles[first : first + count]
+
+
+def test_errors_of_storage_stand_in_their_places(tmp_path):
+    """A block may reach into the next shard, or be made of single files: what is well is not lost with the rest."""
+    kinds = {"jpg": jpeg(), "txt": b"x"}
+    for n in range(3):
+        members = [entry(f"{n}{i}.{kind}", content) for i in range(8) for kind, content in kinds.items()]
+        write(tmp_path / f"{n}.tar", members)
+    source = TarSource([str(tmp_path / f"{n}.tar") for n in range(3)], max_caption_bytes=100, max_image_pixels=10**6)
+    (tmp_path / "1.tar").unlink()
+    found = read_block(source, 4, 16)
+    assert [type(each) for each in found] == [Sample] * 4 + [UnreadableData] * 8 + [Sample] * 4
+    reader = BlockReader(source, 4)
+    assert reader.take(5, 4, 16).key == "05" and reader.take(17, 4, 16).key == "21"
+    with pytest.raises(UnreadableData, match=r"shard .*1.tar cannot be read as it was opened: No such file"):
+        reader.take(9, 4, 16)
+    reader.close()
+
+
+def test_an_error_of_one_file_is_not_that_of_its_block():
+    class Files(CountedBlocks):
+        read_block = None
+
+        def __getitem__(self, index: int) -> Sample:
+            if index == 3:
+                raise PermissionError(errno.EACCES, "the store refuses access", "gs://b/3.jpg")
+            if index == 4:
+                raise FileChanged(None, "another program has written it anew", "gs://b/4.jpg")
+            return self.sample(index)
+
+    found = read_block(Files(8), 0, 8)
+    assert [type(each) for each in found] == [Sample] * 3 + [UnreadableData, ChangedData] + [Sample] * 3
+    assert (
+        str(found[3])
+        == "sample 3 of the source cannot be read: gs://b/3.jpg: the store refuses access; see to its storage"
+    )

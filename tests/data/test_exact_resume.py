@@ -21,11 +21,12 @@ from clipjax.data.array_records import write_array_records
 from clipjax.data.mixture import sizes_of
 from clipjax.data.sample import Source
 from clipjax.data.sources import build_training_source
-from clipjax.data.training_order import choose_order
+from clipjax.data.training_order import DISK_ORDER, choose_order
 from clipjax.data.training_stream import TrainStream
 from clipjax.runtime import objects
 from clipjax.runtime.storage import is_address
 from tests.runtime.stores import BUCKET
+from tests.runtime.test_file_cache import wait_for
 
 SAMPLES, BATCH, EPOCHS = 101, 8, 3
 STEPS = EPOCHS * (SAMPLES // BATCH)
@@ -225,6 +226,34 @@ def test_a_mixture_of_stores_and_kinds(on_store, tmp_path):
 @pytest.mark.parametrize("on_store", ["s3"], indirect=True)
 def test_any_number_of_workers_on_a_store(on_store):
     check_exact(make_config(DataConfig(train=on_store, num_threads=1)), (0, 1, 2, 3), interruptions=3)
+
+
+@pytest.fixture
+def in_braces(gcs, s3, web, tmp_path, monkeypatch):
+    """The shards on a disk and on three stores, each shard on another, by one pattern of whole addresses."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (first, second, third, fourth) = shards()
+    objects.write_bytes(f"gs://{BUCKET}/braces/{first[0]}", first[1])
+    objects.write_bytes(f"s3://{BUCKET}/braces/{second[0]}", second[1])
+    web.backend.contents[f"/{third[0]}"] = third[1]
+    (tmp_path / fourth[0]).write_bytes(fourth[1])
+    on_stores = f"gs://{BUCKET}/braces/*.tar,s3://{BUCKET}/braces/{second[0]},{web.url}/{{00002..00002}}.tar"
+    return f"{{{on_stores},{tmp_path}/{fourth[0]}}}"
+
+
+@pytest.mark.process
+def test_a_brace_of_whole_addresses_is_read_as_one_source(in_braces, tmp_path, gcs):
+    (tmp_path / "disk").mkdir()
+    data = DataConfig(train=in_braces, num_threads=1, cache_dir=str(tmp_path / "copies"))
+    assert not data.cache_errors([in_braces])
+    config, on_disk = make_config(data), make_config(DataConfig(train=write_tars(tmp_path / "disk")))
+    in_blocks = open_source(config)[1]  # since a part is on a store
+    assert in_blocks.block > 1 and open_source(on_disk)[1] == DISK_ORDER
+    on_disk.data.order_block = in_blocks.block
+    assert open_source(on_disk)[1] == in_blocks
+    assert read(config, 0, STEPS) == read(on_disk, 0, STEPS)
+    check_exact(config, (0, 2), interruptions=3)
+    wait_for(lambda: len(list((tmp_path / "copies").glob("*.copy"))) == 3)  # the file on the disk needs none
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from clipjax.data.digests import Hasher, ShardDigest
 from clipjax.data.filters import FilteredSource
 from clipjax.data.kept_format import FIXED, DamagedKept, ShardBits, pack_kept
 from clipjax.data.kept_samples import KeptSamples, find_kept, kept_place, make_kept
-from clipjax.data.sample import Sample, UnreadableData
+from clipjax.data.sample import ChangedData, Sample
 from clipjax.data.sources import build_training_source
 from tests.data.test_filters import FILTERS, OLD, expected_keys, keys, rows, write_tar
 
@@ -343,13 +343,13 @@ def test_a_file_that_is_deleted_is_written_again_for_the_next_worker(tmp_path, m
     shutil.rmtree(place.parent)
     expected = kept.select(100, 50)  # the mapping outlives the name
     worker = pickle.loads(pickled)
-    with pytest.raises(UnreadableData, match="cannot be read: .*No such file.*start the same command again"):
+    with pytest.raises(ChangedData, match="cannot be read: .*No such file.*start the same command again"):
         worker.select(0)
     worker = pickle.loads(pickle.dumps(kept))
     np.testing.assert_array_equal(worker.select(100, 50), expected)
     assert place.read_bytes() == content
     place.write_bytes(pack(draw([5000], 0.1), "key"))
-    with pytest.raises(UnreadableData, match="it has changed"):
+    with pytest.raises(ChangedData, match="it has changed"):
         pickle.loads(pickled).select(0)
     shutil.rmtree(place.parent)
     place.parent.write_text("a file")

@@ -14,8 +14,9 @@ import pytest
 from clipjax.cli.data import main
 from clipjax.config import DataConfig
 from clipjax.data import packing
+from clipjax.data.pack_manifest import MANIFEST
 from clipjax.data.packed_samples import PackedSample, clean_key, from_sample, with_unique_keys
-from clipjax.data.packing import MANIFEST, pack
+from clipjax.data.packing import pack
 from clipjax.data.sample import Sample
 from clipjax.data.sources import build_source
 from tests.commands import exit_code
@@ -258,7 +259,7 @@ def test_the_command(tmp_path, capsys):
         ([], "--output=DIR is missing"),
         ([f"--output={tmp_path}/o", "--format=zip"], "--format=zip must be one of tar, array_record"),
         ([f"--output={tmp_path}/o", "--samples_per_shard=0"], "must be a whole number of at least 1"),
-        (["--output=gs://b/o"], "nothing here opens an address"),
+        (["--output=http://h/o"], "nothing here opens an address of http:// for this, which takes gs://, s3://, az://"),
     ):
         assert exit_code(main, ["pack", spec, *wrong]) == 2
         assert message in capsys.readouterr().err

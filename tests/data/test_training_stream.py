@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 
 from clipjax.config import Config, Crop, DataConfig, ModelConfig, SamePair, ViTConfig
+from clipjax.data.bad_sample_limit import BadSampleLimit
 from clipjax.data.eval_batches import eval_batches
 from clipjax.data.images import EvalTransform
 from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, Sample
 from clipjax.data.sources import ArraySource
 from clipjax.data.training_batches import TooManyBadSamples
 from clipjax.data.training_order import batch_number
-from clipjax.data.training_stream import BadSampleLimit, TrainStream
+from clipjax.data.training_stream import TrainStream
 from clipjax.data.webdataset import TarSource
 
 SIZE = 8

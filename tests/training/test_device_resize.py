@@ -14,7 +14,7 @@ from clipjax.planning.measure import make_batch
 from clipjax.runtime import sharding
 from clipjax.training.device_resize import build_device_resize
 from clipjax.training.program import build_program
-from clipjax.training.run import device_batch
+from clipjax.training.stream import device_batch
 from tests.training.test_step import batch, small_config
 
 CANVAS = 24

@@ -38,7 +38,7 @@ from clipjax.runtime import sharding
 from clipjax.training.gradients import build_gradients
 from clipjax.training.program import build_program
 from clipjax.training.replay import _finite_rows
-from clipjax.training.run import device_batch
+from clipjax.training.stream import device_batch
 from clipjax.typing import Encoded
 
 PAIRS, EMBED = 16, 16

@@ -18,7 +18,7 @@ from clipjax.pytrees import leaf_paths
 from clipjax.runtime import sharding
 from clipjax.training.inputs import check_same_inputs
 from clipjax.training.program import Program, build_program
-from clipjax.training.run import device_batch
+from clipjax.training.stream import device_batch
 from tests.training.test_step import small_config
 
 MOST, BATCH = 20, 32
