@@ -1,92 +1,24 @@
 """Sources without the samples that filters drop: those that are kept are numbered without gaps.
 
-Reading order: `KeptSamples` (a bitmap with rank and select), `FilteredSource`; `filter_results.py` judges the samples.
+Reading order: `FilteredSource`; `kept_samples.py` numbers the samples, `filter_results.py` judges them.
 """
 
+import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from clipjax.data.block_reader import Read, read_block
 from clipjax.data.digests import Hasher, ShardDigest
+from clipjax.data.kept_format import ShardBits, pack_kept
+from clipjax.data.kept_samples import KeptSamples, make_kept
 from clipjax.data.sample import Sample, Source
 from clipjax.runtime.terminal import printable
 
-_BLOCK = 512
-"""Samples whose kept ones are counted in advance."""
-
-_BLOCK_BYTES = _BLOCK // 8
 _MAX_GAP = 8  # dropped samples that are read with those around them, which is cheaper than another request
-
-
-@dataclass(frozen=True)
-class ShardBits:
-    """Kept samples of one shard.
-
-    Attributes:
-        count: samples of the shard.
-        bits: a bit a sample, the first one the highest of its byte.
-    """
-
-    count: int
-    bits: bytes
-
-    @property
-    def kept(self) -> int:
-        """Number of kept samples."""
-        return int(np.bitwise_count(np.frombuffer(self.bits, np.uint8)).sum())
-
-    @classmethod
-    def of_flags(cls, is_kept: np.ndarray) -> "ShardBits":
-        """Return the bits of a flag per sample."""
-        return cls(len(is_kept), np.packbits(is_kept.astype(np.bool_)).tobytes())
-
-
-class KeptSamples:
-    """Numbers of kept samples among all: the k-th kept one is found in a logarithmic number of steps.
-
-    Args:
-        shards: kept samples of each shard.
-
-    Cost: a bit a sample, and 16 bytes for each 512 of a shard.
-    """
-
-    def __init__(self, shards: Sequence[ShardBits]):
-        blocks = [-(-shard.count // _BLOCK) for shard in shards]
-        self._bits = np.zeros((sum(blocks), _BLOCK_BYTES), np.uint8)
-        self._first = np.zeros(sum(blocks), np.int64)  # sample of each block
-        place = start = 0
-        for shard, number in zip(shards, blocks, strict=True):
-            part = self._bits[place : place + number].reshape(-1)
-            part[: len(shard.bits)] = np.frombuffer(shard.bits, np.uint8)
-            self._first[place : place + number] = start + _BLOCK * np.arange(number)
-            place, start = place + number, start + shard.count
-        self._rank = np.zeros(sum(blocks) + 1, np.int64)  # kept samples before each block
-        np.cumsum(np.bitwise_count(self._bits).sum(axis=1, dtype=np.int64), out=self._rank[1:])
-
-    def __len__(self) -> int:
-        return int(self._rank[-1])
-
-    def select(self, first: int, count: int = 1) -> np.ndarray:
-        """Return the numbers among all samples of kept ones: int64 [count].
-
-        Args:
-            first: number of the first one among the kept.
-            count: how many.
-
-        Raises:
-            IndexError: there are not so many.
-        """
-        if not (first >= 0 and count >= 0 and first + count <= len(self)):
-            raise IndexError(f"samples {first} to {first + count - 1} of {len(self)}")
-        begin = int(np.searchsorted(self._rank, first, side="right")) - 1
-        end = int(np.searchsorted(self._rank, first + count, side="left"))
-        blocks, places = np.nonzero(np.unpackbits(self._bits[begin:end], axis=1))
-        skipped = first - int(self._rank[begin])
-        return (self._first[begin:end][blocks] + places)[skipped : skipped + count]
 
 
 class FilteredSource:
@@ -94,24 +26,25 @@ class FilteredSource:
 
     Args:
         source: of all samples.
-        shards: kept samples of each of its shards.
-        dropped: numbers of samples by the condition that dropped them, for messages.
+        kept: those that are kept.
+        counts: numbers of samples of its shards.
+        names: of the conditions that drop samples, for messages.
 
     Raises:
         ValueError: no sample is kept.
     """
 
-    def __init__(self, source: Source, shards: Sequence[ShardBits], dropped: Mapping[str, int]):
-        assert sum(shard.count for shard in shards) == len(source)
-        self.source, self._shards, self._dropped = source, list(shards), dict(dropped)
-        self._kept = KeptSamples(shards)
+    def __init__(self, source: Source, kept: KeptSamples, counts: Sequence[int], names: Sequence[str]):
+        assert sum(counts) == len(source) == kept.header.samples
+        self.source, self._kept, self._names = source, kept, tuple(names)
+        self._first = list(itertools.accumulate(counts, initial=0))
         self._digests: list[ShardDigest] | None = None
         if not len(self):
             raise ValueError(f"filters keep none of {len(source):,} samples: {self.counts()}; loosen them")
 
     def __getstate__(self) -> dict[str, Any]:
         # Whoever reads samples needs no shards; those are for digests, and another order.
-        return self.__dict__ | {"_shards": [], "_digests": None}
+        return self.__dict__ | {"_first": [], "_digests": None}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -133,7 +66,8 @@ class FilteredSource:
 
     def counts(self) -> str:
         """Return in words how many samples are kept, and by which condition the others were dropped."""
-        shown = ", ".join(f"{count:,} by {printable(name)}" for name, count in self._dropped.items())
+        dropped = zip(self._names, self._kept.header.dropped, strict=True)
+        shown = ", ".join(f"{count:,} by {printable(name)}" for name, count in dropped)
         return f"{len(self):,} of {len(self.source):,} samples are kept, dropped: {shown or 'none'}"
 
     def location(self, index: int) -> str:
@@ -145,14 +79,23 @@ class FilteredSource:
         if self._digests is None:
             self._digests = [
                 _filtered_digest(digest, shard)
-                for digest, shard in zip(self.source.digests(), self._shards, strict=True)
+                for digest, shard in zip(self.source.digests(), self._shards(), strict=True)
             ]
         return self._digests
+
+    def _shards(self) -> Iterator[ShardBits]:
+        return (self._kept.shard(first, end - first) for first, end in itertools.pairwise(self._first))
 
     def reordered(self, order: Sequence[int]) -> "FilteredSource":
         """Return the source with its shards in another order; only for sources that can do that."""
         source: Any = self.source
-        return FilteredSource(source.reordered(order), [self._shards[shard] for shard in order], self._dropped)
+        shards = list(self._shards())
+        shards = [shards[number] for number in order]
+        key = hashlib.sha256(json.dumps([self._kept.header.key, list(order)]).encode()).hexdigest()
+        kept = make_kept(
+            self._kept.sibling(key), key, lambda: pack_kept(shards, key=key, dropped=self._kept.header.dropped)
+        )
+        return FilteredSource(source.reordered(order), kept, [shard.count for shard in shards], self._names)
 
     def files(self) -> Sequence[str]:
         """Return the files of all samples."""

@@ -98,7 +98,7 @@ def _fetch(path: str, file: OpenFile | objects.Listed) -> Entry | None:
     if not is_address(path):
         return None
     try:
-        content = objects.read_bytes(_shared_place(path), _MAX_SHARED_BYTES)
+        content = objects.read_bytes(shared_place(path), _MAX_SHARED_BYTES)
         header = IndexTable(content).header
     except (DamagedIndex, OSError, ValueError):
         return None
@@ -116,10 +116,11 @@ def _fetch(path: str, file: OpenFile | objects.Listed) -> Entry | None:
 def _share(path: str, content: bytes) -> None:
     """Write the index of a shard beside it in its store, for the other machines; some stores take nothing."""
     with contextlib.suppress(OSError):
-        objects.write_bytes(_shared_place(path), content)
+        objects.write_bytes(shared_place(path), content)
 
 
-def _shared_place(path: str) -> str:
+def shared_place(path: str) -> str:
+    """Return the address of the index of a shard beside it in its store."""
     folder, _, base = path.partition("?")[0].rpartition("/")
     return objects.join(folder, FOLDER, base + _SUFFIX)
 

@@ -59,7 +59,7 @@ def open_indexes(
     """
     threads = _REMOTE_THREADS if any(map(is_address, paths)) else _LOOKING_THREADS
     with futures.ThreadPoolExecutor(threads) as pool:
-        listed = _list_shards(paths, pool)
+        listed = list_shards(paths, pool)
         found = list(pool.map(lambda path: find(path, is_thorough=is_thorough, listed=listed.get(path)), paths))
     missing = [each for each in found if isinstance(each, Missing)]
     if not missing:
@@ -78,7 +78,7 @@ def open_indexes(
     return [built[each.path] if isinstance(each, Missing) else each for each in found]
 
 
-def _list_shards(paths: Sequence[str], pool: futures.Executor) -> dict[str, objects.Listed]:
+def list_shards(paths: Sequence[str], pool: futures.Executor) -> dict[str, objects.Listed]:
     """Return size and version of shards in folders of stores: a thousand by one request, if there are many."""
     folders = collections.Counter(path.rpartition("/")[0] for path in paths if path.startswith(_LISTING))
     many = [folder for folder, count in folders.items() if count >= _MANY]

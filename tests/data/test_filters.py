@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import tarfile
 
 import numpy as np
@@ -14,11 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipjax.config import Config, DataConfig, MixtureSource, ModelConfig, ViTConfig
-from clipjax.data import filter_results, filter_workers
+from clipjax.data import filter_results, filter_workers, shard_results
 from clipjax.data.array_records import write_array_records
 from clipjax.data.block_reader import read_block
 from clipjax.data.digests import find_order
-from clipjax.data.filters import FilteredSource, KeptSamples, ShardBits
+from clipjax.data.filters import FilteredSource
+from clipjax.data.kept_format import ShardBits, pack_kept
+from clipjax.data.kept_samples import KeptSamples
 from clipjax.data.sample import BadSample, Sample, UnreadableData
 from clipjax.data.sources import ArraySource, build_source, build_training_source
 from clipjax.data.training_order import OrderFormat, make_order
@@ -104,6 +107,14 @@ FILTERS = ("width>=200", "aspect<=2", "language==en", "similarity>0.1")
 every_kind = pytest.mark.parametrize("kind", ["compact", "apart", "csv", "jsonl", "parquet"])
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> pathlib.Path:
+    """The machine's folder of results: empty in each test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "clipjax" / "index"
+
+
 @every_kind
 def test_every_kind_keeps_the_same_samples_and_counts_by_the_first_condition_that_fails(tmp_path, kind):
     data = DataConfig(train=write_kind(tmp_path, kind), filters=FILTERS)
@@ -132,26 +143,9 @@ def test_lists_of_keys_name_shard_and_key_or_the_key(tmp_path, kind):
     assert source.counts() == "3 of 60 samples are kept, dropped: 56 by data.keep_keys, 1 by data.drop_keys"
 
 
-def test_select_is_that_of_a_plain_list():
-    rng = np.random.default_rng(0)
-    for counts in ([1], [512], [513, 3, 1024, 511], [5] * 40, [3000]):
-        for share in (0.02, 0.5, 1.0):
-            flags = [rng.random(count) < share for count in counts]
-            kept = KeptSamples([ShardBits.of_flags(each) for each in flags])
-            slow = np.flatnonzero(np.concatenate(flags))
-            assert len(kept) == len(slow)
-            np.testing.assert_array_equal(kept.select(0, len(slow)), slow)
-            for number in range(len(slow)):
-                assert kept.select(number)[0] == slow[number]
-            for first in range(0, len(slow), 7):
-                part = slow[first : first + 9]
-                np.testing.assert_array_equal(kept.select(first, len(part)), part)
-
-
-def test_a_bitmap_takes_a_bit_a_sample():
-    kept = KeptSamples([ShardBits.of_flags(np.arange(10_000) % 3 == 0)] * 100)
-    # A bit, 16 bytes for 512 samples, and the last incomplete block of each shard.
-    assert len(pickle.dumps(kept)) <= 1_000_000 / 8 + 16 * 2000 + 100 * 64 + 2000
+def kept_of(flags: list[np.ndarray]) -> KeptSamples:
+    dropped = [sum(int((~each).sum()) for each in flags)]
+    return KeptSamples(pack_kept([ShardBits.of_flags(each) for each in flags], key="", dropped=dropped))
 
 
 class Counting:
@@ -177,7 +171,7 @@ def test_a_block_reads_its_span_at_once_and_leaves_out_wide_gaps():
     inner = Counting(100)
     is_kept = np.zeros(100, np.bool_)
     is_kept[[2, 4, 9, 10, 40, 41, 99]] = True
-    source = FilteredSource(inner, [ShardBits.of_flags(is_kept[:50]), ShardBits.of_flags(is_kept[50:])], {})
+    source = FilteredSource(inner, kept_of([is_kept[:50], is_kept[50:]]), [50, 50], ["a>1"])
     found = read_block(source, 1, 6)
     assert [each.reason if isinstance(each, BadSample) else each.key for each in found] == [
         "4", "corrupt_image", "10", "40", "41", "corrupt_image",
@@ -204,8 +198,8 @@ def test_shards_in_another_order_are_the_same_run_and_another_choice_is_another(
 
 def test_results_are_kept_and_made_anew_for_other_shards_filters_and_lists(tmp_path, monkeypatch):
     judged = []
-    judge = filter_results._judge
-    monkeypatch.setattr(filter_results, "_judge", lambda *each: judged.append(each[1]) or judge(*each))
+    judge = shard_results._judge
+    monkeypatch.setattr(shard_results, "_judge", lambda *each: judged.append(each[1]) or judge(*each))
     path = tmp_path / "a.tar"
     data = DataConfig(train=write_tar(path, rows()), filters=FILTERS)
     assert keys(build_training_source(data)) == keys(build_training_source(data)) and len(judged) == 1
@@ -223,9 +217,10 @@ def test_results_are_kept_and_made_anew_for_other_shards_filters_and_lists(tmp_p
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "folder"])
-def test_a_damaged_result_is_made_anew(tmp_path, damage):
+def test_a_damaged_result_is_made_anew(tmp_path, damage, cache):
     data = DataConfig(train=write_tar(tmp_path / "a.tar", rows()), filters=FILTERS)
     build_training_source(data)
+    shutil.rmtree(cache)  # with the bitmap, for which no result of a shard is looked at
     [place] = (tmp_path / ".clipjax-index").glob("*.kept")
     content = place.read_bytes()
     place.unlink()
@@ -351,7 +346,7 @@ def test_processes_judge_where_there_is_much_to_do(tmp_path, monkeypatch):
     (tmp_path / "drop").write_text("0001")
     monkeypatch.setattr(filter_results, "_SECONDS_TO_START", 0.0)
     monkeypatch.setattr(filter_results, "num_cores", lambda: 2)
-    monkeypatch.setattr(filter_results, "_judge", None)  # nothing is left for this process
+    monkeypatch.setattr(shard_results, "_judge", None)  # nothing is left for this process
     seen = []
     data = DataConfig(train=f"{tmp_path}/*.tar", filters=FILTERS, drop_keys=str(tmp_path / "drop"))
     source = filter_results.filter_source(
@@ -362,7 +357,7 @@ def test_processes_judge_where_there_is_much_to_do(tmp_path, monkeypatch):
 
 def test_a_process_that_cannot_judge_leaves_it_to_this_one(tmp_path, monkeypatch):
     monkeypatch.setattr(filter_results, "_SECONDS_TO_START", 0.0)
-    monkeypatch.setattr(filter_workers.Judge, "judge", lambda self, path: None)
+    monkeypatch.setattr(filter_workers.Judge, "judge", lambda self, path, **_: {})
     assert keys(build_training_source(DataConfig(train=write_tar(tmp_path / "a.tar", rows()), filters=FILTERS)))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from clipjax.config import DataConfig
 from clipjax.data.digests import digest_files
-from clipjax.data.filter_results import _KeyList
+from clipjax.data.key_lists import KeyList
 from clipjax.data.sample import BadSample
 from clipjax.data.sources import build_source, data_folders
 from clipjax.data.tokenizers.build import build_tokenizer
@@ -136,7 +136,7 @@ def test_small_files_behind_addresses(gcs, tmp_path):
     objects.write_bytes(f"{PLACE}/classes.json", b'["cat", "dog"]')
     assert load_classes(f"{PLACE}/classes.json") == ("cat", "dog")
     objects.write_bytes(f"{PLACE}/keys.txt", b"a\nb\n")
-    keys = _KeyList("data.keep_keys", f"{PLACE}/keys.txt")
+    keys = KeyList("data.keep_keys", f"{PLACE}/keys.txt")
     assert keys.contains("x.tar", ["a", "c"]).tolist() == [True, False]
     merges = "\n".join(["#version: 0.2"] + ["a b"] * 48_894).encode()
     objects.write_bytes(f"{PLACE}/bpe.txt.gz", gzip.compress(merges))
