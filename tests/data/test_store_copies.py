@@ -100,6 +100,16 @@ def test_a_run_moves_between_a_disk_and_a_store(gcs, tmp_path):
     assert read(here, 0, 5) + read(there, 5, 5) == read(there, 0, 5) + read(here, 5, 5) == read(here, 0, 10)
 
 
+def test_files_of_a_web_server(web, tmp_path):
+    for i in range(2):
+        write_array_records(tmp_path / f"{i}.array_record", samples(5, 5 * i))
+        web.backend.contents[f"/d/{i}.array_record"] = (tmp_path / f"{i}.array_record").read_bytes()
+    there = build_source(f"{web.url}/d/{{0..1}}.array_record", data=cached(tmp_path))
+    same_source(build_source(f"{tmp_path}/*.array_record", data=DataConfig()), there)
+    with pytest.raises(ValueError, match="a web server lists no files"):
+        build_source(f"{web.url}/d/*.array_record", data=cached(tmp_path))
+
+
 @pytest.mark.process
 def test_workers_read_the_copies(gcs, tmp_path):
     (tmp_path / "disk").mkdir()

@@ -1,7 +1,9 @@
 """A run that moves between ArrayRecord files on a disk and in a bucket, killed in its steps and while it copies."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -119,6 +121,23 @@ def test_a_start_without_room_is_refused_and_leaves_nothing(tmp_path, gcs, optio
     refused = clipjax(run, *run.command("refused", *given.values()))
     assert refused.returncode == 2 and message in refused.stderr, refused.stderr
     assert not run.workdir("refused").exists() and not gcs.count(r"GET .*/\d\.array_record")
+
+
+def test_two_processes_of_a_machine_copy_once(tmp_path, gcs):
+    run = RecordsRun(tmp_path)
+    run.write()
+    gcs.reset()
+    gcs.plant(r"GET .*/\d\.array_record", delay=0.5)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    many = (*run.moved(), "--config.total_examples=160", f"--coordinator={address}", "--num_processes=2")
+    with contextlib.ExitStack() as stack:
+        both = [run.start("two", *many, f"--process_id={rank}") for rank in range(2)]
+        for process in both:
+            stack.enter_context(ended(process))
+        assert [process.wait(300) for process in both] == [0, 0], run.output("two")
+    assert gcs.count(r"GET .*/\d\.array_record") == NUM_FILES
 
 
 def test_records_that_have_changed_in_the_bucket_are_another_run(tmp_path, gcs):
