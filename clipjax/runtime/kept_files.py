@@ -151,12 +151,14 @@ def _turn(path: pathlib.Path, copies: Mapping[str, Copy], spec: str) -> Iterator
 
 
 def _link(tree: pathlib.Path, copies: Mapping[str, Copy]) -> None:
-    """Make a tree of links to copies."""
-    shutil.rmtree(tree, ignore_errors=True)
+    """Make a tree of links to copies; other files in it, such as indexes, stay."""
     for name, copy in copies.items():
         link = tree / name
+        target = os.path.relpath(copy.path("copy"), link.parent)
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(copy.path("copy"), link.parent))
+        if not (link.is_symlink() and str(link.readlink()) == target):
+            link.unlink(missing_ok=True)
+            link.symlink_to(target)
 
 
 class _Stopped(Exception):

@@ -127,6 +127,10 @@ def test_filters_judge_the_copies(records, tmp_path):
     there = build_training_source(cached(tmp_path, train=f"{place}/*.array_record", **fields))
     assert [there[i].key for i in range(len(there))] == ["000003"]
     same_source(here, there)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.kept")}
+    del there
+    build_training_source(cached(tmp_path, train=f"{place}/*.array_record", **fields))
+    assert len(kept) == 3 and kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.kept")}
 
 
 def test_without_a_folder_for_copies_both_are_refused(records, tmp_path):

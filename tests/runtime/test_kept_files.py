@@ -128,6 +128,19 @@ def test_a_copy_that_has_changed_on_the_disk_is_made_anew(tmp_path, store):
     assert reads(server) == 6
 
 
+def test_a_link_that_leads_elsewhere_is_made_anew(tmp_path, store):
+    kept = keep(tmp_path / "cache", store[1])
+    for number, name in enumerate(CONTENTS):
+        link = pathlib.Path(kept.path(f"a/{name}"))
+        link.unlink()
+        (link.write_bytes, link.symlink_to)[number % 2]((b"other", "/etc/passwd")[number % 2])
+    (kept.folder / "a" / "index").mkdir()
+    del kept
+    kept = keep(tmp_path / "cache", store[1])
+    assert {name: pathlib.Path(kept.path(f"a/{name}")).read_bytes() for name in CONTENTS} == CONTENTS
+    assert (kept.folder / "a" / "index").is_dir()
+
+
 def test_who_comes_while_copies_are_in_use_reads_none_of_them(tmp_path, store, monkeypatch):
     kept = keep(tmp_path, store[1])
 
