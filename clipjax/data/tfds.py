@@ -134,6 +134,10 @@ class TfdsSource:
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # While TFDS is imported, other threads can import nothing from their own packages, as Pillow does when it needs
+        # something for the first time: so it is imported before a worker has any.
+        import tensorflow_datasets  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
         self.__dict__.update(state, _lock=threading.Lock(), _records=None, _kept=None)
 
     def _data(self) -> Any:
