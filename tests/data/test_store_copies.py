@@ -1,5 +1,6 @@
 """ArrayRecord files and TFDS data in a store: copied to a disk, and then the same source as the same files there."""
 
+import os
 import pathlib
 import pickle
 
@@ -123,6 +124,9 @@ def test_filters_judge_the_copies(records, tmp_path):
     folder, place, _ = records
     (tmp_path / "keep.txt").write_text("pairs-1/000025\n000003\npairs-1/000003\n")
     fields = {"keep_keys": str(tmp_path / "keep.txt"), "filters": ("label>=0",)}
+    build_source(f"{place}/*.array_record", data=cached(tmp_path))
+    for path in (tmp_path / "cache").glob("*.copy"):
+        os.utime(path, (1e9, 1e9))  # results for files that are brand new are not kept
     here = build_training_source(DataConfig(train=f"{folder}/*.array_record", **fields))
     there = build_training_source(cached(tmp_path, train=f"{place}/*.array_record", **fields))
     assert [there[i].key for i in range(len(there))] == ["000003"]
