@@ -8,6 +8,7 @@ is refused. Options that name a place are of type `path`, `source`, `data_source
 
 import argparse
 import difflib
+import math
 import pathlib
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -218,6 +219,17 @@ def whole_number(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def amount(text: str) -> float:
+    """Return a number above 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"={text} must be a number above 0")
+    return found
 
 
 def choice(names: Collection[str]) -> Callable[[str], str]:

@@ -148,7 +148,12 @@ def _parser(command: str) -> arguments.Parser:
         parser.description = VERIFY
         for name, about in (("write", "the manifest to write"), ("against", "the manifest to compare with")):
             parser.add_argument(f"--{name}", metavar="FILE", type=arguments.place, help=about)
-    parser.add_argument("--tfds_dir", metavar="DIR", type=arguments.path, help=where)
+    kind = arguments.path if command == "scenes" else arguments.place
+    parser.add_argument("--tfds_dir", metavar="DIR", type=kind, help=where)
+    if command != "scenes":
+        copies = "on a disk, for copies of files in stores, as data.cache_dir; ArrayRecord and TFDS data there need it"
+        parser.add_argument("--cache_dir", metavar="DIR", type=arguments.path, help=copies)
+        parser.add_argument("--cache_gib", metavar="N", type=arguments.amount, help="most GiB of these copies")
     return parser
 
 
@@ -215,8 +220,13 @@ def _data(options: Namespace) -> DataConfig:
         image_field=options.image_field,
         caption_field=options.caption_field,
         image_root=None if options.image_root is None else str(options.image_root),
+        cache_dir=None if options.cache_dir is None else str(options.cache_dir),
     )
-    if errors := unused_columns(data, [options.source], "--"):
+    if options.cache_gib is not None:
+        data.cache_gib = options.cache_gib
+    against = getattr(options, "against", None)  # of dedup; that of verify is a manifest
+    sources = [options.source, *(against if isinstance(against, list) else [])]
+    if errors := [*unused_columns(data, [options.source], "--"), *data.cache_errors(sources, "--")]:
         raise ValueError("\n".join(errors))
     return data
 
@@ -227,6 +237,8 @@ def _spec(options: Namespace) -> SourceSpec:
     return SourceSpec(
         source=data.train,
         tfds_dir=data.tfds_dir,
+        cache_dir=data.cache_dir,
+        cache_gib=data.cache_gib,
         image_field=data.image_field,
         caption_field=data.caption_field,
         image_root=data.image_root,

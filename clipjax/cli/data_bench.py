@@ -12,7 +12,7 @@ from clipjax.config.paths import expand_paths
 from clipjax.config.validation import validate
 from clipjax.data.loading_speed import LoadingRate, measure_loading
 from clipjax.data.mixture import MixedSource
-from clipjax.data.sources import build_training_source
+from clipjax.data.sources import build_training_source, check_copies
 from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.planning import targets
 from clipjax.runtime.storage import is_address, require_writable, write
@@ -74,6 +74,7 @@ def run(parsed: arguments.Arguments) -> int:
     target = None if options.topology is None else targets.find_target(options.topology, options.slices)
     if target is not None:
         targets.check_devices(config, target, None)
+    check_copies(config.data, [part.source for part in config.data.mixture.values()])
     source = build_training_source(config.data)
     parts = source.parts if isinstance(source, MixedSource) else (source,)
     is_remote = [any(map(is_address, part.files())) for part in parts]

@@ -3,6 +3,7 @@
 Reading order: `add_options`, `run`, `_drop_lines`.
 """
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -20,6 +21,7 @@ from clipjax.data.hash_store import hash_source, shards_of
 from clipjax.data.hash_workers import SourceSpec
 from clipjax.data.picture_rows import USABLE, PictureHashes
 from clipjax.data.sample import NUM_COUNTERS, BadSample, Source, count_by_reason
+from clipjax.data.sources import check_copies
 from clipjax.monitoring.progress import Progress
 from clipjax.runtime.storage import require_writable, write
 from clipjax.runtime.terminal import printable
@@ -75,7 +77,9 @@ def run(options: Namespace, spec: SourceSpec) -> int:
         OSError: a file cannot be read or written.
     """
     _check(options)
-    specs = [spec, *(SourceSpec(source=each, tfds_dir=spec.tfds_dir) for each in options.against)]
+    plain = dataclasses.replace(spec, image_field=None, caption_field=None, image_root=None)
+    specs = [spec, *(dataclasses.replace(plain, source=each) for each in options.against)]
+    check_copies(spec.data(), [each.source for each in specs])
     sources = [each.open() for each in specs]
     hashes: list[PictureHashes] = []
     for each, source in zip(specs, sources, strict=True):

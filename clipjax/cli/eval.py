@@ -24,11 +24,11 @@ from clipjax.config.paths import expand_paths
 from clipjax.config.serialization import path_parts
 from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sample import Source
-from clipjax.data.sources import data_folders, recording_sources
+from clipjax.data.sources import check_copies, data_folders, recording_sources
 from clipjax.data.tfds import TFDS_PREFIX
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.runner import Task, build_tasks, run_tasks, write_results
+from clipjax.evals.runner import Task, build_tasks, run_tasks, task_sources, write_results
 from clipjax.models.clip import build_clip
 from clipjax.monitoring.run_logger import results_table
 from clipjax.runtime import compilation, consistency, processes, sharding, storage
@@ -154,6 +154,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
     tokenizer = saved.tokenizer()
     if any(task.kind is not TaskKind.IMAGE_RETRIEVAL for task in config.eval.tasks.values()):
         tokenizer.encode("a")  # of a checkpoint that was converted without one, this says so
+    check_copies(config.data, task_sources(config))
     sources: dict[str, Source] = {}
     tasks = build_tasks(config, recording_sources(sources))
     folders = [*_folders(saved, options.checkpoint), *data_folders(sources, config.data.tfds_dir)]

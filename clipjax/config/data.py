@@ -105,7 +105,8 @@ class DataConfig:
 
     train: str = ""
     mixture: dict[str, MixtureSource] = field(default_factory=dict)  # several sources, by any name, instead of `train`
-    tfds_dir: str | None = None  # folder of prepared TFDS data; None: TFDS's own default
+    # Folder of prepared TFDS data, which may lie in a store if there is a cache_dir; None: TFDS's own default.
+    tfds_dir: str | None = None
     tfds_image_key: str = "image"
     tfds_caption_key: str = "captions"
     image_field: str | None = None  # column of Parquet and tables; None: the first of a usual name
@@ -142,8 +143,10 @@ class DataConfig:
     num_workers: int = bounded(0, NOT_NEGATIVE)  # worker processes per training process; 0: threads of it decode
     num_threads: int = bounded(2, POSITIVE)  # reading and decoding threads per worker
     prefetch_batches: int = bounded(2, POSITIVE)
-    cache_dir: str | None = None  # folder on a disk of each machine for copies of shards that are read from stores
-    cache_gib: float = bounded(100.0, POSITIVE)  # of these copies
+    # Folder on a disk of each machine for copies of files that are read from stores: of tars and Parquet made as they
+    # are read, as far as they fit; of ArrayRecord and TFDS data made at the start, all of them.
+    cache_dir: str | None = None
+    cache_gib: float = bounded(100.0, POSITIVE)  # of all copies together
     order_block: int | None = bounded(None, BLOCK)  # consecutive pairs that are shuffled as one; None: by the store
     on_unreadable: OnUnreadable = OnUnreadable.STOP  # what a sample leads to that its storage does not give
     max_bad_fraction: float = bounded(0.05, FRACTION)  # of the samples read; above it the run stops
@@ -161,17 +164,36 @@ class DataConfig:
         parts = ", ".join(f"{name}: {part.source}" for name, part in sorted(self.mixture.items()))
         return f"data.mixture={{{parts}}}" if parts else f"data.train={self.train!r}"
 
-    def cache_errors(self, sources: Sequence[str]) -> list[str]:
-        """Return what is wrong with the choice of a cache for sources, a line each."""
+    def cache_errors(self, sources: Sequence[str], prefix: str = "data.") -> list[str]:
+        """Return what is wrong with the choice of a cache for sources, a line each.
+
+        Args:
+            sources: strings that name them.
+            prefix: of a field's name in a message.
+        """
         if self.cache_dir is None:
             default = type(self)().cache_gib
             ignored = (
-                f"data.cache_gib={self.cache_gib} would be ignored without data.cache_dir; set that, or leave it out"
+                f"{prefix}cache_gib={self.cache_gib} would be ignored without {prefix}cache_dir; set that, or leave it "
+                "out"
             )
             return [ignored] if self.cache_gib != default else []
-        if any("://" in source and _is_tars(source) for source in sources):
+        if any(map(self._is_cached, sources)):
             return []
-        return [f"data.cache_dir={self.cache_dir!r} would be ignored: no source is tars in a store; leave it out"]
+        small = (
+            " (the images that tables and folders name are small files, of which no copies are kept; `clipjax data "
+            "pack` makes tars)"
+        )
+        return [
+            f"{prefix}cache_dir={self.cache_dir!r} would be ignored: no source is tars, Parquet, ArrayRecord or TFDS "
+            f"data in a store{small if any('://' in source for source in sources) else ''}; leave it out"
+        ]
+
+    def _is_cached(self, source: str) -> bool:
+        if source.startswith("tfds:"):
+            return "://" in (self.tfds_dir or "")
+        is_table = re.search(r"\.(csv|tsv|jsonl)\b", source.lower()) is not None
+        return "://" in source and not source.startswith("folder:") and not is_table
 
     def source_errors(self) -> list[str]:
         """Return what is wrong with the choice of sources, a line each."""
@@ -249,11 +271,6 @@ def unused_columns(
 
 def _reads_columns(source: str) -> bool:
     return re.search(r"\.(parquet|parq|pq|csv|tsv|jsonl)\b", source.lower()) is not None
-
-
-def _is_tars(source: str) -> bool:
-    is_record = re.search(r"\.array_?record\b", source.lower()) is not None
-    return not (source.startswith(("folder:", "tfds:")) or is_record or _reads_columns(source))
 
 
 def _reads_image_files(source: str, image_root: str) -> bool:

@@ -29,8 +29,8 @@ PATH_FIELDS = (
 
 TASK_PATH_FIELDS = ("source", "gallery", "classes", "templates")
 
-_ON_DISK = ("compile_cache", "data.tfds_dir", "data.cache_dir")
-"""Fields of folders that libraries open by themselves, or that are to be on a disk."""
+_ON_DISK = ("compile_cache", "data.cache_dir")
+"""Fields of folders that are to be on a disk."""
 
 _KIND = re.compile(
     r"(?:clip|sentencepiece|huggingface|siglip2?|folder):"
@@ -98,7 +98,7 @@ def _fault(space: str, scheme: str, slashes: str, rest: str, *, schemes: Collect
 
 def schemes_of(field: str) -> tuple[str, ...]:
     """Return the schemes of the addresses that a field of the config takes."""
-    if field in ("init_from", "loss.distill_from"):
+    if field in ("init_from", "loss.distill_from", "data.tfds_dir"):
         return STORES
     return READABLE if is_path_field(field) and field not in _ON_DISK else ()
 

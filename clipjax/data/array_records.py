@@ -23,6 +23,7 @@ from clipjax.data.image_files import max_image_bytes
 from clipjax.data.metadata import Described, parse_json
 from clipjax.data.sample import BadSample, Sample
 from clipjax.runtime.files import require_file_writable
+from clipjax.runtime.kept_files import KeptFiles
 from clipjax.runtime.storage import is_address
 
 RECORD_CAPTIONS = "captions"
@@ -115,27 +116,40 @@ class ArrayRecordSource:
         paths: files on a disk.
         max_caption_bytes: limit of a caption; longer ones make a sample bad.
         max_image_pixels: limit of an image.
+        places: of the files in a store, for messages, where the paths are those of copies.
+        kept: keeps these copies on the disk.
 
     Raises:
         ValueError: a file is no ArrayRecord, or holds records of another program; or there is none.
     """
 
-    def __init__(self, paths: Sequence[str], *, max_caption_bytes: int, max_image_pixels: int):
-        self._paths = [os.fspath(path) for path in paths]
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        max_caption_bytes: int,
+        max_image_pixels: int,
+        places: Sequence[str] | None = None,
+        kept: KeptFiles | None = None,
+    ):
+        self._paths, self._kept = [os.fspath(path) for path in paths], kept
+        self._places = self._paths if places is None else list(places)
         self._limits = {"max_caption_bytes": max_caption_bytes, "max_image_pixels": max_image_pixels}
         with futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:
-            counts = list(pool.map(count_records, self._paths))
+            counts = list(pool.map(count_records, self._paths, self._places))
         if not sum(counts):
-            raise ValueError(f"no record in {', '.join(self._paths[:5])}")
+            raise ValueError(f"no record in {', '.join(self._places[:5])}")
         self._first = np.cumsum([0, *counts])
         self._digests: list[ShardDigest] | None = None
         self._open = functools.lru_cache(_MAX_OPEN_FILES)(_open_reader)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_digests")}
+        left_out = ("_open", "_digests", "_kept")  # the process that opened the source keeps the copies for its workers
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _digests=None, _open=functools.lru_cache(_MAX_OPEN_FILES)(_open_reader))
+        opener = functools.lru_cache(_MAX_OPEN_FILES)(_open_reader)
+        self.__dict__.update(state, _digests=None, _kept=None, _open=opener)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -151,7 +165,7 @@ class ArrayRecordSource:
     def location(self, index: int) -> str:
         """Return the file and the record in it."""
         file, number = self._place(index)
-        return f"{self._paths[file]}, record {number}"
+        return f"{self._places[file]}, record {number}"
 
     def digests(self) -> list[ShardDigest]:
         """Return a digest of each file: of its size, and of some contents."""
@@ -205,19 +219,23 @@ def _open_reader(path: str) -> Any:
     return ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=32_768)
 
 
-def count_records(path: str) -> int:
+def count_records(path: str, place: str | None = None) -> int:
     """Return the number of records in a file.
+
+    Args:
+        path: of the file, or of its copy.
+        place: of the file, for messages; None: the path.
 
     Raises:
         ValueError: it is no ArrayRecord, or holds records of another program.
     """
     if is_address(path):
         raise ValueError(
-            f"{path}: ArrayRecord files must lie on a disk, as their library reads no other; copy them there"
+            f"{path}: ArrayRecord files must lie on a disk, as their library reads no other; `build_source` copies them"
         )
-    reader = _open_reader(path)
+    place, reader = place or path, _open_reader(path)
     if not reader.ok():
-        raise ValueError(f"{path} is no ArrayRecord file, or is cut off; write it again")
+        raise ValueError(f"{place} is no ArrayRecord file, or is cut off; write it again")
     count = int(reader.num_records())
     try:
         first = reader.read([0])[0] if count else MARK
@@ -225,6 +243,6 @@ def count_records(path: str) -> int:
         first = MARK
     if not first.startswith(MARK):
         raise ValueError(
-            f"{path} holds records of another program; data that TFDS has prepared is read as tfds:NAME/SPLIT"
+            f"{place} holds records of another program; data that TFDS has prepared is read as tfds:NAME/SPLIT"
         )
     return count

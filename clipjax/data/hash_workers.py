@@ -24,6 +24,8 @@ class SourceSpec:
 
     source: str
     tfds_dir: str | None = None
+    cache_dir: str | None = None
+    cache_gib: float = DataConfig().cache_gib
     image_field: str | None = None
     caption_field: str | None = None
     image_root: str | None = None
@@ -33,6 +35,8 @@ class SourceSpec:
         return DataConfig(
             train=self.source,
             tfds_dir=self.tfds_dir,
+            cache_dir=self.cache_dir,
+            cache_gib=self.cache_gib,
             image_field=self.image_field,
             caption_field=self.caption_field,
             image_root=self.image_root,

@@ -7,6 +7,7 @@ Reading order: `ParquetSource`, `_ParquetFile` (one open file), `_RowGroup` (the
 """
 
 import collections
+import errno
 import functools
 import os
 import threading
@@ -21,8 +22,12 @@ from clipjax.data.digests import CONTENTS, DIGEST_THREADS, Hasher, ShardDigest, 
 from clipjax.data.fields import IMAGE_BYTES, Fields, captions_of, choose_fields, key_of, label_of
 from clipjax.data.image_files import max_image_bytes
 from clipjax.data.metadata import Described, parquet_metadata
-from clipjax.data.sample import BadSample, Sample
-from clipjax.runtime.storage import OpenFile, open_file
+from clipjax.data.positioned_file import PositionedFile
+from clipjax.data.sample import BadSample, Sample, UnreadableData
+from clipjax.runtime.file_cache import FileCache
+from clipjax.runtime.objects import Listed
+from clipjax.runtime.storage import FileChanged, OpenFile, is_address, open_file
+from clipjax.runtime.terminal import printable
 
 _MAX_CACHE_BYTES = 2**29  # of row groups that stay in memory, per process; one more is always kept
 _MAX_GROUP_BYTES = 2**31
@@ -43,6 +48,7 @@ class ParquetSource:
         max_caption_bytes: limit of a caption; longer ones make a sample bad.
         max_image_pixels: limit of an image; cells that are larger than its raw pixels are not even copied.
         captions: weights of columns of captions; none: `caption_field` is the one.
+        cache: of copies of files that lie in stores; None: they are read from there each time.
 
     Raises:
         ValueError: a file is no Parquet, lacks a column, or has a row group that is too large; or there is no row.
@@ -60,7 +66,9 @@ class ParquetSource:
         max_caption_bytes: int,
         max_image_pixels: int,
         captions: Mapping[str, float] | None = None,
+        cache: FileCache | None = None,
     ):
+        self._cache = cache
         self._paths = [os.fspath(path) for path in paths]
         self._captions = to_weights(captions)
         self._chosen = {
@@ -72,7 +80,9 @@ class ParquetSource:
         self._max_caption_bytes = max_caption_bytes
         self._max_image_bytes = max_image_bytes(max_image_pixels)
         with futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:
-            sizes = list(pool.map(self._group_sizes, self._paths))
+            opened = list(pool.map(self._look_into, self._paths))
+        self._versions = {path: listed for path, (listed, _) in zip(self._paths, opened, strict=True)}
+        sizes = [group_sizes for _, group_sizes in opened]
         rows = [size for group_sizes in sizes for size in group_sizes]
         if not sum(rows):
             raise ValueError(f"no row in {', '.join(self._paths[:5])}: a Parquet file of images and captions has some")
@@ -83,7 +93,7 @@ class ParquetSource:
 
     def _start(self) -> None:
         self._lock = threading.Lock()
-        self._open = functools.lru_cache(_MAX_OPEN_FILES)(lambda path: _ParquetFile(path, **self._chosen))
+        self._open = functools.lru_cache(_MAX_OPEN_FILES)(self._open_again)
         self._groups: collections.OrderedDict[int, _RowGroup] = collections.OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,8 +104,23 @@ class ParquetSource:
         self.__dict__.update(state, _digests=None)
         self._start()
 
-    def _group_sizes(self, path: str) -> list[int]:
-        return _ParquetFile(path, **self._chosen).group_sizes()
+    def _look_into(self, path: str) -> tuple[Listed, list[int]]:
+        """Return size and version of a file, and the rows of its groups."""
+        file = open_file(path)
+        return Listed(file.size, file.version), _ParquetFile(path, file, **self._chosen).group_sizes()
+
+    def _open_again(self, path: str) -> "_ParquetFile":
+        """Open a file, or its copy.
+
+        Raises:
+            OSError: it cannot be read, or is another one than when the source was opened.
+        """
+        listed = self._versions[path]
+        in_store = is_address(path)
+        file = self._cache.open(path, listed) if in_store and self._cache is not None else open_file(path, listed)
+        if (file.size, file.version) != (listed.size, listed.version):
+            raise FileChanged(errno.ESTALE, "another program has written it anew", path)
+        return _ParquetFile(path, file, **self._chosen)
 
     def __len__(self) -> int:
         return int(self._first_row[-1])
@@ -143,7 +168,8 @@ class ParquetSource:
 
     def metadata(self, shard: int, columns: Sequence[str]) -> Iterator[Described]:
         """Yield key and cells of the rows of a file."""
-        return _ParquetFile(self._paths[shard], **self._chosen).metadata(columns)
+        path = self._paths[shard]
+        return _ParquetFile(path, open_file(path, self._versions[path]), **self._chosen).metadata(columns)
 
     def files(self) -> list[str]:
         """Return the paths of the files."""
@@ -165,12 +191,22 @@ class ParquetSource:
     def _row_group(self, group: int) -> "_RowGroup":
         with self._lock:  # a file has one position, and a group is read once for all threads that want it
             if group not in self._groups:
-                file = self._file(group)
-                self._groups[group] = self._open(self._paths[file]).read(group - int(self._first_group[file]))
+                self._groups[group] = self._read_group(group)
             self._groups.move_to_end(group)
             while len(self._groups) > 1 and sum(each.num_bytes for each in self._groups.values()) > _MAX_CACHE_BYTES:
                 self._groups.popitem(last=False)
             return self._groups[group]
+
+    def _read_group(self, group: int) -> "_RowGroup":
+        file = self._file(group)
+        try:
+            return self._open(self._paths[file]).read(group - int(self._first_group[file]))
+        except (OSError, ValueError) as error:  # a file that has changed is no Parquet sometimes
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise UnreadableData(
+                f"file {printable(self._paths[file])} cannot be read as it was opened: {reason}; let what writes it "
+                "finish, or look at its disk, then start the same command again"
+            ) from error
 
 
 class _RowGroup:
@@ -227,13 +263,20 @@ class _ParquetFile:
     """
 
     def __init__(
-        self, path: str, *, image_field: str | None, caption_field: str | None, label_key: str, captions: Weights
+        self,
+        path: str,
+        file: OpenFile,
+        *,
+        image_field: str | None,
+        caption_field: str | None,
+        label_key: str,
+        captions: Weights,
     ):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         self._path = path
-        self._reader = _Reader(open_file(path))
+        self._reader = PositionedFile(file)
         try:
             self._file = pq.ParquetFile(self._reader)  # pyright: ignore[reportArgumentType]
             schema = self._file.schema_arrow
@@ -344,51 +387,3 @@ def _flat(column: Any) -> Any:
     import pyarrow.types as types
 
     return column.flatten()[column.type.get_field_index("bytes")] if types.is_struct(column.type) else column
-
-
-class _Reader:
-    """A file as pyarrow wants it, with a position; it remembers the error of a read."""
-
-    closed = False
-
-    def __init__(self, file: OpenFile):
-        self._file = file
-        self._position = 0
-        self._failure: OSError | None = None
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            data = self._file.read(self._position, self._file.size - self._position if size < 0 else size)
-        except OSError as error:
-            self._failure = error
-            raise
-        self._position += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        self.closed = True
-
-    def flush(self) -> None:
-        pass
-
-    def raise_failure(self) -> None:
-        """Raise the error of the disk or the store, if it was one that kept the file from being read."""
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure

@@ -25,11 +25,12 @@ from clipjax.data.mixture import MixedSource
 from clipjax.data.parquet import ParquetSource
 from clipjax.data.sample import BadSample as BadSample  # sources raise it
 from clipjax.data.sample import Sample, Source, clean_captions
+from clipjax.data.store_copies import keep_array_records, look_up, make_cache, require_cache
 from clipjax.data.tables import TableSource
-from clipjax.data.tfds import TFDS_PREFIX, TfdsSource, data_folder
+from clipjax.data.tfds import TFDS_PREFIX, TfdsSource, data_folder, find_files
 from clipjax.data.webdataset import TarSource
 from clipjax.runtime import objects
-from clipjax.runtime.file_cache import FileCache
+from clipjax.runtime.kept_files import Wanted, describe_lack
 from clipjax.runtime.storage import is_address
 
 _KINDS = {
@@ -135,9 +136,8 @@ def build_source(
     if not spec:
         raise ValueError("data source '' is empty; give tfds:NAME/SPLIT or a pattern of .tar files (data.train)")
     if spec.startswith(TFDS_PREFIX):
-        name, slash, split = spec.removeprefix(TFDS_PREFIX).rpartition("/")
-        if not (slash and name and split):
-            raise ValueError(f"source {spec!r} must be tfds:NAME/SPLIT, for example tfds:scenes/train")
+        name, split = _parse_tfds(spec)
+        in_store = data.tfds_dir is not None and is_address(data.tfds_dir)
         return TfdsSource(
             name,
             split,
@@ -147,6 +147,7 @@ def build_source(
             label_key=label_key,
             max_caption_bytes=data.max_caption_bytes,
             captions=captions,
+            cache=require_cache(data, spec) if in_store else None,
         )
     limits: dict[str, Any] = {"max_caption_bytes": data.max_caption_bytes, "max_image_pixels": data.max_image_pixels}
     if (folder := _image_folder(spec)) is not None:
@@ -162,17 +163,57 @@ def build_source(
     }
     match _file_kind(spec, paths):
         case "parquet":
-            return ParquetSource(paths, **columns, **limits)
+            return ParquetSource(paths, **columns, **limits, cache=make_cache(data))
         case "table":
             return TableSource(paths, **columns, image_root=data.image_root, **limits)
         case "array_record":
             require_fields(to_weights(captions), [RECORD_CAPTIONS], f"source {spec!r}")
-            return ArrayRecordSource(paths, **limits)
-    cache = None if data.cache_dir is None else FileCache(data.cache_dir, round(data.cache_gib * 2**30))
-    source = TarSource(paths, **limits, captions=captions, cache=cache)
+            local, kept = keep_array_records(paths, data, spec)
+            return ArrayRecordSource(local, **limits, places=paths, kept=kept)
+    source = TarSource(paths, **limits, captions=captions, cache=make_cache(data))
     if captions:
         tell_absent(to_weights(captions), source, spec)
     return source
+
+
+def _parse_tfds(spec: str) -> tuple[str, str]:
+    """Return name and split of a string of TFDS data."""
+    name, slash, split = spec.removeprefix(TFDS_PREFIX).rpartition("/")
+    if not (slash and name and split):
+        raise ValueError(f"source {spec!r} must be tfds:NAME/SPLIT, for example tfds:scenes/train")
+    return name, split
+
+
+def check_copies(data: DataConfig, specs: Sequence[str]) -> None:
+    """Refuse several sources whose files have to be copied, and do not fit, before the first file is.
+
+    Args:
+        data: chooses the cache, and the folder of TFDS data.
+        specs: strings that name the sources; `build_source` checks one that is alone.
+
+    Raises:
+        ValueError: there is no cache, it is too small for all of them together, or a source cannot be used.
+        OSError: a store does not tell of a source.
+    """
+    specs = [spec for spec in dict.fromkeys(specs) if _is_copied_first(spec, data)]
+    if len(specs) < 2:
+        return
+    cache = require_cache(data, specs[0])
+    total = sum(each.listed.size for each in {each for spec in specs for each in _find_copied(spec, data)})
+    if total > cache.max_bytes:
+        raise ValueError(describe_lack(cache.max_bytes, total, total - cache.max_bytes, f"{', '.join(specs)} together"))
+
+
+def _is_copied_first(spec: str, data: DataConfig) -> bool:
+    if spec.startswith(TFDS_PREFIX):
+        return data.tfds_dir is not None and is_address(data.tfds_dir)
+    return "://" in spec and re.search(r"\.array_?record\b", spec.lower()) is not None
+
+
+def _find_copied(spec: str, data: DataConfig) -> list[Wanted]:
+    if spec.startswith(TFDS_PREFIX):
+        return list(find_files(*_parse_tfds(spec), data.tfds_dir or "").values())
+    return look_up([path for path in _expand(spec) if is_address(path)])
 
 
 def _image_folder(spec: str) -> str | None:
@@ -301,6 +342,6 @@ def data_folders(sources: Mapping[str, Source], tfds_dir: str | None) -> list[pa
     paths = [pathlib.Path(path) for path in files if not is_address(path)]
     folders = {pathlib.Path(folder) for source in listed for folder in source.folders() if not is_address(folder)}
     folders |= {path.parent for path in paths} | {path.resolve().parent for path in paths if path.is_symlink()}
-    if any(spec.startswith(TFDS_PREFIX) for spec in sources):
+    if any(spec.startswith(TFDS_PREFIX) for spec in sources) and not is_address(tfds_dir or ""):
         folders.add(pathlib.Path(data_folder(tfds_dir)))
     return sorted(folders)

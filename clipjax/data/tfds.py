@@ -1,9 +1,13 @@
 """Datasets that TFDS has prepared as ArrayRecord, read without TensorFlow."""
 
+import contextlib
 import itertools
 import os
+import pathlib
+import re
+import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -12,8 +16,16 @@ import numpy as np
 from clipjax.data.caption_fields import read_captions, require_fields, to_weights
 from clipjax.data.digests import DIGEST_THREADS, ShardDigest, digest_samples
 from clipjax.data.sample import BadSample, Sample, clean_captions, is_label
+from clipjax.data.store_copies import look_up
+from clipjax.runtime import objects
+from clipjax.runtime.file_cache import FileCache
+from clipjax.runtime.kept_files import KeptFiles, Wanted, keep_files
+from clipjax.runtime.storage import is_address
 
 TFDS_PREFIX = "tfds:"
+
+_MAX_METADATA_BYTES = 2**26  # of a file that describes a dataset
+_RECORDS = re.compile(r"-\d+-of-\d+$")  # end of the names of files that hold samples
 
 
 class TfdsSource:
@@ -22,15 +34,18 @@ class TfdsSource:
     Args:
         name: `NAME`, `NAME/CONFIG`, and `:VERSION` after either; the newest prepared version otherwise.
         split: a split, or a slice of one: `train`, `train[:50%]`.
-        data_dir: folder of prepared data; None is TFDS's own default.
+        data_dir: folder of prepared data, or its address; None is TFDS's own default.
         image_key: feature of the image: encoded, or a uint8 [h, w, 3] tensor. A nested feature is `outer/inner`.
         caption_key: feature with one or several texts; without it samples have no captions.
         label_key: feature with the class number; without it labels are -1.
         max_caption_bytes: limit of a caption; longer ones make a sample bad.
         captions: weights of features of captions; none: `caption_key` is the one.
+        cache: for copies of the split's files, which data in a store has to have.
 
     Raises:
-        ValueError: the data is not prepared, or in another format, or lacks the split or the features.
+        ValueError: the data is not prepared, or in another format, or lacks the split or the features; or it cannot be
+            copied.
+        OSError: the store does not tell of it.
     """
 
     def __init__(
@@ -44,12 +59,19 @@ class TfdsSource:
         label_key: str,
         max_caption_bytes: int,
         captions: Mapping[str, float] | None = None,
+        cache: FileCache | None = None,
     ):
         self._split = split
         self._captions = to_weights(captions)
         self._keys = (image_key, caption_key, label_key)
         self._max_caption_bytes = max_caption_bytes
         self._spec = f"{TFDS_PREFIX}{name}/{split}"
+        self._kept: KeptFiles | None = None
+        if data_dir is not None and is_address(data_dir):
+            assert cache is not None
+            wanted = find_files(name, split, data_dir, check=self._check)
+            self._kept = keep_files(cache, wanted, self._spec)
+            data_dir = str(self._kept.folder)
         self._directory = _prepared_directory(name, data_dir)
         self._lock = threading.Lock()
         self._records = self._open()
@@ -59,13 +81,7 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         builder: Any = tfds.builder_from_directory(self._directory)
-        # The other format with random access, Parquet, silently loses rows in TFDS 4.9.10.
-        if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
-            raise ValueError(
-                f"source {self._spec!r}: {self._directory} is in the format {builder.info.file_format.value}, which "
-                "cannot be used; prepare it again with file_format='array_record'"
-            )
-        is_encoded = self._check_features(builder.info.features)
+        is_encoded = self._check(builder, self._directory)
         # The image stays encoded: its header is checked before any pixel is decoded.
         decoders: Any = tfds.decode.SkipDecoding()
         for part in reversed(self._keys[0].split("/")):
@@ -77,6 +93,18 @@ class TfdsSource:
         except (ValueError, KeyError) as error:
             splits = ", ".join(builder.info.splits)
             raise ValueError(f"source {self._spec!r}: the splits are {splits}; {error}") from error
+
+    def _check(self, builder: Any, place: str) -> bool:
+        """Check the format and the features of what lies at a place; return True if the image is encoded."""
+        import tensorflow_datasets as tfds
+
+        # The other format with random access, Parquet, silently loses rows in TFDS 4.9.10.
+        if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
+            raise ValueError(
+                f"source {self._spec!r}: {place} is in the format {builder.info.file_format.value}, which "
+                "cannot be used; prepare it again with file_format='array_record'"
+            )
+        return self._check_features(builder.info.features)
 
     def _check_features(self, features: Any) -> bool:
         """Check that the features exist; return True if the image is encoded."""
@@ -102,10 +130,15 @@ class TfdsSource:
         return is_encoded
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_records")}
+        left_out = ("_lock", "_records", "_kept")  # the process that opened the source keeps the copies for its workers
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _records=None)
+        # While TFDS is imported, other threads can import nothing from their own packages, as Pillow does when it needs
+        # something for the first time: so it is imported before a worker has any.
+        import tensorflow_datasets  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+        self.__dict__.update(state, _lock=threading.Lock(), _records=None, _kept=None)
 
     def _data(self) -> Any:
         with self._lock:
@@ -202,8 +235,73 @@ def data_folder(data_dir: str | None) -> str:
     return data_dir or os.fspath(constants.DATA_DIR)
 
 
-def _prepared_directory(name: str, data_dir: str | None) -> str:
-    """Return the folder of prepared data on disk. `tfds.builder` would also look for it in a bucket."""
+def find_files(
+    name: str, split: str, data_dir: str, *, check: Callable[[Any, str], object] = lambda builder, place: None
+) -> dict[str, Wanted]:
+    """Return the files that a split of data in a store needs on a disk, by their path below the folder of all data.
+
+    Args:
+        name: `NAME`, `NAME/CONFIG`, and `:VERSION` after either; the newest prepared version otherwise.
+        split: a split, or a slice of one; of one that is not there, no file that holds samples.
+        data_dir: address of the folder.
+        check: gets TFDS's builder and its address, before files are asked for.
+
+    Raises:
+        ValueError: there is no such data, or it is none that TFDS has prepared.
+        OSError: the store does not tell of it.
+    """
+    import tensorflow_datasets as tfds
+
+    base, top = data_dir.rstrip("/"), re.split("[/:]", name)[0]
+    if ".." in name:
+        raise ValueError(f"source '{TFDS_PREFIX}{name}': '..' is no part of a name of TFDS data in a store")
+    with tempfile.TemporaryDirectory() as folder:
+        _fetch_metadata(base, top, pathlib.Path(folder))
+        directory = _prepared_directory(name, folder, shown=base)
+        builder: Any = tfds.builder_from_directory(directory)
+        inside = os.path.relpath(directory, folder)
+        check(builder, f"{base}/{inside}")
+        paths = [path for path in pathlib.Path(directory).rglob("*") if path.is_file()]
+        names = [os.path.relpath(path, folder) for path in paths]
+        with contextlib.suppress(ValueError, KeyError):  # without that split, whoever opens the data tells
+            parts = builder.info.splits[split].file_instructions
+            names += [f"{inside}/{os.path.basename(part.filename)}" for part in parts]  # noqa: PTH119
+    names = list(dict.fromkeys(names))
+    return dict(zip(names, look_up([f"{base}/{each}" for each in names]), strict=True))
+
+
+def _fetch_metadata(base: str, top: str, folder: pathlib.Path) -> None:
+    """Copy what describes a dataset, in all its configs and versions, without its samples.
+
+    Raises:
+        ValueError: a file of it is too large, or has a name that is no path.
+        OSError: the store does not give it.
+    """
+
+    def fetch(path: str) -> None:
+        target = folder / top / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(objects.read_bytes(f"{base}/{top}/{path}", _MAX_METADATA_BYTES))
+
+    found = [path for path in objects.list_folder(f"{base}/{top}") if not _RECORDS.search(path)] if top else []
+    for path in found:
+        if {"", ".", ".."} & set(path.split("/")) or "\0" in path or "\\" in path:
+            raise ValueError(f"{base}/{top}: the name {path!r} is no path of a file; delete that object")
+    with futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:
+        list(pool.map(fetch, found))
+
+
+def _prepared_directory(name: str, data_dir: str | None, *, shown: str | None = None) -> str:
+    """Return the folder of prepared data on disk. `tfds.builder` would also look for it in a bucket.
+
+    Args:
+        name: of the data.
+        data_dir: where it lies.
+        shown: its place for messages; None: the same.
+
+    Raises:
+        ValueError: it is not there.
+    """
     from tensorflow_datasets.core import DatasetNotFoundError, read_only_builder
 
     try:
@@ -211,7 +309,7 @@ def _prepared_directory(name: str, data_dir: str | None) -> str:
     except (DatasetNotFoundError, ValueError, ImportError) as error:
         remedy = "run `clipjax data scenes`" if name == "scenes" else "prepare it with file_format='array_record'"
         raise ValueError(
-            f"source '{TFDS_PREFIX}{name}': no prepared data in {data_folder(data_dir)} (data.tfds_dir); {remedy}, or "
-            f"name the config or version that is there ({name}/CONFIG, {name}:1.0.0)"
+            f"source '{TFDS_PREFIX}{name}': no prepared data in {shown or data_folder(data_dir)} (data.tfds_dir); "
+            f"{remedy}, or name the config or version that is there ({name}/CONFIG, {name}:1.0.0)"
         ) from error
     return os.fspath(builder.data_dir)

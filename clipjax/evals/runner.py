@@ -147,6 +147,12 @@ class Task:
         )
 
 
+def task_sources(config: Config) -> list[str]:
+    """Return the strings that name the sources of the tasks."""
+    tasks = config.eval.tasks.values()
+    return [place for task in tasks for place in (task.source, task.gallery) if place]
+
+
 def build_tasks(config: Config, open_source: Callable[..., Source] = build_source) -> dict[str, Task]:
     """Open the tasks of `config.eval.tasks`, by name; `open_source` opens their data.
 

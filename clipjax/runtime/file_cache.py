@@ -1,36 +1,27 @@
 """Copies of objects on this machine's own disk, for the next time that they are read: shared by all its processes.
 
 A copy is made in the background while the object itself is read on, by one process of the machine. It is used once its
-digest has been compared with the one that was computed while it came from the store. The folder holds, for each object
-by a hash of its address and version, `HASH.copy`, `HASH.json` (what it is a copy of, with the digest), `HASH.lock`, and
-`HASH.part` while it is being made.
+digest has been compared with the one that was computed while it came from the store. `copy_folder.py` tells how the
+folder is laid out.
 
 Reading order: `FileCache`, `CachedFile`, `_Copier`.
 """
 
 import contextlib
-import errno
-import fcntl
-import json
 import os
 import pathlib
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
-import xxhash
-
 from clipjax.runtime import process_log
-from clipjax.runtime.files import read_bounded, write_atomic
+from clipjax.runtime.copy_folder import Copy, locked, make_room, room_lock
 from clipjax.runtime.objects import Listed
 from clipjax.runtime.storage import FileChanged, OpenFile, open_file
 from clipjax.runtime.terminal import printable
 
-_PART_BYTES = 16 * 2**20
-_MAX_RECORD_BYTES = 2**16
 _FULL_SECONDS = 600.0  # till an object that has not fitted is tried again
 _LOOK_AGAIN_SECONDS = 30.0  # for a copy that another process makes
 
@@ -164,98 +155,29 @@ class _Copier:
     def _look_after(self, file: CachedFile) -> None:
         """Give a file its copy, which is made if nobody else does so at this time."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = xxhash.xxh3_128_hexdigest(f"{file.place} {file.version} {file.size}".encode())
-        paths = {kind: self._folder / f"{name}.{kind}" for kind in ("copy", "json", "part", "lock")}
-        with _locked(paths["lock"]) as is_ours:
+        copy = Copy(self._folder, file.place, file.version, file.size)
+        with locked(copy.path("lock")) as is_ours:
             if not is_ours:
                 return  # it is asked for again
-            digest = _recorded_digest(paths["json"], file)
-            if digest is None or not self._is_whole(name, paths["copy"], digest):
-                if not self._make_room(file.size, name):
+            if not (copy.name in self._verified and copy.is_there()) and not copy.is_whole():
+                if not self._make_room(copy):
                     file.gives_up = True
                     self._no_room[file.place, file.version] = time.monotonic() + _FULL_SECONDS
                     return
-                self._copy(file, paths)
-            os.utime(paths["lock"])  # the copy itself stays as it is, for those who read it
-            self._verified.add(name)
-            file.use(open_file(str(paths["copy"])))
+                try:
+                    copy.make(file.read_object)
+                except BaseException:
+                    copy.discard()
+                    raise
+            os.utime(copy.path("lock"))  # the copy itself stays as it is, for those who read it
+            self._verified.add(copy.name)
+            file.use(open_file(str(copy.path("copy"))))
 
-    def _is_whole(self, name: str, copy: pathlib.Path, digest: str) -> bool:
-        if name in self._verified and copy.exists():
-            return True
-        try:
-            return _digest(copy) == digest
-        except FileNotFoundError:
-            return False
-
-    def _copy(self, file: CachedFile, paths: dict[str, pathlib.Path]) -> None:
-        total = xxhash.xxh3_128()
-        paths["json"].unlink(missing_ok=True)
-        try:
-            with paths["part"].open("wb") as part:
-                part.truncate(file.size)  # others see what it is going to take
-                for offset in range(0, file.size, _PART_BYTES):
-                    content = file.read_object(offset, _PART_BYTES)
-                    if len(content) != min(_PART_BYTES, file.size - offset):
-                        raise OSError(errno.EIO, "the store gave a part of an object")
-                    total.update(content)
-                    part.write(content)
-            if _digest(paths["part"]) != total.hexdigest():
-                raise OSError(errno.EIO, "the disk gives other bytes than it was given")
-            paths["part"].replace(paths["copy"])
-        finally:
-            paths["part"].unlink(missing_ok=True)
-        record = {"address": file.place, "version": file.version, "size": file.size, "digest": total.hexdigest()}
-        write_atomic(paths["json"], json.dumps(record))
-
-    def _make_room(self, size: int, own: str) -> bool:
+    def _make_room(self, copy: Copy) -> bool:
         """Return whether a copy fits; copies that nobody has used since this process began make room for it."""
-        sizes: dict[pathlib.Path, tuple[float, int]] = {}
-        for path in self._folder.iterdir():
-            if path.suffix in (".copy", ".part") and path.stem != own:
-                with contextlib.suppress(FileNotFoundError):
-                    sizes[path] = (path.with_suffix(".lock").stat().st_mtime, path.stat().st_size)
-        total = sum(each for _, each in sizes.values())
-        for path, (used, each) in sorted(sizes.items(), key=lambda item: item[1]):
-            if total + size <= self._max_bytes or used >= self._began:
-                break
-            with _locked(path.with_suffix(".lock")) as is_ours:
-                if is_ours:
-                    path.with_suffix(".json").unlink(missing_ok=True)
-                    path.unlink(missing_ok=True)  # who reads it keeps what is open
-                    total -= each
-        return total + size <= self._max_bytes
-
-
-def _digest(path: pathlib.Path) -> str:
-    """Return the digest of what lies in a file."""
-    total = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        while part := file.read(_PART_BYTES):
-            total.update(part)
-    return total.hexdigest()
-
-
-def _recorded_digest(path: pathlib.Path, file: CachedFile) -> str | None:
-    """Return the digest of the copy of an object; None if there is none."""
-    try:
-        record = json.loads(read_bounded(path, _MAX_RECORD_BYTES))
-        known = (record["address"], record["version"], record["size"])
-        return str(record["digest"]) if known == (file.place, file.version, file.size) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[bool]:
-    """Hold a lock for all processes of the machine; the value tells whether it is free. A killed holder holds none."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
+        with room_lock(self._folder):
+            own = {copy.name}
+            if make_room(self._folder, copy.size, self._max_bytes, own=own, before=self._began) > 0:
+                return False
+            copy.reserve()
+            return True

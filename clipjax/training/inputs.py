@@ -17,7 +17,7 @@ from clipjax.data.filters import FilteredSource, unfiltered
 from clipjax.data.index_file import FORMAT as INDEX_FORMAT
 from clipjax.data.mixture import MixedSource, sizes_of
 from clipjax.data.sample import Source
-from clipjax.data.sources import build_training_source, recording_sources
+from clipjax.data.sources import build_training_source, check_copies, recording_sources
 from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.data.training_order import (
@@ -30,7 +30,7 @@ from clipjax.data.training_order import (
     parts_of,
 )
 from clipjax.data.webdataset import TarSource
-from clipjax.evals.runner import Task, build_tasks
+from clipjax.evals.runner import Task, build_tasks, task_sources
 from clipjax.models.clip import abstract_params
 from clipjax.models.positions import fit_positions
 from clipjax.pytrees import leaf_paths, match_any
@@ -95,6 +95,7 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
     if config.init_from is not None and saved is None:
         init_checkpoint = _open_checkpoint("init_from", config.init_from)
         check_same_shapes(config, init_checkpoint)
+    check_copies(config.data, _specs_of(config))
     source = _in_recorded_order(build_training_source(config.data), saved)
     filtered = [
         f"{spec}: {each.counts()}"
@@ -121,6 +122,12 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
     tasks = build_tasks(config, recording_sources(sources))
     order = _find_run_order(config, source, saved)
     return Inputs(source, tokenizer, tasks, init_checkpoint, teacher, sources, order)
+
+
+def _specs_of(config: Config) -> list[str]:
+    """Return the strings that name the sources of a run."""
+    trained = [part.source for part in config.data.mixture.values()] or [config.data.train]
+    return trained + task_sources(config)
 
 
 def _by_name(config: Config, source: Source) -> dict[str, Source]:

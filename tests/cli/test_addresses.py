@@ -131,6 +131,10 @@ def test_a_field_refuses_an_address_that_nothing_opens(field, config, capsys):
     [
         "data show {}/a.jsonl",
         "data show folder:{}/a",
+        "data show {}/a.array_record --cache_dir=copies",
+        "data show tfds:pairs/train --tfds_dir={}/a --cache_dir=copies",
+        "data pack tfds:pairs/train --tfds_dir={}/a --cache_dir=copies --output=out",
+        "data dedup table.jsonl --against={}/a.array_record --cache_dir=copies",
         "data show table.jsonl --image_root={}/a",
         "data show table.jsonl --sheet={}/a.png",
         "data pack table.jsonl --output={}/a",
@@ -158,6 +162,48 @@ def test_shards_go_to_no_web_server_and_to_nothing_like_an_address(place, here, 
     told = refusal(["data", "pack", "table.jsonl", f"--output={place}"], capsys)
     assert told.startswith(f"clipjax data: error: --output={place}") and len(told.splitlines()) == 1
     assert [path.name for path in here.iterdir()] == ["table.jsonl"]
+
+
+COPIED = ["{}/a.array_record", "tfds:pairs/train --tfds_dir={}/tfds"]
+"""Sources in a bucket that have to be copied to a disk."""
+
+
+@pytest.mark.parametrize("source", COPIED)
+@pytest.mark.parametrize("command", ["show", "verify --write=a.json", "pack --output=out", "dedup", "tokenizer"])
+def test_what_has_to_be_copied_is_refused_without_a_place_for_it(command, source, here, gcs, capsys):
+    name, *options = command.split()
+    options += ["--vocab_size=300", "--output=a.model"] if name == "tokenizer" else []
+    told = refusal(["data", name, *source.format(f"gs://{BUCKET}").split(), *options], capsys)
+    assert "lies in a store, and its library reads files on a disk alone" in told and "--cache_dir" in told, told
+    assert not any(here.iterdir())
+
+
+RUN = """
+from clipjax.config import *
+def get_config():
+    return Config(
+        global_batch_size=2, warmup_examples=0, total_examples=4, loss=LossConfig(same_pair=SamePair.INDEX),
+        model=ModelConfig(text=TextTransformerConfig(vocab_size=300)), data=DataConfig({}),
+        eval=EvalConfig(tasks={{"t": TaskConfig(kind=TaskKind.RETRIEVAL, source={!r})}}),
+    )
+"""
+STORED, ON_DISK = f"gs://{BUCKET}/a.array_record", "a.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("data", "task"),
+    [
+        (f"train={STORED!r}", ON_DISK),
+        (f"train={ON_DISK!r}", STORED),
+        (f"mixture={{'a': MixtureSource(source={STORED!r}), 'b': MixtureSource(source={ON_DISK!r})}}", ON_DISK),
+    ],
+)
+def test_a_run_on_what_has_to_be_copied_is_refused_without_a_place_for_it(data, task, here, gcs, capsys):
+    (here / "config.py").write_text(RUN.format(data, task))
+    (here / ON_DISK).write_text("".join(json.dumps({"path": f"{i}.png", "caption": "a"}) + "\n" for i in range(4)))
+    told = refusal(["train", "--config=config.py", "--workdir=run"], capsys)
+    assert f"source {STORED!r} lies in a store" in told and "set data.cache_dir" in told, told
+    assert not (here / "run").exists()
 
 
 def test_a_table_of_a_bucket_is_packed_and_searched_for_duplicates(here, gcs, capsys):

@@ -199,7 +199,7 @@ def test_the_compile_cache_is_the_users_and_never_a_checkpoints(opened):
         (["--config.seed=3"], "config.seed=3: only training reads it; clipjax eval takes eval.batch_size"),
         (["--config.model.image.image_size=32"], "config.model.image.image_size=32: the weights of the checkpoint"),
         (["--config.model.remat=full"], "only training reads it"),
-        (["--config.data.tfds_dir=gs://b"], "data.tfds_dir=gs://b: nothing here opens an address of gs://"),
+        (["--config.data.tfds_dir=http://b/x"], "data.tfds_dir=http://b/x: nothing here opens an address of http://"),
         (["--config.data.tfds_dir=/d"], "config.data.tfds_dir=/d: no task reads TFDS data; leave it out"),
         (["--config.mesh.tensor=3"], "must be divisible by 3"),
         (["--tasks=other"], "other is not among the tasks"),

@@ -134,7 +134,11 @@ def test_from_dict_refuses_what_it_does_not_know(values, message):
         ),
         ("data.mixture", {"a": MixtureSource()}, "data.mixture.a.source='' must name a source"),
         ("data.mixture", {"a": MixtureSource(source="x", weight=0)}, "data.mixture.a.weight=0 must be greater than 0"),
-        ("data.cache_dir", "x", "data.cache_dir='x' would be ignored: no source is tars in a store"),
+        (
+            "data.cache_dir",
+            "x",
+            "data.cache_dir='x' would be ignored: no source is tars, Parquet, ArrayRecord or TFDS data in a",
+        ),
         ("data.cache_gib", 7.0, "data.cache_gib=7.0 would be ignored without data.cache_dir"),
         ("data.captions", {"txt": 0.0}, "data.captions.txt=0.0 must be greater than 0"),
         ("data.captions", {"txt": math.nan}, "data.captions.txt=nan must be greater than 0"),

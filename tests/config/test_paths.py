@@ -138,7 +138,22 @@ def test_everything_wrong_is_one_error_and_skipped_fields_stay():
     expand_paths(config, skip=("init_from",))
 
 
-@pytest.mark.parametrize("source", ["folder:gs://b/x", "gs://b/a.csv", "gs://b/a.array_record", "tfds:scenes/train"])
-def test_a_cache_of_tars_is_refused_for_other_sources(source):
-    assert "no source is tars in a store" in DataConfig(cache_dir="x").cache_errors([source])[0]
-    assert DataConfig(cache_dir="x").cache_errors([source, "gs://b/a.tar"]) == []
+@pytest.mark.parametrize(
+    "source", ["folder:gs://b/x", "gs://b/a.csv", "https://h/a.jsonl", "tfds:scenes/train", "a.tar"]
+)
+def test_a_cache_of_files_in_stores_needs_one(source):
+    data = DataConfig(cache_dir="x")
+    [error] = data.cache_errors([source])
+    assert (
+        "data.cache_dir='x' would be ignored: no source is tars, Parquet, ArrayRecord or TFDS data in a store" in error
+    )
+    assert ("of which no copies are kept; `clipjax data pack` makes tars" in error) == ("://" in source)
+    for other in ("gs://b/a.tar", "gs://b/{0..9}.parquet", "https://h/a.array_record"):
+        assert data.cache_errors([source, other]) == []
+
+
+def test_a_cache_of_prepared_data_in_a_store():
+    data = DataConfig(cache_dir="x", tfds_dir="gs://b/tfds")
+    assert data.cache_errors(["tfds:scenes/train"]) == [] and len(data.cache_errors(["a.tar"])) == 1
+    [error] = DataConfig(cache_gib=7.0).cache_errors(["gs://b/a.tar"], "--")
+    assert error.startswith("--cache_gib=7.0 would be ignored without --cache_dir")

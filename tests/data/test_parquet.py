@@ -13,7 +13,7 @@ from PIL import Image
 from clipjax.config import DataConfig
 from clipjax.data import parquet
 from clipjax.data.parquet import ParquetSource
-from clipjax.data.sample import BadSample
+from clipjax.data.sample import BadSample, UnreadableData
 from clipjax.data.sources import build_source
 
 pytestmark = pytest.mark.newest
@@ -282,7 +282,7 @@ def test_a_broken_disk_is_no_bad_sample(tmp_path, monkeypatch):
         reader._failure = OSError(5, "Input/output error")
         raise reader._failure
 
-    monkeypatch.setattr(parquet._Reader, "read", fail)
+    monkeypatch.setattr(parquet.PositionedFile, "read", fail)
     source._groups.clear()
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(UnreadableData, match=r"a\.parquet cannot be read as it was opened: Input/output error"):
         source[0]

@@ -4,6 +4,8 @@ import io
 import pathlib
 import pickle
 import socket
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -198,6 +200,17 @@ def test_tfds_source_travels_to_workers_without_its_readers(prepared, no_network
     copy = pickle.loads(data)
     assert len(copy) == 10
     assert copy[1] == source[1]
+
+
+def test_tfds_is_imported_before_a_worker_has_threads(prepared, tmp_path):
+    source = build_source("tfds:pairs/train", data=config(prepared))
+    (tmp_path / "source").write_bytes(pickle.dumps(source))
+    code = (
+        "import pickle, sys\n"
+        f"source = pickle.load(open({str(tmp_path / 'source')!r}, 'rb'))\n"
+        "assert 'tensorflow_datasets.public_api' in sys.modules and source._records is None"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_tfds_features_by_config(prepared, no_network):
