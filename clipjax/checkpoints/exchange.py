@@ -50,17 +50,27 @@ def ask(key: str, question: Any) -> Any:
     return json.loads(_receive(f"{key}/answered/{number}"))
 
 
-def answer(key: str, reply: Callable[[int, Any], Any]) -> None:
-    """Answer what the other processes have asked; process 0 calls this.
+def answer(key: str, reply: Callable[[list[tuple[int, Any]]], Any]) -> bool:
+    """Answer what the other processes have asked by now; process 0 calls this.
 
     Args:
         key: of the questions.
-        reply: gives the answer to the question of a process.
+        reply: gives the answer to all the questions together, each with the number of its process.
+
+    Returns:
+        Whether there was a question.
     """
-    for number, question in processes.kv_list(f"{key}/asked").items():
-        value = reply(int(number.partition("-")[0]), json.loads(question))
-        processes.kv_delete(f"{key}/asked/{number}")  # first: who has the answer may ask again
-        processes.kv_set(f"{key}/answered/{number}", json.dumps(value))
+    asked = processes.kv_list(f"{key}/asked")
+    if not asked:
+        return False
+    try:
+        value = reply([(int(number.partition("-")[0]), json.loads(question)) for number, question in asked.items()])
+    except Exception as error:  # who asks would wait for ever
+        value = repr(error)
+    for number in asked:
+        processes.kv_set(f"{key}/answered/{number}", json.dumps(value), overwrite=True)
+        processes.kv_delete(f"{key}/asked/{number}")
+    return True
 
 
 def _receive(key: str) -> str:

@@ -158,9 +158,25 @@ class ArrayRecordSource:
         file, number = self._place(index)
         try:
             [record] = self._open(self._paths[file]).read([number])
-        except Exception as error:  # the library raises several types on damaged bytes
-            raise BadSample("corrupt_record") from error
+        except Exception:  # the library raises several types on damaged bytes, and on storage that fails
+            record = self._read_again(self._paths[file], number)
         return decode_record(record, **self._limits)
+
+    def _read_again(self, path: str, number: int) -> bytes:
+        """Return a record that could not be read; a reader that its storage has failed gives nothing any more.
+
+        Raises:
+            BadSample: it is damaged.
+            OSError: the storage fails.
+        """
+        require_readable(path)
+        try:
+            [record] = _open_reader(path).read([number])
+        except Exception as error:
+            require_readable(path)
+            raise BadSample("corrupt_record") from error
+        self._open.cache_clear()
+        return record
 
     def location(self, index: int) -> str:
         """Return the file and the record in it."""
@@ -211,6 +227,18 @@ class ArrayRecordSource:
             raise IndexError(index)
         file = int(np.searchsorted(self._first, index, side="right")) - 1
         return file, index - int(self._first[file])
+
+
+def require_readable(path: str) -> None:
+    """Read both ends of a file, so that storage that fails is not taken for a damaged record.
+
+    Raises:
+        OSError: it fails.
+    """
+    with open(path, "rb") as file:  # noqa: PTH123
+        file.read(1)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 1))
+        file.read(1)
 
 
 def _open_reader(path: str) -> Any:

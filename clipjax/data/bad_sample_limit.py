@@ -1,7 +1,7 @@
 """The limit of unusable samples in a run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -29,13 +29,13 @@ class BadSampleLimit:
         self._start_step = start_step
         self._skipped = np.asarray(skipped)
 
-    def check(self, step: int, skipped: Sequence[int], latest: Sequence[str]) -> None:
+    def check(self, step: int, skipped: Sequence[int], latest: Callable[[], Sequence[str]]) -> None:
         """Judge the counts of all processes after a step, in windows of 1000 samples or one epoch if that is less.
 
         Args:
             step: completed updates.
             skipped: unusable samples by reason up to there.
-            latest: last few of them, for the message.
+            latest: gives the last few of them, for the message; that may read the data.
 
         Raises:
             TooManyBadSamples: their share is above the limit.
@@ -46,9 +46,15 @@ class BadSampleLimit:
         if bad <= self._max_fraction * math.ceil(read / self._window) * self._window:
             return
         by_reason = ", ".join(f"{reason} {count}" for reason, count in counts.items() if count)
-        seen = f"the latest: {'; '.join(latest)}" if latest else "other processes name them"
+        named = latest()
+        seen = f"the latest: {'; '.join(named)}" if named else "other processes name them"
+        remedy = (
+            "repair or remove them and start anew in another workdir: the run in this one goes on with the same data "
+            "only"
+        )
+        if counts["unreadable"] > bad / 2:
+            remedy = "see to the storage of the data and start the same command again"
         raise TooManyBadSamples(
             f"data.max_bad_fraction={self._max_fraction}: {bad} of the {read} samples read are unusable, "
-            f"{bad / read:.1%} ({by_reason}); {seen}. Raise data.max_bad_fraction to go on without them, or repair or "
-            "remove them and start anew in another workdir: the run in this one goes on with the same data only"
+            f"{bad / read:.1%} ({by_reason}); {seen}. Raise data.max_bad_fraction to go on without them, or {remedy}"
         )

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.data.sample import BadSample, ChangedData, Sample, Source, UnreadableData
-from clipjax.runtime.objects import FileChanged
-from clipjax.runtime.terminal import printable
+from clipjax.data.file_errors import to_unreadable
+from clipjax.data.sample import BadSample, Sample, Source, UnreadableData
 
 REQUESTS = 16
 """Requests at a time of each process that reads."""
@@ -33,6 +32,8 @@ Read = Sample | BadSample | UnreadableData
 def read_block(source: Source, first: int, count: int) -> Sequence[Read]:
     """Return consecutive samples, with the error in the place of each that cannot be used or read.
 
+    Where storage is away, which is known after all tries, the rest of them is not tried.
+
     Sources whose samples lie together have a method of this name, which reads them at once.
     """
     read = getattr(source, "read_block", None)
@@ -42,19 +43,14 @@ def read_block(source: Source, first: int, count: int) -> Sequence[Read]:
     for index in range(first, first + count):
         try:
             found.append(source[index])
-        except (BadSample, UnreadableData) as error:
-            found.append(error)
-        except OSError as error:
-            found.append(to_unreadable(error, index))
+        except BadSample as bad:
+            found.append(BadSample(bad.reason))
+        except (OSError, UnreadableData) as error:
+            unreadable = error.again() if isinstance(error, UnreadableData) else to_unreadable(error, index)
+            found += [unreadable] * (count - len(found) if unreadable.is_away else 1)
+            if len(found) == count:
+                break
     return found
-
-
-def to_unreadable(error: OSError, index: int) -> UnreadableData:
-    """Return the error of the storage of a sample as one of the data."""
-    kind = ChangedData if isinstance(error, FileChanged) else UnreadableData
-    place = f"{error.filename}: " if error.filename else ""
-    text = printable(place + (error.strerror or str(error) or repr(error)))
-    return kind(f"sample {index} of the source cannot be read: {text}; see to its storage")
 
 
 class _Block:
@@ -113,7 +109,7 @@ class BlockReader:
         if isinstance(sample, BadSample):
             raise BadSample(sample.reason)
         if isinstance(sample, UnreadableData):
-            raise type(sample)(str(sample))
+            raise sample.again()
         return sample
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from clipjax.data.block_reader import Read, read_block
 from clipjax.data.digests import Hasher, ShardDigest
 from clipjax.data.kept_format import ShardBits, pack_kept
 from clipjax.data.kept_samples import KeptSamples, make_kept
-from clipjax.data.sample import Sample, Source
+from clipjax.data.sample import Sample, Source, UnreadableData
 from clipjax.runtime.terminal import printable
 
 _MAX_GAP = 8  # dropped samples that are read with those around them, which is cheaper than another request
@@ -62,6 +62,8 @@ class FilteredSource:
             start = int(run[0])
             samples = read_block(self.source, start, int(run[-1]) - start + 1)
             found += [samples[each - start] for each in run.tolist()]
+            if isinstance(last := found[-1], UnreadableData) and last.is_away:  # each further try may take minutes
+                return found + [last] * (count - len(found))
         return found
 
     def counts(self) -> str:

@@ -20,14 +20,14 @@ import numpy as np
 from clipjax.data.caption_fields import Weights, read_captions, to_weights
 from clipjax.data.digests import CONTENTS, DIGEST_THREADS, Hasher, ShardDigest, spread
 from clipjax.data.fields import IMAGE_BYTES, Fields, captions_of, choose_fields, key_of, label_of
+from clipjax.data.file_errors import FileErrors
 from clipjax.data.image_files import max_image_bytes
 from clipjax.data.metadata import Described, parquet_metadata
 from clipjax.data.positioned_file import PositionedFile
-from clipjax.data.sample import BadSample, Sample, UnreadableData
+from clipjax.data.sample import BadSample, Sample
 from clipjax.runtime.file_cache import FileCache
 from clipjax.runtime.objects import Listed
 from clipjax.runtime.storage import FileChanged, OpenFile, is_address, open_file
-from clipjax.runtime.terminal import printable
 
 _MAX_CACHE_BYTES = 2**29  # of row groups that stay in memory, per process; one more is always kept
 _MAX_GROUP_BYTES = 2**31
@@ -89,6 +89,7 @@ class ParquetSource:
         self._first_group = np.cumsum([0] + [len(group_sizes) for group_sizes in sizes])
         self._first_row = np.cumsum([0, *rows])
         self._digests: list[ShardDigest] | None = None
+        self._errors = FileErrors("file")
         self._start()
 
     def _start(self) -> None:
@@ -199,14 +200,8 @@ class ParquetSource:
 
     def _read_group(self, group: int) -> "_RowGroup":
         file = self._file(group)
-        try:
+        with self._errors.reading(self._paths[file]):
             return self._open(self._paths[file]).read(group - int(self._first_group[file]))
-        except (OSError, ValueError) as error:  # a file that has changed is no Parquet sometimes
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            raise UnreadableData(
-                f"file {printable(self._paths[file])} cannot be read as it was opened: {reason}; let what writes it "
-                "finish, or look at its disk, then start the same command again"
-            ) from error
 
 
 class _RowGroup:

@@ -59,7 +59,18 @@ class UnreadableData(ValueError):
 
     Unlike `BadSample` it says nothing about the sample itself: it may be read again later. So none takes its place,
     unless `data.on_unreadable` is `skip`.
+
+    Attributes:
+        is_away: its storage could not be reached, or was too busy, after all tries.
     """
+
+    def __init__(self, text: str, *, is_away: bool = False):
+        super().__init__(text)
+        self.is_away = is_away
+
+    def again(self) -> "UnreadableData":
+        """Return the same error without the places where it was raised, which would keep what was read there."""
+        return type(self)(str(self), is_away=self.is_away)
 
 
 class ChangedData(UnreadableData):

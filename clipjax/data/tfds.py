@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from clipjax.data.array_records import require_readable
 from clipjax.data.caption_fields import read_captions, require_fields, to_weights
 from clipjax.data.digests import DIGEST_THREADS, ShardDigest, digest_samples
 from clipjax.data.sample import BadSample, Sample, clean_captions, is_label
@@ -154,8 +155,8 @@ class TfdsSource:
             record = self._data()[index]
         except OSError:
             raise
-        except Exception as error:  # ArrayRecord and protobuf raise several types on damaged bytes
-            raise BadSample("corrupt_record") from error
+        except Exception:  # ArrayRecord and protobuf raise several types on damaged bytes, and on storage that fails
+            record = self._read_again(index)
         image, captions, label = (_nested(record, key) for key in self._keys)
         number = int(label) if is_label(label) else -1
         if self._captions:
@@ -173,6 +174,26 @@ class TfdsSource:
             label=number,
             key=str(index),
         )
+
+    def _read_again(self, index: int) -> Any:
+        """Return a record that could not be read; a reader that its storage has failed gives nothing any more.
+
+        Raises:
+            BadSample: it is damaged.
+            OSError: the storage fails.
+        """
+        for path in self.files():
+            require_readable(path)
+        try:
+            records = self._open()
+            record = records[index]
+        except OSError:
+            raise
+        except Exception as error:
+            raise BadSample("corrupt_record") from error
+        with self._lock:
+            self._records = records
+        return record
 
     def location(self, index: int) -> str:
         """Return the split and the record in it."""

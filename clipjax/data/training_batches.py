@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,10 @@ import numpy as np
 from clipjax.config import Config, Crop, TextTruncation
 from clipjax.data.augmentations import Augmentations
 from clipjax.data.batch_memory import BatchWriter, SentColumns, new_columns
-from clipjax.data.block_reader import BlockReader, to_unreadable
+from clipjax.data.block_reader import BlockReader
 from clipjax.data.canvas import CanvasTransform
 from clipjax.data.caption_fields import draw_captions
+from clipjax.data.file_errors import to_unreadable
 from clipjax.data.images import Decoder, EvalTransform, random_resized_crop
 from clipjax.data.mixture import MixedSource
 from clipjax.data.order import derive_key
@@ -47,7 +48,8 @@ UNREADABLE = REASONS.index("unreadable")
 
 _MOST_TOLD = 20
 _MAX_PROBES = 100  # bad samples in a row before giving up: nearly all of the data is unusable
-_MAX_UNREADABLE = 4  # probes that storage does not give, each after its retries: it gives nothing at all
+_MAX_UNREADABLE = 10  # probes in a row that storage does not give: it gives nothing at all
+_MAX_AWAY = 2  # of them those that took all tries, which is minutes
 _AHEAD = 4  # batches whose blocks are asked for before they are needed
 _BEHIND = 16  # batches that other threads may still be making
 _AUGMENT_KEY = 16  # what a key is for, beside those of an order
@@ -112,7 +114,7 @@ class SubstitutedSamples:
             UnreadableData: storage does not give it, and that is an error.
         """
         size = len(self._source)
-        reason, num_unreadable = GOOD, 0
+        reason, met = GOOD, list[bool]()
         failure = ""
         for attempt in range(min(size, _MAX_PROBES) if stand_in is None else 1):
             probe = (index + attempt * self._stride) % size if stand_in is None else stand_in
@@ -129,10 +131,14 @@ class SubstitutedSamples:
                     reason = REASONS.index(bad.reason)
                 failure = f"{bad.reason} in {self._source.location(probe)}"
             except (OSError, UnreadableData) as error:
-                num_unreadable += 1
-                self._pass_over(error, probe, num_unreadable, is_decided=stand_in is not None)
+                unreadable = error if isinstance(error, UnreadableData) else to_unreadable(error, probe)
+                if stand_in is not None:
+                    told = f"{unreadable} (it stands in for sample {index}, as decided before)"
+                    raise type(unreadable)(told) from error
+                met.append(unreadable.is_away)
+                self._pass_over(unreadable, met)
                 reason = UNREADABLE  # also in place of another: that may be good tomorrow
-                failure = str(error)
+                failure = str(unreadable)
         if stand_in is not None:
             raise ChangedData(
                 f"{failure}, which stood in for another sample before: it has changed; bring it back as it was"
@@ -142,26 +148,23 @@ class SubstitutedSamples:
             "its image and caption keys name what the data holds"
         )
 
-    def _pass_over(self, error: OSError | UnreadableData, probe: int, count: int, *, is_decided: bool) -> None:
+    def _pass_over(self, unreadable: UnreadableData, met: Sequence[bool]) -> None:
         """Tell of a sample that storage does not give.
 
         Args:
-            error: of the storage.
-            probe: index of the sample.
-            count: of these samples in a row.
-            is_decided: it stands in for another; what stands in for it would be another run.
+            unreadable: its error.
+            met: for each of these errors in a row, whether all tries were made.
 
         Raises:
             UnreadableData: nothing may stand in for it.
         """
-        unreadable = error if isinstance(error, UnreadableData) else to_unreadable(error, probe)
-        if isinstance(unreadable, ChangedData) or is_decided or not self._skips_unreadable:
-            raise unreadable from error
-        if count >= _MAX_UNREADABLE:
+        if isinstance(unreadable, ChangedData) or not self._skips_unreadable:
+            raise unreadable
+        if len(met) >= _MAX_UNREADABLE or sum(met) >= _MAX_AWAY:
             raise UnreadableData(
-                f"data.on_unreadable=skip: {count} samples from all over the source in a row cannot be read, so its "
+                f"data.on_unreadable=skip: {len(met)} samples from all over the source in a row cannot be read, so its "
                 f"storage seems to be away; the last: {unreadable}"
-            ) from error
+            ) from unreadable
         if (text := str(unreadable)) not in self._told and len(self._told) < _MOST_TOLD:
             self._told.add(text)
             _log.warning("data.on_unreadable=skip: %s", text)

@@ -25,10 +25,11 @@ from clipjax.data import index_store, indexes
 from clipjax.data.block_reader import Read
 from clipjax.data.caption_fields import to_weights
 from clipjax.data.digests import DIGEST_THREADS, ShardDigest
+from clipjax.data.file_errors import FileErrors
 from clipjax.data.index_file import DamagedIndex, IndexHeader, shard_digest
 from clipjax.data.index_table import Checked, IndexTable, open_table
 from clipjax.data.metadata import Described, tar_metadata
-from clipjax.data.sample import REASONS, BadSample, ChangedData, Sample, UnreadableData
+from clipjax.data.sample import REASONS, BadSample, Sample, UnreadableData
 from clipjax.data.tar_format import DamagedTar
 from clipjax.data.tar_index import NO_FAULT, index_shard
 from clipjax.data.tar_names import classify
@@ -240,7 +241,7 @@ class TarSource:
         captions: Mapping[str, float] | None = None,
         cache: FileCache | None = None,
     ):
-        self._cache = cache
+        self._cache, self._errors = cache, FileErrors("shard")
         self._paths = [os.fspath(path) for path in paths]
         self._limits = Limits(max_file_bytes(max_image_pixels), max_caption_bytes, to_weights(captions))
         entries = indexes.open_indexes(self._paths, limit=self._limits.image)
@@ -288,21 +289,16 @@ class TarSource:
                 with self._reading(shard) as opened:
                     found += opened.read_rows(row, here)
             except UnreadableData as error:  # the next shard may be well
-                found += [error] * here
+                found += [error.again()] * (count - len(found) if error.is_away else here)
         return found
 
     @contextlib.contextmanager
     def _reading(self, shard: int) -> Iterator[_Shard]:
-        try:
-            yield self._shard(shard)
-        except BadSample:
-            raise
-        except (OSError, ValueError, DamagedTar) as error:
-            is_changed = isinstance(error, FileChanged) or not isinstance(error, OSError)
-            raise (ChangedData if is_changed else UnreadableData)(
-                f"shard {printable(self._paths[shard])} cannot be read as it was opened: {_describe(error)}; let what "
-                "writes it finish, or look at its disk, then start the same command again"
-            ) from error
+        with self._errors.reading(self._paths[shard]):
+            try:
+                yield self._shard(shard)
+            except DamagedTar as error:
+                raise ValueError(str(error)) from error
 
     def _find(self, index: int) -> tuple[int, int]:
         """Return the shard of a sample, and its number there."""
@@ -370,7 +366,3 @@ class TarSource:
     def files(self) -> list[str]:
         """Return the paths of the shards."""
         return list(self._paths)
-
-
-def _describe(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)

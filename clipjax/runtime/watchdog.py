@@ -37,6 +37,9 @@ SILENT_SECONDS = 20.0
 END_SECONDS = 30.0
 """Time to tell why and to end; then SIGALRM ends the process, whatever it is held up by."""
 
+SLOW_READ_SECONDS = 10.0
+"""Time after which the reading of data is taken to wait for its storage."""
+
 _SAY_SECONDS = 3.0  # for a message to be written
 _PAUSE_SECONDS = 2.0  # a sleep that is longer by this much was a pause of the machine
 _OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")  # of JAX, which no other process causes
@@ -51,12 +54,19 @@ class Watchdog:
         stuck_seconds: limit of `recovery.stuck_seconds`; None: no limit, and only other processes are heard.
         log: file for the stacks of all threads; None: the log of this process, once it is open, or standard error.
         tick_seconds: time between two looks.
+        storage_seconds: time that the storage of the data may take to answer, with all tries, before the limit counts.
     """
 
     def __init__(
-        self, stuck_seconds: float | None, *, log: TextIO | None = None, tick_seconds: float = TICK_SECONDS
+        self,
+        stuck_seconds: float | None,
+        *,
+        log: TextIO | None = None,
+        tick_seconds: float = TICK_SECONDS,
+        storage_seconds: float = 0.0,
     ) -> None:
         self._limited = stuck_seconds is not None
+        self._storage_seconds, self._reads_since = storage_seconds, 0.0
         self._deadline = Deadline(stuck_seconds or 0.0, time.monotonic())
         self._lock = threading.Lock()
         self._log, self._tick = log, tick_seconds
@@ -99,9 +109,25 @@ class Watchdog:
             with self._lock:
                 self._deadline.leave(time.monotonic())
 
-    def reading(self) -> contextlib.AbstractContextManager[None]:
-        """Give the reading of data in the `with` block no more time in the first steps than in later ones."""
-        return self.paused(READING) if self._deadline.starting else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Give the reading of data in the `with` block no more time in the first steps than in later ones.
+
+        Where its storage may take long to answer, it has that time as well, and the other processes wait with it.
+        """
+        if not self._storage_seconds and not self._deadline.starting:
+            yield
+            return
+        self._reads_since = time.monotonic()
+        with self.paused(READING):
+            yield
+
+    def _is_busy(self, now: float, *, works: bool) -> bool:
+        """Return True in a phase in which some process works, or storage may still answer."""
+        phases = self._deadline.phases
+        if READING in phases and SLOW_READ_SECONDS < now - self._reads_since < self._storage_seconds:
+            return True
+        return works and bool(phases) and phases != [READING]
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -144,7 +170,7 @@ class Watchdog:
             with self._lock:
                 if took > self._tick + _PAUSE_SECONDS:
                     self._deadline.shift(took - self._tick)
-                busy = bool(self._deadline.phases) and is_work(work, done, took)
+                busy = self._is_busy(now, works=is_work(work, done, took))
                 if busy:
                     self._deadline.worked(now)
                 if self._peers is not None and self._peers.others_worked():

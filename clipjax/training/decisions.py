@@ -117,8 +117,6 @@ class Decisions:
 
     Attributes:
         path: of the file.
-        taken: the rollbacks, in order.
-        stand_ins: index of the sample that stands in, by place (see `StandIns`). The first process has those of all.
         patience: makes what `take` does, with a name for it; the watchdog's, once there is one.
 
     Args:
@@ -132,8 +130,8 @@ class Decisions:
     def __init__(self, workdir: pathlib.Path, send: Callable[[pathlib.Path], None] | None = None) -> None:
         self.path, self._send = workdir / FILE, send
         self.patience: Callable[[str], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext()
-        self.taken: list[Rollback] = []
-        self.stand_ins: dict[int, int] = {}
+        self._all: list[Decision] = []
+        self._stand_ins: dict[int, int] = {}
         self._lock = threading.Lock()  # of the file, and of what it holds
         try:
             content = read_bounded(self.path, _MAX_BYTES)
@@ -156,14 +154,28 @@ class Decisions:
         Raises:
             ValueError: it contradicts an earlier one.
         """
-        if isinstance(decision, Rollback):
-            self.taken.append(decision)
-            return
-        found = dict(zip(decision.places, decision.samples, strict=True))
-        for place in found.keys() & self.stand_ins.keys():
-            if self.stand_ins[place] != found[place]:
-                raise ValueError(f"two samples, {self.stand_ins[place]} and {found[place]}, stand in at place {place}")
-        self.stand_ins |= found
+        if isinstance(decision, StandIns):
+            new = {}
+            for place, sample in zip(decision.places, decision.samples, strict=True):
+                if self._stand_ins.get(place, sample) != sample:
+                    raise ValueError(f"two samples, {self._stand_ins[place]} and {sample}, stand in at place {place}")
+                if place not in self._stand_ins:
+                    new[place] = sample
+            if not new:
+                return
+            self._stand_ins = {**self._stand_ins, **new}
+            decision = StandIns(places=list(new), samples=list(new.values()))
+        self._all.append(decision)
+
+    @property
+    def taken(self) -> list[Rollback]:
+        """The rollbacks, in order."""
+        return rollbacks_of(self._all)
+
+    @property
+    def stand_ins(self) -> Mapping[int, int]:
+        """Index of the sample that stands in, by place (see `StandIns`). The first process has those of all."""
+        return self._stand_ins
 
     @property
     def left_out(self) -> list[tuple[int, int]]:
@@ -171,13 +183,30 @@ class Decisions:
         return [(each.first_batch, each.last_batch) for each in self.taken]
 
     def forget_from(self, number: int) -> None:
-        """Forget the rollbacks from this one on (the first is 0), here and not on disk, to look at an earlier run."""
-        del self.taken[number:]
+        """Forget the rollbacks from this one on (the first is 0), and what was decided after it, to look at before.
+
+        Nothing of this goes to the disk.
+        """
+        kept = self._all[: [i for i, each in enumerate(self._all) if isinstance(each, Rollback)][number]]
+        self._all, self._stand_ins = [], {}
+        for decision in kept:
+            self._add(decision)
+
+    def forget_stand_ins(self) -> None:
+        """Forget all stand-ins, here and on disk: no checkpoint was saved with them, so they belong to no run.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        with self._lock:
+            self._all, self._stand_ins = list(self.taken), {}
+            if processes.is_first():
+                self._write(self._all)
 
     def records(self) -> list[dict[str, Any]]:
         """Return all decisions as JSON objects, for a checkpoint."""
         with self._lock:
-            return [to_record(each) for each in _all(self.taken, self.stand_ins)]
+            return [to_record(each) for each in self._all]
 
     def take(self, decide: Callable[[], Rollback | str]) -> Rollback | str:
         """Return what the first process decides; when this returns, a decision is on disk.
@@ -193,9 +222,10 @@ class Decisions:
                 return verdict
             try:
                 with self._lock:
-                    self._write([*self.taken, verdict], self.stand_ins)
+                    self._write([*self._all, verdict])
+                    self._add(verdict)  # before another thread writes
             except OSError as error:
-                return f"a rollback cannot be recorded in {self.path} ({error.strerror})"
+                return f"a rollback cannot be recorded in {self.path} ({describe(error)})"
             return to_record(verdict)
 
         with self.patience("a decision"):  # a store may be slow to take it
@@ -204,8 +234,8 @@ class Decisions:
             return record
         decision = parse(record)
         assert isinstance(decision, Rollback)
-        with self._lock:
-            self.taken.append(decision)
+        if not processes.is_first():
+            self._add(decision)
         return decision
 
     def keep(self, stand_ins: Mapping[int, int]) -> str:
@@ -215,15 +245,27 @@ class Decisions:
             Why they cannot be kept; empty if they are.
         """
         with self._lock:
-            more = {**self.stand_ins, **stand_ins}
-            if len(more) > MOST_STAND_INS:
+            more = {place: sample for place, sample in stand_ins.items() if place not in self._stand_ins}
+            if not more:
+                return ""
+            if len(self._stand_ins) + len(more) > MOST_STAND_INS:
                 return f"others stand in for {MOST_STAND_INS:,} samples already, and a run keeps no more"
+            decisions, last = [*self._all], dict[int, int]()
+            if decisions and isinstance(newest := decisions[-1], StandIns):
+                last = dict(zip(newest.places, newest.samples, strict=True))
+                del decisions[-1]
+            places = sorted(last := {**last, **more})
+            decisions.append(StandIns(places=places, samples=[last[place] for place in places]))
             try:
-                self._write(self.taken, more)
+                self._write(decisions)
             except OSError as error:
-                return f"what stands in for a sample cannot be recorded in {self.path} ({error.strerror})"
-            self.stand_ins = more
+                return f"what stands in for a sample cannot be recorded in {self.path} ({describe(error)})"
+            self._all, self._stand_ins = decisions, {**self._stand_ins, **more}
             return ""
+
+    def note(self, stand_ins: Mapping[int, int]) -> None:
+        """Take note of stand-ins that the first process has kept for this one."""
+        self._add(StandIns(places=list(stand_ins), samples=list(stand_ins.values())))
 
     def adopt(self, copy: Sequence[Decision]) -> None:
         """Take over a checkpoint's copy where the file has lost decisions.
@@ -231,25 +273,22 @@ class Decisions:
         Raises:
             ValueError: the copy contradicts the file.
         """
-        with self._lock:
-            self._adopt(rollbacks_of(copy), [each for each in copy if isinstance(each, StandIns)])
-
-    def _adopt(self, rollbacks: Sequence[Rollback], stand_ins: Sequence[StandIns]) -> None:
-        known, num_stand_ins = len(self.taken), len(self.stand_ins)
-        shared = min(len(rollbacks), known)
         contradiction = f"{self.path} and the checkpoint's copy contradict each other; bring back the file of this run"
-        if rollbacks[:shared] != self.taken[:shared]:
-            raise ValueError(contradiction)
-        try:
-            for decision in (*rollbacks[known:], *stand_ins):
-                self._add(decision)
-        except ValueError as error:
-            raise ValueError(f"{contradiction} ({error})") from error
-        if (len(self.taken), len(self.stand_ins)) != (known, num_stand_ins) and processes.is_first():
+        with self._lock:
+            rollbacks, known, before = rollbacks_of(copy), self.taken, num_decided(self._all)
+            shared = min(len(rollbacks), len(known))
+            if rollbacks[:shared] != known[:shared]:
+                raise ValueError(contradiction)
             try:
-                self._write(self.taken, self.stand_ins)
-            except OSError as error:  # the checkpoints still hold it
-                process_log.info(f"{self.path} cannot be written: {error.strerror}")
+                for decision in (*rollbacks[shared:], *(each for each in copy if isinstance(each, StandIns))):
+                    self._add(decision)
+            except ValueError as error:
+                raise ValueError(f"{contradiction} ({error})") from error
+            if num_decided(self._all) != before and processes.is_first():
+                try:
+                    self._write(self._all)
+                except OSError as error:  # the checkpoints still hold it
+                    process_log.info(f"{self.path} cannot be written: {describe(error)}")
 
     def is_current(self, step: int, num_known: int) -> bool:
         """Return True if a checkpoint belongs to the run that the decisions have left: none went back behind it.
@@ -260,25 +299,24 @@ class Decisions:
         """
         return all(decision.to_step >= step for decision in self.taken[num_known:])
 
-    def _write(self, rollbacks: Sequence[Rollback], stand_ins: Mapping[int, int]) -> None:
-        write_atomic(self.path, _lines(rollbacks, stand_ins), sync=True)
+    def _write(self, decisions: Sequence[Decision]) -> None:
+        write_atomic(self.path, _lines(decisions), sync=True)
         if self._send is None:
             return
         try:
             self._send(self.path)
         except OSError:  # the decision takes no effect, so the next start must not find it
-            write_atomic(self.path, _lines(self.taken, self.stand_ins), sync=True)
+            write_atomic(self.path, _lines(self._all), sync=True)
             raise
 
 
-def _all(rollbacks: Sequence[Rollback], stand_ins: Mapping[int, int]) -> list[Decision]:
-    places = sorted(stand_ins)
-    known = [StandIns(places=places, samples=[stand_ins[place] for place in places])] if places else []
-    return [*rollbacks, *known]
+def _lines(decisions: Sequence[Decision]) -> str:
+    return "".join(json.dumps(to_record(each)) + "\n" for each in decisions)
 
 
-def _lines(rollbacks: Sequence[Rollback], stand_ins: Mapping[int, int]) -> str:
-    return "".join(json.dumps(to_record(each)) + "\n" for each in _all(rollbacks, stand_ins))
+def describe(error: OSError) -> str:
+    """Return an error in words."""
+    return error.strerror or str(error) or repr(error)
 
 
 def rollbacks_of(decisions: Sequence[Decision]) -> list[Rollback]:

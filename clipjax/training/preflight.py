@@ -34,6 +34,7 @@ from clipjax.training.decisions import FILE as DECISIONS_FILE
 from clipjax.training.decisions import Decisions
 from clipjax.training.inputs import Inputs, open_inputs
 from clipjax.training.resume import check_same_run
+from clipjax.training.stand_ins import require_order
 
 _FILES = (METRICS_FILE, RESULTS_FILE, owner.FILE, run_record.FILE, events.FILE, DECISIONS_FILE)
 _FOLDERS = (CHECKPOINTS_FOLDER, process_log.FOLDER, left_out.FOLDER, profile.FOLDER, TENSORBOARD_FOLDER)
@@ -216,6 +217,10 @@ def _open_here(claim: Claim, warnings: Sequence[str], made: list[Path], replays:
         announce(f"warning: {warning}")
     decisions = Decisions(workdir, None if mirror is None else mirror.send)
     saved = newest_checkpoint(workdir) if replays else _open_newest(workdir, decisions)
+    if saved is None and decisions.stand_ins and not replays:
+        count = len(decisions.stand_ins)
+        announce(f"{decisions.path.name}: its {count} stand-ins are forgotten: the start that took them saved nothing")
+        decisions.forget_stand_ins()
     inputs = open_inputs(config, saved)
     folders = [
         workdir,
@@ -227,6 +232,7 @@ def _open_here(claim: Claim, warnings: Sequence[str], made: list[Path], replays:
         check_metric(config.checkpoint.best_metric, inputs.tasks)
     if saved is not None:
         check_same_run(saved, config, inputs)
+    require_order(config, inputs.order)
     check_samples(inputs.tasks)
     tx = optimizer.make_tx(config, abstract_params(config.model))
     validate_devices(

@@ -36,7 +36,6 @@ from clipjax.training.recovery import Recovery, RunStopped
 from clipjax.training.resume import Position, start_state
 from clipjax.training.sample_counts import SampleCounts
 from clipjax.training.session import Session, open_checkpoints
-from clipjax.training.stand_ins import keeping
 from clipjax.training.step import TrainState, eval_params, to_items
 from clipjax.training.stream import device_batch, open_stream
 from clipjax.typing import Batch, Metrics
@@ -169,7 +168,7 @@ class Run:
     def _count_bad(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         """Compare the bad samples up to a step with the limit, as often as the log counts them."""
         if step % steps_of(self.config.log.every_examples, self.config) == 0 or step == total_steps(self.config):
-            self.limit.check(step, values["samples_skipped"].tolist(), self.stream.latest_bad())
+            self.limit.check(step, values["samples_skipped"].tolist(), self.stream.latest_bad)
 
     def _encoder(self, state: TrainState) -> Encoder:
         clip = self.session.program.clip
@@ -340,8 +339,9 @@ def build(session: Session) -> Iterator[Run]:
         logger.message(describe_loss(config, session.mesh))
         if checked.exporter is not None:
             logger.message(f"metrics for Prometheus: {checked.exporter.url}")
-        keep = stack.enter_context(keeping(session.decisions, config, teller.stand_ins))
-        stream = open_stream(session, start.step, teller.worker_restart, keep)
+        if session.keeper is not None:
+            session.keeper.tell = teller.stand_ins
+        stream = open_stream(session, start.step, teller.worker_restart)
         stack.callback(stream.close)
         yield Run(
             session=session,

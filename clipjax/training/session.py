@@ -17,13 +17,13 @@ from clipjax.checkpoints import exchange
 from clipjax.checkpoints.manager import Checkpoints
 from clipjax.checkpoints.saved import load_params
 from clipjax.checkpoints.saving import OnFailure
-from clipjax.config import patch_menu
+from clipjax.config import DataConfig, patch_menu
 from clipjax.monitoring import events as run_events
 from clipjax.monitoring import run_record
 from clipjax.monitoring.events import Events
 from clipjax.monitoring.goodput import Goodput, wall_clock
 from clipjax.monitoring.profile import ProfileOnRequest
-from clipjax.runtime import device_check, process_log, processes, sharding, start_signals
+from clipjax.runtime import connections, device_check, process_log, processes, sharding, start_signals
 from clipjax.runtime.shutdown import Shutdown
 from clipjax.runtime.watchdog import Watchdog
 from clipjax.training.decisions import Decisions
@@ -31,6 +31,7 @@ from clipjax.training.preflight import Checked
 from clipjax.training.program import Program, build_program
 from clipjax.training.recovery import RunStopped
 from clipjax.training.replicas import ReplicaCheck, steps_between_checks
+from clipjax.training.stand_ins import Keeper, open_keeper
 from clipjax.typing import Params
 
 _sendings = itertools.count()
@@ -51,6 +52,7 @@ class Session:
         watchdog: ends the run if it is stuck.
         profile: traces steps on request.
         teacher: parameters of the frozen model to learn from; None: without.
+        keeper: keeps what stands in for unreadable samples; None: such a sample is an error.
     """
 
     checked: Checked
@@ -63,6 +65,7 @@ class Session:
     watchdog: Watchdog
     profile: ProfileOnRequest
     teacher: Params | None
+    keeper: Keeper | None
 
     @functools.cached_property
     def step(self) -> Any:
@@ -124,7 +127,9 @@ def open_session(checked: Checked, *, record: bool = True) -> Iterator[Session]:
         if checked.exporter is not None:
             stack.callback(checked.exporter.close)
         log = process_log.open_file()
-        watchdog = stack.enter_context(Watchdog(config.recovery.stuck_seconds, log=log))
+        watchdog = stack.enter_context(
+            Watchdog(config.recovery.stuck_seconds, log=log, storage_seconds=_storage_seconds(config.data))
+        )
         checked.decisions.patience = watchdog.paused
         events = Events(workdir, enabled=record and processes.is_first(), clock=wall_clock)
         goodput = stack.enter_context(_ledger(checked, events))
@@ -160,6 +165,7 @@ def open_session(checked: Checked, *, record: bool = True) -> Iterator[Session]:
             watchdog=watchdog,
             profile=profile,
             teacher=None if teacher is None else load_params(teacher, mesh),
+            keeper=stack.enter_context(open_keeper(checked.decisions, config)) if record else None,
         )
 
 
@@ -188,6 +194,13 @@ def open_checkpoints(session: Session, on_failure: OnFailure) -> Checkpoints:
         copy=mirror if processes.is_first() else None,
         apart=session.checked.apart,
     )
+
+
+def _storage_seconds(data: DataConfig) -> float:
+    """Return the time that reading a batch may take where a store is away: two samples, each with all its tries."""
+    places = [data.train, data.image_root or "", *(part.source for part in data.mixture.values())]
+    is_remote = any("://" in place for place in places)
+    return 2 * (connections.RETRY_SECONDS + connections.REQUEST_SECONDS) if is_remote else 0.0
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ The process that reads such a place of the order asks the first one, which keeps
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,30 +13,31 @@ import jax
 from clipjax.checkpoints import exchange
 from clipjax.config import Config, OnUnreadable
 from clipjax.data.sample import UnreadableData
+from clipjax.data.training_order import RunOrder
 from clipjax.runtime import processes
 from clipjax.training.decisions import Decisions
 
 _KEY = "stand_ins"
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS, _LOOK_SOON = 0.5, 0.02
 _EACH_TIME = 3
 
-Keep = Callable[[Mapping[int, int]], None]
-Tell = Callable[[str, int], None]
 
+class Keeper:
+    """The way of stand-ins into the decisions of a run; it lives through every rollback, as others may be asking.
 
-class _Keeper:
-    """The way of stand-ins into the decisions of a run.
+    Attributes:
+        tell: gets a line about samples that were skipped, and the number of all by now, on the first process and in
+            any thread; each of the first few times, and whenever the number has doubled.
 
     Args:
         decisions: of the run.
         config: of the run.
-        tell: gets a line about samples that were skipped, and the number of all by now, on the first process and in
-            any thread; each of the first few times, and whenever the number has doubled.
     """
 
-    def __init__(self, decisions: Decisions, config: Config, tell: Tell):
-        self._decisions, self._tell = decisions, tell
-        self._batch_size, self._times, self._told_at = config.global_batch_size, 0, 0
+    def __init__(self, decisions: Decisions, config: Config):
+        self._decisions, self._batch_size = decisions, config.global_batch_size
+        self._times, self._told_at = 0, 0
+        self.tell: Callable[[str, int], None] = lambda text, _: processes.announce(text)
 
     def keep(self, stand_ins: Mapping[int, int]) -> None:
         """Keep what stands in at some places of a batch; when this returns, it is on disk.
@@ -46,61 +47,74 @@ class _Keeper:
         """
         with self._decisions.patience("a decision"):
             if processes.is_first():
-                failure = self._keep_here(jax.process_index(), stand_ins)
+                failure = self._keep_all([(0, stand_ins)])
             else:
                 failure = exchange.ask(_KEY, [list(stand_ins), list(stand_ins.values())])
         if failure:
-            raise UnreadableData(
-                f"data.on_unreadable=skip: {failure}; see to the storage of the data, or stay at data.on_unreadable="
-                "stop, and start the same command again"
-            )
+            raise UnreadableData(f"data.on_unreadable=skip: samples cannot be read, and {failure}")
         if not processes.is_first():
-            self._decisions.stand_ins |= stand_ins  # after a rollback, they stand here too
+            self._decisions.note(stand_ins)  # after a rollback, they stand here too
 
-    def answer(self) -> None:
-        """Keep what the other processes have asked for."""
-        exchange.answer(_KEY, self._answer)
+    def answer(self) -> bool:
+        """Keep what the other processes have asked for; return whether there was anything."""
+        return exchange.answer(_KEY, self._answer)
 
-    def _answer(self, process: int, question: Any) -> str:
-        places, samples = question
-        return self._keep_here(process, dict(zip(places, samples, strict=True)))
+    def _answer(self, asked: Sequence[tuple[int, Any]]) -> str:
+        return self._keep_all([(rank, dict(zip(*question, strict=True))) for rank, question in asked])
 
-    def _keep_here(self, process: int, stand_ins: Mapping[int, int]) -> str:
-        failure = self._decisions.keep(stand_ins)
+    def _keep_all(self, asked: Sequence[tuple[int, Mapping[int, int]]]) -> str:
+        """Keep the stand-ins of several processes at once; return why they cannot be kept."""
+        together = {place: sample for _, each in asked for place, sample in each.items()}
+        failure = self._decisions.keep(together)
         total, self._times = len(self._decisions.stand_ins), self._times + 1
         if not failure and (self._times <= _EACH_TIME or total >= 2 * self._told_at):
             self._told_at = total
-            batch, count = min(stand_ins) // self._batch_size, len(stand_ins)
-            samples = "1 sample" if count == 1 else f"{count} samples"
-            self._tell(
-                f"global batch {batch}: storage does not give process {process} {samples}; others of the same source "
-                f"stand in, there and in every later start ({total:,} by now)",
+            ranks = sorted({rank for rank, _ in asked})
+            whose = f"process {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} processes"
+            samples = "1 sample" if len(together) == 1 else f"{len(together)} samples"
+            self.tell(
+                f"global batch {min(together) // self._batch_size}: storage does not give {whose} {samples}; others of "
+                f"the same source stand in, there and in every later start ({total:,} by now)",
                 total,
             )
         return failure
 
 
 @contextlib.contextmanager
-def keeping(decisions: Decisions, config: Config, tell: Tell) -> Iterator[Keep | None]:
-    """Yield the function that keeps stand-ins; None where `data.on_unreadable` is `stop`."""
+def open_keeper(decisions: Decisions, config: Config) -> Iterator[Keeper | None]:
+    """Yield the keeper of a start of a process; None where `data.on_unreadable` is `stop`."""
     if config.data.on_unreadable is OnUnreadable.STOP:
         yield None
         return
-    keeper = _Keeper(decisions, config, tell)
+    keeper = Keeper(decisions, config)
     if jax.process_count() == 1 or not processes.is_first():
-        yield keeper.keep
+        yield keeper
         return
     ends = threading.Event()
 
     def serve() -> None:
-        while not ends.wait(_LOOK_SECONDS):
+        wait = _LOOK_SECONDS
+        while not ends.wait(wait):
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator has gone: the run ends anyway
-                keeper.answer()
+                wait = _LOOK_SOON if keeper.answer() else min(_LOOK_SECONDS, 1.2 * wait)
 
     thread = threading.Thread(target=serve, daemon=True, name="stand-ins")
     thread.start()
     try:
-        yield keeper.keep
+        yield keeper
     finally:
         ends.set()
         thread.join()
+
+
+def require_order(config: Config, order: RunOrder) -> None:
+    """Refuse to skip samples in the order of an older version, which knows no places.
+
+    Raises:
+        ValueError: it is that order.
+    """
+    if order is None and config.data.on_unreadable is OnUnreadable.SKIP:
+        raise ValueError(
+            "data.on_unreadable=skip: the run began with the order of an older version, which cannot keep what stands "
+            "in for a sample; leave it at stop, or start anew in another workdir"
+        )

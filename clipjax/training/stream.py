@@ -11,7 +11,6 @@ from clipjax.data.tokenizers.protocol import TextToTokens
 from clipjax.data.training_stream import TrainStream, pair_groups
 from clipjax.runtime import processes, sharding
 from clipjax.training.session import Session
-from clipjax.training.stand_ins import Keep
 from clipjax.typing import Patches
 
 TAKEN = ("image", *Patches._fields, "tokens", "skip_reason")
@@ -22,7 +21,6 @@ def open_stream(
     session: Session,
     start_step: int,
     on_restart: Callable[[str], None] = processes.announce,
-    keep_stand_ins: Keep | None = None,
 ) -> TrainStream:
     """Open this process's training batches from a step on, as the decisions of the run have them."""
     config, inputs = session.checked.config, session.checked.inputs
@@ -36,7 +34,7 @@ def open_stream(
         start_step=start_step,
         left_out=session.decisions.left_out,
         stand_ins=session.decisions.stand_ins,
-        keep_stand_ins=keep_stand_ins,
+        keep_stand_ins=None if session.keeper is None else session.keeper.keep,
         on_restart=on_restart,
     )
 

@@ -289,7 +289,7 @@ def test_too_many_bad_samples_are_told_with_their_places():
         next(stream)
     stream.close()
     with pytest.raises(TooManyBadSamples) as caught:
-        make_limit(40).check(5, bad(1, 4), stream.latest_bad())
+        make_limit(40).check(5, bad(1, 4), stream.latest_bad)
     assert "data.max_bad_fraction=0.05: 5 of the 40 samples read are unusable, 12.5%" in str(caught.value)
     assert "(corrupt_image 1, empty_caption 4)" in str(caught.value)
     places = re.findall(
@@ -300,25 +300,25 @@ def test_too_many_bad_samples_are_told_with_their_places():
         caught.value
     )
     with pytest.raises(TooManyBadSamples, match="other processes name them"):
-        make_limit(40).check(5, bad(1, 4), [])
+        make_limit(40).check(5, bad(1, 4), list)
 
 
 def test_the_limit_is_exact():
-    make_limit(40).check(5, bad(2), [])  # 5.0 % is not above 5 %
-    make_limit(40).check(10, bad(4), [])
+    make_limit(40).check(5, bad(2), list)  # 5.0 % is not above 5 %
+    make_limit(40).check(10, bad(4), list)
     with pytest.raises(TooManyBadSamples, match="3 of the 8 samples"):
-        make_limit(40).check(1, bad(3), [])
+        make_limit(40).check(1, bad(3), list)
     with pytest.raises(TooManyBadSamples, match="1 of the 8 samples"):
-        make_limit(40, max_bad_fraction=0.0).check(1, bad(1), [])
+        make_limit(40, max_bad_fraction=0.0).check(1, bad(1), list)
 
 
 def test_a_few_early_bad_samples_of_a_large_source_do_not_stop_it():
     limit = make_limit(3000)
-    limit.check(1, bad(8), [])
-    limit.check(125, bad(50), [])
+    limit.check(1, bad(8), list)
+    limit.check(125, bad(50), list)
     with pytest.raises(TooManyBadSamples):
-        limit.check(125, bad(51), [])
-    limit.check(126, bad(100), [])  # the next thousand has begun
+        limit.check(125, bad(51), list)
+    limit.check(126, bad(100), list)  # the next thousand has begun
 
 
 def test_what_an_earlier_process_met_is_not_held_against_the_next():

@@ -1,11 +1,16 @@
 """Samples that storage does not give: an error, or others stand in for them, at those places in every later start."""
 
 import errno
+import pickle
 
 import numpy as np
 import pytest
 
 from clipjax.config import MixtureSource
+from clipjax.data import file_errors
+from clipjax.data.array_records import ArrayRecordSource, write_array_records
+from clipjax.data.block_reader import read_block
+from clipjax.data.file_errors import FileErrors
 from clipjax.data.mixture import MixedSource
 from clipjax.data.sample import NUM_COUNTERS, REASONS, BadSample, ChangedData, Sample, UnreadableData
 from clipjax.data.training_order import MixtureFormat, OrderFormat
@@ -153,18 +158,86 @@ def test_nothing_stands_in_for_changed_data(error):
 
 def test_a_storage_that_gives_nothing_ends_the_run_soon():
     source = Broken(errors_at(*range(SIZE)))
-    with pytest.raises(UnreadableData, match="4 samples from all over the source in a row cannot be read, so its"):
+    with pytest.raises(UnreadableData, match="10 samples from all over the source in a row cannot be read, so its"):
         take(1, source, make_config(num_threads=1, prefetch_batches=1), keep_stand_ins=Kept().keep)
-    assert sum(source._seen.values()) <= 8 * 4
+    assert sum(source._seen.values()) <= 8 * 10
+
+
+def test_a_store_that_is_away_is_waited_for_twice():
+    """Each of these errors takes minutes."""
+    source = Broken(errors_at(*range(SIZE), error=TimeoutError(errno.ETIMEDOUT, "the store cannot be reached")))
+    with pytest.raises(UnreadableData, match="2 samples from all over the source in a row cannot be read, so its"):
+        take(1, source, make_config(num_threads=1, prefetch_batches=1), keep_stand_ins=Kept().keep)
+    assert sum(source._seen.values()) <= 8 * 2
+
+
+def test_a_block_of_a_store_that_is_away_is_tried_once():
+    source = Broken(errors_at(*range(8, 16), error=OSError(errno.EBUSY, "the server answers 503")))
+    found = read_block(source, 4, 20)
+    assert [type(each) for each in found] == [Sample] * 4 + [UnreadableData] * 16
+    assert sum(source._seen.values()) == 1 and found[4].is_away
+
+
+def test_a_file_that_is_away_is_not_asked_for_again_at_once(monkeypatch):
+    errors, asked = FileErrors("shard"), []
+    now = [100.0]
+    monkeypatch.setattr(file_errors.time, "monotonic", lambda: now[0])
+
+    def read(path: str, error: OSError | None) -> bool:
+        with errors.reading(path):
+            asked.append(path)
+            if error is not None:
+                raise error
+        return True
+
+    away = TimeoutError(errno.ETIMEDOUT, "the store cannot be reached")
+    with pytest.raises(
+        UnreadableData, match="shard a.tar cannot be read as it was opened: the store cannot be"
+    ) as seen:
+        read("a.tar", away)
+    assert seen.value.is_away
+    with pytest.raises(
+        UnreadableData, match="shard a.tar cannot be read as it was opened: the store cannot be"
+    ) as seen:
+        read("a.tar", None)
+    assert not seen.value.is_away  # it took no time
+    assert read("b.tar", None) and asked == ["a.tar", "b.tar"]
+    now[0] += 301
+    assert read("a.tar", None)
+    for error in (FileNotFoundError(errno.ENOENT, "there is no object"), OSError(errno.EIO, "Input/output error")):
+        with pytest.raises(UnreadableData):
+            read("c.tar", error)
+        assert read("c.tar", None)  # it may be there again
+
+
+def test_a_record_file_that_was_away_is_read_again(tmp_path):
+    """The library's reader fails for ever, and says of a failing disk what it says of damaged bytes."""
+    pytest.importorskip("array_record")
+    path = tmp_path / "a.array_record"
+    write_array_records(path, [make_source()[i] for i in range(10)])
+    whole = ArrayRecordSource([str(path)], max_caption_bytes=100, max_image_pixels=10**6)
+    source = pickle.loads(pickle.dumps(whole))
+    path.rename(tmp_path / "aside")
+    with pytest.raises(FileNotFoundError):
+        source[3]
+    (tmp_path / "aside").rename(path)
+    assert source[3].captions == ("a3", "b3") and source[4].captions == ("a4", "b4")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    path.write_bytes(content)
+    with pytest.raises(BadSample, match="corrupt_record"):
+        pickle.loads(pickle.dumps(whole))[9]
 
 
 def test_a_stand_in_that_is_gone_is_no_other():
     kept = Kept()
     take(8, Broken(errors_at(5)), keep_stand_ins=kept.keep)
     (stand_in,) = kept.values()
-    for skips in (None, Kept().keep):
-        with pytest.raises(UnreadableData, match=f"sample {stand_in} of the source cannot be read"):
-            take(8, Broken(errors_at(stand_in)), stand_ins=dict(kept), keep_stand_ins=skips)
+    gone, told = Broken(errors_at(stand_in)), f"sample {stand_in} of the source cannot be read: a.tar: .*; see to its"
+    with pytest.raises(UnreadableData, match=told):
+        take(8, gone, stand_ins=dict(kept))
+    with pytest.raises(UnreadableData, match=rf"{told} storage \(it stands in for sample 5, as decided before\)"):
+        take(8, gone, stand_ins=dict(kept), keep_stand_ins=Kept().keep)
     corrupt = errors_at(stand_in, error=BadSample("corrupt_image"))
     with pytest.raises(ChangedData, match=f"corrupt_image in sample {stand_in}, which stood in for another sample"):
         take(8, Broken(corrupt), stand_ins=dict(kept))

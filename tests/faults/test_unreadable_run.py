@@ -15,7 +15,11 @@ from tests.runtime.stores import BUCKET
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 LOST = "GET .*unreadable(/|%2F)pairs-2.tar"
-SKIP = ("--config.data.on_unreadable=skip", "--config.data.max_bad_fraction=0.5")
+SKIP = (
+    "--config.data.on_unreadable=skip",
+    "--config.data.max_bad_fraction=0.5",
+    "--config.checkpoint.keep_last=20",
+)
 
 
 @pytest.fixture
@@ -42,6 +46,14 @@ def unreadable(run: TinyRun, name: str) -> int:
 
 def stand_ins(run: TinyRun, name: str) -> list[dict]:
     return read_lines(run.workdir(name) / "decisions.jsonl")
+
+
+def restart_from(run: TinyRun, name: str, new: str, step: int) -> None:
+    """Make a workdir that has the decisions of a run, and of its checkpoints an early one."""
+    shutil.copytree(run.workdir(name), run.workdir(new), ignore=shutil.ignore_patterns(".owner"))
+    for path in (run.workdir(new) / "checkpoints").iterdir():
+        if path.name != str(step):
+            shutil.rmtree(path)
 
 
 def test_a_run_stops_unless_it_is_told_to_skip(run, gcs):
@@ -81,14 +93,14 @@ def test_a_killed_run_and_one_on_a_well_store_with_its_decisions_are_the_same(ru
     assert "gs://bucket/unreadable/pairs-2.tar cannot be read" in run.output("killed").replace("\n", " ")
     assert stand_ins(run, "killed") == kept
 
-    run.workdir("again").mkdir()
-    shutil.copy(run.workdir("killed") / "decisions.jsonl", run.workdir("again"))
+    restart_from(run, "killed", "again", 20)
     run.finish("again", SKIP[1])
-    assert not differences(run, "killed", "again")
+    assert not differences(run, "killed", "again") and run.first_steps("again") == [20]
     last = 200 * 8
     assert unreadable(run, "again") == sum(place < last for place in kept[0]["places"]) > 50
     told = [line for line in read_lines(run.workdir("killed") / "events.jsonl") if line["event"] == "stand_ins"]
     assert told[0]["total"] < told[-1]["total"] <= len(kept[0]["places"]) < 2 * told[-1]["total"]
+    assert kept[0]["places"][0] < 20 * 8 - 1  # some of them in the steps before, which were not computed again
     copies = run.workdir("again") / "checkpoints" / "200" / "data" / "metadata"
     assert json.loads(copies.read_text())["decisions"] == kept
 
@@ -103,8 +115,35 @@ def test_two_processes_decide_for_each_other(run, gcs):
     output = run.output("both")
     assert all(f"storage does not give process {rank}" in output for rank in (0, 1)) and "Traceback" not in output
     gcs.reset()
-    run.workdir("both-again").mkdir()
-    shutil.copy(run.workdir("both") / "decisions.jsonl", run.workdir("both-again"))
+    restart_from(run, "both", "both-again", 20)
     finish_two(start_two(lambda _, *words: run.start("both-again", *words), *options, SKIP[1]))
     assert losses(run.workdir("both")) == losses(run.workdir("both-again"))
     assert unreadable(run, "both") > 20
+
+
+def test_a_rollback_leaves_no_process_without_an_answer(run, gcs):
+    """One process goes back while the other may still be asking; what stood in before stands in again."""
+    poison = ("-m", "tests.faults.poison", "nan", "30,31,32")
+    options = ("--config.total_examples=480", "--config.mesh.fsdp=2", "--config.recovery.max_skipped_in_a_row=3")
+    gcs.plant(LOST, status=404, times=10**6)
+    finish_two(start_two(lambda _, *words: run.start("back", *words, prefix=poison), *options, *SKIP))
+    kinds = [line["decision"] for line in stand_ins(run, "back")]
+    assert kinds == ["stand_ins", "rollback", "stand_ins"], run.output("back")
+    places = [place for line in stand_ins(run, "back") for place in line.get("places", ())]
+    assert len(places) == len(set(places)) and "Traceback" not in run.output("back")
+
+
+def test_stand_ins_of_a_start_that_saved_nothing_are_forgotten(run, gcs):
+    gcs.plant(LOST, status=404, times=10**6)
+    process = run.start("young", *SKIP)
+    with ended(process):
+        assert wait_until(lambda: run.logged_step("young") >= 3, seconds=120, process=process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if (run.workdir("young") / "checkpoints" / "20").exists():
+        pytest.skip("the machine is so fast that a checkpoint was saved before the kill")
+    assert stand_ins(run, "young")
+    gcs.reset()
+    run.finish("young", "--config.total_examples=160", "--config.global_batch_size=16")
+    assert "stand-ins are forgotten: the start that took them saved nothing" in run.output("young")
+    assert not stand_ins(run, "young") and unreadable(run, "young") == 0

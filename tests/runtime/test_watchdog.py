@@ -143,6 +143,34 @@ def test_a_stuck_process_leaves_with_1_and_its_stacks(tmp_path):
     assert "in hang" in (tmp_path / "log").read_text()
 
 
+SLOW_STORAGE = """
+import sys, threading, time
+from clipjax.runtime import watchdog
+
+watchdog.SLOW_READ_SECONDS = 0.2
+with open(sys.argv[1], "a") as log, watchdog.Watchdog(0.5, log=log, tick_seconds=0.1, storage_seconds=3.0) as watched:
+    for step in range(20):
+        watched.beat(step)
+        with watched.reading():
+            time.sleep(2.0 if step == 10 else 0.01)
+    print("went on", flush=True)
+    start = time.monotonic()
+    threading.Timer(2.5, lambda: print("waits", flush=True)).start()
+    with watched.reading():
+        threading.Event().wait()
+"""
+
+
+@pytest.mark.process
+def test_reading_from_a_store_has_the_time_of_its_tries(tmp_path):
+    command = [sys.executable, "-c", SLOW_STORAGE, str(tmp_path / "log")]
+    done = subprocess.run(
+        command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and done.stdout == "went on\nwaits\n", done.stderr
+    assert "is stuck after step 19 in the reading of data" in done.stderr
+
+
 BLOCKED = """
 import logging, os, sys, threading
 from clipjax.runtime import process_log, watchdog

@@ -2,14 +2,18 @@
 
 import errno
 import json
+import threading
+import time
 
 import pytest
 
-from clipjax.config import Config
+from clipjax.config import Config, OnUnreadable
 from clipjax.data.sample import UnreadableData
+from clipjax.data.training_order import OrderFormat
+from clipjax.runtime import processes
 from clipjax.training import decisions as decisions_module
-from clipjax.training.decisions import Decisions, Rollback, StandIns, num_decided, parse, parse_all, to_record
-from clipjax.training.stand_ins import keeping
+from clipjax.training.decisions import Decisions, Rollback, StandIns, num_decided, parse, parse_all
+from clipjax.training.stand_ins import Keeper, open_keeper, require_order
 from tests.training.test_recovery import DECISION
 
 pytestmark = pytest.mark.newest
@@ -22,14 +26,40 @@ def test_stand_ins_are_kept_beside_rollbacks(tmp_path):
     assert decisions.keep({5: 1}) == ""
     again = Decisions(tmp_path)
     assert (again.taken, again.stand_ins) == ([DECISION], {4: 9, 5: 1, 17: 3})
-    assert again.records() == decisions.records() == [to_record(DECISION), again.records()[1]]
+    assert again.records() == decisions.records()
     assert parse_all(json.loads(json.dumps(again.records()))) == [
+        StandIns(places=[4, 17], samples=[9, 3]),
         DECISION,
-        StandIns(places=[4, 5, 17], samples=[9, 1, 3]),
+        StandIns(places=[5], samples=[1]),
     ]
     assert again.left_out == [(23, 33)]
-    again.forget_from(0)
-    assert not again.taken and again.stand_ins == {4: 9, 5: 1, 17: 3}
+    again.forget_from(0)  # the batch of place 5 was read well before that rollback
+    assert not again.taken and again.stand_ins == {4: 9, 17: 3}
+
+
+def test_a_rollback_and_stand_ins_at_the_same_time_are_both_on_disk(tmp_path):
+    """The thread that answers other processes writes while the main thread waits for the store."""
+    kept = []
+
+    def send(_):
+        if not kept:
+            kept.append(threading.Thread(target=lambda: kept.append(decisions.keep({1: 2}))))
+            kept[0].start()
+            time.sleep(0.2)
+
+    decisions = Decisions(tmp_path, send)
+    assert decisions.take(lambda: DECISION) == DECISION
+    kept[0].join()
+    again = Decisions(tmp_path)
+    assert (again.taken, again.stand_ins, kept[1]) == ([DECISION], {1: 2}, "")
+
+
+def test_stand_ins_that_were_never_saved_are_forgotten(tmp_path):
+    decisions = Decisions(tmp_path)
+    decisions.keep({1: 2})
+    decisions.forget_stand_ins()
+    assert not decisions.stand_ins and not Decisions(tmp_path).stand_ins
+    assert decisions.keep({1: 3}) == "" and Decisions(tmp_path).stand_ins == {1: 3}
 
 
 @pytest.mark.parametrize(
@@ -86,12 +116,11 @@ def test_what_cannot_be_written_is_not_used(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(decisions_module, "write_atomic", fail)
         assert "cannot be recorded in" in decisions.keep({2: 20})
-        config = Config()
-        config.data.on_unreadable = type(config.data.on_unreadable)("skip")
-        with keeping(decisions, config, lambda *_: None) as keep:
-            assert keep is not None
-            with pytest.raises(UnreadableData, match=r"skip: what stands in .* \(No space left on device\); see to"):
-                keep({2: 20})
+        config = skipping()
+        with open_keeper(decisions, config) as keeper:
+            assert keeper is not None
+            with pytest.raises(UnreadableData, match=r"and what stands in .* \(No space left on device\)$"):
+                keeper.keep({2: 20})
     assert decisions.stand_ins == Decisions(tmp_path).stand_ins == {1: 10}
 
 
@@ -112,25 +141,78 @@ def test_their_number_is_bounded_and_the_file_is_read_again(tmp_path):
     assert len(Decisions(tmp_path).stand_ins) == most
 
 
-def test_nothing_is_kept_where_a_run_stops():
-    with keeping(Decisions.__new__(Decisions), Config(), lambda *_: None) as keep:
-        assert keep is None
+def skipping() -> Config:
+    config = Config(global_batch_size=8)
+    config.data.on_unreadable = OnUnreadable.SKIP
+    return config
 
 
-def test_each_decision_is_told(tmp_path):
-    config, told = Config(global_batch_size=8), []
-    config.data.on_unreadable = type(config.data.on_unreadable)("skip")
-    with keeping(Decisions(tmp_path), config, lambda *told_now: told.append(told_now)) as keep:
-        assert keep is not None
-        keep({17: 3})
-        keep({33: 4, 34: 5})
-        for place in range(100, 120):
-            keep({place: 1})
-    text = "storage does not give process 0 {}; others of the same source stand in, there and in every later start ({})"
+def test_nothing_is_kept_where_a_run_stops(tmp_path):
+    with open_keeper(Decisions(tmp_path), Config()) as keeper:
+        assert keeper is None
+    require_order(Config(), None)
+    require_order(skipping(), OrderFormat())
+    with pytest.raises(ValueError, match="data.on_unreadable=skip: the run began with the order of an older version"):
+        require_order(skipping(), None)
+
+
+TEXT = "storage does not give {}; others of the same source stand in, there and in every later start ({} by now)"
+
+
+def test_decisions_are_told_at_first_and_whenever_they_double(tmp_path):
+    told = []
+    keeper = Keeper(Decisions(tmp_path), skipping())
+    keeper.tell = lambda *each: told.append(each)
+    keeper.keep({17: 3})
+    keeper.keep({33: 4, 34: 5})
+    for place in range(100, 120):
+        keeper.keep({place: 1})
     assert told == [
-        ("global batch 2: " + text.format("1 sample", "1 by now"), 1),
-        ("global batch 4: " + text.format("2 samples", "3 by now"), 3),
-        ("global batch 12: " + text.format("1 sample", "4 by now"), 4),
-        ("global batch 13: " + text.format("1 sample", "8 by now"), 8),
-        ("global batch 14: " + text.format("1 sample", "16 by now"), 16),
+        ("global batch 2: " + TEXT.format("process 0 1 sample", 1), 1),
+        ("global batch 4: " + TEXT.format("process 0 2 samples", 3), 3),
+        ("global batch 12: " + TEXT.format("process 0 1 sample", 4), 4),
+        ("global batch 13: " + TEXT.format("process 0 1 sample", 8), 8),
+        ("global batch 14: " + TEXT.format("process 0 1 sample", 16), 16),
     ]
+
+
+class Exchange:
+    """The key-value store of a run, without processes."""
+
+    def __init__(self, monkeypatch):
+        self.values: dict[str, str] = {}
+        monkeypatch.setattr(processes, "kv_list", self.list)
+        monkeypatch.setattr(processes, "kv_delete", lambda key: self.values.pop(key))
+        monkeypatch.setattr(processes, "kv_set", self.set)
+
+    def list(self, folder: str) -> dict[str, str]:
+        return {key.rpartition("/")[2]: text for key, text in self.values.items() if key.startswith(f"{folder}/")}
+
+    def set(self, key: str, value: str, *, overwrite: bool = False) -> None:
+        assert overwrite or key not in self.values
+        self.values[key] = value
+
+
+def test_all_processes_that_ask_are_answered_by_one_write(tmp_path, monkeypatch):
+    written, told = [], []
+    keeper = Keeper(Decisions(tmp_path, lambda path: written.append(path.read_bytes())), skipping())
+    keeper.tell = lambda *each: told.append(each)
+    store = Exchange(monkeypatch)
+    assert not keeper.answer()
+    for rank in range(1, 4):
+        store.set(f"stand_ins/asked/{rank}-0", json.dumps([[16 + rank, 24 + rank], [rank, 10 + rank]]))
+    assert keeper.answer() and len(written) == 1
+    assert store.values == {f"stand_ins/answered/{rank}-0": '""' for rank in range(1, 4)}
+    assert Decisions(tmp_path).stand_ins == {17: 1, 18: 2, 19: 3, 25: 11, 26: 12, 27: 13}
+    assert told == [("global batch 2: " + TEXT.format("3 processes 6 samples", 6), 6)]
+
+
+def test_who_asks_is_answered_whatever_goes_wrong(tmp_path, monkeypatch):
+    keeper, store = Keeper(Decisions(tmp_path), skipping()), Exchange(monkeypatch)
+
+    def fail(*_):
+        raise RuntimeError("a closed stream")
+
+    keeper.tell = fail
+    store.set("stand_ins/asked/1-0", json.dumps([[16], [1]]))
+    assert keeper.answer() and "a closed stream" in store.values["stand_ins/answered/1-0"]
