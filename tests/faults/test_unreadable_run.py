@@ -89,7 +89,7 @@ def test_a_killed_run_and_one_on_a_well_store_with_its_decisions_are_the_same(ru
     assert len(kept) == 1 and len(kept[0]["places"]) > 50 and "Traceback" not in run.output("killed")
     assert not any(128 <= sample < 192 for sample in kept[0]["samples"])
     gcs.reset()
-    run.finish("killed", workers, SKIP[1])  # the store is well again, and the field back at `stop`
+    run.finish("killed", workers, *SKIP[1:])  # the store is well again, and the field back at `stop`
     assert "gs://bucket/unreadable/pairs-2.tar cannot be read" in run.output("killed").replace("\n", " ")
     assert stand_ins(run, "killed") == kept
 
