@@ -49,6 +49,7 @@ class ImageFiles:
     def __init__(self, folders: Sequence[str], *, max_bytes: int):
         self._folders = [folder if is_address(folder) else os.path.realpath(folder) for folder in folders]
         self._max_bytes = max_bytes
+        self._disks = {folder: _disk_of(folder) for folder in self._folders if not is_address(folder)}
 
     @property
     def folders(self) -> list[str]:
@@ -66,8 +67,7 @@ class ImageFiles:
             if is_address(name) or (is_address(base) and not name.startswith("/")):
                 return self._find_object(name if is_address(name) else objects.join(base, _escaped(name, base)))
             path = os.path.realpath(os.path.join(base, name))  # noqa: PTH118
-            disks = [folder for folder in self._folders if not is_address(folder)]
-            if any(os.path.commonpath([path, folder]) == folder for folder in disks):
+            if any(os.path.commonpath([path, folder]) == folder for folder in self._disks):
                 return path
         except ValueError:  # a null character, or a lone surrogate
             pass
@@ -108,7 +108,22 @@ class ImageFiles:
             return _read_regular(path, max_bytes)
         except OSError as error:
             _raise_unless_absent(error)
+            self._raise_if_away()
             raise BadSample("missing_image") from None
+
+    def _raise_if_away(self) -> None:
+        """Raise an error if a folder is not where it was: with its disk away, all of its images seem to be missing."""
+        for folder, disk in self._disks.items():
+            if disk is not None and _disk_of(folder) != disk:
+                raise OSError(errno.ESTALE, "the folder is gone, or lies on another disk than at the start", folder)
+
+
+def _disk_of(folder: str) -> int | None:
+    """Return the number of the disk on which a folder lies; None if there is no such folder."""
+    try:
+        return os.stat(folder).st_dev  # noqa: PTH116
+    except OSError:
+        return None
 
 
 def _escaped(name: str, base: str) -> str:

@@ -340,7 +340,7 @@ def build(session: Session) -> Iterator[Run]:
         if checked.exporter is not None:
             logger.message(f"metrics for Prometheus: {checked.exporter.url}")
         if session.keeper is not None:
-            session.keeper.tell = teller.stand_ins
+            stack.enter_context(session.keeper.telling(teller.stand_ins))
         stream = open_stream(session, start.step, teller.worker_restart)
         stack.callback(stream.close)
         yield Run(

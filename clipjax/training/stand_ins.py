@@ -25,10 +25,6 @@ _EACH_TIME = 3
 class Keeper:
     """The way of stand-ins into the decisions of a run; it lives through every rollback, as others may be asking.
 
-    Attributes:
-        tell: gets a line about samples that were skipped, and the number of all by now, on the first process and in
-            any thread; each of the first few times, and whenever the number has doubled.
-
     Args:
         decisions: of the run.
         config: of the run.
@@ -37,7 +33,21 @@ class Keeper:
     def __init__(self, decisions: Decisions, config: Config):
         self._decisions, self._batch_size = decisions, config.global_batch_size
         self._times, self._told_at = 0, 0
-        self.tell: Callable[[str, int], None] = lambda text, _: processes.announce(text)
+        self._tell = _announce
+
+    @contextlib.contextmanager
+    def telling(self, tell: Callable[[str, int], None]) -> Iterator[None]:
+        """Tell of samples that are skipped in the `with` block by a function; else they are announced.
+
+        Args:
+            tell: gets a line, and the number of all by now, on the first process and in any thread; each of the first
+                few times, and whenever the number has doubled.
+        """
+        self._tell = tell
+        try:
+            yield
+        finally:
+            self._tell = _announce
 
     def keep(self, stand_ins: Mapping[int, int]) -> None:
         """Keep what stands in at some places of a batch; when this returns, it is on disk.
@@ -72,12 +82,16 @@ class Keeper:
             ranks = sorted({rank for rank, _ in asked})
             whose = f"process {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} processes"
             samples = "1 sample" if len(together) == 1 else f"{len(together)} samples"
-            self.tell(
+            self._tell(
                 f"global batch {min(together) // self._batch_size}: storage does not give {whose} {samples}; others of "
                 f"the same source stand in, there and in every later start ({total:,} by now)",
                 total,
             )
         return failure
+
+
+def _announce(text: str, _: int) -> None:
+    processes.announce(text)
 
 
 @contextlib.contextmanager

@@ -181,6 +181,19 @@ def test_links_inside_and_absolute_paths_inside_work(folder):
     assert [source[i].image for i in range(2)] == [b"image 3", b"image 4"]
 
 
+def test_images_of_a_folder_that_is_away_are_not_missing(folder, tmp_path):
+    """A disk that is away for a moment must not make all of its images bad ones, for which others stand in."""
+    write_csv(folder / "a.csv", ("path", "caption"), [("images/3.jpg", "a"), ("images/none.jpg", "b")])
+    source = open_table(folder / "a.csv")
+    assert source[0].image == b"image 3" and reason_of(source, 1) == "missing_image"
+    folder.rename(tmp_path / "away")
+    with pytest.raises(OSError, match="the folder is gone, or lies on another disk than at the start") as caught:
+        source[0]
+    assert not isinstance(caught.value, BadSample)
+    (tmp_path / "away").rename(folder)
+    assert source[0].image == b"image 3"
+
+
 def test_image_root(folder, tmp_path):
     tables = tmp_path / "tables"
     tables.mkdir()

@@ -162,11 +162,12 @@ TEXT = "storage does not give {}; others of the same source stand in, there and 
 def test_decisions_are_told_at_first_and_whenever_they_double(tmp_path):
     told = []
     keeper = Keeper(Decisions(tmp_path), skipping())
-    keeper.tell = lambda *each: told.append(each)
-    keeper.keep({17: 3})
-    keeper.keep({33: 4, 34: 5})
-    for place in range(100, 120):
-        keeper.keep({place: 1})
+    with keeper.telling(lambda *each: told.append(each)):
+        keeper.keep({17: 3})
+        keeper.keep({33: 4, 34: 5})
+        for place in range(100, 120):
+            keeper.keep({place: 1})
+    keeper.keep({200: 1})  # announced, as it is between two parts of a run
     assert told == [
         ("global batch 2: " + TEXT.format("process 0 1 sample", 1), 1),
         ("global batch 4: " + TEXT.format("process 0 2 samples", 3), 3),
@@ -196,12 +197,12 @@ class Exchange:
 def test_all_processes_that_ask_are_answered_by_one_write(tmp_path, monkeypatch):
     written, told = [], []
     keeper = Keeper(Decisions(tmp_path, lambda path: written.append(path.read_bytes())), skipping())
-    keeper.tell = lambda *each: told.append(each)
     store = Exchange(monkeypatch)
     assert not keeper.answer()
     for rank in range(1, 4):
         store.set(f"stand_ins/asked/{rank}-0", json.dumps([[16 + rank, 24 + rank], [rank, 10 + rank]]))
-    assert keeper.answer() and len(written) == 1
+    with keeper.telling(lambda *each: told.append(each)):
+        assert keeper.answer() and len(written) == 1
     assert store.values == {f"stand_ins/answered/{rank}-0": '""' for rank in range(1, 4)}
     assert Decisions(tmp_path).stand_ins == {17: 1, 18: 2, 19: 3, 25: 11, 26: 12, 27: 13}
     assert told == [("global batch 2: " + TEXT.format("3 processes 6 samples", 6), 6)]
@@ -213,6 +214,6 @@ def test_who_asks_is_answered_whatever_goes_wrong(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("a closed stream")
 
-    keeper.tell = fail
     store.set("stand_ins/asked/1-0", json.dumps([[16], [1]]))
-    assert keeper.answer() and "a closed stream" in store.values["stand_ins/answered/1-0"]
+    with keeper.telling(fail):
+        assert keeper.answer() and "a closed stream" in store.values["stand_ins/answered/1-0"]
