@@ -323,9 +323,9 @@ def test_a_few_early_bad_samples_of_a_large_source_do_not_stop_it():
 
 def test_what_an_earlier_process_met_is_not_held_against_the_next():
     limit = make_limit(40, start_step=5, already=20)
-    limit.check(10, bad(22), [])
+    limit.check(10, bad(22), list)
     with pytest.raises(TooManyBadSamples, match="3 of the 40 samples"):
-        limit.check(10, bad(23), [])
+        limit.check(10, bad(23), list)
 
 
 def read_until_error(stream: TrainStream) -> str:
