@@ -13,7 +13,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-from tests.runtime.store_fixtures import gcs, gcs_session, impatient, s3, s3_session, web  # noqa: F401
+from tests.runtime.store_fixtures import gcs, gcs_session, impatient, on_machine, s3, s3_session, web  # noqa: F401
 
 # Shapes and dtypes in signatures are checked here, and only here.
 CHECKED = ("clipjax.models", "clipjax.losses")

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from clipjax.checkpoints.records import FORMAT, read_record
-from clipjax.runtime.files import read_bounded, write_atomic
+from clipjax.runtime.files import read_bounded, reason_of, write_atomic
 
 FILE = "manifest.json"
 FIRST_FORMAT = 2
@@ -301,7 +301,7 @@ def _not_given(path: str, error: OSError) -> Verdict:
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "missing"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)
+    return reason_of(error)
 
 
 def best_of(directory: pathlib.Path) -> tuple[str, float] | None:

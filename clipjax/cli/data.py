@@ -151,10 +151,14 @@ def _parser(command: str) -> arguments.Parser:
     kind = arguments.path if command == "scenes" else arguments.place
     parser.add_argument("--tfds_dir", metavar="DIR", type=kind, help=where)
     if command != "scenes":
-        copies = "on a disk, for copies of files in stores, as data.cache_dir; ArrayRecord and TFDS data there need it"
-        parser.add_argument("--cache_dir", metavar="DIR", type=arguments.path, help=copies)
-        parser.add_argument("--cache_gib", metavar="N", type=arguments.amount, help="most GiB of these copies")
+        _add_cache_options(parser)
     return parser
+
+
+def _add_cache_options(parser: arguments.Parser) -> None:
+    copies = "on a disk, for copies of files in stores, as data.cache_dir; ArrayRecord and TFDS data there need it"
+    parser.add_argument("--cache_dir", metavar="DIR", type=arguments.path, help=copies)
+    parser.add_argument("--cache_gib", metavar="N", type=arguments.amount, help="most GiB of these copies")
 
 
 def _add_source_options(parser: arguments.Parser) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from clipjax.data.sample import BadSample, ChangedData, UnreadableData
 from clipjax.runtime.connections import is_away
+from clipjax.runtime.files import reason_of
 from clipjax.runtime.objects import FileChanged
 from clipjax.runtime.terminal import printable
 
@@ -46,7 +47,7 @@ class FileErrors:
             raise
         except (OSError, ValueError) as error:  # a file that has changed is none of its kind sometimes
             text = (
-                f"{self._kind} {printable(path)} cannot be read as it was opened: {_describe(error)}; let what writes "
+                f"{self._kind} {printable(path)} cannot be read as it was opened: {reason_of(error)}; let what writes "
                 "it finish, or look at its disk, then start the same command again"
             )
             if isinstance(error, FileChanged) or not isinstance(error, OSError):
@@ -60,9 +61,5 @@ class FileErrors:
 def to_unreadable(error: OSError, index: int) -> UnreadableData:
     """Return the error of the storage of a sample as one of the data."""
     place = f"{error.filename}: " if error.filename else ""
-    text = f"sample {index} of the source cannot be read: {printable(place + _describe(error))}; see to its storage"
+    text = f"sample {index} of the source cannot be read: {printable(place + reason_of(error))}; see to its storage"
     return ChangedData(text) if isinstance(error, FileChanged) else UnreadableData(text, is_away=is_away(error))
-
-
-def _describe(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)

@@ -110,6 +110,19 @@ def parse_order(record: Any) -> RunOrder:
     return found
 
 
+def require_places(order: RunOrder) -> None:
+    """Refuse to skip samples in Grain's order, which knows no places at which others could stand in.
+
+    Raises:
+        ValueError: it is that order.
+    """
+    if order is None:
+        raise ValueError(
+            "data.on_unreadable=skip: the run began with the order of an older version, which cannot keep what stands "
+            "in for a sample; leave it at stop, or start anew in another workdir"
+        )
+
+
 class TrainingOrder(Protocol):
     """The samples of each global batch."""
 

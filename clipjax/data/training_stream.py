@@ -43,6 +43,7 @@ from clipjax.data.training_order import (
     batch_number,
     make_order,
     parts_of,
+    require_places,
     shuffled_by_grain,
 )
 from clipjax.data.workers import WorkersDie
@@ -147,26 +148,12 @@ class TrainStream:
         batch_size, data = config.global_batch_size, config.data
         local_size, unit = per_process("global_batch_size", batch_size, process_count), data.images_per_row
         _check_rows(config, order, local_size, process_count)
-        if order is None and keep_stand_ins is not None:
-            raise ValueError(
-                "data.on_unreadable=skip: the run began with the order of an older version, which cannot keep what "
-                "stands in for a sample; leave it at stop, or start anew in another workdir"
-            )
+        if keep_stand_ins is not None:
+            require_places(order)
         _check_size(config, source)
         if impossible := [(first, last) for first, last in left_out if not 0 <= first <= last]:
             raise ValueError(f"left_out={impossible} must be ranges of batch numbers, first and last, from 0")
-        view = make_eval_transform(config)
-        augment = Augment(
-            tokenize,
-            view,
-            data.crop,
-            data.min_crop_area,
-            make_augmentations(config),
-            captions_per_image=data.captions_per_image,
-            truncation=data.text_truncation,
-            canvas=make_canvas_transform(config, view) if data.resize_on is ResizeOn.DEVICE else None,
-            patch_rows=make_patch_rows(config),
-        )
+        augment = _make_augment(config, tokenize)
         samples = substituted(source, make_training_decoder(config), skips_unreadable=keep_stand_ins is not None)
         blocks = [part for part in parts_of(order) if part.block > 1]
         # Where blocks are read, each worker has rows of its own in every batch, so that none reads another's blocks.
@@ -294,6 +281,22 @@ class TrainStream:
             forget_the_dead()
         if self._reader is not None:
             self._reader.close()
+
+
+def _make_augment(config: Config, tokenize: Callable[..., np.ndarray]) -> Augment:
+    """Return the draw of captions and of changes of the picture that a config asks for."""
+    data, view = config.data, make_eval_transform(config)
+    return Augment(
+        tokenize,
+        view,
+        data.crop,
+        data.min_crop_area,
+        make_augmentations(config),
+        captions_per_image=data.captions_per_image,
+        truncation=data.text_truncation,
+        canvas=make_canvas_transform(config, view) if data.resize_on is ResizeOn.DEVICE else None,
+        patch_rows=make_patch_rows(config),
+    )
 
 
 def _check_rows(config: Config, order: RunOrder, local_size: int, process_count: int) -> None:

@@ -96,3 +96,8 @@ def require_file_writable(path: pathlib.Path, option: str) -> None:
         raise ValueError(f"{option}={path}: cannot be written to ({error.strerror}); choose another") from error
     if not existed:
         path.unlink(missing_ok=True)  # another process may look at the same time
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error in words; of one of the operating system what that says, without the file."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)

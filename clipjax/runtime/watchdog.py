@@ -115,11 +115,9 @@ class Watchdog:
 
         Where its storage may take long to answer, it has that time as well, and the other processes wait with it.
         """
-        if not self._storage_seconds and not self._deadline.starting:
-            yield
-            return
         self._reads_since = time.monotonic()
-        with self.paused(READING):
+        is_phase = self._storage_seconds or self._deadline.starting
+        with self.paused(READING) if is_phase else contextlib.nullcontext():
             yield
 
     def _is_busy(self, now: float, *, works: bool) -> bool:

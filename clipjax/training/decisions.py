@@ -15,7 +15,7 @@ from typing import Any
 
 from clipjax.checkpoints import exchange
 from clipjax.runtime import process_log, processes
-from clipjax.runtime.files import read_bounded, write_atomic
+from clipjax.runtime.files import read_bounded, reason_of, write_atomic
 
 FILE = "decisions.jsonl"
 MOST_STAND_INS = 100_000
@@ -225,7 +225,7 @@ class Decisions:
                     self._write([*self._all, verdict])
                     self._add(verdict)  # before another thread writes
             except OSError as error:
-                return f"a rollback cannot be recorded in {self.path} ({describe(error)})"
+                return f"a rollback cannot be recorded in {self.path} ({reason_of(error)})"
             return to_record(verdict)
 
         with self.patience("a decision"):  # a store may be slow to take it
@@ -259,7 +259,7 @@ class Decisions:
             try:
                 self._write(decisions)
             except OSError as error:
-                return f"what stands in for a sample cannot be recorded in {self.path} ({describe(error)})"
+                return f"what stands in for a sample cannot be recorded in {self.path} ({reason_of(error)})"
             self._all, self._stand_ins = decisions, {**self._stand_ins, **more}
             return ""
 
@@ -288,7 +288,7 @@ class Decisions:
                 try:
                     self._write(self._all)
                 except OSError as error:  # the checkpoints still hold it
-                    process_log.info(f"{self.path} cannot be written: {describe(error)}")
+                    process_log.info(f"{self.path} cannot be written: {reason_of(error)}")
 
     def is_current(self, step: int, num_known: int) -> bool:
         """Return True if a checkpoint belongs to the run that the decisions have left: none went back behind it.
@@ -312,11 +312,6 @@ class Decisions:
 
 def _lines(decisions: Sequence[Decision]) -> str:
     return "".join(json.dumps(to_record(each)) + "\n" for each in decisions)
-
-
-def describe(error: OSError) -> str:
-    """Return an error in words."""
-    return error.strerror or str(error) or repr(error)
 
 
 def rollbacks_of(decisions: Sequence[Decision]) -> list[Rollback]:

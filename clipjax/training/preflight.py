@@ -14,9 +14,10 @@ from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.checkpoints.mirrored import open_mirror
 from clipjax.checkpoints.records import FOLDER as CHECKPOINTS_FOLDER
 from clipjax.checkpoints.saved import SavedCheckpoint, newest_checkpoint
-from clipjax.config import Config
+from clipjax.config import Config, OnUnreadable
 from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sources import data_folders
+from clipjax.data.training_order import require_places
 from clipjax.evals.runner import RESULTS_FILE, check_metric, check_samples
 from clipjax.models.clip import abstract_params
 from clipjax.monitoring import events, profile, run_record
@@ -34,7 +35,6 @@ from clipjax.training.decisions import FILE as DECISIONS_FILE
 from clipjax.training.decisions import Decisions
 from clipjax.training.inputs import Inputs, open_inputs
 from clipjax.training.resume import check_same_run
-from clipjax.training.stand_ins import require_order
 
 _FILES = (METRICS_FILE, RESULTS_FILE, owner.FILE, run_record.FILE, events.FILE, DECISIONS_FILE)
 _FOLDERS = (CHECKPOINTS_FOLDER, process_log.FOLDER, left_out.FOLDER, profile.FOLDER, TENSORBOARD_FOLDER)
@@ -232,7 +232,8 @@ def _open_here(claim: Claim, warnings: Sequence[str], made: list[Path], replays:
         check_metric(config.checkpoint.best_metric, inputs.tasks)
     if saved is not None:
         check_same_run(saved, config, inputs)
-    require_order(config, inputs.order)
+    if config.data.on_unreadable is OnUnreadable.SKIP:
+        require_places(inputs.order)
     check_samples(inputs.tasks)
     tx = optimizer.make_tx(config, abstract_params(config.model))
     validate_devices(

@@ -13,7 +13,6 @@ import jax
 from clipjax.checkpoints import exchange
 from clipjax.config import Config, OnUnreadable
 from clipjax.data.sample import UnreadableData
-from clipjax.data.training_order import RunOrder
 from clipjax.runtime import processes
 from clipjax.training.decisions import Decisions
 
@@ -119,16 +118,3 @@ def open_keeper(decisions: Decisions, config: Config) -> Iterator[Keeper | None]
     finally:
         ends.set()
         thread.join()
-
-
-def require_order(config: Config, order: RunOrder) -> None:
-    """Refuse to skip samples in the order of an older version, which knows no places.
-
-    Raises:
-        ValueError: it is that order.
-    """
-    if order is None and config.data.on_unreadable is OnUnreadable.SKIP:
-        raise ValueError(
-            "data.on_unreadable=skip: the run began with the order of an older version, which cannot keep what stands "
-            "in for a sample; leave it at stop, or start anew in another workdir"
-        )

@@ -27,17 +27,6 @@ def place(gcs, tmp_path) -> str:
     return folder
 
 
-@pytest.fixture
-def on_machine(tmp_path, monkeypatch):
-    """Go to another machine: one with an empty cache folder."""
-
-    def go(name: str) -> pathlib.Path:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-        return tmp_path / name / "clipjax" / "index"
-
-    return go
-
-
 def count_judged(monkeypatch) -> list[str]:
     done: list[str] = []
     judge = shard_results._judge

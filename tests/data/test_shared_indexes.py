@@ -1,7 +1,6 @@
 """Indexes of shards in object stores: built once by some machine, fetched by all others, never believed blindly."""
 
 import itertools
-import pathlib
 
 import pytest
 
@@ -25,17 +24,6 @@ def paths(place) -> list[str]:
     for name, content in shards():
         objects.write_bytes(f"{place}/{name}", content)
     return [f"{place}/{name}" for name, _ in shards()]
-
-
-@pytest.fixture
-def on_machine(tmp_path, monkeypatch):
-    """Go to another machine: one with an empty cache folder."""
-
-    def go(name: str) -> pathlib.Path:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-        return tmp_path / name / "clipjax" / "index"
-
-    return go
 
 
 def open_tars(paths: list[str]) -> TarSource:

@@ -1,5 +1,7 @@
 """Fixtures: object stores on this machine. `tests/conftest.py` gives them to all tests."""
 
+import pathlib
+
 import pytest
 
 from clipjax.runtime import connections
@@ -55,3 +57,14 @@ def impatient(monkeypatch):
     connections._open_store.cache_clear()
     yield
     connections._open_store.cache_clear()
+
+
+@pytest.fixture
+def on_machine(tmp_path, monkeypatch):
+    """Go to another machine: one with an empty cache folder."""
+
+    def go(name: str) -> pathlib.Path:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        return tmp_path / name / "clipjax" / "index"
+
+    return go

@@ -9,11 +9,11 @@ import pytest
 
 from clipjax.config import Config, OnUnreadable
 from clipjax.data.sample import UnreadableData
-from clipjax.data.training_order import OrderFormat
+from clipjax.data.training_order import OrderFormat, require_places
 from clipjax.runtime import processes
 from clipjax.training import decisions as decisions_module
 from clipjax.training.decisions import Decisions, Rollback, StandIns, num_decided, parse, parse_all
-from clipjax.training.stand_ins import Keeper, open_keeper, require_order
+from clipjax.training.stand_ins import Keeper, open_keeper
 from tests.training.test_recovery import DECISION
 
 pytestmark = pytest.mark.newest
@@ -150,10 +150,9 @@ def skipping() -> Config:
 def test_nothing_is_kept_where_a_run_stops(tmp_path):
     with open_keeper(Decisions(tmp_path), Config()) as keeper:
         assert keeper is None
-    require_order(Config(), None)
-    require_order(skipping(), OrderFormat())
+    require_places(OrderFormat())
     with pytest.raises(ValueError, match="data.on_unreadable=skip: the run began with the order of an older version"):
-        require_order(skipping(), None)
+        require_places(None)
 
 
 TEXT = "storage does not give {}; others of the same source stand in, there and in every later start ({} by now)"
