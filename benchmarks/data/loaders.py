@@ -9,12 +9,17 @@ Every row runs in a process of its own and reads the same shards, which lie in t
 are medians. CPU time is that of the process and its workers. The bare loops have the same JPEGs in memory, one thread,
 and no tokens; they resize crops of clipjax's random sizes, as a crop's size decides what resizing it costs. `pillow`
 decodes as Pillow does, which is what loaders of PyTorch do; `simplejpeg` is the fastest decoder that we know, and
-clipjax's own. Both resize by Pillow. `device` is `data.resize_on=device`, where the host only decodes.
+clipjax's own. Both resize by Pillow, and keep the memory that they free (glibc would give it back and fetch it anew for
+each picture, which takes a fifth of the time). `device` is `data.resize_on=device`, where the host only decodes.
+
+A processor's speed moves by a tenth within minutes, so rows of clipjax run between two runs of both bare loops:
+`of_simplejpeg` and `of_pillow` are images per second of CPU time divided by the mean of the two, medians of the rounds.
 """
 
 import argparse
 import io
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -32,6 +37,8 @@ from clipjax.data.images import crop_box
 
 SETS = {"256": (340, 256, 88), "500": (500, 375, 90)}  # width, height, quality
 SHARDS, PER_SHARD, BATCH, WARM, ROUNDS = 4, 250, 50, 6, 3
+BARE_ROWS = (0, 1)  # simplejpeg and Pillow
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**27)}
 WORDS = ("a", "the", "small", "large", "old", "new", "red", "photo", "of", "house", "dog", "tree", "street", "light")
 
 BARE = """
@@ -54,7 +61,7 @@ def one(number):
 for number in range(50): one(number)
 wall, cpu = time.perf_counter(), time.process_time()
 count = 0
-while time.perf_counter() - wall < 5:
+while time.perf_counter() - wall < 3:
     for number in range(100): one(number)
     count += 100
 print(json.dumps([count / (time.perf_counter() - wall), count / (time.process_time() - cpu)]))
@@ -152,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     options.output.write_text(json.dumps(record, indent=1) + "\n")
     for row in found:
-        print({name: value for name, value in row.items() if name != "rounds"})
+        print({name: value for name, value in row.items() if name not in ("rounds", "shares")})
     return 0
 
 
@@ -161,30 +168,47 @@ def measure(name: str, rows: Sequence[tuple[str, str, str, int, str]], paths: st
     width, height, _ = SETS[name]
     draw, canvas = np.random.default_rng(0), str(-(-width // 128) * 128)
     boxes = json.dumps([crop_box(height, width, DataConfig().min_crop_area, draw) for _ in range(100)])
+
+    def run(number: int) -> list[float]:
+        _, python, code, workers, where = rows[number]
+        count = 60 if name == "256" else 40
+        words = [str(workers), where, paths, str(BATCH), str(WARM), str(count), vocabulary, boxes, canvas]
+        environ = os.environ | (KEPT_MEMORY if number in BARE_ROWS else {})
+        command = [python, "-c", TICKS + code, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
     rounds: dict[int, list[list[float]]] = {number: [] for number in range(len(rows))}
+    shares: dict[int, list[list[float]]] = {number: [] for number in range(len(rows))}
     for _ in range(ROUNDS):
-        for number, (_, python, code, workers, where) in enumerate(rows):
-            count = 60 if name == "256" else 40
-            words = [str(workers), where, paths, str(BATCH), str(WARM), str(count), vocabulary, boxes, canvas]
-            done = subprocess.run([python, "-c", TICKS + code, *words], capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                raise RuntimeError(done.stderr[-3000:])
-            rounds[number].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    found = []
-    for number, (loader, _, _, workers, where) in enumerate(rows):
-        wall, cpu = (statistics.median(each[i] for each in rounds[number]) for i in (0, 1))
-        found.append(
-            {
-                "pixels": name,
-                "loader": loader,
-                "workers": workers,
-                "variant": where,
-                "per_second": round(wall, 1),
-                "per_core_second": round(cpu, 1),
-                "rounds": rounds[number],
-            }
-        )
-    return found
+        before = [run(number) for number in BARE_ROWS]
+        for number in range(len(BARE_ROWS), len(rows)):
+            found = run(number)
+            rounds[number].append(found)
+            if rows[number][0] == "clipjax":
+                after = [run(bare) for bare in BARE_ROWS]
+                shares[number].append([2 * found[1] / (a[1] + b[1]) for a, b in zip(before, after, strict=True)])
+                for bare, figures in zip(BARE_ROWS, after, strict=True):
+                    rounds[bare].append(figures)
+                before = after
+            else:
+                before = [run(bare) for bare in BARE_ROWS]
+    return [_record(name, row, rounds[number], shares[number]) for number, row in enumerate(rows)]
+
+
+def _record(
+    name: str, row: tuple[str, str, str, int, str], rounds: list[list[float]], shares: list[list[float]]
+) -> dict:
+    """Return the figures of a row: medians, and each round's."""
+    loader, _, _, workers, variant = row
+    wall, cpu = (round(statistics.median(each[i] for each in rounds), 1) for i in (0, 1))
+    found = {"pixels": name, "loader": loader, "workers": workers, "variant": variant}
+    found |= {"per_second": wall, "per_core_second": cpu}
+    for i, bare in enumerate(("of_simplejpeg", "of_pillow") if shares else ()):
+        found[bare] = round(statistics.median(each[i] for each in shares), 3)
+    return found | {"rounds": rounds} | ({"shares": shares} if shares else {})
 
 
 def make_shards(folder: pathlib.Path, name: str) -> list[str]:

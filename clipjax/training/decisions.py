@@ -6,6 +6,7 @@ So a start after a kill at any moment does what the run would have done.
 """
 
 import contextlib
+import hashlib
 import json
 import pathlib
 import threading
@@ -207,6 +208,15 @@ class Decisions:
         """Return all decisions as JSON objects, for a checkpoint."""
         with self._lock:
             return [to_record(each) for each in self._all]
+
+    def describe(self) -> str:
+        """Return the numbers of the decisions by kind, and a digest of them all."""
+        with self._lock:
+            if not self._all:
+                return "none"
+            rollbacks, stand_ins = num_decided(self._all)
+            digest = hashlib.sha256(_lines(self._all).encode()).hexdigest()[:16]
+        return f"{rollbacks} rollbacks and {stand_ins} stand-ins ({digest})"
 
     def take(self, decide: Callable[[], Rollback | str]) -> Rollback | str:
         """Return what the first process decides; when this returns, a decision is on disk.

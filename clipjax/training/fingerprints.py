@@ -13,6 +13,7 @@ from clipjax.config.serialization import flatten, to_dict
 from clipjax.data.sample import Source
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.monitoring.run_record import versions
+from clipjax.training.decisions import Decisions
 
 HOST_LOCAL = ("data.tfds_dir", "data.cache_", "data.num_", "data.prefetch_batches", "compile_cache")
 """Fields (by prefix) that may differ between machines: none of them touches what is computed."""
@@ -45,11 +46,13 @@ def code_fingerprint() -> dict[str, Any]:
     return files | versions()
 
 
-def checkpoint_fingerprint(workdir: pathlib.Path) -> dict[str, Any]:
-    """Return the steps of the checkpoints that this process sees in the workdir."""
-    folder = workdir / FOLDER
-    steps = steps_in(folder)
-    return {"steps in the workdir": ", ".join(map(str, steps)) or "none"}
+def checkpoint_fingerprint(workdir: pathlib.Path, decisions: Decisions) -> dict[str, Any]:
+    """Return the steps of the checkpoints and the decisions that this process sees in the workdir."""
+    steps = steps_in(workdir / FOLDER)
+    return {
+        "steps in the workdir": ", ".join(map(str, steps)) or "none",
+        "decisions": decisions.describe(),  # a network file system may show another process an older file
+    }
 
 
 def data_fingerprint(

@@ -248,7 +248,7 @@ def _open_here(claim: Claim, warnings: Sequence[str], made: list[Path], replays:
     facts: Fingerprint = {
         "config": fingerprints.config_fingerprint(config),
         "code": fingerprints.code_fingerprint(),
-        "checkpoint": fingerprints.checkpoint_fingerprint(workdir),
+        "checkpoint": fingerprints.checkpoint_fingerprint(workdir, decisions),
         "data": fingerprints.data_fingerprint(inputs.sources, inputs.tokenizer, checkpoints),
     }
     exporter = Exporter(config.log) if is_first() and config.log.prometheus_port is not None else None

@@ -15,6 +15,7 @@ from clipjax.data.tokenizers.build import build_tokenizer
 from clipjax.runtime import consistency, processes
 from clipjax.runtime.consistency import find_differences
 from clipjax.training import fingerprints
+from clipjax.training.decisions import Decisions
 
 pytestmark = pytest.mark.newest
 
@@ -212,7 +213,20 @@ def test_facts_of_data_and_tokenizer():
 
 
 def test_steps_in_the_workdir(tmp_path):
-    assert fingerprints.checkpoint_fingerprint(tmp_path) == {"steps in the workdir": "none"}
+    none = {"steps in the workdir": "none", "decisions": "none"}
+    assert fingerprints.checkpoint_fingerprint(tmp_path, Decisions(tmp_path)) == none
     for name in ("9", "12", "12.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert fingerprints.checkpoint_fingerprint(tmp_path) == {"steps in the workdir": "9, 12"}
+    facts = fingerprints.checkpoint_fingerprint(tmp_path, Decisions(tmp_path))
+    assert facts == {"steps in the workdir": "9, 12", "decisions": "none"}
+
+
+def test_other_decisions_are_another_run(tmp_path):
+    seen = []
+    for sample in (5, 6):
+        folder = tmp_path / str(sample)
+        folder.mkdir()
+        assert not Decisions(folder).keep({3: sample, 40: 7})
+        seen.append(fingerprints.checkpoint_fingerprint(folder, Decisions(folder))["decisions"])
+    assert all(each.startswith("0 rollbacks and 2 stand-ins (") for each in seen)
+    assert seen[0] != seen[1]
