@@ -149,7 +149,7 @@ class MarginSoftmax(Softmax):
 }
 
 TASK: Change = {
-    "config/data.py": [(r'    RETRIEVAL = "retrieval"\n', '\\g<0>    SPREAD = "spread"\n')],
+    "config/evaluation.py": [(r'    RETRIEVAL = "retrieval"\n', '\\g<0>    SPREAD = "spread"\n')],
     "evals/spread.py": '''"""How far images lie from each other."""
 
 import numpy as np

@@ -74,7 +74,7 @@ def run(parsed: arguments.Arguments) -> int:
     target = None if options.topology is None else targets.find_target(options.topology, options.slices)
     if target is not None:
         targets.check_devices(config, target, None)
-    check_copies(config.data, [part.source for part in config.data.mixture.values()])
+    check_copies([(part.source, config.data) for part in config.data.mixture.values()])
     source = build_training_source(config.data)
     parts = source.parts if isinstance(source, MixedSource) else (source,)
     is_remote = [any(map(is_address, part.files())) for part in parts]

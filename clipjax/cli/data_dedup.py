@@ -79,7 +79,7 @@ def run(options: Namespace, spec: SourceSpec) -> int:
     _check(options)
     plain = dataclasses.replace(spec, image_field=None, caption_field=None, image_root=None)
     specs = [spec, *(dataclasses.replace(plain, source=each) for each in options.against)]
-    check_copies(spec.data(), [each.source for each in specs])
+    check_copies([(each.source, spec.data()) for each in specs])
     sources = [each.open() for each in specs]
     hashes: list[PictureHashes] = []
     for each, source in zip(specs, sources, strict=True):

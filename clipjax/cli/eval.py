@@ -20,15 +20,15 @@ from clipjax.cli.errors import UNUSABLE_DATA, print_error, refusals, stops
 from clipjax.cli.output import show
 from clipjax.cli.overrides import Override, changes, load_config, override
 from clipjax.config import CheckpointConfig, Config, MeshConfig, TaskKind
+from clipjax.config.data import TFDS_PREFIX
 from clipjax.config.paths import expand_paths
 from clipjax.config.serialization import path_parts
 from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sample import Source
 from clipjax.data.sources import check_copies, data_folders, recording_sources
-from clipjax.data.tfds import TFDS_PREFIX
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.runner import Task, build_tasks, run_tasks, task_sources, write_results
+from clipjax.evals.runner import Task, build_tasks, run_tasks, task_sources, tfds_dirs, write_results
 from clipjax.models.clip import build_clip
 from clipjax.monitoring.run_logger import results_table
 from clipjax.runtime import compilation, consistency, processes, sharding, storage
@@ -42,7 +42,9 @@ Needs nothing but the checkpoint and the data. Fields of the saved config that e
 example where the data lies now (--config.data.tfds_dir=DIR, --config.eval.tasks['NAME'].source=PATH) or the mesh
 (--config.mesh.fsdp=2); all others are refused. The mesh of the training run is not taken over.
 A task that fails, also by embeddings that are not finite, is named, and the exit code is 3; the others go on."""
-TFDS_DATA = ("tfds_dir", "tfds_image_key", "tfds_caption_key")
+TFDS_DATA = {"tfds_dir": "tfds_dir", "tfds_image_key": "image_field", "tfds_caption_key": "caption_field"}
+"""Fields of the data that TFDS sources read, and those of a task that stand in their place."""
+
 TASK_DATA = (*TFDS_DATA, "image_field", "caption_field", "image_root")
 
 READ = (
@@ -154,10 +156,10 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
     tokenizer = saved.tokenizer()
     if any(task.kind is not TaskKind.IMAGE_RETRIEVAL for task in config.eval.tasks.values()):
         tokenizer.encode("a")  # of a checkpoint that was converted without one, this says so
-    check_copies(config.data, task_sources(config))
+    check_copies(task_sources(config))
     sources: dict[str, Source] = {}
     tasks = build_tasks(config, recording_sources(sources))
-    folders = [*_folders(saved, options.checkpoint), *data_folders(sources, config.data.tfds_dir)]
+    folders = [*_folders(saved, options.checkpoint), *data_folders(sources, tfds_dirs(config))]
     compilation.enable(config.compile_cache, outside=folders)
     validate_devices(
         config,
@@ -223,12 +225,19 @@ def _refuse_unused_tfds(config: Config, overrides: Sequence[Override]) -> None:
     Raises:
         ValueError: all such overrides, a line each.
     """
-    places = [place or "" for task in config.eval.tasks.values() for place in (task.source, task.gallery)]
-    fields = tuple(f"data.{name}" for name in TFDS_DATA)
-    unused = [one for one in overrides if one.path in fields]
-    if unused and not any(place.startswith(TFDS_PREFIX) for place in places):
-        lines = (f"config.{one.path}={one.text}: no task reads TFDS data; leave it out" for one in unused)
-        raise ValueError("\n".join(lines))
+    errors = []
+    for name, own in TFDS_DATA.items():
+        given = [one for one in overrides if one.path == f"data.{name}"]
+        reading = [task for task in config.eval.tasks.values() if any(map(_is_tfds, task.sources))]
+        if given and all(getattr(task, own) is not None for task in reading):
+            why = f"each task that reads TFDS data has its own {own}" if reading else "no task reads TFDS data"
+            errors += [f"config.{one.path}={one.text}: {why}; leave it out" for one in given]
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def _is_tfds(source: str) -> bool:
+    return source.startswith(TFDS_PREFIX)
 
 
 def _is_within(path: str, groups: Sequence[str]) -> bool:

@@ -13,16 +13,14 @@ from clipjax.config.data import (
     CLIP_STD,
     Crop,
     DataConfig,
-    EvalConfig,
     Interpolation,
     MixtureSource,
     OnUnreadable,
     Resize,
     ResizeOn,
-    TaskConfig,
-    TaskKind,
     TextTruncation,
 )
+from clipjax.config.evaluation import EvalConfig, TaskConfig, TaskKind
 from clipjax.config.image import ImagePool, Positions, ResNetConfig, ViTConfig
 from clipjax.config.layers import Activation, Projection
 from clipjax.config.loss import GroupRole, LossConfig, LossKind, LossMethod, SamePair

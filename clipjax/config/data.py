@@ -1,4 +1,4 @@
-"""Data and evaluation, and what their fields choose from."""
+"""Data, and what its fields choose from."""
 
 import enum
 import re
@@ -60,13 +60,8 @@ class OnUnreadable(enum.Enum):
     SKIP = "skip"
 
 
-class TaskKind(enum.Enum):
-    """Measurement of an evaluation task."""
-
-    ZERO_SHOT = "zero_shot"
-    RETRIEVAL = "retrieval"
-    IMAGE_RETRIEVAL = "image_retrieval"
-
+TFDS_PREFIX = "tfds:"
+"""Of a string that names TFDS data: `tfds:NAME/SPLIT`."""
 
 _SOURCE_RULE = "must name a source: tfds:NAME/SPLIT, or a path, glob or brace pattern of tars"
 
@@ -164,12 +159,15 @@ class DataConfig:
         parts = ", ".join(f"{name}: {part.source}" for name, part in sorted(self.mixture.items()))
         return f"data.mixture={{{parts}}}" if parts else f"data.train={self.train!r}"
 
-    def cache_errors(self, sources: Sequence[str], prefix: str = "data.") -> list[str]:
+    def cache_errors(
+        self, sources: Sequence[str], prefix: str = "data.", *, tfds_dirs: Sequence[str] = ()
+    ) -> list[str]:
         """Return what is wrong with the choice of a cache for sources, a line each.
 
         Args:
             sources: strings that name them.
             prefix: of a field's name in a message.
+            tfds_dirs: folders of TFDS data that some of them have for themselves.
         """
         if self.cache_dir is None:
             default = type(self)().cache_gib
@@ -178,7 +176,7 @@ class DataConfig:
                 "out"
             )
             return [ignored] if self.cache_gib != default else []
-        if any(map(self._is_cached, sources)):
+        if any(map(self._is_cached, sources)) or any("://" in folder for folder in tfds_dirs):
             return []
         small = (
             " (the images that tables and folders name are small files, of which no copies are kept; `clipjax data "
@@ -190,7 +188,7 @@ class DataConfig:
         ]
 
     def _is_cached(self, source: str) -> bool:
-        if source.startswith("tfds:"):
+        if source.startswith(TFDS_PREFIX):
             return "://" in (self.tfds_dir or "")
         is_table = re.search(r"\.(csv|tsv|jsonl)\b", source.lower()) is not None
         return "://" in source and not source.startswith("folder:") and not is_table
@@ -204,7 +202,7 @@ class DataConfig:
         if self.train:
             errors.append(f"data.train={self.train!r} would be ignored beside data.mixture; leave one of them out")
         for name, part in self.mixture.items():
-            if not (part.source.startswith("tfds:") or _reads_columns(part.source)):
+            if not reads_fields(part.source):
                 for choice in ("image_field", "caption_field"):
                     if (value := getattr(part, choice)) is not None:
                         errors.append(
@@ -269,52 +267,17 @@ def unused_columns(
     return errors
 
 
+def reads_fields(source: str) -> bool:
+    """Return True for a source of which fields have names: features of TFDS data, or columns."""
+    return source.startswith(TFDS_PREFIX) or _reads_columns(source)
+
+
 def _reads_columns(source: str) -> bool:
     return re.search(r"\.(parquet|parq|pq|csv|tsv|jsonl)\b", source.lower()) is not None
 
 
 def _reads_image_files(source: str, image_root: str) -> bool:
     """Return True for tables of paths, and for folders on a disk with links; their names may be any."""
-    if source.startswith("tfds:") or (source.startswith("folder:") and "://" in source + image_root):
+    if source.startswith(TFDS_PREFIX) or (source.startswith("folder:") and "://" in source + image_root):
         return False
     return re.search(r"\.(tar|parquet|parq|pq|array_?record)\b", source.lower()) is None
-
-
-@dataclass(kw_only=True, slots=True)
-class TaskConfig:
-    """One evaluation task.
-
-    `retrieval` finds captions for pictures and pictures for captions. `image_retrieval` finds, for the pictures of
-    `source`, those of `gallery` with the same caption, for instance the same thing in another style, and the reverse.
-    `zero_shot` needs `classes` and `templates`: a name in `clipjax/evals/prompts.py` or a JSON file with a list of
-    strings. The class of a sample is its integer `label`; samples without one (-1) are left out.
-    """
-
-    kind: TaskKind = TaskKind.ZERO_SHOT
-    source: str = ""
-    classes: str | None = None
-    templates: str | None = None
-    gallery: str | None = None
-    tfds_label_key: str = "label"
-    max_examples: int | None = bounded(None, POSITIVE)
-
-    def errors(self, path: str) -> list[str]:
-        """Return what is wrong between the fields, a line each."""
-        errors = [] if self.source else [f"{path}.source='' must name a source"]
-        prompts = (self.classes, self.templates)
-        if self.kind is TaskKind.ZERO_SHOT and None in prompts:
-            errors.append(f"{path}: zero_shot needs classes and templates; got {prompts}")
-        if self.kind is not TaskKind.ZERO_SHOT and prompts != (None, None):
-            errors.append(f"{path}: {self.kind.value} would ignore classes and templates; leave both None")
-        if (self.kind is TaskKind.IMAGE_RETRIEVAL) != (self.gallery is not None):
-            errors.append(f"{path}.gallery={self.gallery!r}: image_retrieval needs a second source, others none")
-        return errors
-
-
-@dataclass(kw_only=True, slots=True)
-class EvalConfig:
-    """Evaluation in the loop and at its end."""
-
-    every_examples: int | None = bounded(None, POSITIVE)  # None: only after the last step
-    batch_size: int = bounded(256, POSITIVE)  # images or texts per forward pass, over all devices
-    tasks: dict[str, TaskConfig] = field(default_factory=dict)

@@ -10,6 +10,7 @@ import os.path
 import re
 from collections.abc import Collection
 
+from clipjax.config.data import TFDS_PREFIX
 from clipjax.config.run import Config
 from clipjax.config.serialization import field_value
 
@@ -27,7 +28,7 @@ PATH_FIELDS = (
 )
 """Fields that name a place, besides `source` of each part of a mixture and `TASK_PATH_FIELDS` of every task."""
 
-TASK_PATH_FIELDS = ("source", "gallery", "classes", "templates")
+TASK_PATH_FIELDS = ("source", "gallery", "classes", "templates", "paraphrases", "tfds_dir")
 
 _ON_DISK = ("compile_cache", "data.cache_dir")
 """Fields of folders that are to be on a disk."""
@@ -35,7 +36,6 @@ _ON_DISK = ("compile_cache", "data.cache_dir")
 _KIND = re.compile(
     r"(?:clip|sentencepiece|huggingface|siglip2?|folder):"
 )  # of a tokenizer or a source, before its path
-_NOT_A_PATH = "tfds:"
 
 STORES = ("gs", "s3", "az")
 """Schemes of the object stores, which list, read and write."""
@@ -69,7 +69,7 @@ def expand(text: str, name: str, *, schemes: Collection[str] = ()) -> str:
     Raises:
         ValueError: an address that cannot be used here; or a user who does not exist.
     """
-    if text.startswith(_NOT_A_PATH):
+    if text.startswith(TFDS_PREFIX):
         return text
     kind = match[0] if (match := _KIND.match(text)) else ""
     path = text.removeprefix(kind)
@@ -98,7 +98,7 @@ def _fault(space: str, scheme: str, slashes: str, rest: str, *, schemes: Collect
 
 def schemes_of(field: str) -> tuple[str, ...]:
     """Return the schemes of the addresses that a field of the config takes."""
-    if field in ("init_from", "loss.distill_from", "data.tfds_dir"):
+    if field in ("init_from", "loss.distill_from") or field.endswith(".tfds_dir"):
         return STORES
     return READABLE if is_path_field(field) and field not in _ON_DISK else ()
 

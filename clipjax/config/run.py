@@ -7,7 +7,8 @@ Time is given in examples (image-text pairs); the code turns it into steps (comp
 import math
 from dataclasses import dataclass, field, replace
 
-from clipjax.config.data import DataConfig, EvalConfig
+from clipjax.config.data import DataConfig
+from clipjax.config.evaluation import EvalConfig
 from clipjax.config.image import ImageTower
 from clipjax.config.loss import LossConfig
 from clipjax.config.model import ModelConfig

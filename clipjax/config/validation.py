@@ -252,11 +252,12 @@ def _part_errors(config: Config) -> list[str]:
 def _unused_columns(config: Config) -> list[str]:
     data, tasks = config.data, config.eval.tasks.values()
     parts = [(data.train, data.captions), *((part.source, part.captions) for part in data.mixture.values())]
-    evaluated = [place for task in tasks for place in (task.source, task.gallery) if place]
+    evaluated = [place for task in tasks for place in task.sources]
     plain = [source for source, captions in parts if not (captions or data.captions)]
     trained = [source for source, _ in parts]
     unused = unused_columns(data, [*trained, *evaluated], "data.", plain=[*plain, *evaluated])
-    return [*unused, *data.cache_errors([*trained, *evaluated])]
+    folders = [task.tfds_dir for task in tasks if task.tfds_dir]
+    return [*unused, *data.cache_errors([*trained, *evaluated], tfds_dirs=folders)]
 
 
 def check_embeddings(config: Config) -> None:

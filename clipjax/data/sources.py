@@ -8,12 +8,13 @@ import glob
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from clipjax.config import DataConfig
+from clipjax.config.data import TFDS_PREFIX
 from clipjax.config.paths import READABLE, expand
 from clipjax.data.array_records import RECORD_CAPTIONS, ArrayRecordSource
 from clipjax.data.caption_fields import require_fields, tell_absent, to_weights
@@ -27,7 +28,7 @@ from clipjax.data.sample import BadSample as BadSample  # sources raise it
 from clipjax.data.sample import Sample, Source, clean_captions
 from clipjax.data.store_copies import keep_array_records, look_up, make_cache, require_cache
 from clipjax.data.tables import TableSource
-from clipjax.data.tfds import TFDS_PREFIX, TfdsSource, data_folder, find_files
+from clipjax.data.tfds import TfdsSource, data_folder, find_files
 from clipjax.data.webdataset import TarSource
 from clipjax.runtime import objects
 from clipjax.runtime.kept_files import Wanted, describe_lack
@@ -184,22 +185,24 @@ def _parse_tfds(spec: str) -> tuple[str, str]:
     return name, split
 
 
-def check_copies(data: DataConfig, specs: Sequence[str]) -> None:
+def check_copies(sources: Sequence[tuple[str, DataConfig]]) -> None:
     """Refuse several sources whose files have to be copied, and do not fit, before the first file is.
 
     Args:
-        data: chooses the cache, and the folder of TFDS data.
-        specs: strings that name the sources; `build_source` checks one that is alone.
+        sources: strings that name them, and how each is read: the folder of TFDS data, and the cache, which is the same
+            for all. `build_source` checks one that is alone.
 
     Raises:
         ValueError: there is no cache, it is too small for all of them together, or a source cannot be used.
         OSError: a store does not tell of a source.
     """
-    specs = [spec for spec in dict.fromkeys(specs) if _is_copied_first(spec, data)]
-    if len(specs) < 2:
+    places = {(spec, data.tfds_dir): data for spec, data in sources if _is_copied_first(spec, data)}
+    if len(places) < 2:
         return
-    cache = require_cache(data, specs[0])
-    total = sum(each.listed.size for each in {each for spec in specs for each in _find_copied(spec, data)})
+    specs = [spec for spec, _ in places]
+    cache = require_cache(next(iter(places.values())), specs[0])
+    copied = {each for (spec, _), data in places.items() for each in _find_copied(spec, data)}
+    total = sum(each.listed.size for each in copied)
     if total > cache.max_bytes:
         raise ValueError(describe_lack(cache.max_bytes, total, total - cache.max_bytes, f"{', '.join(specs)} together"))
 
@@ -320,21 +323,30 @@ def _find_files(pattern: str) -> list[str]:
 
 
 def recording_sources(sources: dict[str, Source]) -> Callable[..., Source]:
-    """Return a `build_source` that records the sources that it opens in a dict."""
+    """Return a `build_source` that records the sources that it opens in a dict.
 
-    def open_source(spec: str, **options: Any) -> Source:
-        sources[spec] = build_source(spec, **options)
-        return sources[spec]
+    What one string names is recorded again, with a number, where it is read otherwise.
+    """
+    read: dict[str, list[DataConfig]] = {}
+
+    def open_source(spec: str, *, data: DataConfig, **options: Any) -> Source:
+        known = read.setdefault(spec, [])
+        if data not in known:
+            known.append(data)
+        number = known.index(data)
+        name = f"{spec} ({number + 1})" if number else spec
+        sources[name] = build_source(spec, data=data, **options)
+        return sources[name]
 
     return open_source
 
 
-def data_folders(sources: Mapping[str, Source], tfds_dir: str | None) -> list[pathlib.Path]:
+def data_folders(sources: Mapping[str, Source], tfds_dirs: Collection[str | None]) -> list[pathlib.Path]:
     """Return the folders that hold the files of open sources, also where those are links, and that of TFDS; no stores.
 
     Args:
         sources: by the string that names them in the config.
-        tfds_dir: of the config.
+        tfds_dirs: of the config and its tasks.
     """
     opened = [unfiltered(source) for source in sources.values()]
     listed = [source for source in opened if isinstance(source, TableSource | FolderSource)]
@@ -342,6 +354,6 @@ def data_folders(sources: Mapping[str, Source], tfds_dir: str | None) -> list[pa
     paths = [pathlib.Path(path) for path in files if not is_address(path)]
     folders = {pathlib.Path(folder) for source in listed for folder in source.folders() if not is_address(folder)}
     folders |= {path.parent for path in paths} | {path.resolve().parent for path in paths if path.is_symlink()}
-    if any(spec.startswith(TFDS_PREFIX) for spec in sources) and not is_address(tfds_dir or ""):
-        folders.add(pathlib.Path(data_folder(tfds_dir)))
+    if any(spec.startswith(TFDS_PREFIX) for spec in sources):
+        folders |= {pathlib.Path(data_folder(folder)) for folder in tfds_dirs if not is_address(folder or "")}
     return sorted(folders)

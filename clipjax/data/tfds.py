@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from clipjax.config.data import TFDS_PREFIX
 from clipjax.data.array_records import require_readable
 from clipjax.data.caption_fields import read_captions, require_fields, to_weights
 from clipjax.data.digests import DIGEST_THREADS, ShardDigest, digest_samples
@@ -22,8 +23,6 @@ from clipjax.runtime import objects
 from clipjax.runtime.file_cache import FileCache
 from clipjax.runtime.kept_files import KeptFiles, Wanted, keep_files
 from clipjax.runtime.storage import is_address
-
-TFDS_PREFIX = "tfds:"
 
 _MAX_METADATA_BYTES = 2**26  # of a file that describes a dataset
 _RECORDS = re.compile(r"-\d+-of-\d+$")  # end of the names of files that hold samples

@@ -74,6 +74,12 @@ class Encoder:
         """False for models that only predict captions."""
         return self.config.loss.contrastive_weight != 0
 
+    @property
+    def logit_scale(self) -> float:
+        """The factor of cosines in the model's logits."""
+        value = self.params["log_logit_scale"]
+        return float(np.exp(self._fetch(value) if isinstance(value, jax.Array) else value))
+
     def embed_images(self, image: Pixels) -> np.ndarray:
         """Return unit-norm float32 `[n, e]` of uint8 `[b, s, s, 3]` or rows, this process's part of a batch."""
         with jax.set_mesh(self.mesh):

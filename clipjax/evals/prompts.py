@@ -5,7 +5,9 @@ A template holds one `{}` for the class name.
 
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from clipjax.data.scenes.language import CLASS_NAMES, TEMPLATES
 from clipjax.runtime.storage import is_address, read_small
@@ -19,15 +21,27 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
 }
 
 _MAX_FILE_BYTES = 10_000_000
+_MOST_SHOWN = 10  # class names in a message
 
 
 def load_classes(name: str) -> tuple[str, ...]:
     """Return class names by name, or from a JSON file with a list of strings, in the order of the labels.
 
     Raises:
-        ValueError: neither a known name nor such a file.
+        ValueError: neither a known name nor such a file; or a file with a blank name, or one name twice.
     """
-    return _load(name, CLASSES, "classes")
+    names = _load(name, CLASSES, "classes")
+    if name in CLASSES:
+        return names
+    labels = Counter(names)
+    twice = [each for each, count in labels.items() if count > 1]
+    if twice:
+        places = [label for label, each in enumerate(names) if each == twice[0]]
+        raise ValueError(
+            f"classes={name!r}: labels {', '.join(map(str, places))} all have the name {twice[0]!r}, so texts cannot "
+            "tell them apart; give each its own"
+        )
+    return names
 
 
 def load_templates(name: str) -> tuple[str, ...]:
@@ -68,19 +82,73 @@ def check_templates(templates: Sequence[str], field: str = "templates") -> None:
             raise ValueError(f"{field}: {template!r} must hold one {{}} for the class name")
 
 
+def load_paraphrases(name: str, names: Sequence[str], templates: Sequence[str]) -> dict[str, list[str]]:
+    """Return other texts by class name: `templates` makes them of the templates, else a JSON file holds them.
+
+    Args:
+        name: `templates`, or a JSON file with an object: for class names, a list of strings each.
+        names: of the classes.
+        templates: of the prompts.
+
+    Raises:
+        ValueError: no such file, a class that is not there, or fewer than two texts for one.
+    """
+    if name == "templates":
+        if len(templates) < 2:
+            raise ValueError(f"paraphrases='templates' needs at least two templates; there is one: {templates[0]!r}")
+        return {each: [template.replace("{}", each) for template in templates] for each in names}
+    values = _read_json(name, "paraphrases", "templates, or a JSON file with a list of texts for class names")
+    if not isinstance(values, dict) or not values:
+        raise ValueError(f"paraphrases={name!r} must be a JSON object: a list of texts for each of some class names")
+    for each, texts in values.items():
+        if each not in names:
+            raise ValueError(f"paraphrases={name!r}: {each!r} is no class name; they are {_shown(names)}")
+        if not isinstance(texts, list) or len(texts) < 2:
+            raise ValueError(f"paraphrases={name!r}: {each!r} needs a list of at least two texts; got {texts!r}")
+        _check_filled(f"paraphrases={name!r}, {each!r}", texts)
+    return values
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_SHOWN
+    return ", ".join(names[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _check_filled(field: str, texts: Sequence[str]) -> None:
+    """Refuse what is no string, and blank ones.
+
+    Raises:
+        ValueError: the first of them.
+    """
+    check_texts(field, texts)
+    for index, text in enumerate(texts):
+        if not text.strip():
+            raise ValueError(f"{field}: number {index} is {text!r}, a blank text; give it words")
+
+
 def _load(name: str, known: dict[str, tuple[str, ...]], field: str) -> tuple[str, ...]:
     if name in known:
         return known[name]
+    values = _read_json(name, field, f"one of {', '.join(known)}, or a JSON file with a list of strings")
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{field}={name!r} must be a JSON list of strings, with at least one")
+    _check_filled(f"{field}={name!r}", values)
+    return tuple(values)
+
+
+def _read_json(name: str, field: str, what: str) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: there is none; the text says what the field must be.
+    """
     if not is_address(name) and not pathlib.Path(name).is_file():
-        raise ValueError(f"{field}={name!r} must be one of {', '.join(known)}, or a JSON file with a list of strings")
+        raise ValueError(f"{field}={name!r} must be {what}")
     try:
         content = read_small(name, _MAX_FILE_BYTES)
     except (ValueError, OSError) as error:
         raise ValueError(f"{field}: {error}") from error
     try:
-        values = json.loads(content)
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{field}={name!r} is no JSON: {error}") from error
-    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{field}={name!r} must be a JSON list of strings, with at least one")
-    return tuple(values)

@@ -11,13 +11,13 @@ import math
 import pathlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
-from clipjax.config import Config, TaskConfig, TaskKind
+from clipjax.config import Config, DataConfig, TaskConfig, TaskKind
 from clipjax.data.digests import spread
 from clipjax.data.eval_batches import eval_batches
 from clipjax.data.patches import make_view
@@ -25,15 +25,17 @@ from clipjax.data.sample import BadSample, Sample, Source
 from clipjax.data.sources import build_source
 from clipjax.data.training_stream import per_process
 from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
-from clipjax.evals.prompts import load_classes, load_templates
+from clipjax.evals.prompts import load_classes, load_paraphrases, load_templates
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
 from clipjax.evals.zero_shot import ZeroShot
 from clipjax.runtime import process_log, processes, storage
 
 Results = dict[str, dict[str, float]]
 Measure = ZeroShot | Retrieval | ImageRetrieval
-"""The work of a task: from an encoder and the batches of each source to metrics; `metrics` names those that rank a
-model, the larger the better."""
+"""The work of a task: from an encoder and the batches of each source to metrics, and JSON under `DETAILS` if there is
+more to tell; `metrics` names those that rank a model, the larger the better."""
+
+DETAILS = "details"
 
 
 RESULTS_FILE = "results.json"
@@ -56,10 +58,12 @@ class Evaluation:
     Attributes:
         results: metrics of those that worked.
         failures: reasons of those that did not.
+        details: JSON values about those that worked, for instance of each class.
     """
 
     results: Results
     failures: dict[str, str]
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class Task:
     sources: Sequence[Source]
     max_examples: int | None
 
-    def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """Return the metrics, and as `num_skipped` the number of samples that were unusable and left out.
+    def __call__(self, encoder: Encoder) -> tuple[dict[str, float], Any]:
+        """Return the metrics, among them as `num_skipped` how many samples were unusable and left out; and details.
 
         Raises:
             ReadFailed: a process cannot read its part; on all processes, after the same batch.
@@ -91,11 +95,12 @@ class Task:
                 skipped[number] += int((reasons >= 0).sum())
                 yield batch
 
-        metrics = self.measure(encoder, *map(read, range(len(self.sources))))
+        metrics = dict(self.measure(encoder, *map(read, range(len(self.sources)))))
+        details = metrics.pop(DETAILS, None)
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise NotFiniteEmbeddings(f"its metric {name} is {value}")
-        return {**metrics, "num_skipped": float(sum(skipped))}
+        return {**metrics, "num_skipped": float(sum(skipped))}, details
 
     def check_samples(self) -> None:
         """Refuse a task that cannot work, as far as a few samples tell.
@@ -147,10 +152,14 @@ class Task:
         )
 
 
-def task_sources(config: Config) -> list[str]:
-    """Return the strings that name the sources of the tasks."""
-    tasks = config.eval.tasks.values()
-    return [place for task in tasks for place in (task.source, task.gallery) if place]
+def task_sources(config: Config) -> list[tuple[str, DataConfig]]:
+    """Return the strings that name the sources of the tasks, and how each is read."""
+    return [(source, task.reads(config.data)) for task in config.eval.tasks.values() for source in task.sources]
+
+
+def tfds_dirs(config: Config) -> set[str | None]:
+    """Return the folders of TFDS data of a config and of its tasks; None is the usual one."""
+    return {config.data.tfds_dir, *(task.reads(config.data).tfds_dir for task in config.eval.tasks.values())}
 
 
 def build_tasks(config: Config, open_source: Callable[..., Source] = build_source) -> dict[str, Task]:
@@ -171,9 +180,9 @@ def build_tasks(config: Config, open_source: Callable[..., Source] = build_sourc
 def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Source]) -> Task:
     if config.loss.contrastive_weight == 0 and task.kind is not TaskKind.ZERO_SHOT:
         raise ValueError(f"kind={task.kind.value} needs embeddings, which loss.contrastive_weight=0 does not train")
-    specs = [task.source] if task.gallery is None else [task.source, task.gallery]
-    sources = [open_source(spec, data=config.data, label_key=task.tfds_label_key) for spec in specs]
-    for spec, source in zip(specs, sources, strict=True):
+    data = task.reads(config.data)
+    sources = [open_source(spec, data=data, label_key=task.tfds_label_key) for spec in task.sources]
+    for spec, source in zip(task.sources, sources, strict=True):
         if not len(source):
             raise ValueError(f"source {spec!r} holds no sample; name one that does, or leave the task out")
     return Task(_build_measure(task), config, sources, task.max_examples)
@@ -182,7 +191,10 @@ def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Sou
 def _build_measure(task: TaskConfig) -> Measure:
     match task.kind:
         case TaskKind.ZERO_SHOT:
-            return ZeroShot(load_classes(task.classes or ""), load_templates(task.templates or ""))
+            names, templates = load_classes(task.classes or ""), load_templates(task.templates or "")
+            given = task.paraphrases
+            paraphrases = None if given is None else load_paraphrases(given, names, templates)
+            return ZeroShot(names, templates, task.compare_prompts, paraphrases)
         case TaskKind.RETRIEVAL:
             return Retrieval()
         case TaskKind.IMAGE_RETRIEVAL:
@@ -226,9 +238,9 @@ def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Evaluation:
     evaluation, key = Evaluation({}, {}), f"evaluation/{next(_evaluations)}"
     for number, (name, task) in enumerate(tasks.items()):
         metrics: dict[str, float] = {}
-        error: Exception | None = None
+        details, error = None, None
         try:
-            metrics = task(encoder)
+            metrics, details = task(encoder)
         except Exception as failure:
             if isinstance(failure, jax.errors.JaxRuntimeError) and not _nobody_waits(failure, f"{key}/{number}"):
                 raise
@@ -238,6 +250,8 @@ def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Evaluation:
             evaluation.failures[name] = text
         else:
             evaluation.results[name] = metrics
+            if details is not None:
+                evaluation.details[name] = details
     return evaluation
 
 
@@ -278,7 +292,7 @@ def _join(texts: Sequence[str]) -> str:
 def write_results(path: pathlib.Path | str, checkpoint: pathlib.Path | str, evaluation: Evaluation) -> str:
     """Write `{"checkpoint": ..., "tasks": {NAME: {METRIC: value}}}`, and `"failed": {NAME: reason}` if a task did.
 
-    The file is whole or absent.
+    Under `"details"` there is more about some tasks. The file is whole or absent.
 
     Returns:
         Why it is absent; empty if it is not.
@@ -286,7 +300,11 @@ def write_results(path: pathlib.Path | str, checkpoint: pathlib.Path | str, eval
     content: dict[str, Any] = {"checkpoint": str(checkpoint), "tasks": evaluation.results}
     if evaluation.failures:
         content["failed"] = evaluation.failures
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(content, indent=2, allow_nan=False)
+    if evaluation.details:  # on one line, as a confusion matrix would fill thousands
+        more = json.dumps(evaluation.details, allow_nan=False)
+        text = f'{text.removesuffix("}").rstrip()},\n  "{DETAILS}": {more}\n}}'
+    text += "\n"
     try:
         storage.write(path, text)
     except OSError as error:

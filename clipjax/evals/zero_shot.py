@@ -1,19 +1,22 @@
 """Zero-shot classification with prompt ensembles (arXiv 2103.00020, section 3.1).
 
-Axes: n images, k classes, e embed.
+Reading order: `ZeroShot`, `zero_shot`, `zero_shot_classifier`. Axes: n images, k classes, t templates, e embed.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from clipjax.data.sample import Sample
+from clipjax.evals.class_counts import DEEP, ClassCounts
 from clipjax.evals.encoder import Encoder, require_finite
 from clipjax.evals.prompts import check_templates, check_texts
+from clipjax.evals.wording import WordingSpread
 
-DEEP = 5
-"""Classes among which the right one must be, for `top5`."""
+_PHOTO = "a photo of a {}."
+_COMPARED = ("top1_names", "top1_one_template")
 
 
 @dataclass(frozen=True)
@@ -23,19 +26,31 @@ class ZeroShot:
     Attributes:
         names: of the classes.
         templates: of the prompts.
+        compares_prompts: the same with the class names alone, and with one template, beside.
+        paraphrases: by class name, other texts for it; see `WordingSpread`. None: no wordings are compared.
     """
 
     names: Sequence[str]
     templates: Sequence[str]
+    compares_prompts: bool = False
+    paraphrases: Mapping[str, Sequence[str]] | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that rank a model; with five classes or fewer, `top5` would say nothing."""
-        return ("top1", f"top{DEEP}") if len(self.names) > DEEP else ("top1",)
+        deep = (f"top{DEEP}",) if len(self.names) > DEEP else ()
+        return ("top1", *deep, "mean_per_class", *(_COMPARED if self.compares_prompts else ()))
 
-    def __call__(self, encoder: Encoder, batches: Iterable[dict]) -> dict[str, float]:
+    def __call__(self, encoder: Encoder, batches: Iterable[dict]) -> dict[str, Any]:
         """Return the metrics."""
-        return zero_shot(encoder, batches, self.names, self.templates)
+        return zero_shot(
+            encoder,
+            batches,
+            self.names,
+            self.templates,
+            compares_prompts=self.compares_prompts,
+            paraphrases=self.paraphrases,
+        )
 
     def check_samples(self, samples: Sequence[Sample], *, is_all: bool) -> None:
         """Refuse labels beyond the class names, or none at all if these are all samples.
@@ -81,50 +96,113 @@ def zero_shot_classifier(
     Raises:
         ValueError: names or templates are no sequence of strings, or there is none; a template without one `{}`.
     """
-    embed = embed_texts(make_prompts(names, templates)).reshape(len(names), len(templates), -1).mean(axis=1)
-    return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float32)
+    return _ensemble(embed_texts(make_prompts(names, templates)).reshape(len(names), len(templates), -1))
 
 
-def _make_score(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
-    """Return `score(images) -> [n, k]`, larger for likelier classes."""
-    if encoder.has_embeddings:
-        classifier = zero_shot_classifier(encoder.embed_texts, names, templates)
-        return lambda images: encoder.embed_images(images) @ classifier.T
-    tokens = encoder.tokenize(make_prompts(names, templates))
-
-    def score(images: np.ndarray) -> np.ndarray:
-        rows = encoder.likelihood(images, tokens)
-        return rows.reshape(len(rows), len(names), len(templates)).mean(axis=2)
-
-    return score
+def _ensemble(embed: np.ndarray) -> np.ndarray:
+    """Return the unit-norm mean over templates. Float32 `[k, t, e]` to `[k, e]`."""
+    mean = embed.mean(axis=1)
+    return (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(np.float32)
 
 
 def zero_shot(
-    encoder: Encoder, batches: Iterable[dict], names: Sequence[str], templates: Sequence[str]
-) -> dict[str, float]:
-    """Return `top1`, `top5` (where there are more than 5 classes) and `num_examples`.
+    encoder: Encoder,
+    batches: Iterable[dict],
+    names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    compares_prompts: bool = False,
+    paraphrases: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """Return `top1`, `top5` (where there are more than 5 classes), `mean_per_class`, `num_examples`, and `details`.
 
-    Samples without a label are left out. A model without embeddings ranks classes by the mean log-likelihood of their
-    prompts given the image.
+    The details are those of `ClassCounts.details`. Samples without a label are left out. A model without embeddings
+    ranks classes by the mean log-likelihood of their prompts given the image.
+
+    Args:
+        encoder: of pictures and texts.
+        batches: of pictures with labels.
+        names: of the classes.
+        templates: of the prompts.
+        compares_prompts: also return `top1_names`, of the class names alone, and `top1_one_template`, of "a photo of
+            a {}." if it is among the templates, else of the first (arXiv 2103.00020, figure 4).
+        paraphrases: also return the metrics and details of `WordingSpread`.
 
     Raises:
-        ValueError: a label beyond the class names, or no labelled sample at all.
+        ValueError: a label beyond the class names, or no labelled sample at all; a model without embeddings that is to
+            compare prompts.
     """
-    score = _make_score(encoder, names, templates)
-    depth = min(DEEP, len(names))
-    hits = np.zeros(depth, np.int64)
-    total = 0
+    check_texts("names", names)
+    check_templates(templates)
+    ways = (
+        _Embeddings(encoder, names, templates, compares_prompts)
+        if encoder.has_embeddings
+        else _Likelihood(encoder, names, templates)
+    )
+    if not encoder.has_embeddings and (compares_prompts or paraphrases is not None):
+        raise ValueError("only a model with embeddings can compare prompts; loss.contrastive_weight=0 trains none")
+    counts = [ClassCounts(len(names)) for _ in ways.suffixes]
+    spread = None
+    if paraphrases is not None and ways.classifier is not None:
+        spread = WordingSpread(encoder, names, paraphrases, ways.classifier)
     for batch in batches:
         label = encoder.gather(np.where(batch["mask"], batch["label"], -1).astype(np.int32))
         _check_labels(int(label.max(initial=-1)), len(names))
-        scores = require_finite("rows of class scores", score(batch["image"]))
         kept = label >= 0
-        best = np.argsort(-scores[kept], axis=1, kind="stable")[:, :depth]
-        hits += (best == label[kept][:, None]).sum(axis=0)
-        total += int(kept.sum())
-    if total == 0:
+        rows = ways.encode(batch["image"])[kept]
+        for each, scores in zip(counts, ways.scores(rows), strict=True):
+            each.add(label[kept], require_finite("rows of class scores", scores))
+        if spread is not None:
+            spread.add(label[kept], rows)
+    if counts[0].total == 0:
         raise ValueError(NO_LABEL)
-    metrics = {"top1": hits[0] / total, "num_examples": total}
-    if len(names) > DEEP:
-        metrics["top5"] = hits.sum() / total
-    return {name: float(value) for name, value in metrics.items()}
+    found: dict[str, Any] = counts[0].metrics()
+    found |= {f"top1{suffix}": each.metrics()["top1"] for suffix, each in zip(ways.suffixes, counts, strict=True)}
+    details = counts[0].details(names, ways.similarity())
+    if spread is not None:
+        found |= spread.metrics()
+        details["wordings"] = spread.details()
+    return {**found, "details": details}
+
+
+class _Embeddings:
+    """Scores by the cosine to each class's prompts: of the ensemble, and of what it is compared with."""
+
+    def __init__(self, encoder: Encoder, names: Sequence[str], templates: Sequence[str], compares: bool) -> None:
+        self._encoder = encoder
+        prompts = encoder.embed_texts(make_prompts(names, templates)).reshape(len(names), len(templates), -1)
+        self.classifier = _ensemble(prompts)
+        self._classifiers, self.suffixes = [self.classifier], [""]
+        if compares:
+            one = templates.index(_PHOTO) if _PHOTO in templates else 0
+            self._classifiers += [encoder.embed_texts(list(names)), prompts[:, one]]
+            self.suffixes += ["_names", "_one_template"]
+
+    def encode(self, image: Any) -> np.ndarray:
+        return self._encoder.embed_images(image)
+
+    def scores(self, rows: np.ndarray) -> list[np.ndarray]:
+        return [rows @ classifier.T for classifier in self._classifiers]
+
+    def similarity(self) -> np.ndarray | None:
+        return self.classifier @ self.classifier.T
+
+
+class _Likelihood:
+    """Scores by the mean log-likelihood of each class's prompts, of a model that predicts captions alone."""
+
+    suffixes = ("",)
+    classifier = None
+
+    def __init__(self, encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> None:
+        self._encoder, self._shape = encoder, (len(names), len(templates))
+        self._tokens = encoder.tokenize(make_prompts(names, templates))
+
+    def encode(self, image: Any) -> np.ndarray:
+        return self._encoder.likelihood(image, self._tokens)
+
+    def scores(self, rows: np.ndarray) -> list[np.ndarray]:
+        return [rows.reshape(len(rows), *self._shape).mean(axis=2)]
+
+    def similarity(self) -> np.ndarray | None:
+        return None

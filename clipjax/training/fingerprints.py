@@ -33,7 +33,11 @@ def _digest(*parts: bytes) -> str:
 
 def config_fingerprint(config: Config) -> dict[str, Any]:
     """Return the fields that must be the same everywhere."""
-    return {name: value for name, value in flatten(to_dict(config)).items() if not name.startswith(HOST_LOCAL)}
+    return {
+        name: value
+        for name, value in flatten(to_dict(config)).items()
+        if not name.startswith(HOST_LOCAL) and not name.endswith(".tfds_dir")
+    }
 
 
 def code_fingerprint() -> dict[str, Any]:

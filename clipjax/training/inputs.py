@@ -95,7 +95,8 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
     if config.init_from is not None and saved is None:
         init_checkpoint = _open_checkpoint("init_from", config.init_from)
         check_same_shapes(config, init_checkpoint)
-    check_copies(config.data, _specs_of(config))
+    trained = [part.source for part in config.data.mixture.values()] or [config.data.train]
+    check_copies([*((spec, config.data) for spec in trained), *task_sources(config)])
     source = _in_recorded_order(build_training_source(config.data), saved)
     filtered = [
         f"{spec}: {each.counts()}"
@@ -122,12 +123,6 @@ def open_inputs(config: Config, saved: SavedCheckpoint | None = None) -> Inputs:
     tasks = build_tasks(config, recording_sources(sources))
     order = _find_run_order(config, source, saved)
     return Inputs(source, tokenizer, tasks, init_checkpoint, teacher, sources, order)
-
-
-def _specs_of(config: Config) -> list[str]:
-    """Return the strings that name the sources of a run."""
-    trained = [part.source for part in config.data.mixture.values()] or [config.data.train]
-    return trained + task_sources(config)
 
 
 def _by_name(config: Config, source: Source) -> dict[str, Source]:

@@ -18,7 +18,7 @@ from clipjax.config import Config, OnUnreadable
 from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sources import data_folders
 from clipjax.data.training_order import require_places
-from clipjax.evals.runner import RESULTS_FILE, check_metric, check_samples
+from clipjax.evals.runner import RESULTS_FILE, check_metric, check_samples, tfds_dirs
 from clipjax.models.clip import abstract_params
 from clipjax.monitoring import events, profile, run_record
 from clipjax.monitoring.prometheus import Exporter
@@ -226,7 +226,7 @@ def _open_here(claim: Claim, warnings: Sequence[str], made: list[Path], replays:
         workdir,
         *(Path(each) for each in (config.init_from, config.loss.distill_from) if each and not is_address(each)),
     ]
-    folders += data_folders(inputs.sources, config.data.tfds_dir)
+    folders += data_folders(inputs.sources, tfds_dirs(config))
     compilation.enable(config.compile_cache, outside=folders)
     if config.checkpoint.best_metric is not None:
         check_metric(config.checkpoint.best_metric, inputs.tasks)

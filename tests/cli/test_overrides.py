@@ -216,6 +216,18 @@ def test_eval_refuses_what_it_would_ignore(opened, argv, message):
     assert message in str(refused.value)
 
 
+def test_data_that_each_task_names_for_itself_is_not_to_be_named_for_all(opened):
+    config = make_config()
+    config.eval.tasks = {
+        name: TaskConfig(source=f"tfds:{name}/val", classes="names", templates="plain", tfds_dir="mine")
+        for name in "ab"
+    }
+    with pytest.raises(ValueError, match="data.tfds_dir=/d: each task that reads TFDS data has its own tfds_dir"):
+        opened(config, "--config.data.tfds_dir=/d")
+    config.eval.tasks["b"].tfds_dir = None
+    assert opened(config, "--config.data.tfds_dir=/d")[0].config.data.tfds_dir == "/d"
+
+
 def test_overrides_win_over_tasks_from_and_old_training_fields_do_not_matter(opened, tmp_path, monkeypatch):
     config, other = make_config(), make_config()
     config.global_batch_size, config.checkpoint.best_metric = 1, "gone:top1"  # of a run long ago
@@ -268,7 +280,7 @@ def test_every_field_that_holds_a_path_is_known():
     texts = {path for path, annotation in FIELDS.items() if take_apart(annotation).of is str}
     no_paths = {"data.tfds_image_key", "data.tfds_caption_key", "checkpoint.best_metric", f"{TASK}.tfds_label_key"}
     no_paths |= {"log.prometheus_host", "data.image_field", "data.caption_field"}
-    no_paths |= {f"{PART}.image_field", f"{PART}.caption_field"}
+    no_paths |= {f"{place}.{name}" for place in (PART, TASK) for name in ("image_field", "caption_field")}
     assert {path for path in texts if not is_path_field(path)} == no_paths
 
 

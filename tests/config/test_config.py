@@ -12,6 +12,7 @@ from clipjax.config import (
     BagOfWordsConfig,
     CbowConfig,
     Config,
+    DataConfig,
     DecoderConfig,
     GroupRole,
     ImagePool,
@@ -205,6 +206,42 @@ def test_a_caption_field_that_captions_hide_is_refused():
         validate(config)
     config.data.mixture["a"].source, config.data.mixture["b"].captions = "b.csv", {}
     validate(config)  # the one table is read twice, and once by data.caption_field
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "a.tar", "image_field": "x"}, r"eval.tasks.t.image_field='x' would be ignored: 'a.tar' is neither"),
+        ({"source": "a.tar", "caption_field": "x"}, "eval.tasks.t.caption_field='x' would be ignored"),
+        (
+            {"source": "a.parquet", "tfds_dir": "x"},
+            "eval.tasks.t.tfds_dir='x' would be ignored: no source is TFDS data",
+        ),
+    ],
+)
+def test_what_a_task_does_not_read_is_refused(fields, message):
+    config = valid()
+    config.eval.tasks["t"] = TaskConfig(kind=TaskKind.RETRIEVAL, **fields)
+    with pytest.raises(ValueError, match=message):
+        validate(config)
+
+
+def test_a_task_reads_its_own_fields_and_else_those_of_the_run():
+    data = DataConfig(tfds_dir="all", tfds_image_key="picture", caption_field="alt")
+    task = TaskConfig(source="tfds:a/test", tfds_dir="mine", caption_field="text")
+    read = task.reads(data)
+    assert (read.tfds_dir, read.tfds_image_key, read.tfds_caption_key) == ("mine", "picture", "text")
+    assert (read.image_field, read.caption_field) == (None, "text")
+    assert TaskConfig(source="a").reads(data) == data
+
+
+def test_a_cache_that_only_a_tasks_own_tfds_data_needs_is_used():
+    config = valid()
+    config.data.cache_dir = "copies"
+    with pytest.raises(ValueError, match="data.cache_dir='copies' would be ignored"):
+        validate(config)
+    config.eval.tasks["t"] = TaskConfig(kind=TaskKind.RETRIEVAL, source="tfds:a/test", tfds_dir="gs://b/tfds")
+    validate(config)
 
 
 def test_captions_come_back_from_json():

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from clipjax.config import Config, DataConfig, MixtureSource, TaskConfig
-from clipjax.config.paths import PATH_FIELDS, expand, expand_paths
+from clipjax.config.paths import PATH_FIELDS, TASK_PATH_FIELDS, expand, expand_paths
 from clipjax.config.serialization import field_value
 
 
@@ -115,11 +115,14 @@ def test_all_fields_of_a_config():
     config.data.train, config.data.tokenizer, config.data.image_root = "~/x", "clip:~/x", "~/x"
     config.data.cache_dir, config.data.mixture = "~/x", {"a": MixtureSource(source="~/x")}
     config.data.keep_keys = config.data.drop_keys = "~/x"
-    config.eval.tasks = {"t": TaskConfig(source="~/x", gallery="~/x", classes="~/x", templates="~/x")}
+    config.eval.tasks = {
+        "t": TaskConfig(source="~/x", gallery="~/x", classes="~/x", templates="~/x", paraphrases="~/x", tfds_dir="~/x")
+    }
     expand_paths(config)
     task = config.eval.tasks["t"]
     values = [field_value(config, path) for path in PATH_FIELDS]
-    assert {*values, config.data.mixture["a"].source, task.source, task.gallery, task.classes, task.templates} == {
+    of_task = [getattr(task, name) for name in TASK_PATH_FIELDS]
+    assert {*values, config.data.mixture["a"].source, *of_task} == {
         "/homes/me/x",
         "clip:/homes/me/x",
     }

@@ -51,7 +51,7 @@ def test_captions_beside_images(tmp_path):
     assert source.location(3) == str(tmp_path / "deep/er/c.webp")
     names = ["a.PNG", "alone.gif", "b.jpg", "deep/er/c.webp", "a.txt", "b.txt", "deep/er/c.txt"]
     assert source.files() == [str(tmp_path / name) for name in names]
-    assert data_folders({"x": source}, None) == [tmp_path]
+    assert data_folders({"x": source}, [None]) == [tmp_path]
     for beyond in (4, -1):
         with pytest.raises(IndexError):
             source[beyond]

@@ -1,5 +1,6 @@
 """Captions, arrays, prepared TFDS data and the strings that name a source."""
 
+import dataclasses
 import io
 import pathlib
 import pickle
@@ -14,7 +15,7 @@ from PIL import Image
 
 from clipjax.config import DataConfig
 from clipjax.data.sample import REASONS, BadSample, clean_caption, clean_captions
-from clipjax.data.sources import ArraySource, _expand, build_source, data_folders
+from clipjax.data.sources import ArraySource, _expand, build_source, data_folders, recording_sources
 from clipjax.data.webdataset import TarSource
 from clipjax.runtime import objects
 from tests.conftest import SHARED
@@ -186,11 +187,22 @@ def test_tfds_source(prepared, no_network):
     assert source.location(4) == "tfds:pairs/train, record 4"
 
 
+def test_one_string_that_is_read_in_two_ways_is_recorded_twice(prepared, no_network):
+    sources = {}
+    open_source, data = recording_sources(sources), config(prepared)
+    first, again, other = (
+        open_source("tfds:pairs/train", data=each)
+        for each in (data, data, dataclasses.replace(data, max_caption_bytes=3))
+    )
+    assert first is not again
+    assert sources == {"tfds:pairs/train": again, "tfds:pairs/train (2)": other}
+
+
 def test_folders_of_data_are_those_of_files_and_all_of_tfds(prepared, tmp_path, no_network):
     sources = {spec: build_source(spec, data=config(prepared)) for spec in ("tfds:pairs/train", "tfds:pairs/train[:2]")}
-    found = data_folders(sources, prepared)
+    found = data_folders(sources, [prepared])
     assert pathlib.Path(prepared) in found and pathlib.Path(sources["tfds:pairs/train"].files()[0]).parent in found
-    assert data_folders({}, prepared) == []
+    assert data_folders({}, [prepared]) == []
 
 
 def test_tfds_source_travels_to_workers_without_its_readers(prepared, no_network):
@@ -400,4 +412,4 @@ def test_sources_on_stores_lie_in_no_folder():
             return ["gs://b/a.tar", "/data/b.tar"]
 
     source = OnStore([b""], ["a"])
-    assert data_folders({"gs://b/a.tar": source}, None) == [pathlib.Path("/data")]
+    assert data_folders({"gs://b/a.tar": source}, [None]) == [pathlib.Path("/data")]

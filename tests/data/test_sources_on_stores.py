@@ -51,7 +51,7 @@ def test_a_table_and_its_images_in_a_bucket(images):
         ("bytes of images/2 ü.jpg".encode(), ("a 1",)),
     ]
     assert source.files() == [f"{PLACE}/a.jsonl", f"{PLACE}/images/1.jpg", f"{PLACE}/images/2 ü.jpg"]
-    assert data_folders({"x": source}, None) == []
+    assert data_folders({"x": source}, [None]) == []
     assert [each.size for each in digest_files(source.files())] == [len(table(ROWS)), 21, 24]
 
 
@@ -87,7 +87,7 @@ def test_a_table_on_a_disk_with_images_in_a_bucket(images, tmp_path):
     source = open_source(str(tmp_path / "a.jsonl"), image_root=f"{PLACE}/images/")
     assert [source[i].image for i in range(3)] == [b"bytes of images/1.jpg"] * 2 + [b"near"]
     assert [reason_of(source, i) for i in (3, 4)] == ["missing_image"] * 2
-    assert data_folders({"x": source}, None) == [tmp_path]
+    assert data_folders({"x": source}, [None]) == [tmp_path]
 
 
 def test_a_large_object_is_not_read(images, tmp_path):

@@ -146,7 +146,7 @@ def test_without_a_folder_for_copies_both_are_refused(records, tmp_path):
             build_source(spec, data=DataConfig(**fields))
     mixture = {name: MixtureSource(source=f"{place}/pairs-{name}.array_record") for name in "01"}
     with pytest.raises(ValueError, match=r"set data\.cache_dir"):
-        check_copies(DataConfig(mixture=mixture), [part.source for part in mixture.values()])
+        check_copies([(part.source, DataConfig(mixture=mixture)) for part in mixture.values()])
     assert not any(request.startswith("GET") and ".array_record" in request for request in server.requests)
 
 
@@ -156,9 +156,9 @@ def test_sources_that_fit_alone_but_not_together_are_refused_before_one_is_copie
     data = cached(tmp_path, cache_gib=(sum(sizes[:2]) - 1) / 2**30)
     specs = [f"{place}/pairs-{number}.array_record" for number in range(3)]
     with pytest.raises(ValueError, match=rf"cache_gib=\S+ is too small: all files of {specs[0]}, {specs[1]} together"):
-        check_copies(data, specs[:2])
+        check_copies([(spec, data) for spec in specs[:2]])
     assert not (tmp_path / "cache").exists()
-    check_copies(data, [specs[0], specs[0]])
+    check_copies([(specs[0], data)] * 2)
     build_source(specs[0], data=data)
 
 

@@ -129,7 +129,7 @@ def test_several_tables_in_several_folders(folder, tmp_path):
         str(folder / "images/5.jpg"),
         str(other / "x.jpg"),
     }
-    assert data_folders({"x": source}, None) == [folder, other]
+    assert data_folders({"x": source}, [None]) == [folder, other]
 
 
 HOSTILE = [
@@ -208,7 +208,7 @@ def test_image_root(folder, tmp_path):
     source = open_table(path, image_root=str(folder / "images"))
     assert [source[i].image for i in range(3)] == [b"image 3", b"image 4", b"near"]
     assert reason_of(source, 3) == "missing_image"
-    assert data_folders({"x": source}, None) == [folder / "images", tables]
+    assert data_folders({"x": source}, [None]) == [folder / "images", tables]
 
 
 def test_a_large_file_is_not_read(folder):
