@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -374,7 +375,7 @@ def _render(opened: Opened, evaluation: Evaluation, examples: Mapping[str, Examp
         ("step", f"{saved.step:,} ({saved.params_group})"),
         ("devices", processes.describe_devices().removeprefix("devices: ")),
         ("versions", ", ".join(f"{name} {version}" for name, version in run_record.versions().items())),
-        ("command", run_record.describe_start()["command"]),
+        ("command", shlex.join(["clipjax", *sys.argv[1:]])),
         ("date", datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")),
     ]
     return render(evaluation, opened.config.eval.tasks, examples, title="Evaluation", facts=facts)
