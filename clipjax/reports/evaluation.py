@@ -24,7 +24,7 @@ _HEADLINES = ("top1", "image_to_text_r1", "source_to_gallery_r1")
 _LABELS = {
     "top1": "top-1",
     "top5": "top-5",
-    "mean_per_class": "mean per class",
+    "per_class": "mean per class",
     "top1_names": "top-1, class names alone",
     "top1_one_template": "top-1, one template",
     "wording_std": "spread of the right class's probability over wordings",
