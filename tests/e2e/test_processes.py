@@ -277,11 +277,14 @@ def test_several_processes_save_what_one_restores_and_back(request, tiny_config,
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_evaluation_gives_the_same_on_several_processes(finished, tmp_path, cache, count):
-    arguments = ("eval", f"--checkpoint={finished}", f"--output={tmp_path}/results.json")
+    places = {"output": "results.json", "csv": "results.csv", "report": ""}
+    arguments = ("eval", f"--checkpoint={finished}", *(f"--{name}={tmp_path}/{file}" for name, file in places.items()))
     with processes(count, *arguments, **cache) as all_of_them:
         first, *others = outputs(all_of_them, expect=0)
     assert "scenes/val" in first and not any("scenes/val" in text for text in others)
     assert results(tmp_path) == results(finished)
+    assert "zeroshot_classification" in (tmp_path / "results.csv").read_text()
+    assert (tmp_path / "index.html").read_text().count("<figure>") > 1
 
 
 @pytest.mark.slow
