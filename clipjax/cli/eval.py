@@ -4,12 +4,14 @@ Needs nothing but the checkpoint and the data: config, tokenizer and preprocessi
 """
 
 import copy
+import datetime
 import functools
 import hashlib
 import json
 import pathlib
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -33,11 +35,23 @@ from clipjax.data.sources import check_copies, data_folders, recording_sources
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.evals.columns import COMPARABLE, to_csv, to_rows
 from clipjax.evals.encoder import Encoder
+from clipjax.evals.examples import Examples, collect
 from clipjax.evals.progress import Progress
-from clipjax.evals.runner import Task, build_tasks, run_tasks, task_sources, tfds_dirs, write_results, write_text
+from clipjax.evals.runner import (
+    Evaluation,
+    Task,
+    build_tasks,
+    run_tasks,
+    task_sources,
+    tfds_dirs,
+    write_results,
+    write_text,
+)
 from clipjax.models.clip import build_clip
+from clipjax.monitoring import run_record
 from clipjax.monitoring.run_logger import results_table
-from clipjax.runtime import compilation, consistency, processes, sharding, storage
+from clipjax.reports.evaluation import render
+from clipjax.runtime import compilation, consistency, objects, processes, sharding, storage
 from clipjax.runtime.files import read_bounded
 from clipjax.runtime.terminal import printable
 from clipjax.training import fingerprints
@@ -83,6 +97,8 @@ TRAINED = ("model", "data.tokenizer", "loss.contrastive_weight")
 TRAINING_ONLY = ("model.remat", "model.init_logit_scale", "model.max_logit_scale", "model.image.patch_dropout")
 """Fields of the model that only training reads."""
 
+PAGE = "index.html"
+_EXAMPLES = 16  # of each task, on the page
 _MAX_MANIFEST_BYTES = 2**26
 
 NOT_OPENED = ("init_from", "loss.distill_from", "data.train", "data.tokenizer")
@@ -101,6 +117,7 @@ class Opened:
         output: file for the results, None for none.
         changed: in words, what overrides changed.
         csv: file for the results in CLIP_benchmark's columns, None for none.
+        report: folder for the page, None for none.
         key: digest of all that the results depend on; empty if it is not known.
     """
 
@@ -111,6 +128,7 @@ class Opened:
     output: pathlib.Path | str | None
     changed: Sequence[str] = ()
     csv: pathlib.Path | str | None = None
+    report: pathlib.Path | str | None = None
     key: str = ""
 
 
@@ -150,6 +168,9 @@ def _parser() -> arguments.Parser:
     parser.add_argument(
         "--csv", metavar="FILE", type=arguments.place, help="CSV file for the results, in the columns of CLIP_benchmark"
     )
+    parser.add_argument(
+        "--report", metavar="DIR", type=arguments.place, help=f"folder for a page of the results, DIR/{PAGE}"
+    )
     arguments.add_launch_options(parser)
     return parser
 
@@ -164,9 +185,12 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
     config = override(base, parsed.overrides)
     expand_paths(config, skip=NOT_OPENED)
     changed = [f"--config.{change}" for change in changes(base, config, parsed.overrides)]
-    for option in ("output", "csv"):
-        if place := getattr(options, option):
-            storage.require_writable(place, f"--{option}", makes_folder=True)
+    page = options.report
+    if page is not None:
+        page = objects.join(page, PAGE) if isinstance(page, str) else page / PAGE
+    for option, place in (("--output", options.output), ("--csv", options.csv), ("--report", page)):
+        if place:
+            storage.require_writable(place, option, makes_folder=True)
     validate(config, batch_fields=("eval.batch_size",))
     _select_tasks(config, options.tasks, parsed.overrides)
     _refuse_unused_tfds(config, parsed.overrides)
@@ -197,7 +221,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
         "data": fingerprints.data_fingerprint(sources, tokenizer, {"checkpoint": saved}),
     }
     key = _key(saved, facts)
-    return Opened(saved, config, tokenizer, tasks, options.output, changed, options.csv, key), facts
+    return Opened(saved, config, tokenizer, tasks, options.output, changed, options.csv, page, key), facts
 
 
 def _key(saved: SavedCheckpoint, facts: consistency.Fingerprint) -> str:
@@ -306,6 +330,7 @@ def _evaluate(opened: Opened) -> int:
         encoder = Encoder(config, clip, mesh, opened.tokenizer, load_params(saved, mesh))
         keep = {} if progress is None else {"keep": progress.add}
         evaluation = run_tasks(opened.tasks, encoder, done=done, **keep)
+        examples = {} if opened.report is None else _examples(opened, evaluation, encoder)
     if progress is not None:
         evaluation.details.update((name, progress.details[name]) for name in done if name in progress.details)
     failures = [f"eval.tasks.{name} on {saved.place}: {reason}" for name, reason in evaluation.failures.items()]
@@ -313,6 +338,7 @@ def _evaluate(opened: Opened) -> int:
     writes: list[tuple[str, pathlib.Path | str | None, Callable[[pathlib.Path | str], str]]] = [
         ("--output", output, lambda place: write_results(place, saved.place, evaluation)),
         ("--csv", opened.csv, lambda place: write_text(place, to_csv(rows))),
+        ("--report", opened.report, lambda place: write_text(place, _render(opened, evaluation, examples))),
     ]
     written = []
     for option, place, write in writes:
@@ -333,3 +359,23 @@ def _evaluate(opened: Opened) -> int:
         for failure in failures:
             print_error(PROGRAM, ValueError(failure))
     return UNUSABLE_DATA if failures else 0
+
+
+def _examples(opened: Opened, evaluation: Evaluation, encoder: Encoder) -> dict[str, Examples]:
+    """Return samples of the tasks that worked, for the page."""
+    found = {name: collect(opened.tasks[name], encoder, _EXAMPLES) for name in evaluation.results}
+    return {name: each for name, each in found.items() if each is not None}
+
+
+def _render(opened: Opened, evaluation: Evaluation, examples: Mapping[str, Examples]) -> str:
+    """Return the page of an evaluation."""
+    saved = opened.saved
+    facts = [
+        ("checkpoint", saved.place),
+        ("step", f"{saved.step:,} ({saved.params_group})"),
+        ("devices", processes.describe_devices().removeprefix("devices: ")),
+        ("versions", ", ".join(f"{name} {version}" for name, version in run_record.versions().items())),
+        ("command", shlex.join(["clipjax", *sys.argv[1:]])),
+        ("date", datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")),
+    ]
+    return render(evaluation, opened.config.eval.tasks, examples, title="Evaluation", facts=facts)

@@ -18,7 +18,7 @@ COMPARABLE = {TaskKind.ZERO_SHOT: "zeroshot_classification", TaskKind.RETRIEVAL:
 _METRICS = {
     "top1": "acc1",
     "top5": "acc5",
-    "mean_per_class": "mean_per_class_recall",
+    "per_class": "mean_per_class_recall",
     **{f"text_to_image_r{depth}": f"image_retrieval_recall@{depth}" for depth in DEPTHS},
     **{f"image_to_text_r{depth}": f"text_retrieval_recall@{depth}" for depth in DEPTHS},
 }

@@ -105,7 +105,7 @@ def test_rows_have_the_names_of_clip_benchmark():
         "same": TaskConfig(kind=TaskKind.IMAGE_RETRIEVAL, source="a", gallery="b"),
     }
     results = {
-        "imagenet": {"top1": 0.5, "top5": 0.75, "mean_per_class": 0.25, "num_examples": 4.0, "num_skipped": 0.0},
+        "imagenet": {"top1": 0.5, "top5": 0.75, "per_class": 0.25, "num_examples": 4.0, "num_skipped": 0.0},
         "coco": {"image_to_text_r5": 0.1, "text_to_image_r5": 0.2, "text_to_image_r1": 0.3, "num_texts": 5.0},
         "same": {"source_to_gallery_r1": 1.0},
     }
