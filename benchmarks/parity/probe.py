@@ -31,7 +31,8 @@ chosen = [
     LogisticRegression(C=float(c), solver="lbfgs", max_iter=3000, tol=1e-6).fit(train, train_y).predict(test)
     for c in sys.argv[2:]
 ]
-np.savez(sys.argv[1], train=train, test=test, train_y=train_y, test_y=test_y, chosen=chosen, version=sklearn.__version__)
+arrays = {"train": train, "test": test, "train_y": train_y, "test_y": test_y, "chosen": chosen}
+np.savez(sys.argv[1], version=sklearn.__version__, **arrays)
 """
 
 

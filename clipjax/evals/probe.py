@@ -32,7 +32,8 @@ class Classifier:
         classes: labels that occur in training, ascending, int64 `[k]`.
         weight: float64 `[d, k]`.
         intercept: float64 `[k]`.
-        converged: the gradient is within `TOLERANCE`.
+        converged: the gradient is within `TOLERANCE`. On separable examples with a strength of 1e4 or more, this can
+            hold far from the minimum.
         steps: that the fit took.
     """
 

@@ -79,10 +79,10 @@ class LinearProbe:
 
     features: FeatureKind
     seed: int = 0
-    metrics = ("top1", "mean_per_class")
+    metrics = ("top1", "per_class")
 
     def __call__(self, encoder: Encoder, test: Iterable[dict], train: Iterable[dict]) -> dict[str, Any]:
-        """Return `top1`, `top5`, `mean_per_class`, counts, `best_c`, and the sweep as details."""
+        """Return `top1`, `top5`, `per_class`, counts, `best_c`, and the sweep as details."""
         learnt = read_labelled(encoder, train, self.features, "training source")
         held = split(learnt.labels, _HELD_OUT, self.seed)
         if not held.any():
@@ -200,10 +200,10 @@ class NearestNeighbours:
 
     features: FeatureKind
     neighbours: int
-    metrics = ("top1", "mean_per_class")
+    metrics = ("top1", "per_class")
 
     def __call__(self, encoder: Encoder, test: Iterable[dict], train: Iterable[dict]) -> dict[str, Any]:
-        """Return `top1`, `top5`, `mean_per_class` and counts."""
+        """Return `top1`, `top5`, `per_class` and counts."""
         learnt = read_labelled(encoder, train, self.features, "training source")
         tested = read_labelled(encoder, test, self.features, "source")
         classes, index = np.unique(learnt.labels, return_inverse=True)

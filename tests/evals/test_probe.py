@@ -1,10 +1,13 @@
 """Linear probes against the same objective minimised in float64, and the search for the strength."""
 
+import jax
 import numpy as np
 import pytest
 import scipy.optimize
 
+from clipjax.config import MeshConfig
 from clipjax.evals import probe
+from clipjax.runtime import sharding
 
 pytestmark = pytest.mark.newest
 
@@ -117,3 +120,13 @@ def test_the_split_leaves_an_example_of_each_class_and_depends_on_the_seed():
     np.testing.assert_array_equal(np.bincount(labels[held], minlength=4), [0, 0, 2, 20])
     np.testing.assert_array_equal(held, probe.split(labels, 0.2, seed=0))
     assert (held != probe.split(labels, 0.2, seed=1)).any()
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_a_fit_is_the_same_beside_any_mesh(devices):
+    features, labels = make(60, 4, 3)
+    alone = probe.fit(features, labels, 1.0)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:devices])):
+        fitted = probe.fit(features, labels, 1.0)
+    # One device computes it, by a program that may be compiled once more: the last bits are free.
+    np.testing.assert_allclose(fitted.scores(features), alone.scores(features), rtol=1e-4, atol=1e-4)

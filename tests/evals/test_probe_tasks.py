@@ -51,7 +51,7 @@ def test_images_of_a_class_that_training_lacks_are_wrong_and_told(encoder):
         found = task(encoder, batches(range(40, 60), labels), batches(range(40)))
         assert found["num_of_unseen_classes"] == 5
         assert found["top1"] == 15 / 20
-        assert found["mean_per_class"] == 3 / 4
+        assert found["per_class"] == 3 / 4
 
 
 def test_few_shot_tells_levels_that_training_is_too_small_for_and_zero_shot_beside(encoder):
