@@ -25,7 +25,7 @@ from clipjax.cli import arguments
 from clipjax.cli.errors import UNUSABLE_DATA, print_error, refusals, stops
 from clipjax.cli.output import show
 from clipjax.cli.overrides import Override, changes, load_config, override
-from clipjax.config import CheckpointConfig, Config, MeshConfig, TaskKind
+from clipjax.config import CheckpointConfig, Config, MeshConfig
 from clipjax.config.data import TFDS_PREFIX
 from clipjax.config.paths import expand_paths
 from clipjax.config.serialization import path_parts
@@ -200,7 +200,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
             f"--csv={options.csv}: CLIP_benchmark has columns for {kinds}, and no task is of these; leave it out"
         )
     tokenizer = saved.tokenizer()
-    if any(task.kind is not TaskKind.IMAGE_RETRIEVAL for task in config.eval.tasks.values()):
+    if any(task.reads_texts for task in config.eval.tasks.values()):
         tokenizer.encode("a")  # of a checkpoint that was converted without one, this says so
     check_copies(task_sources(config))
     sources: dict[str, Source] = {}

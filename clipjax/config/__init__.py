@@ -20,7 +20,7 @@ from clipjax.config.data import (
     ResizeOn,
     TextTruncation,
 )
-from clipjax.config.evaluation import EvalConfig, TaskConfig, TaskKind
+from clipjax.config.evaluation import EvalConfig, FeatureKind, TaskConfig, TaskKind
 from clipjax.config.image import ImagePool, Positions, ResNetConfig, ViTConfig
 from clipjax.config.layers import Activation, Projection
 from clipjax.config.loss import GroupRole, LossConfig, LossKind, LossMethod, SamePair
@@ -56,6 +56,7 @@ __all__ = [
     "DecoderConfig",
     "Dtype",
     "EvalConfig",
+    "FeatureKind",
     "GroupRole",
     "ImagePool",
     "Interpolation",

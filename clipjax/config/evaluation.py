@@ -13,6 +13,21 @@ class TaskKind(enum.Enum):
     ZERO_SHOT = "zero_shot"
     RETRIEVAL = "retrieval"
     IMAGE_RETRIEVAL = "image_retrieval"
+    LINEAR_PROBE = "linear_probe"
+    FEW_SHOT = "few_shot"
+    NEAREST_NEIGHBOURS = "nearest_neighbours"
+
+
+class FeatureKind(enum.Enum):
+    """Features of an image that a probe gets."""
+
+    EMBEDDING = "embedding"
+    BEFORE_PROJECTION = "before_projection"
+    PIXELS = "pixels"
+
+
+PROBES = (TaskKind.LINEAR_PROBE, TaskKind.FEW_SHOT, TaskKind.NEAREST_NEIGHBOURS)
+"""Kinds that learn from the labelled images of a second source."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,6 +42,11 @@ class TaskConfig:
     `compare_prompts` also measures the class names alone and one template. `paraphrases` tells how much the right
     class's probability depends on its words: `templates`, or a JSON file with a list of texts for class names.
 
+    `linear_probe`, `few_shot` and `nearest_neighbours` learn from labelled images of `train_source` and are measured on
+    `source`, by the `features` of images: the unit-norm embedding, what the image tower projects to it (None: this),
+    or raw pixels. `few_shot` averages over `seeds` draws (None: 3), and compares with zero-shot if `classes` and
+    `templates` are given; `neighbours` vote in `nearest_neighbours` (None: 20). `max_examples` holds for each source.
+
     `image_field` and `caption_field` name features of TFDS data and columns of Parquet and tables, and `tfds_dir` the
     folder of TFDS data, for this task alone; None: as `data` says.
     """
@@ -38,6 +58,10 @@ class TaskConfig:
     compare_prompts: bool = False
     paraphrases: str | None = None
     gallery: str | None = None
+    train_source: str | None = None
+    features: FeatureKind | None = None
+    seeds: int | None = bounded(None, POSITIVE)
+    neighbours: int | None = bounded(None, POSITIVE)
     image_field: str | None = None
     caption_field: str | None = None
     tfds_dir: str | None = None
@@ -50,7 +74,8 @@ class TaskConfig:
         prompts = (self.classes, self.templates)
         if self.kind is TaskKind.ZERO_SHOT and None in prompts:
             errors.append(f"{path}: zero_shot needs classes and templates; got {prompts}")
-        if self.kind is not TaskKind.ZERO_SHOT and prompts != (None, None):
+        errors += self._probe_errors(path)
+        if self.kind not in (TaskKind.ZERO_SHOT, TaskKind.FEW_SHOT) and prompts != (None, None):
             errors.append(f"{path}: {self.kind.value} would ignore classes and templates; leave both None")
         for name in ("compare_prompts", "paraphrases"):
             if (value := getattr(self, name)) and self.kind is not TaskKind.ZERO_SHOT:
@@ -67,10 +92,31 @@ class TaskConfig:
             errors.append(f"{path}.tfds_dir={self.tfds_dir!r} would be ignored: no source is TFDS data; leave it out")
         return errors
 
+    def _probe_errors(self, path: str) -> list[str]:
+        errors = []
+        if (self.kind in PROBES) != bool(self.train_source):
+            kinds = ", ".join(kind.value for kind in PROBES)
+            errors.append(f"{path}.train_source={self.train_source!r}: {kinds} need a source to learn, others none")
+        users = {"features": PROBES, "seeds": (TaskKind.FEW_SHOT,), "neighbours": (TaskKind.NEAREST_NEIGHBOURS,)}
+        for name, kinds in users.items():
+            if (value := getattr(self, name)) is not None and self.kind not in kinds:
+                shown = value.value if isinstance(value, FeatureKind) else value
+                errors.append(f"{path}.{name}={shown}: {self.kind.value} would ignore it; leave it out")
+        if self.kind is TaskKind.FEW_SHOT and (self.classes is None) != (self.templates is None):
+            errors.append(f"{path}: few_shot compares with zero-shot by both classes and templates; give both or none")
+        return errors
+
+    @property
+    def reads_texts(self) -> bool:
+        """True if the work needs a tokenizer."""
+        if self.kind in PROBES:
+            return self.classes is not None
+        return self.kind is not TaskKind.IMAGE_RETRIEVAL
+
     @property
     def sources(self) -> list[str]:
         """The strings that name its sources."""
-        return [source for source in (self.source, self.gallery) if source]
+        return [source for source in (self.source, self.gallery, self.train_source) if source]
 
     def reads(self, data: DataConfig) -> DataConfig:
         """Return how its sources are read: as `data` says, but for the fields that it names itself."""

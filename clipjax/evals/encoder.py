@@ -90,6 +90,12 @@ class Encoder:
             rows = self._fetch(_encode_image(self.clip, self.params, to_images(global_batch(self.mesh, image))))
         return require_finite("image embeddings", rows)
 
+    def image_features(self, image: Pixels) -> np.ndarray:
+        """Return what is projected to embeddings, float32 `[n, v]`; see `Clip.image_features`."""
+        with jax.set_mesh(self.mesh):
+            rows = self._fetch(_image_features(self.clip, self.params, to_images(global_batch(self.mesh, image))))
+        return require_finite("image features", rows)
+
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return unit-norm float32 `[m, e]` of texts, which are the same on all processes.
 
@@ -161,6 +167,11 @@ class Encoder:
 @partial(jax.jit, static_argnums=0)
 def _encode_image(clip: Clip, params: Params, image: jax.Array) -> jax.Array:
     return clip.encode_image(params, image)
+
+
+@partial(jax.jit, static_argnums=0)
+def _image_features(clip: Clip, params: Params, image: jax.Array) -> jax.Array:
+    return clip.image_features(params, image)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clipjax.config import Config, DataConfig, TaskConfig, TaskKind
+from clipjax.config import Config, DataConfig, FeatureKind, TaskConfig, TaskKind
 from clipjax.data.digests import spread
 from clipjax.data.eval_batches import eval_batches
 from clipjax.data.patches import make_view
@@ -25,13 +25,14 @@ from clipjax.data.sample import BadSample, Sample, Source
 from clipjax.data.sources import build_source
 from clipjax.data.training_stream import per_process
 from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
+from clipjax.evals.probe_tasks import FewShot, LinearProbe, NearestNeighbours
 from clipjax.evals.prompts import load_classes, load_paraphrases, load_templates
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
 from clipjax.evals.zero_shot import ZeroShot
 from clipjax.runtime import process_log, processes, storage
 
 Results = dict[str, dict[str, float]]
-Measure = ZeroShot | Retrieval | ImageRetrieval
+Measure = ZeroShot | Retrieval | ImageRetrieval | LinearProbe | FewShot | NearestNeighbours
 """The work of a task: from an encoder and the batches of each source to metrics, and JSON under `DETAILS` if there is
 more to tell; `metrics` names those that rank a model, the larger the better."""
 
@@ -180,6 +181,8 @@ def build_tasks(config: Config, open_source: Callable[..., Source] = build_sourc
 def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Source]) -> Task:
     if config.loss.contrastive_weight == 0 and task.kind is not TaskKind.ZERO_SHOT:
         raise ValueError(f"kind={task.kind.value} needs embeddings, which loss.contrastive_weight=0 does not train")
+    if task.features is FeatureKind.PIXELS and getattr(config.model.image, "max_patches", None) is not None:
+        raise ValueError("features=pixels: images of variable aspect (model.image.max_patches) differ in size")
     data = task.reads(config.data)
     sources = [open_source(spec, data=data, label_key=task.tfds_label_key) for spec in task.sources]
     for spec, source in zip(task.sources, sources, strict=True):
@@ -199,6 +202,18 @@ def _build_measure(task: TaskConfig) -> Measure:
             return Retrieval()
         case TaskKind.IMAGE_RETRIEVAL:
             return ImageRetrieval()
+        case _:
+            return _build_probe(task)
+
+
+def _build_probe(task: TaskConfig) -> LinearProbe | FewShot | NearestNeighbours:
+    features = task.features or FeatureKind.BEFORE_PROJECTION
+    if task.kind is TaskKind.LINEAR_PROBE:
+        return LinearProbe(features)
+    if task.kind is TaskKind.NEAREST_NEIGHBOURS:
+        return NearestNeighbours(features, task.neighbours or 20)
+    prompts = (load_classes(task.classes), load_templates(task.templates)) if task.classes and task.templates else None
+    return FewShot(features, task.seeds or 3, prompts)
 
 
 def check_metric(best: str, tasks: Mapping[str, Task]) -> None:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from clipjax.config import DataConfig, ModelConfig
 from clipjax.models.captions import Decoder, caption_likelihood, words_likelihood
+from clipjax.models.layers import FEATURES
 from clipjax.models.towers import build_caption_head, build_image_tower, build_text_tower
 from clipjax.pytrees import leaf_paths, map_with_path, match_any
 from clipjax.runtime.sharding import constrain
@@ -72,6 +73,18 @@ class Clip:
     def encode_image(self, params: Params, pixels: Pixels) -> Float[Array, "n e"]:
         """Return embeddings for evaluation: BatchNorm uses `params["batch_stats"]`, and no patch is dropped."""
         return unit_norm(self._encode_pixels(params, pixels)[0])
+
+    def image_features(self, params: Params, pixels: Pixels) -> Float[Array, "n v"]:
+        """Return what the image tower projects to its embedding, in float32: the pooled vector after its last norm.
+
+        A tower without a projection gives its embedding before normalisation. The ResNets are among these: their
+        attention pooling ends in its own output matrix.
+        """
+        variables = {"params": params["image"], "batch_stats": params.get("batch_stats", {})}
+        applied: Any = self.image.apply(variables, self._normalise(pixels), mutable=["intermediates"])
+        (embed, _), kept = applied
+        (features,) = kept.get("intermediates", {}).get(FEATURES, (embed,))
+        return features.astype(jnp.float32)
 
     def encode_text(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
         """Return embeddings of texts."""

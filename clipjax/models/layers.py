@@ -158,6 +158,10 @@ def activate(activation: Activation, x: Float[Array, "..."]) -> Float[Array, "..
             return jax.nn.gelu(x, approximate=True)
 
 
+FEATURES = "features"
+"""Name under which a tower with a projection keeps its pooled vector, for those who ask for it."""
+
+
 def tower_projection(
     x: Float[Array, "b w"], projection: Projection, width: int, embed_dim: int, numerics: Numerics
 ) -> Float[Array, "b e"]:

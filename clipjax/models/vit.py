@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from clipjax.config import ImagePool, ModelConfig, Positions, ViTConfig
-from clipjax.models.layers import LayerNorm, Linear, Numerics, align, torch_uniform, tower_projection
+from clipjax.models.layers import FEATURES, LayerNorm, Linear, Numerics, align, torch_uniform, tower_projection
 from clipjax.models.pool import AttentionPool, QueryPool
 from clipjax.models.positions import positions_of_patches, sincos
 from clipjax.models.transformer import Mask, Transformer, image_block_init
@@ -91,6 +91,7 @@ class VisionTransformer(nn.Module):
         mask = None if is_square else visible_patches(pixels)
         x = Transformer(tower, False, self.model, self.numerics, init, name="transformer")(x, mask)
         pooled, tokens = self._pool(x) if parts is None else (constrain(self._pool_parts(x, parts), "batch", None), x)
+        self.sow("intermediates", FEATURES, pooled)
         return tower_projection(pooled, tower.projection, width, self.model.embed_dim, self.numerics), tokens
 
     def _embed(self, pixels: Float[Array, "b h w c"], train: bool) -> Float[Array, "b l e"]:

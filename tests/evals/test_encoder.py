@@ -3,14 +3,24 @@
 import copy
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax.config import Config, Dtype, MeshConfig, ModelConfig, TextTransformerConfig, ViTConfig
+from clipjax.config import (
+    Config,
+    Dtype,
+    MeshConfig,
+    ModelConfig,
+    Projection,
+    ResNetConfig,
+    TextTransformerConfig,
+    ViTConfig,
+)
 from clipjax.data.tokenizers.bytes import BytesTokenizer
 from clipjax.evals import encoder
 from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
-from clipjax.models.clip import Clip, build_clip
+from clipjax.models.clip import Clip, build_clip, unit_norm
 from clipjax.runtime import sharding
 
 TOKENIZER = BytesTokenizer()
@@ -46,6 +56,37 @@ def test_embeddings_are_the_models_and_programs_are_shared(parts):
         assert texts.shape == (5, 16)
     assert encoder._encode_image._cache_size() == sizes[0] + 1
     assert encoder._encode_text._cache_size() == sizes[1] + 1
+
+
+def test_features_projected_are_the_embedding_bit_for_bit(parts):
+    config, clip, mesh = parts
+    params = jax.jit(clip.init)(jax.random.key(0))
+    image = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    features = clip.image_features(params, jnp.asarray(image))
+    embed = unit_norm(jnp.matmul(features, params["image"]["proj"]["kernel"]))
+    np.testing.assert_array_equal(embed, clip.encode_image(params, jnp.asarray(image)))
+    one = Encoder(config, clip, mesh, TOKENIZER, params)
+    np.testing.assert_allclose(one.image_features(image), features, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        ViTConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, projection=Projection.NONE),
+        ResNetConfig(image_size=32, width=8, layers=(1, 1, 1, 1)),
+    ],
+)
+def test_features_of_towers_without_a_projection_are_the_embedding_before_normalisation(parts, image):
+    config, _, _ = parts
+    config = copy.deepcopy(config)
+    config.model.image = image
+    clip = build_clip(config.model, data=config.data)
+    params = {**clip.init(jax.random.key(0)), "batch_stats": clip.init_batch_stats()}
+    size = image.image_size
+    pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8))
+    features = clip.image_features(params, pixels)
+    assert features.shape == (2, 16)
+    np.testing.assert_array_equal(unit_norm(features), clip.encode_image(params, pixels))
 
 
 def test_parameters_that_are_not_finite_are_told(parts):
