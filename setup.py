@@ -41,7 +41,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["clipjax", "clipjax.*"]),
-    package_data={"clipjax": ["py.typed"]},
+    package_data={"clipjax": ["py.typed", "reports/templates/*.html"]},
     entry_points={"console_scripts": ["clipjax=clipjax.cli.main:console"]},
     install_requires=[
         "absl-py>=2.1",
@@ -55,6 +55,7 @@ setup(
         "importlib-resources>=6.4",  # tensorflow-datasets 4.9.10 imports it but does not ask for it
         "jax>=0.10.2",
         "jaxtyping>=0.3",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "ml-collections>=1.1,<2",
         "numpy>=2.1",

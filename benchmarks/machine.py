@@ -11,7 +11,21 @@ import numpy as np
 
 def describe() -> dict[str, Any]:
     """For the raw results."""
-    return {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()}
+    return {
+        "processor": processor(),
+        "instruction_set": instruction_set(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+
+
+def instruction_set() -> str:
+    """The widest vectors that the CPU has, where Linux tells; empty if it does not."""
+    with contextlib.suppress(OSError):
+        content = pathlib.Path("/proc/cpuinfo").read_text()
+        flags = next((line.split() for line in content.splitlines() if line.startswith(("flags", "Features"))), [])
+        return next((name for name in ("avx512_bf16", "avx512f", "avx2", "avx", "sve", "asimd") if name in flags), "")
+    return ""
 
 
 def processor() -> str:

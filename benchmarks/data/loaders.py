@@ -9,8 +9,9 @@ Every row runs in a process of its own and reads the same shards, which lie in t
 are medians. CPU time is that of the process and its workers. The bare loops have the same JPEGs in memory, one thread,
 and no tokens; they resize crops of clipjax's random sizes, as a crop's size decides what resizing it costs. `pillow`
 decodes as Pillow does, which is what loaders of PyTorch do; `simplejpeg` is the fastest decoder that we know, and
-clipjax's own. Both resize by Pillow, and keep the memory that they free (glibc would give it back and fetch it anew for
-each picture, which takes a fifth of the time). `device` is `data.resize_on=device`, where the host only decodes.
+clipjax's own. Both resize by Pillow, and keep the memory that they free, as clipjax's workers do without being told:
+glibc's own choice gives it back and fetches it anew for some sizes of pictures, which takes a fifth of the time
+(`--bare_memory=given_back`). `device` is `data.resize_on=device`, where the host only decodes.
 
 A processor's speed moves by a tenth within minutes, so rows of clipjax run between two runs of both bare loops:
 `of_simplejpeg` and `of_pillow` are images per second of CPU time divided by the mean of the two, medians of the rounds.
@@ -137,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure all rows; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--open_clip", help="Python of an environment with open_clip; without it, its rows are missing")
+    parser.add_argument("--bare_memory", choices=("kept", "given_back"), default="kept")
     parser.add_argument("--shared", type=pathlib.Path, default=pathlib.Path("../shared"))
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("benchmarks/results/loaders.json"))
     options = parser.parse_args(argv)
@@ -150,10 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name in SETS:
             paths = ",".join(make_shards(pathlib.Path(folder), name))
-            found += measure(name, rows, paths, str(vocabulary.resolve()))
+            found += measure(name, rows, paths, str(vocabulary.resolve()), keeps=options.bare_memory == "kept")
     record = {
         "machine": describe(),
         "command": "python -m benchmarks.data.loaders --open_clip=PYTHON",
+        "bare_memory": options.bare_memory,
         "columns": ["images per second", "images per second of CPU time"],
         "rows": found,
     }
@@ -163,8 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(name: str, rows: Sequence[tuple[str, str, str, int, str]], paths: str, vocabulary: str) -> list[dict]:
-    """Return the figures of all rows on one set of shards."""
+def measure(
+    name: str, rows: Sequence[tuple[str, str, str, int, str]], paths: str, vocabulary: str, *, keeps: bool
+) -> list[dict]:
+    """Return the figures of all rows on one set of shards; `keeps`: the bare loops keep the memory that they free."""
     width, height, _ = SETS[name]
     draw, canvas = np.random.default_rng(0), str(-(-width // 128) * 128)
     boxes = json.dumps([crop_box(height, width, DataConfig().min_crop_area, draw) for _ in range(100)])
@@ -173,7 +178,7 @@ def measure(name: str, rows: Sequence[tuple[str, str, str, int, str]], paths: st
         _, python, code, workers, where = rows[number]
         count = 60 if name == "256" else 40
         words = [str(workers), where, paths, str(BATCH), str(WARM), str(count), vocabulary, boxes, canvas]
-        environ = os.environ | (KEPT_MEMORY if number in BARE_ROWS else {})
+        environ = os.environ | (KEPT_MEMORY if keeps and number in BARE_ROWS else {})
         command = [python, "-c", TICKS + code, *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ)
         if done.returncode:

@@ -4,14 +4,20 @@ Needs nothing but the checkpoint and the data: config, tokenizer and preprocessi
 """
 
 import copy
+import datetime
+import functools
+import hashlib
+import json
 import pathlib
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 
 from clipjax.checkpoints import exchange
+from clipjax.checkpoints.manifest import FILE as MANIFEST
 from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.checkpoints.records import FOLDER
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
@@ -27,11 +33,26 @@ from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sample import Source
 from clipjax.data.sources import check_copies, data_folders, recording_sources
 from clipjax.data.tokenizers.protocol import Tokenizer
+from clipjax.evals.columns import COMPARABLE, to_csv, to_rows
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.runner import Task, build_tasks, run_tasks, task_sources, tfds_dirs, write_results
+from clipjax.evals.examples import Examples, collect
+from clipjax.evals.progress import Progress
+from clipjax.evals.runner import (
+    Evaluation,
+    Task,
+    build_tasks,
+    run_tasks,
+    task_sources,
+    tfds_dirs,
+    write_results,
+    write_text,
+)
 from clipjax.models.clip import build_clip
+from clipjax.monitoring import run_record
 from clipjax.monitoring.run_logger import results_table
-from clipjax.runtime import compilation, consistency, processes, sharding, storage
+from clipjax.reports.evaluation import render
+from clipjax.runtime import compilation, consistency, objects, processes, sharding, storage
+from clipjax.runtime.files import read_bounded
 from clipjax.runtime.terminal import printable
 from clipjax.training import fingerprints
 
@@ -76,6 +97,10 @@ TRAINED = ("model", "data.tokenizer", "loss.contrastive_weight")
 TRAINING_ONLY = ("model.remat", "model.init_logit_scale", "model.max_logit_scale", "model.image.patch_dropout")
 """Fields of the model that only training reads."""
 
+PAGE = "index.html"
+_EXAMPLES = 16  # of each task, on the page
+_MAX_MANIFEST_BYTES = 2**26
+
 NOT_OPENED = ("init_from", "loss.distill_from", "data.train", "data.tokenizer")
 """Fields that name what evaluation does not open."""
 
@@ -91,6 +116,9 @@ class Opened:
         tasks: by name.
         output: file for the results, None for none.
         changed: in words, what overrides changed.
+        csv: file for the results in CLIP_benchmark's columns, None for none.
+        report: folder for the page, None for none.
+        key: digest of all that the results depend on; empty if it is not known.
     """
 
     saved: SavedCheckpoint
@@ -99,6 +127,9 @@ class Opened:
     tasks: dict[str, Task]
     output: pathlib.Path | str | None
     changed: Sequence[str] = ()
+    csv: pathlib.Path | str | None = None
+    report: pathlib.Path | str | None = None
+    key: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,6 +165,12 @@ def _parser() -> arguments.Parser:
     )
     parser.add_argument("--tasks", metavar="A,B", help="names of the config's eval.tasks; all of them if left out")
     parser.add_argument("--output", metavar="FILE", type=arguments.place, help="JSON file for the results")
+    parser.add_argument(
+        "--csv", metavar="FILE", type=arguments.place, help="CSV file for the results, in the columns of CLIP_benchmark"
+    )
+    parser.add_argument(
+        "--report", metavar="DIR", type=arguments.place, help=f"folder for a page of the results, DIR/{PAGE}"
+    )
     arguments.add_launch_options(parser)
     return parser
 
@@ -148,11 +185,20 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
     config = override(base, parsed.overrides)
     expand_paths(config, skip=NOT_OPENED)
     changed = [f"--config.{change}" for change in changes(base, config, parsed.overrides)]
-    if options.output:
-        storage.require_writable(options.output, "--output", makes_folder=True)
+    page = options.report
+    if page is not None:
+        page = objects.join(page, PAGE) if isinstance(page, str) else page / PAGE
+    for option, place in (("--output", options.output), ("--csv", options.csv), ("--report", page)):
+        if place:
+            storage.require_writable(place, option, makes_folder=True)
     validate(config, batch_fields=("eval.batch_size",))
     _select_tasks(config, options.tasks, parsed.overrides)
     _refuse_unused_tfds(config, parsed.overrides)
+    if options.csv and not any(task.kind in COMPARABLE for task in config.eval.tasks.values()):
+        kinds = " and ".join(kind.value for kind in COMPARABLE)
+        raise ValueError(
+            f"--csv={options.csv}: CLIP_benchmark has columns for {kinds}, and no task is of these; leave it out"
+        )
     tokenizer = saved.tokenizer()
     if any(task.kind is not TaskKind.IMAGE_RETRIEVAL for task in config.eval.tasks.values()):
         tokenizer.encode("a")  # of a checkpoint that was converted without one, this says so
@@ -174,7 +220,18 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
         "code": fingerprints.code_fingerprint(),
         "data": fingerprints.data_fingerprint(sources, tokenizer, {"checkpoint": saved}),
     }
-    return Opened(saved, config, tokenizer, tasks, options.output, changed), facts
+    key = _key(saved, facts)
+    return Opened(saved, config, tokenizer, tasks, options.output, changed, options.csv, page, key), facts
+
+
+def _key(saved: SavedCheckpoint, facts: consistency.Fingerprint) -> str:
+    """Return a digest of all that results depend on, the checkpoint's arrays among it; empty if one has no digests."""
+    try:
+        manifest = read_bounded(saved.path / MANIFEST, _MAX_MANIFEST_BYTES)
+    except (OSError, ValueError):  # of an old format
+        return ""
+    content = json.dumps(fingerprints.digests(facts), sort_keys=True).encode() + manifest
+    return hashlib.sha256(content).hexdigest()
 
 
 def _base_config(saved: Config, tasks_from: str | None) -> Config:
@@ -261,25 +318,64 @@ def _select_tasks(config: Config, chosen: str | None, overrides: Sequence[Overri
 
 
 def _evaluate(opened: Opened) -> int:
-    """Run the tasks, write the JSON, print the table; return the exit code."""
+    """Run the tasks, write the results, print the table; return the exit code."""
     saved, config, output = opened.saved, opened.config, opened.output
     mesh = sharding.make_mesh(config.mesh)
     clip = build_clip(config.model, data=config.data)
+    progress = Progress(output, opened.key) if output is not None and opened.key and processes.is_first() else None
+    done = exchange.publish("progress", lambda: {} if progress is None else dict(progress.results))
+    if done and processes.is_first():
+        print(f"done before, and not again: {printable(', '.join(done))}", flush=True)
     with jax.set_mesh(mesh):
-        evaluation = run_tasks(opened.tasks, Encoder(config, clip, mesh, opened.tokenizer, load_params(saved, mesh)))
-    written, refused = False, ""
-    if output is not None and evaluation.results:
-        written = True
-        refused = exchange.publish("results", lambda: write_results(output, saved.place, evaluation))
+        encoder = Encoder(config, clip, mesh, opened.tokenizer, load_params(saved, mesh))
+        keep = {} if progress is None else {"keep": progress.add}
+        evaluation = run_tasks(opened.tasks, encoder, done=done, **keep)
+        examples = {} if opened.report is None else _examples(opened, evaluation, encoder)
+    if progress is not None:
+        evaluation.details.update((name, progress.details[name]) for name in done if name in progress.details)
     failures = [f"eval.tasks.{name} on {saved.place}: {reason}" for name, reason in evaluation.failures.items()]
-    if refused:
-        failures.append(f"--output={output}: the results, which are shown, cannot be written there: {refused}")
+    rows = to_rows(evaluation.results, config.eval.tasks, saved.place)
+    writes: list[tuple[str, pathlib.Path | str | None, Callable[[pathlib.Path | str], str]]] = [
+        ("--output", output, lambda place: write_results(place, saved.place, evaluation)),
+        ("--csv", opened.csv, lambda place: write_text(place, to_csv(rows))),
+        ("--report", opened.report, lambda place: write_text(place, _render(opened, evaluation, examples))),
+    ]
+    written = []
+    for option, place, write in writes:
+        if place is None or not evaluation.results:
+            continue
+        if refused := exchange.publish(f"results{option}", functools.partial(write, place)):
+            failures.append(f"{option}={place}: the results, which are shown, cannot be written there: {refused}")
+        else:
+            written.append(str(place))
+    if progress is not None and not failures:
+        progress.finish()
     if processes.is_first():
         print(f"checkpoint {printable(saved.place)} ({saved.params_group}), step {saved.step}")
         if evaluation.results:
             print(results_table(evaluation.results))
-        if written and not refused:
-            print(f"results: {printable(str(output))}", flush=True)
+        if written:
+            print(f"results: {printable(', '.join(written))}", flush=True)
         for failure in failures:
             print_error(PROGRAM, ValueError(failure))
     return UNUSABLE_DATA if failures else 0
+
+
+def _examples(opened: Opened, evaluation: Evaluation, encoder: Encoder) -> dict[str, Examples]:
+    """Return samples of the tasks that worked, for the page."""
+    found = {name: collect(opened.tasks[name], encoder, _EXAMPLES) for name in evaluation.results}
+    return {name: each for name, each in found.items() if each is not None}
+
+
+def _render(opened: Opened, evaluation: Evaluation, examples: Mapping[str, Examples]) -> str:
+    """Return the page of an evaluation."""
+    saved = opened.saved
+    facts = [
+        ("checkpoint", saved.place),
+        ("step", f"{saved.step:,} ({saved.params_group})"),
+        ("devices", processes.describe_devices().removeprefix("devices: ")),
+        ("versions", ", ".join(f"{name} {version}" for name, version in run_record.versions().items())),
+        ("command", shlex.join(["clipjax", *sys.argv[1:]])),
+        ("date", datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")),
+    ]
+    return render(evaluation, opened.config.eval.tasks, examples, title="Evaluation", facts=facts)

@@ -123,10 +123,10 @@ def build_source(
     """Build the source that a config string names.
 
     Args:
-        spec: `tfds:NAME/SPLIT`, `folder:DIR` or the path of a folder of images, or a path, glob or brace pattern of
-            files of one kind: tars (`a.tar`, `dir/*.tar`, `gs://b/cc3m/{00000..00331}.tar`, `{gs://b/*.tar,/c/d.tar}`),
-            `.parquet`, `.csv`, `.tsv`, `.jsonl` or `.array_record`. Files are in the order of the pattern, those of one
-            glob sorted.
+        spec: `tfds:NAME/SPLIT`, `folder:DIR` or the path of a folder of images, or of one of tars; or a path, glob or
+            brace pattern of files of one kind: tars (`a.tar`, `dir/*.tar`, `gs://b/cc3m/{00000..00331}.tar`,
+            `{gs://b/*.tar,/c/d.tar}`), `.parquet`, `.csv`, `.tsv`, `.jsonl` or `.array_record`. Files are in the order
+            of the pattern, those of one glob sorted.
         data: limits, columns, the folder of images that tables name, and the folder of TFDS data.
         label_key: TFDS feature, or column, of the class number.
         captions: weights of the fields of captions that training reads; none: plain captions.
@@ -282,9 +282,27 @@ def _expand(spec: str) -> list[str]:
             f"source {spec!r}: {len(missing)} of the paths or patterns match no file: {shown}; check the path "
             "(relative ones start at the working directory), or write tfds:NAME/SPLIT for TFDS data"
         )
-    if directories := [path for path in paths if not is_address(path) and pathlib.Path(path).is_dir()]:
-        raise ValueError(f"source {spec!r}: {directories[0]} is a directory; write {directories[0]}/*.tar")
-    return list(dict.fromkeys(paths))
+    return list(dict.fromkeys(file for path in paths for file in _files_of(path, spec)))
+
+
+def _files_of(path: str, spec: str) -> list[str]:
+    """Return the file of a path, or the tars of a folder that plainly holds tars.
+
+    Raises:
+        ValueError: it is another folder.
+    """
+    if is_address(path) or not pathlib.Path(path).is_dir():
+        return [path]
+    found = sorted(each for each in pathlib.Path(path).iterdir() if not each.name.startswith("."))
+    tars = [each for each in found if each.name.lower().endswith(".tar")]
+    names = {each.stem for each in tars}
+    # img2dataset writes 00000.parquet and 00000_stats.json, without pictures, beside 00000.tar.
+    others = {each.suffix for each in found if each.stem not in names and _kind_of(each.name) != "tar"}
+    others.discard(".json")  # counts and lists, no pairs
+    if tars and not others and not any(each.is_dir() for each in found):
+        return [str(each) for each in tars]
+    patterns = " or ".join(f"{path.rstrip('/')}/*{ending}" for ending in sorted({".tar", *others}))
+    raise ValueError(f"source {spec!r}: {path} is a directory; write {patterns}")
 
 
 def build_training_source(data: DataConfig) -> Source:

@@ -47,9 +47,9 @@ class ClassCounts:
         return sum(map(len, self._labels))
 
     def metrics(self) -> dict[str, float]:
-        """Return `top1`, `top5` (of more than five classes), `mean_per_class` and `num_examples`.
+        """Return `top1`, `top5` (of more than five classes), `per_class` and `num_examples`.
 
-        `mean_per_class` is the mean of the classes' recalls, over the classes that occur.
+        `per_class` is the mean of the classes' recalls, over the classes that occur.
 
         Raises:
             ZeroDivisionError: there is no image.
@@ -59,7 +59,7 @@ class ClassCounts:
             metrics["top5"] = self._hits.sum() / self.total
         right, count, _ = self._by_class()
         occurs = count > 0
-        metrics["mean_per_class"] = np.mean(right[occurs] / count[occurs])
+        metrics["per_class"] = np.mean(right[occurs] / count[occurs])
         return {**{name: float(value) for name, value in metrics.items()}, "num_examples": float(self.total)}
 
     def _by_class(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

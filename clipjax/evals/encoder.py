@@ -3,9 +3,10 @@
 Axes: b rows of this process, n rows over all processes, m texts, l tokens, e embed.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,8 @@ from clipjax.data.tokenizers.protocol import Tokenizer, tokenize
 from clipjax.models.clip import Clip
 from clipjax.runtime.sharding import batch_sharding, global_batch, replicated
 from clipjax.typing import Params, Patches
+
+_MAX_KNOWN = 2**29  # bytes of embeddings of texts
 
 
 class NotFiniteEmbeddings(ValueError):
@@ -68,6 +71,7 @@ class Encoder:
     mesh: Mesh
     tokenizer: Tokenizer
     params: Params
+    _known_texts: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def has_embeddings(self) -> bool:
@@ -87,8 +91,22 @@ class Encoder:
         return require_finite("image embeddings", rows)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Return unit-norm float32 `[m, e]` of texts, which are the same on all processes."""
-        tokens, size = self.tokenize(texts), self.config.eval.batch_size
+        """Return unit-norm float32 `[m, e]` of texts, which are the same on all processes.
+
+        What the same tokens have given before is not computed again, as far as 512 MiB hold it.
+        """
+        tokens = self.tokenize(texts)
+        key = hashlib.sha256(repr(tokens.shape).encode() + tokens.tobytes()).digest()
+        if key not in self._known_texts:
+            rows = self._embed_tokens(tokens)
+            rows.flags.writeable = False
+            self._known_texts[key] = rows
+            while sum(each.nbytes for each in self._known_texts.values()) > _MAX_KNOWN and len(self._known_texts) > 1:
+                del self._known_texts[next(iter(self._known_texts))]
+        return self._known_texts[key]
+
+    def _embed_tokens(self, tokens: np.ndarray) -> np.ndarray:
+        size = self.config.eval.batch_size
         sharding = batch_sharding(self.mesh)
         parts = [np.zeros((0, self.config.model.embed_dim), np.float32)]
         for start in range(0, len(tokens), size):

@@ -227,16 +227,31 @@ def check_samples(tasks: Mapping[str, Task]) -> None:
             raise ValueError(f"eval.tasks.{name}: {error}") from error
 
 
-def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Evaluation:
+def run_tasks(
+    tasks: Mapping[str, Task],
+    encoder: Encoder,
+    *,
+    done: Mapping[str, dict[str, float]] | None = None,
+    keep: Callable[[str, dict[str, float], Any], None] = lambda *_: None,
+) -> Evaluation:
     """Run every task; one that fails is left out, on all processes alike, and the others go on.
 
     The traceback of a failure goes to the log of its process alone.
+
+    Args:
+        tasks: by name.
+        encoder: of the model.
+        done: metrics of tasks that are not run again, the same on all processes.
+        keep: takes name, metrics and details of each task that is done, on each process.
 
     Raises:
         JaxRuntimeError: of several processes, one has lost its devices or its peers; the others may wait for it.
     """
     evaluation, key = Evaluation({}, {}), f"evaluation/{next(_evaluations)}"
     for number, (name, task) in enumerate(tasks.items()):
+        if done and name in done:
+            evaluation.results[name] = done[name]
+            continue
         metrics: dict[str, float] = {}
         details, error = None, None
         try:
@@ -252,6 +267,7 @@ def run_tasks(tasks: Mapping[str, Task], encoder: Encoder) -> Evaluation:
             evaluation.results[name] = metrics
             if details is not None:
                 evaluation.details[name] = details
+            keep(name, metrics, details)
     return evaluation
 
 
@@ -304,7 +320,11 @@ def write_results(path: pathlib.Path | str, checkpoint: pathlib.Path | str, eval
     if evaluation.details:  # on one line, as a confusion matrix would fill thousands
         more = json.dumps(evaluation.details, allow_nan=False)
         text = f'{text.removesuffix("}").rstrip()},\n  "{DETAILS}": {more}\n}}'
-    text += "\n"
+    return write_text(path, text + "\n")
+
+
+def write_text(path: pathlib.Path | str, text: str) -> str:
+    """Write a file that is whole or absent; return why it is absent, empty if it is not."""
     try:
         storage.write(path, text)
     except OSError as error:

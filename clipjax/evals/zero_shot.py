@@ -39,7 +39,7 @@ class ZeroShot:
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that rank a model; with five classes or fewer, `top5` would say nothing."""
         deep = (f"top{DEEP}",) if len(self.names) > DEEP else ()
-        return ("top1", *deep, "mean_per_class", *(_COMPARED if self.compares_prompts else ()))
+        return ("top1", *deep, "per_class", *(_COMPARED if self.compares_prompts else ()))
 
     def __call__(self, encoder: Encoder, batches: Iterable[dict]) -> dict[str, Any]:
         """Return the metrics."""
@@ -114,7 +114,7 @@ def zero_shot(
     compares_prompts: bool = False,
     paraphrases: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
-    """Return `top1`, `top5` (where there are more than 5 classes), `mean_per_class`, `num_examples`, and `details`.
+    """Return `top1`, `top5` (where there are more than 5 classes), `per_class`, `num_examples`, and `details`.
 
     The details are those of `ClassCounts.details`. Samples without a label are left out. A model without embeddings
     ranks classes by the mean log-likelihood of their prompts given the image.

@@ -338,15 +338,42 @@ def test_a_path_with_special_characters_is_taken_literally(tmp_path):
     assert build_source(str(tmp_path / "a[1]{2,3}.tar"), data=DataConfig())[0].key == "x"
 
 
+def test_a_folder_of_tars_is_those_tars(tmp_path):
+    for number in (1, 0):
+        write_tar(tmp_path / f"0000{number}.tar", [f"of {number}"])
+        (tmp_path / f"0000{number}.parquet").write_bytes(b"img2dataset's columns, without pictures")
+        (tmp_path / f"0000{number}_stats.json").write_text('{"successes": 1}')
+    (tmp_path / ".clipjax-index").mkdir()
+    source = build_source(f"{tmp_path}/", data=DataConfig())
+    assert [source[i].captions for i in range(len(source))] == [("of 0",), ("of 1",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "patterns"),
+    [
+        ("x.parquet", r"/\*.parquet or .*/\*.tar$"),
+        ("x.csv", r"/\*.csv or .*/\*.tar$"),
+        ("x/y.txt", r"/\*.tar$"),
+    ],
+)
+def test_a_folder_of_tars_and_other_data_is_refused(tmp_path, name, patterns):
+    write_tar(tmp_path / "a.tar", ["a"])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("x")
+    with pytest.raises(ValueError, match=f"is a directory; write .*{patterns}"):
+        build_source(str(tmp_path), data=DataConfig())
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
         ("none-*.tar", r"1 of the paths or patterns match no file: .*none-\*\.tar"),
         ("train-{00001..00004}.tar", r"2 of the paths.*train-00003\.tar, .*train-00004\.tar"),
-        (".", r"is a directory; write .*/\*\.tar"),
+        ("empty", r"is a directory; write .*/empty/\*\.tar$"),
     ],
 )
 def test_patterns_that_match_nothing(shards, pattern, message):
+    (shards / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
         build_source(str(shards / pattern), data=DataConfig())
 

@@ -275,7 +275,7 @@ def test_a_task_that_fails_is_named_and_the_others_go_on(tmp_path):
     with process_log.session():
         process_log.open_log(tmp_path, rank=0, header={})
         evaluation = run_tasks(tasks, encoder)
-    assert evaluation.results == {"good": {"top1": 1.0, "mean_per_class": 1.0, "num_examples": 4.0, "num_skipped": 0.0}}
+    assert evaluation.results == {"good": {"top1": 1.0, "per_class": 1.0, "num_examples": 4.0, "num_skipped": 0.0}}
     assert evaluation.failures == {
         "beyond": "label 2 has no class name: there are 2; check `classes`",
         "unreadable": "[Errno 5] Input/output error: 'shard.tar'",

@@ -25,7 +25,7 @@ def test_accuracies_are_those_of_sorting_with_ties_to_the_lower_class():
     metrics = counts.metrics()
     assert metrics["top1"] == np.mean(order[:, 0] == labels)
     assert metrics["top5"] == np.mean((order[:, :5] == labels[:, None]).any(axis=1))
-    assert metrics["mean_per_class"] == pytest.approx(
+    assert metrics["per_class"] == pytest.approx(
         np.mean([np.mean(order[labels == label, 0] == label) for label in range(8)]), abs=1e-12
     )
     assert metrics["num_examples"] == 400

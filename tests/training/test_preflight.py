@@ -86,7 +86,7 @@ def test_a_best_metric_that_no_task_gives_is_refused(tmp_path, best):
     """Five classes have no top5: the run would end with a KeyError at its first evaluation."""
     config = make_config(tmp_path)
     config.checkpoint = CheckpointConfig(best_metric=best)
-    message = f"checkpoint.best_metric={best!r} must be TASK:METRIC, one of val:top1, val:mean_per_class, "
+    message = f"checkpoint.best_metric={best!r} must be TASK:METRIC, one of val:top1, val:per_class, "
     with process_log.session(), pytest.raises(ValueError, match=re.escape(message)):
         preflight.check(lambda: (config, tmp_path / "run"))
 
