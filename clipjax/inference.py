@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.config import Config, DecoderConfig, MeshConfig
 from clipjax.config.validation import check_embeddings
-from clipjax.data.patches import Pixels, make_view, stack_pixels
+from clipjax.data.patches import PatchTransform, Pixels, make_view, stack_pixels
 from clipjax.data.tokenizers.protocol import Tokenizer, tokenize
 from clipjax.evals.encoder import NotFiniteEmbeddings, require_finite, to_images
 from clipjax.evals.prompts import check_texts
@@ -160,6 +160,44 @@ class Model:
             arXiv 2103.00020, section 3.1.4.
         """
         return zero_shot_classifier(self.encode_text, names, templates)
+
+    def score(self, pixels: Any, texts: str | Sequence[str]) -> Float[Array, "b k"]:
+        """Return the cosine similarity of pictures to texts, through which `jax.grad` flows to the pixels.
+
+        It can be differentiated, compiled (`jax.jit`) and batched as part of a larger function; pixels may be traced,
+        so their values are not checked: of pixels that are not finite the score is not finite either.
+
+        Args:
+            pixels: floating-point `[b, h, w, 3]`, RGB from 0 to 1 at the model's size, not yet normalised.
+            texts: a text or a sequence of k texts; they are constants of the function.
+
+        Returns:
+            float32; a multiple of it by `logit_scale` is the model's logit, less its bias where it has one.
+
+        Raises:
+            ValueError: pixels of another shape, or that are not floating-point; no text, or one that is no string; a
+                model of variable aspect, or one that embeds nothing.
+
+        Source:
+            arXiv 2204.08583 (VQGAN-CLIP), where such a similarity guides a generator.
+        """
+        check_embeddings(self.config)
+        pixels, size = jnp.asarray(pixels), self.config.model.image.image_size
+        if isinstance(self._view, PatchTransform):
+            raise ValueError("score takes squares, and this model takes pictures of variable aspect; use encode_image")
+        if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3) or not jnp.issubdtype(pixels.dtype, jnp.floating):
+            raise ValueError(
+                f"pixels are {pixels.dtype} {pixels.shape}; score takes floating-point [b, {size}, {size}, 3] from 0 "
+                "to 1: divide uint8 pixels by 255, and resize or crop them first (jax.image.resize)"
+            )
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        check_texts("texts", texts)
+        with jax.ensure_compile_time_eval():  # texts are constants, also where a caller's function is being traced
+            text_embed = self.encode_text(texts)
+        mean, std = (np.asarray(each, np.float32) for each in (self.config.data.mean, self.config.data.std))
+        normalised = (pixels.astype(jnp.float32) - mean.reshape(1, 1, 1, 3)) / std.reshape(1, 1, 1, 3)
+        image_embed = self._encode_image(self.params, normalised)
+        return jnp.matmul(image_embed, text_embed.T, precision=jax.lax.Precision.HIGHEST)
 
     def embed_pixels(self, pixels: Float[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n embed"]:
         """Return unit-norm embeddings of pixels that are already resized, cropped and normalised.

@@ -1,13 +1,15 @@
-"""`Model.caption`: every way of writing, whole texts, and one compiled program for each."""
+"""`Model.caption`: every way of writing, whole texts, one compiled program each; `Model.score` and its gradient."""
 
+import copy
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.config import Config, DecoderConfig, ModelConfig, TextTransformerConfig, ViTConfig
+from clipjax.config import Config, DecoderConfig, Dtype, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.data.tokenizers.bytes import BytesTokenizer
 from clipjax.inference import Model
 from clipjax.models.clip import build_clip
@@ -78,3 +80,48 @@ def test_no_pictures_and_no_texts_give_no_rows(model: Model):
 def test_a_path_is_no_picture(model: Model, images):
     with pytest.raises(ValueError, match="no picture; open a file with PIL.Image.open"):
         model.encode_image(images)
+
+
+@pytest.mark.heavy
+def test_the_score_is_the_cosine_of_the_embeddings_also_where_it_is_compiled(model: Model):
+    images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    texts = ["a", "bc"]
+    image, text = (rows.astype(np.float64) for rows in (model.encode_image(images), model.encode_text(texts)))
+    pixels = jnp.asarray(images / 255, jnp.float32)
+    score = model.score(pixels, texts)
+    assert score.dtype == jnp.float32
+    np.testing.assert_allclose(score, image @ text.T, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(lambda x: model.score(x, texts))(pixels), score, atol=1e-6)
+    np.testing.assert_allclose(model.score(pixels, "a"), score[:, :1], atol=1e-6)
+    assert model.score(pixels[:0], texts).shape == (0, 2)
+
+
+@pytest.mark.heavy
+def test_the_gradient_of_the_score_is_that_of_finite_differences(model: Model):
+    config = copy.deepcopy(model.config)
+    config.model.compute_dtype = Dtype.FLOAT32  # bfloat16 rounds away the differences of small steps
+    precise, rng, step = Model(config, model.params, TOKENIZER), np.random.default_rng(2), 0.05
+    pixels = rng.uniform(0.2, 0.8, (2, 16, 16, 3)).astype(np.float32)
+    total = jax.jit(lambda x: (precise.score(x, ["a", "bc"]) @ jnp.asarray([1.0, -0.5])).sum())
+    gradient = np.asarray(jax.grad(total)(pixels), np.float64)
+    scale = np.linalg.norm(gradient)
+    assert scale > 1e-2
+    for along in (gradient, *rng.standard_normal((2, *pixels.shape))):
+        along = along / np.linalg.norm(along)
+        ahead, behind = (float(total((pixels + side * along).astype(np.float32))) for side in (step, -step))
+        assert abs((ahead - behind) / (2 * step) - (gradient * along).sum()) < 2e-3 * scale
+
+
+@pytest.mark.parametrize(
+    ("pixels", "texts", "message"),
+    [
+        (np.zeros((1, 16, 16, 3), np.uint8), "a", "pixels are uint8 .*divide uint8 pixels by 255"),
+        (np.zeros((1, 8, 16, 3), np.float32), "a", r"score takes floating-point \[b, 16, 16, 3\]"),
+        (np.zeros((16, 16, 3), np.float32), "a", "pixels are float32"),
+        (np.zeros((1, 16, 16, 3), np.float32), [], "texts is empty"),
+        (np.zeros((1, 16, 16, 3), np.float32), ["a", 3], r"texts\[1\]=3 must be a string"),
+    ],
+)
+def test_wrong_pixels_and_texts_have_no_score(model: Model, pixels, texts, message):
+    with pytest.raises(ValueError, match=message):
+        model.score(pixels, texts)
