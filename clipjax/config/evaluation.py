@@ -42,6 +42,8 @@ class TaskConfig:
     `compare_prompts` also measures the class names alone and one template. `paraphrases` tells how much the right
     class's probability depends on its words: `templates`, or a JSON file with a list of texts for class names.
 
+    With `captions_by_line` each line of a caption is a text of its own in `retrieval`, as CLIP_benchmark writes them.
+
     `linear_probe`, `few_shot` and `nearest_neighbours` learn from labelled images of `train_source` and are measured on
     `source`, by the `features` of images: the unit-norm embedding, what the image tower projects to it (None: this),
     or raw pixels. `few_shot` averages over `seeds` draws (None: 3), and compares with zero-shot if `classes` and
@@ -58,6 +60,7 @@ class TaskConfig:
     compare_prompts: bool = False
     paraphrases: str | None = None
     gallery: str | None = None
+    captions_by_line: bool = False
     train_source: str | None = None
     features: FeatureKind | None = None
     seeds: int | None = bounded(None, POSITIVE)
@@ -80,6 +83,8 @@ class TaskConfig:
         for name in ("compare_prompts", "paraphrases"):
             if (value := getattr(self, name)) and self.kind is not TaskKind.ZERO_SHOT:
                 errors.append(f"{path}.{name}={value!r}: {self.kind.value} would ignore it; leave it out")
+        if self.captions_by_line and self.kind is not TaskKind.RETRIEVAL:
+            errors.append(f"{path}.captions_by_line=True: {self.kind.value} would ignore it; leave it out")
         if (self.kind is TaskKind.IMAGE_RETRIEVAL) != (self.gallery is not None):
             errors.append(f"{path}.gallery={self.gallery!r}: image_retrieval needs a second source, others none")
         for name in ("image_field", "caption_field"):

@@ -16,7 +16,7 @@ from clipjax.data.patches import make_view
 from clipjax.data.sample import BadSample, Sample
 from clipjax.data.training_stream import per_process
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.retrieval import Retrieval
+from clipjax.evals.retrieval import Retrieval, split_lines
 from clipjax.evals.runner import Task
 from clipjax.evals.zero_shot import ZeroShot, zero_shot_classifier
 
@@ -75,7 +75,8 @@ def collect(task: Task, encoder: Encoder, count: int) -> Examples | None:
     embed = _embed(encoder, [pixels for _, pixels in found])
     pictures = [_small(pixels) for _, pixels in found]
     if isinstance(task.measure, Retrieval):
-        texts = [sample.captions[0] for sample, _ in found]
+        by_line = task.measure.by_line
+        texts = [split_lines(each.captions[0])[0] if by_line else each.captions[0] for each, _ in found]
         similarity = embed @ encoder.embed_texts(texts).T
         guesses = [_best(texts, row) for row in similarity]
         return Examples([Example(*each) for each in zip(pictures, texts, guesses, strict=True)], similarity)

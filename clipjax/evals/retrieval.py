@@ -3,13 +3,16 @@
 Axes: n images, m texts, e embed.
 """
 
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from clipjax.data.sample import Sample
 from clipjax.evals.encoder import Encoder, require_finite
+from clipjax.runtime import processes
 
 DEPTHS = (1, 5, 10)
 NO_CAPTION = "no sample has a caption; retrieval needs at least one per image"
@@ -31,14 +34,17 @@ class _NeedsCaptions:
             raise ValueError(NO_CAPTION)
 
 
+@dataclass(frozen=True)
 class Retrieval(_NeedsCaptions):
     """The task between images and texts; see `retrieval`. `metrics` are those that rank a model."""
+
+    by_line: bool = False
 
     metrics: ClassVar[tuple[str, ...]] = _at_all_depths("image_to_text", "text_to_image")
 
     def __call__(self, encoder: Encoder, batches: Iterable[dict]) -> dict[str, float]:
         """Return the metrics."""
-        return retrieval(encoder, batches)
+        return retrieval(encoder, batches, by_line=self.by_line)
 
 
 class ImageRetrieval(_NeedsCaptions):
@@ -51,20 +57,38 @@ class ImageRetrieval(_NeedsCaptions):
         return image_retrieval(encoder, queries, gallery)
 
 
-def retrieval(encoder: Encoder, batches: Iterable[dict]) -> dict[str, float]:
+def retrieval(encoder: Encoder, batches: Iterable[dict], *, by_line: bool = False) -> dict[str, float]:
     """Return `image_to_text_rK` (any caption of the image among the K nearest), `text_to_image_rK`, and their numbers.
 
     Samples without a caption are left out.
+
+    Args:
+        encoder: of pictures and texts.
+        batches: of pictures with captions.
+        by_line: each line of a caption is a text, blank ones none. Otherwise captions of several lines, which are one
+            text each then, are told.
 
     Raises:
         ValueError: no sample has a caption.
     """
     image_embed, captions = _embed(encoder, batches)
+    if by_line:
+        captions = [tuple(line for caption in own for line in split_lines(caption)) for own in captions]
+    elif several := sum(len(split_lines(caption)) > 1 for own in captions for caption in own):
+        processes.announce(
+            f"{several} captions hold several lines, and each is one text; with captions_by_line=True of the task "
+            "(eval.tasks) each line is one, as CLIP_benchmark means them"
+        )
     texts = [caption for own in captions for caption in own]
     if not texts:
         raise ValueError(NO_CAPTION)
     owners = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
     return recalls(image_embed, encoder.embed_texts(texts), owners)
+
+
+def split_lines(caption: str) -> list[str]:
+    """Return the lines of a caption that are not blank, stripped; they end as those of a text file do."""
+    return [line.strip() for line in re.split(r"\r\n|\r|\n", caption) if line.strip()]
 
 
 def image_retrieval(encoder: Encoder, queries: Iterable[dict], gallery: Iterable[dict]) -> dict[str, float]:

@@ -199,7 +199,7 @@ def _build_measure(task: TaskConfig) -> Measure:
             paraphrases = None if given is None else load_paraphrases(given, names, templates)
             return ZeroShot(names, templates, task.compare_prompts, paraphrases)
         case TaskKind.RETRIEVAL:
-            return Retrieval()
+            return Retrieval(task.captions_by_line)
         case TaskKind.IMAGE_RETRIEVAL:
             return ImageRetrieval()
         case _:

@@ -208,6 +208,17 @@ def test_a_caption_field_that_captions_hide_is_refused():
     validate(config)  # the one table is read twice, and once by data.caption_field
 
 
+def test_lines_of_captions_are_for_retrieval_alone():
+    config = valid()
+    config.eval.tasks["t"] = TaskConfig(
+        kind=TaskKind.IMAGE_RETRIEVAL, source="a.tar", gallery="b.tar", captions_by_line=True
+    )
+    with pytest.raises(ValueError, match="eval.tasks.t.captions_by_line=True: image_retrieval would ignore it"):
+        validate(config)
+    config.eval.tasks["t"] = TaskConfig(kind=TaskKind.RETRIEVAL, source="a.tar", captions_by_line=True)
+    validate(config)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

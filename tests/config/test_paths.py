@@ -116,7 +116,15 @@ def test_all_fields_of_a_config():
     config.data.cache_dir, config.data.mixture = "~/x", {"a": MixtureSource(source="~/x")}
     config.data.keep_keys = config.data.drop_keys = "~/x"
     config.eval.tasks = {
-        "t": TaskConfig(source="~/x", gallery="~/x", classes="~/x", templates="~/x", paraphrases="~/x", tfds_dir="~/x")
+        "t": TaskConfig(
+            source="~/x",
+            gallery="~/x",
+            train_source="~/x",
+            classes="~/x",
+            templates="~/x",
+            paraphrases="~/x",
+            tfds_dir="~/x",
+        )
     }
     expand_paths(config)
     task = config.eval.tasks["t"]

@@ -181,6 +181,29 @@ def test_retrieval_leaves_out_bad_samples_and_those_without_captions():
     assert metrics["image_to_text_r1"] == metrics["text_to_image_r1"] == 1.0
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n \n"])
+def test_captions_of_several_lines_are_split_or_told(end, capsys):
+    directions = np.eye(4, dtype=np.float32)
+    table = {
+        "zero": directions[0],
+        "also zero": directions[0],
+        "three": directions[3],
+        f"zero{end}also zero": directions[3],
+    }
+    batches = [batch([0, 3], [-1, -1], [(f"zero{end}also zero",), ("three",)])]
+    split = Retrieval(by_line=True)(FakeEncoder(directions, table), batches)
+    assert (split["num_examples"], split["num_texts"], split["image_to_text_r1"]) == (2, 3, 1.0)
+    assert capsys.readouterr().err == ""
+    whole = Retrieval()(FakeEncoder(directions, table), batches)
+    assert (whole["num_texts"], whole["text_to_image_r1"]) == (2, 0.5)
+    told = capsys.readouterr().err
+    assert "1 captions hold several lines" in told and "captions_by_line=True" in told
+    alone = [batch([3], [-1], [("three",)])]
+    assert Retrieval(by_line=True)(FakeEncoder(directions, table), alone) == Retrieval()(
+        FakeEncoder(directions, table), alone
+    )
+
+
 def test_image_retrieval_matches_pictures_of_one_caption():
     directions = np.eye(4, dtype=np.float32)
     encoder = FakeEncoder(directions, {})
