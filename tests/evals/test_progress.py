@@ -58,13 +58,13 @@ def test_a_killed_evaluation_goes_on_behind_the_last_task(tasks, encoder, tmp_pa
 
 
 def test_on_a_store_too(s3, tasks, encoder):
-    place = f"s3://{BUCKET}/r.json"
+    place = f"s3://{BUCKET}/unfinished/r.json"
     with pytest.raises(Killed):
         run(tasks, encoder, Progress(place, "key"), killed_after=1)
     progress = Progress(place, "key")
     assert [*progress.results] == ["first"]
     progress.finish()
-    assert not objects.list_folder(f"s3://{BUCKET}")
+    assert not objects.list_folder(f"s3://{BUCKET}/unfinished")
 
 
 @pytest.mark.parametrize(
