@@ -1,4 +1,4 @@
-"""Class names and prompt templates by name, for zero-shot classification.
+"""Class names and prompt templates by name, for zero-shot classification: those here, and those of `datasets`.
 
 A template holds one `{}` for the class name.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipjax.data.scenes.language import CLASS_NAMES, TEMPLATES
+from clipjax.evals import datasets
 from clipjax.runtime.storage import is_address, read_small
 
 CLASSES: dict[str, tuple[str, ...]] = {"scenes": tuple(CLASS_NAMES)}
@@ -30,6 +31,8 @@ def load_classes(name: str) -> tuple[str, ...]:
     Raises:
         ValueError: neither a known name nor such a file; or a file with a blank name, or one name twice.
     """
+    if name in datasets.names():
+        return datasets.prompts_of(name).classes
     names = _load(name, CLASSES, "classes")
     if name in CLASSES:
         return names
@@ -50,6 +53,8 @@ def load_templates(name: str) -> tuple[str, ...]:
     Raises:
         ValueError: neither a known name nor such a file, or a template without exactly one `{}`.
     """
+    if name in datasets.names():
+        return datasets.prompts_of(name).templates
     templates = _load(name, TEMPLATE_SETS, "templates")
     check_templates(templates, f"templates={name!r}")
     return templates
@@ -129,7 +134,8 @@ def _check_filled(field: str, texts: Sequence[str]) -> None:
 def _load(name: str, known: dict[str, tuple[str, ...]], field: str) -> tuple[str, ...]:
     if name in known:
         return known[name]
-    values = _read_json(name, field, f"one of {', '.join(known)}, or a JSON file with a list of strings")
+    named = ", ".join([*known, *datasets.names()])
+    values = _read_json(name, field, f"one of {named}, or a JSON file with a list of strings")
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
         raise ValueError(f"{field}={name!r} must be a JSON list of strings, with at least one")
     _check_filled(f"{field}={name!r}", values)

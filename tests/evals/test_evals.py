@@ -235,7 +235,7 @@ def test_prompts_by_name_and_from_files(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             prompts.load_classes(str(path))
-    with pytest.raises(ValueError, match="classes='birds' must be one of scenes, or a JSON file"):
+    with pytest.raises(ValueError, match="classes='birds' must be one of scenes, birdsnap, "):
         prompts.load_classes("birds")
 
 
