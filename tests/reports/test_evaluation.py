@@ -18,6 +18,8 @@ from clipjax.reports.evaluation import confusion_plot, render
 from tests.evals.test_evals import FakeEncoder, make_task
 from tests.reports import browser
 
+pytestmark = pytest.mark.newest
+
 HOSTILE = ["<script>alert(1)</script>", 'a"b\' onload="x', "cost $5 and $6_x^2", "bell\a\x1b[31m", "{{ 7 * 7 }} & <b>"]
 
 
