@@ -181,6 +181,10 @@ def build_tasks(config: Config, open_source: Callable[..., Source] = build_sourc
 def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Source]) -> Task:
     if config.loss.contrastive_weight == 0 and task.kind is not TaskKind.ZERO_SHOT:
         raise ValueError(f"kind={task.kind.value} needs embeddings, which loss.contrastive_weight=0 does not train")
+    if config.loss.contrastive_weight == 0 and (task.compare_prompts or task.paraphrases is not None):
+        raise ValueError(
+            "compare_prompts and paraphrases need embeddings, which loss.contrastive_weight=0 does not train"
+        )
     if task.features is FeatureKind.PIXELS and getattr(config.model.image, "max_patches", None) is not None:
         raise ValueError("features=pixels: images of variable aspect (model.image.max_patches) differ in size")
     data = task.reads(config.data)

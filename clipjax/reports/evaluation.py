@@ -54,8 +54,8 @@ def render(
         facts: what was evaluated and how, a name and a value each.
     """
     shown = [
-        _task(name, tasks[name], metrics, evaluation.details.get(name) or {}, examples.get(name))
-        for name, metrics in evaluation.results.items()
+        {"number": number, **_task(name, tasks[name], metrics, evaluation.details.get(name) or {}, examples.get(name))}
+        for number, (name, metrics) in enumerate(evaluation.results.items(), 1)
     ]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clipjax.reports"), autoescape=True, undefined=jinja2.StrictUndefined

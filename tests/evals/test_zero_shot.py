@@ -7,9 +7,10 @@ import pytest
 
 from clipjax.config import Config, TaskConfig, TaskKind
 from clipjax.config.validation import validate
+from clipjax.data.sources import ArraySource
 from clipjax.evals.class_counts import ClassCounts
 from clipjax.evals.prompts import load_classes, load_paraphrases, load_templates
-from clipjax.evals.runner import Evaluation, write_results
+from clipjax.evals.runner import Evaluation, build_tasks, write_results
 from clipjax.evals.zero_shot import ZeroShot, zero_shot
 from tests.evals.test_evals import FakeEncoder, batch, unit
 
@@ -166,6 +167,15 @@ def test_other_kinds_of_tasks_compare_no_prompts(fields):
     config.eval.tasks["t"] = TaskConfig(kind=TaskKind.RETRIEVAL, source="a.tar", **fields)
     with pytest.raises(ValueError, match=f"eval.tasks.t.{next(iter(fields))}=.*: retrieval would ignore it"):
         validate(config)
+
+
+@pytest.mark.parametrize("fields", [{"compare_prompts": True}, {"paraphrases": "templates"}])
+def test_a_model_without_embeddings_that_is_to_compare_prompts_is_refused_before_work(fields):
+    config = Config()
+    config.loss.contrastive_weight = 0
+    config.eval.tasks["t"] = TaskConfig(source="a.tar", classes="scenes", templates="scenes", **fields)
+    with pytest.raises(ValueError, match="eval.tasks.t: compare_prompts and paraphrases need embeddings"):
+        build_tasks(config, lambda spec, **options: ArraySource([b"x"], ["a"]))
 
 
 def test_details_stand_on_one_line_beside_the_results(tmp_path):

@@ -79,6 +79,14 @@ def test_a_task_without_details_or_examples_and_one_that_nobody_has_thought_of()
     assert "something new" in text and "50.0 %" in text and "100.0 %" in text and "Failed" not in text
 
 
+def test_links_of_the_overview_lead_to_their_tasks():
+    results = {"no headline": {"something_new": 0.5}, "second": {"top1": 1.0}}
+    tasks = {name: TaskConfig(source="a") for name in results}
+    text = render(Evaluation(results, {}, {}), tasks, {}, title="T", facts=[])
+    (number,) = re.findall(r'<a href="#(task-\d+)">second</a>', text)
+    assert f'<h2 id="{number}">second</h2>' in text
+
+
 def test_only_classes_that_occur_or_are_chosen_are_drawn():
     counts = ClassCounts(1000)
     counts.add(np.array([3, 3, 900]), np.eye(1000)[[3, 17, 900]])
