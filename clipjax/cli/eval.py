@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import jax
 
 from clipjax.checkpoints import exchange
-from clipjax.checkpoints.manifest import FILE as MANIFEST
 from clipjax.checkpoints.manifest import UnusableCheckpoint
+from clipjax.checkpoints.manifest import read as read_manifest
 from clipjax.checkpoints.records import FOLDER
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.cli import arguments
@@ -52,7 +52,6 @@ from clipjax.monitoring import run_record
 from clipjax.monitoring.run_logger import results_table
 from clipjax.reports.evaluation import render
 from clipjax.runtime import compilation, consistency, objects, processes, sharding, storage
-from clipjax.runtime.files import read_bounded
 from clipjax.runtime.terminal import printable
 from clipjax.training import fingerprints
 
@@ -99,7 +98,6 @@ TRAINING_ONLY = ("model.remat", "model.init_logit_scale", "model.max_logit_scale
 
 PAGE = "index.html"
 _EXAMPLES = 16  # of each task, on the page
-_MAX_MANIFEST_BYTES = 2**26
 
 NOT_OPENED = ("init_from", "loss.distill_from", "data.train", "data.tokenizer")
 """Fields that name what evaluation does not open."""
@@ -227,11 +225,10 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
 def _key(saved: SavedCheckpoint, facts: consistency.Fingerprint) -> str:
     """Return a digest of all that results depend on, the checkpoint's arrays among it; empty if one has no digests."""
     try:
-        manifest = read_bounded(saved.path / MANIFEST, _MAX_MANIFEST_BYTES)
-    except (OSError, ValueError):  # of an old format
+        files = read_manifest(saved.path).files
+    except (OSError, UnusableCheckpoint):  # of an old format
         return ""
-    content = json.dumps(fingerprints.digests(facts), sort_keys=True).encode() + manifest
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(json.dumps([fingerprints.digests(facts), files], sort_keys=True).encode()).hexdigest()
 
 
 def _base_config(saved: Config, tasks_from: str | None) -> Config:
