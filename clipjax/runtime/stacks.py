@@ -1,4 +1,4 @@
-"""Where each thread of this process is."""
+"""Stacks of the threads of this process."""
 
 import faulthandler
 import os
