@@ -11,6 +11,7 @@ class TaskKind(enum.Enum):
     """Measurement of an evaluation task."""
 
     ZERO_SHOT = "zero_shot"
+    MULTI_LABEL = "multi_label"
     RETRIEVAL = "retrieval"
     IMAGE_RETRIEVAL = "image_retrieval"
     LINEAR_PROBE = "linear_probe"
@@ -26,6 +27,9 @@ class FeatureKind(enum.Enum):
     PIXELS = "pixels"
 
 
+CLASSIFIERS = (TaskKind.ZERO_SHOT, TaskKind.MULTI_LABEL)
+"""Kinds that need class names and templates."""
+
 PROBES = (TaskKind.LINEAR_PROBE, TaskKind.FEW_SHOT, TaskKind.NEAREST_NEIGHBOURS)
 """Kinds that learn from the labelled images of a second source."""
 
@@ -37,7 +41,8 @@ class TaskConfig:
     `retrieval` finds captions for pictures and pictures for captions. `image_retrieval` finds, for the pictures of
     `source`, those of `gallery` with the same caption, for instance the same thing in another style, and the reverse.
     `zero_shot` needs `classes` and `templates`: a name in `clipjax/evals/prompts.py` or a JSON file with a list of
-    strings. The class of a sample is its integer `label`; samples without one (-1) are left out.
+    strings. The class of a sample is its integer `label`; samples without one (-1) are left out. `multi_label` is for
+    images that have several classes each: their label is a list of class numbers, the metric mean average precision.
 
     `compare_prompts` also measures the class names alone and one template. `paraphrases` tells how much the right
     class's probability depends on its words: `templates`, or a JSON file with a list of texts for class names.
@@ -75,10 +80,10 @@ class TaskConfig:
         """Return what is wrong between the fields, a line each."""
         errors = [] if self.source else [f"{path}.source='' must name a source"]
         prompts = (self.classes, self.templates)
-        if self.kind is TaskKind.ZERO_SHOT and None in prompts:
-            errors.append(f"{path}: zero_shot needs classes and templates; got {prompts}")
+        if self.kind in CLASSIFIERS and None in prompts:
+            errors.append(f"{path}: {self.kind.value} needs classes and templates; got {prompts}")
         errors += self._probe_errors(path)
-        if self.kind not in (TaskKind.ZERO_SHOT, TaskKind.FEW_SHOT) and prompts != (None, None):
+        if self.kind not in (*CLASSIFIERS, TaskKind.FEW_SHOT) and prompts != (None, None):
             errors.append(f"{path}: {self.kind.value} would ignore classes and templates; leave both None")
         for name in ("compare_prompts", "paraphrases"):
             if (value := getattr(self, name)) and self.kind is not TaskKind.ZERO_SHOT:

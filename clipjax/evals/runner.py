@@ -25,6 +25,7 @@ from clipjax.data.sample import BadSample, Sample, Source
 from clipjax.data.sources import build_source
 from clipjax.data.training_stream import per_process
 from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
+from clipjax.evals.multi_label import MultiLabel
 from clipjax.evals.probe_tasks import FewShot, LinearProbe, NearestNeighbours
 from clipjax.evals.prompts import load_classes, load_paraphrases, load_templates
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
@@ -32,7 +33,7 @@ from clipjax.evals.zero_shot import ZeroShot
 from clipjax.runtime import process_log, processes, storage
 
 Results = dict[str, dict[str, float]]
-Measure = ZeroShot | Retrieval | ImageRetrieval | LinearProbe | FewShot | NearestNeighbours
+Measure = ZeroShot | MultiLabel | Retrieval | ImageRetrieval | LinearProbe | FewShot | NearestNeighbours
 """The work of a task: from an encoder and the batches of each source to metrics, and JSON under `DETAILS` if there is
 more to tell; `metrics` names those that rank a model, the larger the better."""
 
@@ -205,6 +206,8 @@ def _build_measure(task: TaskConfig) -> Measure:
             given = task.paraphrases
             paraphrases = None if given is None else load_paraphrases(given, names, templates)
             return ZeroShot(names, templates, task.compare_prompts, paraphrases)
+        case TaskKind.MULTI_LABEL:
+            return MultiLabel(load_classes(task.classes or ""), load_templates(task.templates or ""))
         case TaskKind.RETRIEVAL:
             return Retrieval(task.captions_by_line)
         case TaskKind.IMAGE_RETRIEVAL:

@@ -59,15 +59,20 @@ class ZeroShot:
             ValueError: there are such.
         """
         labels = [sample.label for sample in samples]
-        _check_labels(max(labels, default=-1), len(self.names))
-        if is_all and max(labels, default=-1) < 0:
+        check_labels(max(labels, default=-1), len(self.names))
+        if max(labels, default=-1) < 0 and (is_all or any(sample.labels is not None for sample in samples)):
             raise ValueError(NO_LABEL)
 
 
-NO_LABEL = "no sample has a label; zero-shot classification needs an integer label per image"
+NO_LABEL = "no sample has a label; zero_shot needs an integer label per image, multi_label a list of them"
 
 
-def _check_labels(largest: int, num_classes: int) -> None:
+def check_labels(largest: int, num_classes: int) -> None:
+    """Refuse a label beyond the class names.
+
+    Raises:
+        ValueError: the largest label is one.
+    """
     if largest >= num_classes:
         raise ValueError(f"label {largest} has no class name: there are {num_classes}; check `classes`")
 
@@ -147,7 +152,7 @@ def zero_shot(
         spread = WordingSpread(encoder, names, paraphrases, ways.classifier)
     for batch in batches:
         label = encoder.gather(np.where(batch["mask"], batch["label"], -1).astype(np.int32))
-        _check_labels(int(label.max(initial=-1)), len(names))
+        check_labels(int(label.max(initial=-1)), len(names))
         kept = label >= 0
         rows = ways.encode(batch["image"])[kept]
         for each, scores in zip(counts, ways.scores(rows), strict=True):
