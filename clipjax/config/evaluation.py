@@ -13,6 +13,7 @@ class TaskKind(enum.Enum):
     ZERO_SHOT = "zero_shot"
     RETRIEVAL = "retrieval"
     IMAGE_RETRIEVAL = "image_retrieval"
+    WORD_ORDER = "word_order"
     LINEAR_PROBE = "linear_probe"
     FEW_SHOT = "few_shot"
     NEAREST_NEIGHBOURS = "nearest_neighbours"
@@ -25,6 +26,9 @@ class FeatureKind(enum.Enum):
     BEFORE_PROJECTION = "before_projection"
     PIXELS = "pixels"
 
+
+BY_LINE = (TaskKind.RETRIEVAL, TaskKind.WORD_ORDER)
+"""Kinds that may read each line of a caption as a text."""
 
 PROBES = (TaskKind.LINEAR_PROBE, TaskKind.FEW_SHOT, TaskKind.NEAREST_NEIGHBOURS)
 """Kinds that learn from the labelled images of a second source."""
@@ -42,7 +46,10 @@ class TaskConfig:
     `compare_prompts` also measures the class names alone and one template. `paraphrases` tells how much the right
     class's probability depends on its words: `templates`, or a JSON file with a list of texts for class names.
 
-    With `captions_by_line` each line of a caption is a text of its own in `retrieval`, as CLIP_benchmark writes them.
+    `word_order` compares captions with the same words in another order.
+
+    With `captions_by_line` each line of a caption is a text of its own, as CLIP_benchmark writes them, in tasks that
+    read captions.
 
     `linear_probe`, `few_shot` and `nearest_neighbours` learn from labelled images of `train_source` and are measured on
     `source`, by the `features` of images: the unit-norm embedding, what the image tower projects to it (None: this),
@@ -83,7 +90,7 @@ class TaskConfig:
         for name in ("compare_prompts", "paraphrases"):
             if (value := getattr(self, name)) and self.kind is not TaskKind.ZERO_SHOT:
                 errors.append(f"{path}.{name}={value!r}: {self.kind.value} would ignore it; leave it out")
-        if self.captions_by_line and self.kind is not TaskKind.RETRIEVAL:
+        if self.captions_by_line and self.kind not in BY_LINE:
             errors.append(f"{path}.captions_by_line=True: {self.kind.value} would ignore it; leave it out")
         if (self.kind is TaskKind.IMAGE_RETRIEVAL) != (self.gallery is not None):
             errors.append(f"{path}.gallery={self.gallery!r}: image_retrieval needs a second source, others none")

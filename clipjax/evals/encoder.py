@@ -145,6 +145,11 @@ class Encoder:
         """Return token ids int32 `[m, l]`."""
         return tokenize(self.tokenizer, texts, self.config.model.text.context_length)
 
+    def is_cut(self, text: str) -> bool:
+        """Return True if a text is too long for the model's context, so that it loses its tail."""
+        frame = 1 + (self.tokenizer.start_id is not None)
+        return len(self.tokenizer.encode(text)) + frame > self.config.model.text.context_length
+
     def likelihood(self, image: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Return the log-likelihood of each text given each image, float32 `[n, m]`; for models that predict captions.
 

@@ -28,11 +28,12 @@ from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
 from clipjax.evals.probe_tasks import FewShot, LinearProbe, NearestNeighbours
 from clipjax.evals.prompts import load_classes, load_paraphrases, load_templates
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
+from clipjax.evals.word_order import WordOrder
 from clipjax.evals.zero_shot import ZeroShot
 from clipjax.runtime import process_log, processes, storage
 
 Results = dict[str, dict[str, float]]
-Measure = ZeroShot | Retrieval | ImageRetrieval | LinearProbe | FewShot | NearestNeighbours
+Measure = ZeroShot | Retrieval | ImageRetrieval | WordOrder | LinearProbe | FewShot | NearestNeighbours
 """The work of a task: from an encoder and the batches of each source to metrics, and JSON under `DETAILS` if there is
 more to tell; `metrics` names those that rank a model, the larger the better."""
 
@@ -206,6 +207,8 @@ def _build_measure(task: TaskConfig) -> Measure:
             return Retrieval(task.captions_by_line)
         case TaskKind.IMAGE_RETRIEVAL:
             return ImageRetrieval()
+        case TaskKind.WORD_ORDER:
+            return WordOrder(task.captions_by_line)
         case _:
             return _build_probe(task)
 
