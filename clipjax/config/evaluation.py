@@ -14,6 +14,8 @@ class TaskKind(enum.Enum):
     RETRIEVAL = "retrieval"
     IMAGE_RETRIEVAL = "image_retrieval"
     WORD_ORDER = "word_order"
+    CAPTION_CHOICE = "caption_choice"
+    PAIR_CHOICE = "pair_choice"
     LINEAR_PROBE = "linear_probe"
     FEW_SHOT = "few_shot"
     NEAREST_NEIGHBOURS = "nearest_neighbours"
@@ -27,7 +29,7 @@ class FeatureKind(enum.Enum):
     PIXELS = "pixels"
 
 
-BY_LINE = (TaskKind.RETRIEVAL, TaskKind.WORD_ORDER)
+BY_LINE = (TaskKind.RETRIEVAL, TaskKind.WORD_ORDER, TaskKind.CAPTION_CHOICE)
 """Kinds that may read each line of a caption as a text."""
 
 PROBES = (TaskKind.LINEAR_PROBE, TaskKind.FEW_SHOT, TaskKind.NEAREST_NEIGHBOURS)
@@ -46,7 +48,8 @@ class TaskConfig:
     `compare_prompts` also measures the class names alone and one template. `paraphrases` tells how much the right
     class's probability depends on its words: `templates`, or a JSON file with a list of texts for class names.
 
-    `word_order` compares captions with the same words in another order.
+    `word_order` compares captions with the same words in another order. `caption_choice` asks for the first caption of
+    an image among all of its captions, `pair_choice` which caption belongs to which of two images with one label.
 
     With `captions_by_line` each line of a caption is a text of its own, as CLIP_benchmark writes them, in tasks that
     read captions.

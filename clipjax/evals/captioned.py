@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clipjax.data.sample import Sample
-from clipjax.evals.encoder import Encoder
+from clipjax.evals.encoder import Encoder, require_finite
 from clipjax.runtime import processes
 
 NO_CAPTION = "no sample has a caption; retrieval needs at least one per image"
@@ -59,7 +59,11 @@ class Captioned:
 
 
 def embed_captioned(encoder: Encoder, batches: Iterable[dict]) -> Captioned:
-    """Return the pictures of all batches that are usable and have a caption."""
+    """Return the pictures of all batches that are usable and have a caption.
+
+    Raises:
+        NotFiniteEmbeddings: some embedding is not finite.
+    """
     embeds, captions, labels = [], [], []
     for batch in batches:
         embed = encoder.embed_images(batch["image"])
@@ -73,7 +77,7 @@ def embed_captioned(encoder: Encoder, batches: Iterable[dict]) -> Captioned:
         captions += [by_index[int(index)] for index in facts[rows, 0]]
     if not captions:
         return Captioned(np.zeros((0, 0), np.float32), [], np.zeros(0, np.int32))
-    return Captioned(np.concatenate(embeds), captions, np.concatenate(labels))
+    return Captioned(require_finite("image embeddings", np.concatenate(embeds)), captions, np.concatenate(labels))
 
 
 def _all_captions(encoder: Encoder, batch: dict) -> dict[int, tuple[str, ...]]:
@@ -83,10 +87,14 @@ def _all_captions(encoder: Encoder, batch: dict) -> dict[int, tuple[str, ...]]:
 
 
 def embed_once(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
-    """Return embeddings of texts, equal ones of which are embedded once and have equal bits. Float32 `[m, e]`."""
+    """Return embeddings of texts, equal ones of which are embedded once and have equal bits. Float32 `[m, e]`.
+
+    Raises:
+        NotFiniteEmbeddings: some embedding is not finite.
+    """
     numbers: dict[str, int] = {}
     places = [numbers.setdefault(text, len(numbers)) for text in texts]
-    return encoder.embed_texts(list(numbers))[places]
+    return require_finite("text embeddings", encoder.embed_texts(list(numbers)))[places]
 
 
 def split_lines(caption: str) -> list[str]:
