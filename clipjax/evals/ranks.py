@@ -9,7 +9,7 @@ the same bits in both; but equal candidates in other columns of a matrix product
 tile are summed in another order). So candidates whose embeddings are equal, bit for bit, are equal by definition: they
 share an id, and the index alone decides between them.
 
-Reading order: `best_places`, `_count_block`. Axes: n queries, m candidates, e embed, r queries and c candidates of a
+Reading order: `best_places`, `_add_block`. Axes: n queries, m candidates, e embed, r queries and c candidates of a
 block on one device.
 """
 
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.config import MeshConfig
 from clipjax.runtime.sharding import fetch, make_mesh, replicated
@@ -95,6 +95,7 @@ def best_places(
     blocks = _candidate_blocks(candidates, candidate_groups, columns, mesh)
     fill = lambda value, dtype: _place(np.full(rows, value, dtype), split)  # noqa: E731
     nothing = _Best(fill(-np.inf, np.float32), fill(_NONE, np.int32), fill(_NONE, np.int32))
+    yes, no = (_place(np.asarray(value), replicated(mesh)) for value in (True, False))
     zeros, places = fill(0, np.int32), []
     for start in range(0, len(queries), rows):
         groups = query_groups[start : start + rows]
@@ -104,49 +105,59 @@ def best_places(
         )
         best, before = nothing, zeros
         for number in _blocks_of_groups(groups, candidate_groups, columns):
-            best, _ = add(block, blocks[number], nothing, best, zeros)
+            best, _ = add(block, blocks[number], best, zeros, yes)
         for each in blocks:
-            _, before = add(block, each, best, nothing, before)
+            _, before = add(block, each, best, before, no)
         counted, score = fetch(before, mesh)[: len(groups)], fetch(best.score, mesh)[: len(groups)]
         places.append(np.where(np.isneginf(score), NEVER, counted.astype(np.int64)))
     return np.concatenate(places)
 
 
-def _count_block(
-    queries: _Queries, candidates: _Candidates, rival: _Best, best: _Best, before: Int[Array, " r"]
+def _add_block(
+    queries: _Queries, candidates: _Candidates, best: _Best, before: Int[Array, " r"], is_first_pass: Bool[Array, ""]
 ) -> tuple[_Best, Int[Array, " r"]]:
-    """Return the best right candidate with this block's, and the number before `rival` with those of this block.
+    """Return the best right candidates with those of this block, or how many candidates are before them with these.
 
-    Either pass needs one of both, but the scores of two programs could differ in their last bits.
+    Both passes are one program: the scores of two could differ in their last bits.
     """
-    # One product for all that looks at it: without the barrier a compiler may compute it again for each, otherwise.
+    # The barrier keeps a compiler from computing the product in each branch, maybe in another way.
     score = jax.lax.optimization_barrier(
         jnp.matmul(queries.embed, candidates.embed.T, precision=jax.lax.Precision.HIGHEST)
     )
-    index, embed_id, first = candidates.index[None, :], candidates.embed_id[None, :], candidates.first[None, :]
+    return jax.lax.cond(
+        is_first_pass,
+        lambda: (_find_best(score, queries.group, candidates, best), before),
+        lambda: (best, before + _count_before(score, candidates, best)),
+    )
 
-    is_right = queries.group[:, None] == candidates.group[None, :]
+
+def _find_best(score: Float[Array, "r c"], group: Int[Array, " r"], candidates: _Candidates, best: _Best) -> _Best:
+    """Return the best right candidates, of those so far and this block."""
+    index, embed_id = (jnp.broadcast_to(each[None, :], score.shape) for each in (candidates.first, candidates.embed_id))
+    is_right = group[:, None] == candidates.group[None, :]
     top = jnp.max(score, axis=1, where=is_right, initial=-jnp.inf)
     is_top = is_right & (score == top[:, None])
-    top_index = jnp.min(jnp.broadcast_to(first, score.shape), axis=1, where=is_top, initial=_NONE)
-    is_chosen = is_top & (first == top_index[:, None])
-    top_id = jnp.min(jnp.broadcast_to(embed_id, score.shape), axis=1, where=is_chosen, initial=_NONE)
+    top_index = jnp.min(index, axis=1, where=is_top, initial=_NONE)
+    top_id = jnp.min(embed_id, axis=1, where=is_top & (index == top_index[:, None]), initial=_NONE)
     is_better = (top > best.score) | ((top == best.score) & (top_index < best.index))
-    found = jax.tree.map(functools.partial(jnp.where, is_better), _Best(top, top_index, top_id), best)
+    return jax.tree.map(functools.partial(jnp.where, is_better), _Best(top, top_index, top_id), best)
 
-    is_same = embed_id == rival.embed_id[:, None]
-    is_higher = (score > rival.score[:, None]) & ~is_same
-    is_earlier = (is_same | (score == rival.score[:, None])) & (index < rival.index[:, None])
-    counted = (is_higher | is_earlier) & (index != _NONE)
-    return found, before + jnp.sum(counted, axis=1, dtype=jnp.int32)
+
+def _count_before(score: Float[Array, "r c"], candidates: _Candidates, best: _Best) -> Int[Array, " r"]:
+    """Return how many candidates of this block come before the best right one."""
+    index = candidates.index[None, :]
+    is_same = candidates.embed_id[None, :] == best.embed_id[:, None]
+    is_higher = (score > best.score[:, None]) & ~is_same
+    is_earlier = (is_same | (score == best.score[:, None])) & (index < best.index[:, None])
+    return jnp.sum((is_higher | is_earlier) & (index != _NONE), axis=1, dtype=jnp.int32)
 
 
 @functools.lru_cache(maxsize=8)
 def _make_program(mesh: Mesh) -> Callable[..., tuple[_Best, jax.Array]]:
-    """Return `_count_block`, compiled for blocks whose queries are split over the mesh."""
+    """Return `_add_block`, compiled for blocks whose queries are split over the mesh."""
     by_row, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-    specs = (by_row, whole, by_row, by_row, by_row)
-    run = jax.shard_map(_count_block, mesh=mesh, in_specs=specs, out_specs=by_row)
+    specs = (by_row, whole, by_row, by_row, whole)
+    run = jax.shard_map(_add_block, mesh=mesh, in_specs=specs, out_specs=by_row)
     shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
     return jax.jit(run, in_shardings=shardings, out_shardings=shardings[0])
 

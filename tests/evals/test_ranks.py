@@ -18,6 +18,7 @@ from tests.e2e.test_processes import devices, free_port, outputs
 from tests.evals.test_evals import unit
 
 DEVICES = (1, 2, 4, 8)
+ROWS, COLUMNS = ranks._MAX_ROWS, ranks._MAX_COLUMNS  # those of all but these tests
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +170,21 @@ def test_blocks_and_tails_of_both_passes_are_one_program():
             mesh,
         )
     assert ranks._make_program(mesh)._cache_size() == 1
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_device_holds_few_blocks_and_computes_each_once(count):
+    def shape(*dims: int, dtype: type = np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    rows = ROWS * count
+    queries = ranks._Queries(shape(rows, 32, dtype=np.float32), shape(rows))
+    candidates = ranks._Candidates(shape(COLUMNS, 32, dtype=np.float32), *[shape(COLUMNS)] * 4)
+    best = ranks._Best(shape(rows, dtype=np.float32), shape(rows), shape(rows))
+    lowered = ranks._make_program(mesh_of(count)).lower(queries, candidates, best, shape(rows), shape(dtype=np.bool_))
+    compiled = lowered.compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * ROWS * COLUMNS
+    assert compiled.as_text().count(" dot(") == 1  # or the passes might compare scores of two products
 
 
 def test_equal_rows_share_a_number():
