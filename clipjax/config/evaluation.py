@@ -14,6 +14,9 @@ class TaskKind(enum.Enum):
     MULTI_LABEL = "multi_label"
     RETRIEVAL = "retrieval"
     IMAGE_RETRIEVAL = "image_retrieval"
+    WORD_ORDER = "word_order"
+    CAPTION_CHOICE = "caption_choice"
+    PAIR_CHOICE = "pair_choice"
     LINEAR_PROBE = "linear_probe"
     FEW_SHOT = "few_shot"
     NEAREST_NEIGHBOURS = "nearest_neighbours"
@@ -29,6 +32,9 @@ class FeatureKind(enum.Enum):
 
 CLASSIFIERS = (TaskKind.ZERO_SHOT, TaskKind.MULTI_LABEL)
 """Kinds that need class names and templates."""
+
+BY_LINE = (TaskKind.RETRIEVAL, TaskKind.WORD_ORDER, TaskKind.CAPTION_CHOICE)
+"""Kinds that may read each line of a caption as a text."""
 
 PROBES = (TaskKind.LINEAR_PROBE, TaskKind.FEW_SHOT, TaskKind.NEAREST_NEIGHBOURS)
 """Kinds that learn from the labelled images of a second source."""
@@ -47,7 +53,11 @@ class TaskConfig:
     `compare_prompts` also measures the class names alone and one template. `paraphrases` tells how much the right
     class's probability depends on its words: `templates`, or a JSON file with a list of texts for class names.
 
-    With `captions_by_line` each line of a caption is a text of its own in `retrieval`, as CLIP_benchmark writes them.
+    `word_order` compares captions with the same words in another order. `caption_choice` asks for the first caption of
+    an image among all of its captions, `pair_choice` which caption belongs to which of two images with one label.
+
+    With `captions_by_line` each line of a caption is a text of its own, as CLIP_benchmark writes them, in tasks that
+    read captions.
 
     `linear_probe`, `few_shot` and `nearest_neighbours` learn from labelled images of `train_source` and are measured on
     `source`, by the `features` of images: the unit-norm embedding, what the image tower projects to it (None: this),
@@ -88,7 +98,7 @@ class TaskConfig:
         for name in ("compare_prompts", "paraphrases"):
             if (value := getattr(self, name)) and self.kind is not TaskKind.ZERO_SHOT:
                 errors.append(f"{path}.{name}={value!r}: {self.kind.value} would ignore it; leave it out")
-        if self.captions_by_line and self.kind is not TaskKind.RETRIEVAL:
+        if self.captions_by_line and self.kind not in BY_LINE:
             errors.append(f"{path}.captions_by_line=True: {self.kind.value} would ignore it; leave it out")
         if (self.kind is TaskKind.IMAGE_RETRIEVAL) != (self.gallery is not None):
             errors.append(f"{path}.gallery={self.gallery!r}: image_retrieval needs a second source, others none")

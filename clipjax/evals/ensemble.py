@@ -85,6 +85,10 @@ class Ensemble(Encoder):
         """Return unit-norm float32 `[m, e]`."""
         return self._join([member.embed_texts(texts) for member in self.members])
 
+    def is_cut(self, text: str) -> bool:
+        """Return True if a text is too long for the context of some member."""
+        return any(member.is_cut(text) for member in self.members)
+
     def normalise(self, rows: np.ndarray) -> np.ndarray:
         """Return rows `[..., e]`, such as means of embeddings, with each member's own part scaled as its embeddings."""
         if self.kind is EnsembleKind.EMBEDDINGS:

@@ -15,8 +15,9 @@ from clipjax.data.images import make_decoder
 from clipjax.data.patches import make_view
 from clipjax.data.sample import BadSample, Sample
 from clipjax.data.training_stream import per_process
+from clipjax.evals.captioned import split_lines
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.retrieval import Retrieval, split_lines
+from clipjax.evals.retrieval import Retrieval
 from clipjax.evals.runner import Task
 from clipjax.evals.zero_shot import ZeroShot, zero_shot_classifier
 

@@ -24,16 +24,20 @@ from clipjax.data.patches import make_view
 from clipjax.data.sample import BadSample, Sample, Source
 from clipjax.data.sources import build_source
 from clipjax.data.training_stream import per_process
+from clipjax.evals.choice import CaptionChoice, Choice, PairChoice
 from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
 from clipjax.evals.multi_label import MultiLabel
 from clipjax.evals.probe_tasks import FewShot, LinearProbe, NearestNeighbours
 from clipjax.evals.prompts import load_classes, load_paraphrases, load_templates
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
+from clipjax.evals.word_order import WordOrder
 from clipjax.evals.zero_shot import ZeroShot
 from clipjax.runtime import process_log, processes, storage
 
 Results = dict[str, dict[str, float]]
-Measure = ZeroShot | MultiLabel | Retrieval | ImageRetrieval | LinearProbe | FewShot | NearestNeighbours
+Measure = (
+    ZeroShot | MultiLabel | Retrieval | ImageRetrieval | WordOrder | Choice | LinearProbe | FewShot | NearestNeighbours
+)
 """The work of a task: from an encoder and the batches of each source to metrics, and JSON under `DETAILS` if there is
 more to tell; `metrics` names those that rank a model, the larger the better."""
 
@@ -212,6 +216,12 @@ def _build_measure(task: TaskConfig) -> Measure:
             return Retrieval(task.captions_by_line)
         case TaskKind.IMAGE_RETRIEVAL:
             return ImageRetrieval()
+        case TaskKind.WORD_ORDER:
+            return WordOrder(task.captions_by_line)
+        case TaskKind.CAPTION_CHOICE:
+            return CaptionChoice(task.captions_by_line)
+        case TaskKind.PAIR_CHOICE:
+            return PairChoice()
         case _:
             return _build_probe(task)
 

@@ -84,6 +84,12 @@ def test_embeddings_are_the_mean_of_the_members_embeddings():
     assert ensemble.image_features((np.arange(20) + 1, np.arange(20) + 2)).shape == (20, 8)
 
 
+def test_a_text_is_cut_if_it_is_for_one_member(monkeypatch):
+    ensemble = Ensemble.of([Member(3, 4, 1.0), Member(5, 4, 1.0)], EnsembleKind.LOGITS)
+    monkeypatch.setattr(Member, "is_cut", lambda member, text: len(text) > member.shift)
+    assert [ensemble.is_cut(text) for text in ("abc", "abcd", "abcdef")] == [False, True, True]
+
+
 def test_what_has_no_mean_is_refused():
     for members, kind, message in (
         ([Member(1, 4, 1.0)], EnsembleKind.LOGITS, "needs two models or more"),
