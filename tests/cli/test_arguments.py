@@ -259,3 +259,11 @@ def test_a_place_is_a_path_or_an_address():
     for bad in ("gs://bucket//run", "s3://bucket/a//b"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"={bad} has an empty folder name"):
             arguments.place(bad)
+
+
+def test_words_are_what_has_no_name():
+    argv = ["a.png", "--checkpoint", "run", "b.png", "--top=3", "-", "-h", "--", "-c.png", "--x"]
+    words, rest = arguments.split_words(argv)
+    assert words == ["a.png", "b.png", "-", "-c.png", "--x"]
+    assert rest == ["--checkpoint", "run", "--top=3", "-h"]
+    assert arguments.split_words([]) == ([], [])
