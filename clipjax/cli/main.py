@@ -21,6 +21,7 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
   clipjax convert    open a peer's weights as a clipjax checkpoint
   clipjax export     write a checkpoint as a peer's own loader opens it
   clipjax classify   tell which of some labels fit pictures
+  clipjax embed      write embeddings of a source, with a map, to search in
 
 `clipjax COMMAND --help` tells more. Start with:
 
@@ -29,7 +30,7 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
 """
 
 
-COMMANDS = ("train", "eval", "plan", "sweep", "data", "checkpoint", "presets", "convert", "export", "classify")
+COMMANDS = ("train", "eval", "plan", "sweep", "data", "checkpoint", "presets", "convert", "export", "classify", "embed")
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -82,6 +83,8 @@ def _run(command: str, rest: list[str]) -> int:
             from clipjax.cli.convert import main_export as run
         case "classify":
             from clipjax.cli.classify import main as run
+        case "embed":
+            from clipjax.cli.embed import main as run
         case "--version":
             print(__version__)
             return 0

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 from clipjax.config.paths import READABLE, expand
-from clipjax.data.digests import ShardDigest, digest_samples
+from clipjax.data.digests import Hasher, ShardDigest, digest_samples
 from clipjax.data.folders import FOLDER_PREFIX, list_images
 from clipjax.data.image_files import ImageFiles, max_image_bytes
 from clipjax.data.sample import Sample
@@ -92,8 +92,10 @@ class ImageListSource:
         return path if path.isprintable() else ascii(path)
 
     def digests(self) -> list[ShardDigest]:
-        """Return one digest of all pictures."""
-        return [digest_samples(self, "images", 0, len(self))]
+        """Return one digest of all pictures: of their names, and of the contents of some."""
+        hasher = Hasher()
+        hasher.add(*map(os.fsencode, self._paths), digest_samples(self, "", 0, len(self)).digest.encode())
+        return [ShardDigest("images", hasher.hexdigest(), len(self))]
 
     def files(self) -> list[str]:
         """Return the files."""
