@@ -22,6 +22,7 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
   clipjax export     write a checkpoint as a peer's own loader opens it
   clipjax classify   tell which of some labels fit pictures
   clipjax embed      write embeddings of a source, with a map, to search in
+  clipjax search     find images or texts among embeddings, by a text or a picture
 
 `clipjax COMMAND --help` tells more. Start with:
 
@@ -30,7 +31,20 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
 """
 
 
-COMMANDS = ("train", "eval", "plan", "sweep", "data", "checkpoint", "presets", "convert", "export", "classify", "embed")
+COMMANDS = (
+    "train",
+    "eval",
+    "plan",
+    "sweep",
+    "data",
+    "checkpoint",
+    "presets",
+    "convert",
+    "export",
+    "classify",
+    "embed",
+    "search",
+)
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -85,6 +99,8 @@ def _run(command: str, rest: list[str]) -> int:
             from clipjax.cli.classify import main as run
         case "embed":
             from clipjax.cli.embed import main as run
+        case "search":
+            from clipjax.cli.search import main as run
         case "--version":
             print(__version__)
             return 0

@@ -242,7 +242,11 @@ class EmbeddingFolder:
             yield from _read_part(self._folder, kind, number, self.about["format"], self.about["embed_dim"])
 
     def rows(self, kind: str, places: Sequence[int]) -> list[dict[str, Any]]:
-        """Return `id`, `index` and `caption` of rows."""
+        """Return `id`, `index` and `caption` of rows.
+
+        Raises:
+            UnreadableData: a file is not as it was written.
+        """
         import pyarrow.parquet
 
         ends = np.cumsum([part["rows"][kind] for part in self._parts])
@@ -252,7 +256,10 @@ class EmbeddingFolder:
             number = int(np.searchsorted(ends, place, side="right"))
             if number not in tables:
                 path = self._folder / f"{kind}/part-{number:05d}.parquet"
-                tables[number] = pyarrow.parquet.read_table(path, columns=["id", "index", "caption"])
+                try:
+                    tables[number] = pyarrow.parquet.read_table(path, columns=["id", "index", "caption"])
+                except (ValueError, KeyError, pyarrow.ArrowException) as error:
+                    raise _damaged(path, error) from error
             found += tables[number].slice(place - (int(ends[number - 1]) if number else 0), 1).to_pylist()
         return found
 
@@ -344,4 +351,8 @@ def _read_part(folder: pathlib.Path, kind: str, number: int, form: str, dim: int
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=["embedding"]):
                 yield np.asarray(batch.column(0).flatten()).reshape(-1, dim)
     except (ValueError, KeyError, pyarrow.ArrowException) as error:
-        raise UnreadableData(f"{path} is damaged: {error}; remove the folder and embed again") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> UnreadableData:
+    return UnreadableData(f"{path} is damaged: {error}; remove the folder and embed again")
