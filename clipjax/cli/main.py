@@ -23,6 +23,7 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
   clipjax classify   tell which of some labels fit pictures
   clipjax embed      write embeddings of a source, with a map, to search in
   clipjax search     find images or texts among embeddings, by a text or a picture
+  clipjax rank       order pictures by a prompt
 
 `clipjax COMMAND --help` tells more. Start with:
 
@@ -101,6 +102,8 @@ def _run(command: str, rest: list[str]) -> int:
             from clipjax.cli.embed import main as run
         case "search":
             from clipjax.cli.search import main as run
+        case "rank":
+            from clipjax.cli.rank import main as run
         case "--version":
             print(__version__)
             return 0

@@ -237,7 +237,7 @@ def tell_unusable(program: str, unusable: Mapping[str, str], config: Config) -> 
         print_error(program, ValueError(f"{printable(file)}: unusable ({why}), left out"))
     if unusable:
         counts = ", ".join(f"{reason} {count}" for reason, count in collections.Counter(unusable.values()).items())
-        print_error(program, ValueError(f"{len(unusable)} pictures are left out: {counts}"))
+        print_error(program, ValueError(f"pictures left out: {len(unusable)} ({counts})"))
     return UNUSABLE_DATA if unusable else 0
 
 

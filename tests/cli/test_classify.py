@@ -76,7 +76,7 @@ def test_pictures_that_cannot_be_used_are_told_and_the_others_go_on(place, capsy
     assert found["unusable"] == {"photos/broken.png": "corrupt_image", "photos/huge.png": "image_too_large"}
     assert len(found["images"]) == 8
     assert "photos/huge.png: unusable (image_too_large, data.max_image_pixels=" in shown.err
-    assert "2 pictures are left out: corrupt_image 1, image_too_large 1" in shown.err
+    assert "pictures left out: 2 (corrupt_image 1, image_too_large 1)" in shown.err
     assert found["probabilities"] == "sigmoid" and "they do not sum to one" in shown.out
     for each in found["images"]:
         fits = 1 / (1 + np.exp(-(10 - 5)))
