@@ -191,14 +191,10 @@ def embed(opened: OpenedModel, source: Source, writer: EmbeddingWriter, about: M
     old = writer.start
     if old:
         print(f"{old:,} of {len(source):,} samples were done before", flush=True)
-    start = time.monotonic()
-    if old < len(source):
-        _write_parts(opened, source, writer, about)
-    seconds = time.monotonic() - start
+    rate = _write_parts(opened, source, writer, about) if old < len(source) else None
     counts = writer.finish()
     made = ", ".join(f"{counts[kind]:,} {kind}" for kind in KINDS if kind in counts)
-    rate = f"; {(len(source) - old) / max(seconds, 1e-3):,.0f} samples/s" if old < len(source) else ""
-    print(f"{made} of {len(source):,} samples{rate}")
+    print(f"{made} of {len(source):,} samples" + ("" if rate is None else f"; {rate:,.0f} samples/s"))
     for kind, reasons in counts["unusable"].items():
         if reasons:
             print(f"left out of the {kind}: " + ", ".join(f"{reason} {count:,}" for reason, count in reasons.items()))
@@ -208,7 +204,10 @@ def embed(opened: OpenedModel, source: Source, writer: EmbeddingWriter, about: M
     return 0
 
 
-def _write_parts(opened: OpenedModel, source: Source, writer: EmbeddingWriter, about: Mapping[str, Any]) -> None:
+def _write_parts(
+    opened: OpenedModel, source: Source, writer: EmbeddingWriter, about: Mapping[str, Any]
+) -> float | None:
+    """Write the parts that are missing; return the samples per second, None for a single batch."""
     encoder, data, first, total = opened.encoder(), opened.config.data, writer.start, len(source)
     kinds = KINDS if about["what"] == BOTH else (about["what"],)
     batches = eval_batches(
@@ -220,7 +219,7 @@ def _write_parts(opened: OpenedModel, source: Source, writer: EmbeddingWriter, a
         exif_orientation=data.exif_orientation,
         num_threads=data.num_threads,
     )
-    part, line, done = {kind: _Part(about["embed_dim"]) for kind in kinds}, _Line(first, total), first
+    part, line, done = {kind: _Part(about["embed_dim"]) for kind in kinds}, _Line(total), first
     try:
         for batch in batches:
             for kind in kinds:
@@ -233,6 +232,7 @@ def _write_parts(opened: OpenedModel, source: Source, writer: EmbeddingWriter, a
             line.update(done)
     finally:
         line.close()
+    return line.rate
 
 
 class _Tail:
@@ -315,19 +315,27 @@ def _hold(output: pathlib.Path, held: contextlib.ExitStack) -> None:
 
 
 class _Line:
-    """The progress on the standard error: a line in place on a terminal, else one from time to time."""
+    """The progress on the standard error: a line in place on a terminal, else one from time to time.
 
-    def __init__(self, first: int, total: int) -> None:
-        self._progress = Progress(total, unit="sample")
-        self._first, self._total = first, total
-        self._start = self._shown = time.monotonic()
+    Attributes:
+        rate: samples per second behind the first batch, for which the model was compiled; None before the second one.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._progress, self._total = Progress(total, unit="sample"), total
+        self._first: tuple[int, float] | None = None
+        self._shown = time.monotonic()
+        self.rate: float | None = None
 
     def update(self, done: int) -> None:
         now = time.monotonic()
+        if self._first is None:
+            self._first = done, now
+            return
+        self.rate = (done - self._first[0]) / max(now - self._first[1], 1e-3)
         if now - self._shown >= (_IN_PLACE_SECONDS if sys.stderr.isatty() else _PLAIN_SECONDS):
-            self._shown, rate = now, (done - self._first) / max(now - self._start, 1e-3)
-            left = (self._total - done) / rate
-            self._progress.update(done, {"examples_per_second": rate, "seconds_left": left})
+            self._shown, left = now, (self._total - done) / self.rate
+            self._progress.update(done, {"examples_per_second": self.rate, "seconds_left": left})
 
     def close(self) -> None:
         self._progress.close()

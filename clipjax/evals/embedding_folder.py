@@ -326,9 +326,13 @@ def _require_same(folder: pathlib.Path, recorded: Mapping[str, Any], given: Mapp
         return
     shown = [f"{name} {recorded.get(name)!r}, now {given[name]!r}" for name in names]
     places = [f"{name} {recorded.get(name)!r}" for name in PLACES]
+    hint = ""
+    if set(names) <= {"batch_size", "samples_per_part"}:  # its default depends on the number of devices
+        options = " ".join(f"--{name}={recorded.get(name)}" for name in ("batch_size", "samples_per_part"))
+        hint = f", or go on with {options}"
     raise ValueError(
         f"--output={folder} holds embeddings of {' and '.join(places)} with {'; '.join(shown)}: name another folder, "
-        "or remove this one"
+        f"or remove this one{hint}"
     )
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from clipjax.checkpoints.manifest import DamagedCheckpoint, UndecidedCheckpoint
-from clipjax.cli import arguments, convert, data, plan, presets, sweep, train
+from clipjax.cli import arguments, classify, convert, data, embed, plan, presets, rank, search, sweep, train
 from clipjax.cli import eval as evaluate
 from clipjax.cli.errors import refusals, stops
 from clipjax.cli.overrides import describe_fields
@@ -184,6 +184,10 @@ COMMANDS = {
     "presets": (presets.main, []),
     "convert": (convert.main_convert, ["--input", "--output", "--model", "--tokenizer"]),
     "export": (convert.main_export, ["--checkpoint", "--output"]),
+    "classify": (classify.main, ["--checkpoint", "--output"]),
+    "embed": (embed.main, ["--source", "--checkpoint", "--output", "--tfds_dir"]),
+    "search": (search.main, ["--checkpoint", "--output"]),
+    "rank": (rank.main, ["--checkpoint", "--output"]),
 }
 STORE_PLACES = (
     "--source",

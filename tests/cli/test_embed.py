@@ -190,6 +190,7 @@ def test_a_folder_of_pictures_needs_no_captions(fake, place, capsys):  # noqa: F
         ({"--format": "npy"}, "with format 'parquet', now 'npy'"),
         ({"--samples_per_part": "16"}, "with samples_per_part 8, now 16"),
         ({"--batch_size": "16", "--samples_per_part": "16"}, "with batch_size 8, now 16; samples_per_part 8, now 16"),
+        ({"--samples_per_part": "24"}, "remove this one, or go on with --batch_size=8 --samples_per_part=8"),
         ({"--source": "train.tar"}, "now 64: name another folder, or remove this one"),
         ({"--checkpoint": "changed"}, "checkpoint_digest"),
     ],
