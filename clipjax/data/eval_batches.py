@@ -35,8 +35,7 @@ def eval_batches(
 
     Args:
         source: samples; they need no captions and no labels.
-        view: transform of the images: `clipjax.data.patches.make_view`; None: they are not decoded, and batches have no
-            `image`.
+        view: transform of the images: `clipjax.data.patches.make_view`; None: none is decoded, and there is no `image`.
         batch_size: size of a batch over all processes.
         process_index: number of this process, from 0.
         process_count: number of processes that share each batch.
@@ -69,13 +68,8 @@ def eval_batches(
             image = None if view is None else view(decode(sample.image))
         except BadSample as bad:
             return _eval_row(blank, index=index, reason=REASONS.index(bad.reason))
-        return _eval_row(blank, index=index) | {
-            "image": image,
-            "label": sample.label,
-            "mask": True,
-            "captions": sample.captions,
-            "key": sample.key,
-        }
+        found = {"label": sample.label, "captions": sample.captions, "key": sample.key}
+        return _eval_row(blank, index=index) | {"image": image, "mask": True} | found
 
     return _read_ahead(parts, read, num_threads)
 
