@@ -91,12 +91,13 @@ def of_notebook(text: str) -> tuple[list[str], list[str]]:
 
 
 def _list(code: str, name: str) -> list[str]:
-    """Return the list of strings that code assigns to a name."""
+    """Return the list of strings that code assigns to a name, the first of several words for one."""
     for node in ast.walk(
         ast.parse(re.sub(r"^```.*$", "", code[code.index(f"{name} = [") :].split("```")[0], flags=re.M))
     ):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
-            return [str(value) for value in ast.literal_eval(node.value)]
+            values = ast.literal_eval(node.value)
+            return [str(value[0] if isinstance(value, list) else value) for value in values]
     raise ValueError(f"no list {name}")
 
 
