@@ -198,6 +198,14 @@ class TfdsSource:
         """Return the split and the record in it."""
         return f"{self._spec}, record {index}"
 
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the data's own names of its labels, in their order, which can be numbers; None: it has none."""
+        import tensorflow_datasets as tfds
+
+        features: Any = tfds.builder_from_directory(self._directory).info.features
+        label = _nested(features, self._keys[2])
+        return tuple(label.names) if isinstance(label, tfds.features.ClassLabel) and label.names else None
+
     def digests(self) -> list[ShardDigest]:
         """Return a digest of each file of the split, in order."""
         if self._digests is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from clipjax.data.scenes.language import CLASS_NAMES, TEMPLATES
 from clipjax.evals import datasets
+from clipjax.evals.datasets.labels import aliases_of, order_names
 from clipjax.runtime.storage import is_address, read_small
 
 CLASSES: dict[str, tuple[str, ...]] = {"scenes": tuple(CLASS_NAMES)}
@@ -60,6 +61,20 @@ def load_classes(name: str) -> tuple[str, ...]:
             "tell them apart; give each its own"
         )
     return names
+
+
+def load_classes_for(name: str, labels: Sequence[str] | None) -> tuple[str, ...]:
+    """Return class names in the order in which data numbers them; see `load_classes`.
+
+    Args:
+        name: of a list, or a file.
+        labels: the data's own names of its labels, in their order; None: it has none.
+
+    Raises:
+        ValueError: as `load_classes` and `labels.order_names`.
+    """
+    is_file = name not in CLASSES and name not in datasets.names()
+    return order_names(load_classes(name), labels, field=f"classes={name!r}", is_file=is_file, aliases=aliases_of(name))
 
 
 def load_templates(name: str) -> tuple[str, ...]:
