@@ -263,6 +263,26 @@ def data_folder(data_dir: str | None) -> str:
     return data_dir or os.fspath(constants.DATA_DIR)
 
 
+def is_prepared(name: str, data_dir: str | None) -> bool:
+    """Return True if TFDS data lies there, in whatever format.
+
+    Args:
+        name: `NAME`, `NAME/CONFIG`, and `:VERSION` after either.
+        data_dir: folder of all prepared data, or its address; None is TFDS's own default.
+
+    Raises:
+        OSError: a store does not tell of it.
+    """
+    try:
+        if data_dir is not None and is_address(data_dir):
+            find_files(name, "", data_dir)
+        else:
+            _prepared_directory(name, data_dir)
+    except ValueError:
+        return False
+    return True
+
+
 def find_files(
     name: str, split: str, data_dir: str, *, check: Callable[[Any, str], object] = lambda builder, place: None
 ) -> dict[str, Wanted]:

@@ -182,13 +182,13 @@ def _load(name: str, known: dict[str, tuple[str, ...]], field: str) -> tuple[str
 
 
 def read_lines(content: bytes, field: str) -> list[str]:
-    """Return the lines of a text without the blanks around them, as CLIP_benchmark reads its lists.
+    """Return the lines of a text without the blanks around them; blank lines at its end do not count.
 
     Raises:
         ValueError: it is no UTF-8; `field` is named.
     """
     try:
-        return [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+        return [line.strip() for line in content.decode("utf-8-sig").rstrip().splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{field} is no text in UTF-8: {error}") from error
 

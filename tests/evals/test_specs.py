@@ -41,7 +41,7 @@ def test_the_papers_datasets_have_its_metrics():
 @pytest.mark.parametrize("spec", specs().values(), ids=lambda spec: spec.name)
 def test_records_are_whole(spec):
     assert spec.metric in (TOP1, PER_CLASS, RECALL, *NOT_MEASURED) and spec.kind in ("zero_shot", "retrieval")
-    assert spec.title and spec.home and (spec.tfds or spec.webdataset)
+    assert spec.title and spec.home and (spec.tfds or spec.webdataset or spec.left_out)
     assert (spec.metric == RECALL) == (spec.kind == "retrieval")
     if spec.prompts:
         assert len(load_classes(spec.prompts)) == spec.classes
@@ -50,7 +50,15 @@ def test_records_are_whole(spec):
         assert load_templates(spec.templates)
     if spec.tfds and spec.kind == "zero_shot":
         assert spec.prompts
-    assert spec.folder is None or "/" not in spec.folder
+    assert not any("/" in folder for folder in spec.folders)
+
+
+def test_folders_are_named_as_both_publishers_do():
+    assert specs()["oxford_pets"].folders == ("wds_vtab-pets", "wds_vtab-pets_test")
+    assert specs()["cifar10"].folders == ("wds_vtab-cifar10", "wds_cifar10_test")
+    assert specs()["cifar10"].address == "https://huggingface.co/datasets/clip-benchmark/wds_vtab-cifar10"
+    assert specs()["food101"].address == "https://huggingface.co/datasets/djghosh/wds_food101_test"
+    assert specs()["birdsnap"].address is None and specs()["scenes_val"].folders == ()
 
 
 def test_what_no_task_measures_is_told_why():
@@ -86,9 +94,10 @@ def test_names_splits_and_features_are_those_of_tfds(name, tmp_path):
 
 def test_captions_of_coco_are_those_of_tfds():
     source = inspect.getsource(tfds.builder_cls("coco_captions"))
-    assert specs()["coco"].captions == "captions/text" and specs()["coco"].tfds == "coco_captions/test"
+    assert specs()["coco"].captions == "captions/text" and specs()["coco"].tfds == "coco_captions/2014/test"
     assert re.search(r"features\['captions'\] = tfds.features.Sequence\({\s+'text': np.str_", source)
     assert re.search(r"SplitGenerator\(\s+'test'", source)
+    assert [each.name for each in tfds.builder_cls("coco_captions").BUILDER_CONFIGS] == ["2014"]
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ class Spec:
         names_in_tfds: class names here by those of TFDS, where they differ by more than case, spaces and marks.
         by_hand: what TFDS asks a person to do before it can prepare it.
         webdataset: its name as tars in CLIP_benchmark's layout; None: there is no such thing.
+        in_datacomp: the same in DataComp, if it differs.
+        publisher: of the tars on Hugging Face: CLIP_benchmark's, or DataComp's `djghosh`.
         prompts: name of its class names and templates in `prompts.py`; None: the tars bring their own.
         templates: name of its templates; None: those of `prompts`.
         multi_label: an image has several labels, a vector of 0 and 1 (`.npy` in tars).
@@ -64,6 +66,8 @@ class Spec:
     names_in_tfds: Mapping[str, str] = field(default_factory=dict)
     by_hand: str | None = None
     webdataset: str | None = None
+    in_datacomp: str | None = None
+    publisher: str = "clip-benchmark"
     prompts: str | None = None
     templates: str | None = None
     multi_label: bool = False
@@ -84,9 +88,23 @@ class Spec:
         return "; ".join(reasons) or None
 
     @property
-    def folder(self) -> str | None:
-        """Name of its folder of tars, as CLIP_benchmark writes it; None: there is no such thing."""
-        return None if self.webdataset is None else f"wds_{self.webdataset.replace('/', '-')}"
+    def folders(self) -> tuple[str, ...]:
+        """Names of its folder of tars: as CLIP_benchmark writes it, and as DataComp does; none if there is no such."""
+        if self.webdataset is None:
+            return ()
+        return f"wds_{_plain(self.webdataset)}", f"wds_{_plain(self.in_datacomp or self.webdataset)}_test"
+
+    @property
+    def address(self) -> str | None:
+        """Web page of the published tars; None: nobody publishes any."""
+        if self.webdataset is None or self.absent is not None:
+            return None
+        folder = self.folders[0 if self.publisher == "clip-benchmark" else 1]
+        return f"https://huggingface.co/datasets/{self.publisher}/{folder}"
+
+
+def _plain(name: str) -> str:
+    return name.replace("/", "-")
 
 
 @functools.cache
