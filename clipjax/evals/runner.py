@@ -25,9 +25,11 @@ from clipjax.data.sample import BadSample, Sample, Source
 from clipjax.data.sources import build_source
 from clipjax.data.tfds import TfdsSource
 from clipjax.data.training_stream import per_process
+from clipjax.evals.datasets.labels import numbers_by_id
 from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
 from clipjax.evals.probe_tasks import FewShot, LinearProbe, NearestNeighbours
 from clipjax.evals.prompts import load_classes_for, load_paraphrases, load_templates
+from clipjax.evals.relabelled import RelabelledSource
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
 from clipjax.evals.zero_shot import ZeroShot
 from clipjax.runtime import process_log, processes, storage
@@ -193,7 +195,15 @@ def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Sou
     for spec, source in zip(task.sources, sources, strict=True):
         if not len(source):
             raise ValueError(f"source {spec!r} holds no sample; name one that does, or leave the task out")
+    sources = [_number_as_listed(task, source) for source in sources]
     return Task(_build_measure(task, sources), config, sources, task.max_examples)
+
+
+def _number_as_listed(task: TaskConfig, source: Source) -> Source:
+    """Return a source whose labels are those of the task's list, if this is a part of the data's classes."""
+    labels = source.class_names() if task.classes is not None and isinstance(source, TfdsSource) else None
+    numbers = None if labels is None else numbers_by_id(task.classes or "", labels)
+    return source if numbers is None else RelabelledSource(source, numbers)
 
 
 def _build_measure(task: TaskConfig, sources: Sequence[Source]) -> Measure:

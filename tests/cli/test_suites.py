@@ -39,11 +39,23 @@ def test_a_suite_takes_the_place_of_the_checkpoints_tasks(run):
 
 
 def test_a_suite_reads_tfds_data_where_the_config_says(run):
-    write_tfds(run / "tfds", "mnist")
+    write_tfds(run / "tfds", "mnist", "test")
     opened = open_suite("--suite=quick", "--tasks=mnist")
     assert list(opened.tasks) == ["mnist"] and opened.config.eval.tasks["mnist"].tfds_dir is None
     with pytest.raises(ValueError, match="config.data.tfds_image_key=other: each task that reads TFDS data has its"):
         open_suite("--suite=quick", "--config.data.tfds_image_key=other")
+
+
+def test_a_config_file_takes_the_tasks_of_a_suite(run):
+    write_tars(run, specs()["rendered_sst2"])
+    (run / "suite.py").write_text(
+        "from clipjax.config import *\nfrom clipjax.evals.suites import suite_tasks\ndef get_config():\n"
+        "    tasks = suite_tasks('clip_paper', folder='.', tfds_dir='tfds', max_examples=2)\n"
+        "    return Config(eval=EvalConfig(tasks=tasks))\n"
+    )
+    opened = evaluate._open_here(["--checkpoint=run", "--tasks_from=suite.py"])[0]
+    assert list(opened.tasks) == ["rendered_sst2"] and opened.tasks["rendered_sst2"].max_examples == 2
+    assert opened.tasks["rendered_sst2"].measure.names == ("negative", "positive")
 
 
 def test_data_that_cannot_be_read_costs_its_task_alone(run):

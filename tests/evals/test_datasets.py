@@ -52,12 +52,15 @@ def test_lists_are_those_that_were_published(name):
     assert found.licence == "MIT" and found.source.startswith("https://github.com/openai/CLIP/blob/")
 
 
+PARTS = {"imagenet_a": ("n01498041", "stingray"), "imagenet_r": ("n01443537", "goldfish")}
+"""The first class of each part of ImageNet."""
+
 OTHERS = {"clevr_distance": (6, 1), "svhn": (10, 6)}
 """Class names and templates of CLIP_benchmark."""
 
 
 def test_all_27_datasets_of_the_paper_are_there():
-    assert datasets.names() == tuple(sorted([*PUBLISHED, *OTHERS])) and len(PUBLISHED) == 27
+    assert datasets.names() == tuple(sorted([*PUBLISHED, *OTHERS, *PARTS])) and len(PUBLISHED) == 27
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -66,6 +69,15 @@ def test_other_lists_name_clip_benchmark(name):
     assert (len(found.classes), len(found.templates)) == OTHERS[name]
     assert found.source.startswith("https://github.com/LAION-AI/CLIP_benchmark/blob/")
     check_templates(found.templates)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_imagenet_have_its_names(name):
+    found, imagenet = datasets.prompts_of(name), datasets.prompts_of("imagenet")
+    assert len(found.ids) == len(found.classes) == 200 and list(found.ids) == sorted(set(found.ids))
+    assert (found.ids[0], found.classes[0]) == PARTS[name]
+    places = [imagenet.classes.index(each) for each in found.classes]
+    assert places == sorted(places) and found.templates == imagenet.templates
 
 
 def test_of_several_words_for_one_class_the_first_is_taken():

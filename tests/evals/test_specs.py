@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipjax.config import Config, TaskConfig
 from clipjax.evals import datasets
-from clipjax.evals.datasets.labels import aliases_of, order_names
+from clipjax.evals.datasets.labels import aliases_of, numbers_by_id, order_names
 from clipjax.evals.datasets.specs import NOT_MEASURED, PER_CLASS, RECALL, TOP1, specs
 from clipjax.evals.prompts import load_classes, load_templates
 from clipjax.evals.runner import build_tasks
@@ -79,13 +79,20 @@ def test_names_splits_and_features_are_those_of_tfds(name, tmp_path):
     features = builder.info.features
     assert isinstance(features[spec.image], tfds.features.Image)
     assert isinstance(features[spec.label], tfds.features.ClassLabel)
-    assert features[spec.label].num_classes == spec.classes
+    labels = features[spec.label].names
+    numbers = numbers_by_id(name, labels)
+    assert (numbers is not None) == (name in ("imagenet_a", "imagenet_r"))
     source = inspect.getsource(inspect.getmodule(type(builder)))
     part = split.partition("[")[0]
     assert re.search(rf"Split\.{part.upper()}|['\"]{part}['\"]", source)
-    found = order_names(
-        load_classes(spec.prompts), features[spec.label].names, field=name, is_file=False, aliases=aliases_of(name)
-    )
+    if numbers is not None:  # all of ImageNet's classes, of which some count
+        chosen = {labels[at]: place for at, place in enumerate(numbers) if place >= 0}
+        assert list(chosen) == list(datasets.prompts_of(name).ids) and list(chosen.values()) == list(range(200))
+        imagenet = load_classes("imagenet")
+        assert [imagenet[labels.index(each)] for each in chosen] == list(load_classes(name))
+        return
+    assert len(labels) == spec.classes
+    found = order_names(load_classes(spec.prompts), labels, field=name, is_file=False, aliases=aliases_of(name))
     assert sorted(found) == sorted(load_classes(spec.prompts))
     assert bool(spec.by_hand) == bool(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)
     if name in ("imagenet", "imagenet_v2", "imagenet_sketch"):

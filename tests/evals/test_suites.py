@@ -1,5 +1,6 @@
 """Suites: every dataset on tiny data of its own layout, and what is told of what is missing or does not fit."""
 
+import dataclasses
 import io
 import logging
 import pathlib
@@ -11,13 +12,16 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from clipjax.config import Config, TaskKind
-from clipjax.evals import datasets
+from clipjax.data.sources import ArraySource
+from clipjax.evals import datasets, suites
 from clipjax.evals.datasets.specs import Spec, specs
+from clipjax.evals.relabelled import RelabelledSource
 from clipjax.evals.runner import build_tasks
 from clipjax.evals.suites import SUITES, plan_suite, suite_tasks
 from clipjax.runtime import objects
 
 NOWHERE = "/nonexistent"
+IN_TFDS = [name for name, spec in specs().items() if spec.tfds and spec.classes and not name.startswith("scenes")]
 ON_TARS = [spec for spec in specs().values() if spec.folders and not spec.left_out]
 
 
@@ -72,44 +76,82 @@ def test_each_dataset_is_read_from_tars_of_its_layout(spec, tmp_path):
     assert list(built.measure.names) == [line.strip() for line in lines]
 
 
-@pytest.mark.parametrize("name", ["coco_captions", "mnist"])
-def test_datasets_are_read_from_tfds(name, tmp_path):
-    write_tfds(tmp_path, name)
-    of_suite, dataset = {"coco_captions": ("retrieval", "coco"), "mnist": ("quick", "mnist")}[name]
-    tasks = suite_tasks(of_suite, tfds_dir=str(tmp_path), max_examples=1)
-    assert list(tasks) == [dataset]
-    assert (tasks[dataset].tfds_dir, tasks[dataset].max_examples) == (str(tmp_path), 1)
+@pytest.mark.parametrize("name", [*IN_TFDS, "coco"])
+def test_each_dataset_is_read_from_tfds_data_with_its_features(name, tmp_path, monkeypatch):
+    spec = specs()[name]
+    dataset, split = (spec.tfds or "").split("[")[0].rsplit("/", 1)
+    whole = dataclasses.replace(spec, tfds=f"{dataset}/{split}")  # slices of some begin behind the one example here
+    monkeypatch.setattr(suites, "specs", lambda: {**specs(), name: whole})
+    acorn = 988  # the last class of both parts of ImageNet
+    write_tfds(tmp_path, dataset, split, label=acorn if name in ("imagenet_a", "imagenet_r") else None)
+    tasks = suite_tasks(suite_of(name), tfds_dir=str(tmp_path), only=[name], max_examples=1)
+    assert (tasks[name].tfds_dir, tasks[name].max_examples) == (str(tmp_path), 1)
     config = Config()
     config.eval.tasks = tasks
-    sample = build_tasks(config)[dataset].sources[0][0]
-    assert sample.captions == (("a dog", "the dog") if dataset == "coco" else ())
-    assert dataset == "coco" or sample.label == 7
+    built = build_tasks(config)[name]
+    built.check_samples()
+    sample = built.sources[0][0]
+    if name == "coco":
+        assert sample.captions == ("a dog", "the dog")
+        return
+    assert len(built.measure.names) == spec.classes
+    assert sample.label == spec.classes - 1
 
 
-def write_tfds(folder: pathlib.Path, dataset: str) -> None:
-    """Write one sample with the features that TFDS's own builder has, as it does."""
-    stream = io.BytesIO()
-    Image.new("RGB", (4, 4)).convert("L" if dataset == "mnist" else "RGB").save(stream, "PNG")
-    sample = {"image": io.BytesIO(stream.getvalue())}
-    features = {"image": tfds.features.Image(shape=(None, None, 1 if dataset == "mnist" else 3))}
-    if dataset == "mnist":
-        sample["label"], features["label"] = 7, tfds.features.ClassLabel(num_classes=10)
-    else:
-        sample["captions"] = [{"text": "a dog", "id": 0}, {"text": "the dog", "id": 1}]
-        features["captions"] = tfds.features.Sequence({"text": tfds.features.Text(), "id": np.int64})
+def test_labels_of_all_of_imagenet_become_those_of_a_part(tmp_path):
+    write_tfds(tmp_path, "imagenet_a", "test", label=6)
+    config = Config()
+    config.eval.tasks = suite_tasks("robustness", tfds_dir=str(tmp_path))
+    task = build_tasks(config)["imagenet_a"]
+    assert task.measure.names[task.sources[0][0].label] == "stingray"
+    assert task.sources[0].location(0) == "tfds:imagenet_a/test, record 0"
+    assert len(task.sources[0].files()) == len(task.sources[0].digests()) == 1
+    others = RelabelledSource(ArraySource([b""] * 3, [()] * 3, labels=[0, 6, 1000]), [-1] * 6 + [0])
+    assert [others[index].label for index in range(3)] == [-1, 0, -1]
 
-    configs = [tfds.core.BuilderConfig(name="2014", version="1.0.0")] if dataset == "coco_captions" else []
+
+def features_of(dataset: str) -> dict[str, tfds.features.FeatureConnector]:
+    """Return the features of TFDS's own builder, and what the source of COCO's captions has."""
+    if dataset == "coco_captions/2014":
+        captions = tfds.features.Sequence({"text": tfds.features.Text(), "id": np.int64})
+        return {"image": tfds.features.Image(), "captions": captions}
+    return dict(tfds.builder(dataset, data_dir=NOWHERE).info.features)
+
+
+def example_of(feature: tfds.features.FeatureConnector, label: int | None) -> object:
+    """Return a value of a feature; the last class, unless a label is given."""
+    match feature:
+        case tfds.features.Image():
+            height, width, channels = (size or 4 for size in feature.shape)
+            stream = io.BytesIO()
+            Image.new("L" if channels == 1 else "RGB", (width, height)).save(stream, "PNG")
+            return io.BytesIO(stream.getvalue())
+        case tfds.features.ClassLabel():
+            return (feature.num_classes or 1) - 1 if label is None else label
+        case tfds.features.BBoxFeature():
+            return tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
+        case tfds.features.Text():
+            return "text"
+        case _:
+            return [{"text": "a dog", "id": 0}, {"text": "the dog", "id": 1}]
+
+
+def write_tfds(folder: pathlib.Path, dataset: str, split: str, *, label: int | None = None) -> None:
+    """Write one example with the features of a dataset, as TFDS does."""
+    features = features_of(dataset)
+    example = {key: example_of(feature, label) for key, feature in features.items()}
+    of_dataset, _, config = dataset.partition("/")
 
     class Fake(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
-        BUILDER_CONFIGS = configs
-        name = dataset
+        VERSION = tfds.core.Version("99.0.0")
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
+        name = of_dataset
 
         def _info(self):
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, dl_manager):
-            return {"test": iter([(0, sample)])}
+            return {split: iter([(0, example)])}
 
         def _generate_examples(self):
             raise AssertionError

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
+from clipjax.evals import datasets
 from clipjax.evals.datasets.specs import specs
 
 _MOST_SHOWN = 3
@@ -57,6 +58,27 @@ def order_names(
     return tuple(classes)
 
 
+def numbers_by_id(name: str, labels: Sequence[str]) -> list[int] | None:
+    """Return the place in a list of each of the data's labels, -1 if it is not there; None if they are the same.
+
+    It is for a list that is a part of ImageNet's classes, and for data that numbers all of these, as TFDS does.
+
+    Args:
+        name: of the list.
+        labels: WordNet's ids of the data's labels, in their order.
+
+    Raises:
+        ValueError: the data lacks a class of the list.
+    """
+    ids = datasets.prompts_of(name).ids if name in datasets.names() else ()
+    if not ids or list(ids) == list(labels) or not all(map(_is_id, labels)):
+        return None
+    if missing := sorted(set(ids) - set(labels)):
+        raise ValueError(f"classes={name!r} has {len(missing)} classes that the data lacks, {missing[0]} for one")
+    places = {each: place for place, each in enumerate(ids)}
+    return [places.get(label, -1) for label in labels]
+
+
 def aliases_of(name: str) -> Mapping[str, str]:
     """Return class names of a list by the names that TFDS has for them."""
     spec = specs().get(name)
@@ -65,7 +87,11 @@ def aliases_of(name: str) -> Mapping[str, str]:
 
 def _are_sorted_ids(labels: Sequence[str]) -> bool:
     """Return True for ids of WordNet in their order, which is that of ImageNet's lists."""
-    return all(re.fullmatch(r"n\d{8}", label) for label in labels) and sorted(labels) == list(labels)
+    return all(map(_is_id, labels)) and sorted(labels) == list(labels)
+
+
+def _is_id(label: str) -> bool:
+    return re.fullmatch(r"n\d{8}", label) is not None
 
 
 def _plain(name: str) -> str:
