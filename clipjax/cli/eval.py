@@ -220,6 +220,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
         "config": fingerprints.config_fingerprint(config),
         "code": fingerprints.code_fingerprint(),
         "data": fingerprints.data_fingerprint(sources, tokenizer, {"checkpoint": saved}),
+        "class list": fingerprints.prompts_fingerprint(tasks),
     }
     key = _key(saved, facts)
     return Opened(saved, config, tokenizer, tasks, options.output, changed, options.csv, page, key), facts

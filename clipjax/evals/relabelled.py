@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from clipjax.data.digests import ShardDigest
 from clipjax.data.sample import Sample, Source
+from clipjax.data.tfds import TfdsSource
+from clipjax.evals.datasets.labels import numbers_by_id
 
 
 class RelabelledSource:
@@ -37,3 +39,23 @@ class RelabelledSource:
     def files(self) -> Sequence[str]:
         """Return the files of the data."""
         return self._source.files()
+
+
+def class_names_of(source: Source) -> tuple[str, ...] | None:
+    """Return the data's own names of its labels, in their order; None: it has none."""
+    return source.class_names() if isinstance(source, TfdsSource) else None
+
+
+def number_as_listed(classes: str | None, source: Source) -> Source:
+    """Return a source whose labels are those of a list, if this is a part of the data's classes; else the source.
+
+    Args:
+        classes: name of the list; None: there is none.
+        source: the samples.
+
+    Raises:
+        ValueError: the data lacks a class of the list.
+    """
+    labels = None if classes is None else class_names_of(source)
+    numbers = None if classes is None or labels is None else numbers_by_id(classes, labels)
+    return source if numbers is None else RelabelledSource(source, numbers)

@@ -23,13 +23,11 @@ from clipjax.data.eval_batches import eval_batches
 from clipjax.data.patches import make_view
 from clipjax.data.sample import BadSample, Sample, Source
 from clipjax.data.sources import build_source
-from clipjax.data.tfds import TfdsSource
 from clipjax.data.training_stream import per_process
-from clipjax.evals.datasets.labels import numbers_by_id
 from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
 from clipjax.evals.probe_tasks import FewShot, LinearProbe, NearestNeighbours
 from clipjax.evals.prompts import load_classes_for, load_paraphrases, load_templates
-from clipjax.evals.relabelled import RelabelledSource
+from clipjax.evals.relabelled import class_names_of, number_as_listed
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
 from clipjax.evals.zero_shot import ZeroShot
 from clipjax.runtime import process_log, processes, storage
@@ -195,15 +193,8 @@ def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Sou
     for spec, source in zip(task.sources, sources, strict=True):
         if not len(source):
             raise ValueError(f"source {spec!r} holds no sample; name one that does, or leave the task out")
-    sources = [_number_as_listed(task, source) for source in sources]
+    sources = [number_as_listed(task.classes, source) for source in sources]
     return Task(_build_measure(task, sources), config, sources, task.max_examples)
-
-
-def _number_as_listed(task: TaskConfig, source: Source) -> Source:
-    """Return a source whose labels are those of the task's list, if this is a part of the data's classes."""
-    labels = source.class_names() if task.classes is not None and isinstance(source, TfdsSource) else None
-    numbers = None if labels is None else numbers_by_id(task.classes or "", labels)
-    return source if numbers is None else RelabelledSource(source, numbers)
 
 
 def _build_measure(task: TaskConfig, sources: Sequence[Source]) -> Measure:
@@ -223,8 +214,7 @@ def _build_measure(task: TaskConfig, sources: Sequence[Source]) -> Measure:
 
 def _load_prompts(task: TaskConfig, sources: Sequence[Source]) -> tuple[Sequence[str], Sequence[str]]:
     """Return class names in the order of the data's labels, and templates."""
-    labels = sources[0].class_names() if isinstance(sources[0], TfdsSource) else None
-    return load_classes_for(task.classes or "", labels), load_templates(task.templates or "")
+    return load_classes_for(task.classes or "", class_names_of(sources[0])), load_templates(task.templates or "")
 
 
 def _build_probe(task: TaskConfig, sources: Sequence[Source]) -> LinearProbe | FewShot | NearestNeighbours:
