@@ -172,12 +172,13 @@ def plan_suite(
         if each not in suite.names:
             raise ValueError(f"{each!r} is no dataset of the suite {name}; they are {', '.join(suite.names)}")
     place = None if folder is None else _check_folder(folder)
+    prepared = None if tfds_dir is None else expand(tfds_dir, "tfds_dir", schemes=STORES)
     for each in suite.names:
         if only is not None and each not in only:
             continue
         spec = specs()[each]
         try:
-            task = None if spec.left_out else _find(spec, suite, place, tfds_dir)
+            task = None if spec.left_out else _find(spec, suite, place, prepared)
             why = spec.left_out or _advice(spec, place)
         except _Unusable as error:
             task, why = None, str(error)
