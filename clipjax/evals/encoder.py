@@ -47,6 +47,11 @@ def require_finite(name: str, rows: np.ndarray) -> np.ndarray:
     return rows
 
 
+def unit_norm(rows: np.ndarray) -> np.ndarray:
+    """Return rows `[..., e]` of norm 1, float32."""
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
 def to_images(pixels: Any) -> Any:
     """Return what a model takes of pixels on the devices: squares, or the rows that fields of `Patches` tell."""
     return Patches(**pixels) if isinstance(pixels, dict) else pixels
@@ -89,6 +94,10 @@ class Encoder:
         with jax.set_mesh(self.mesh):
             rows = self._fetch(_encode_image(self.clip, self.params, to_images(global_batch(self.mesh, image))))
         return require_finite("image embeddings", rows)
+
+    def normalise(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows `[..., e]`, such as means of embeddings, scaled as embeddings are. Float32."""
+        return unit_norm(rows)
 
     def image_features(self, image: Pixels) -> np.ndarray:
         """Return what is projected to embeddings, float32 `[n, v]`; see `Clip.image_features`."""

@@ -81,7 +81,7 @@ def collect(task: Task, encoder: Encoder, count: int) -> Examples | None:
         guesses = [_best(texts, row) for row in similarity]
         return Examples([Example(*each) for each in zip(pictures, texts, guesses, strict=True)], similarity)
     names = task.measure.names
-    classifier = zero_shot_classifier(encoder.embed_texts, names, task.measure.templates)
+    classifier = zero_shot_classifier(encoder.embed_texts, names, task.measure.templates, normalise=encoder.normalise)
     logits = encoder.logit_scale * (embed @ classifier.T).astype(np.float64)
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     guesses = [_best(names, row) for row in odds / odds.sum(axis=1, keepdims=True)]

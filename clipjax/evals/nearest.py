@@ -19,7 +19,7 @@ def nearest_scores(
     Of equally near examples the first ones count. The sums are divided by that of the nearest, which keeps them finite.
 
     Source:
-        DINO (arXiv 2104.14294, appendix F.1; the rule is arXiv 1805.01978, section 3.4).
+        DINO (arXiv 2104.14294), by the rule of arXiv 1805.01978.
 
     Args:
         train: `[m, d]`.

@@ -93,7 +93,7 @@ class Task:
         skipped = [0] * len(self.sources)
 
         def read(number: int) -> Iterator[dict]:
-            for batch, reasons in self._read_together(encoder, self.sources[number]):
+            for batch, reasons in self.read_together(encoder, number):
                 skipped[number] += int((reasons >= 0).sum())
                 yield batch
 
@@ -118,13 +118,16 @@ class Task:
                     samples.append(source[index])
             self.measure.check_samples(samples, is_all=len(places) == size)
 
-    def _read_together(self, encoder: Encoder, source: Source) -> Iterator[tuple[dict, np.ndarray]]:
-        """Yield this process's part of each batch, and the skip reasons of the whole batch.
+    def read_together(self, encoder: Encoder, number: int) -> Iterator[tuple[dict, np.ndarray]]:
+        """Yield this process's part of each batch of a source, and the skip reasons of the whole batch.
 
         A process that fails to read tells so in place of its skip reasons; otherwise the others would wait for it.
+
+        Raises:
+            ReadFailed: a process cannot read its part.
         """
         local_size = per_process("eval.batch_size", self.config.eval.batch_size, jax.process_count())
-        batches = self._batches(source)
+        batches = self._batches(self.sources[number])
         while True:
             batch, error = None, None
             try:

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 import jax
 
-from clipjax.runtime import process_log, processes
+from clipjax.runtime import process_log, processes, stacks
 from clipjax.runtime.start_signals import STOP_SIGNALS
 
 PROFILE_SIGNAL = signal.SIGUSR1
@@ -51,13 +51,13 @@ class Shutdown:
         self.number: int | None = None
         self.error: str | None = None
         self._agreement = _Agreement(self) if jax.process_count() > 1 else None
-        self._profile = threading.Event()
+        self._profile, self._log = threading.Event(), log or sys.__stderr__
         self._count, self._latest, self._effect = 0, 0.0, effect
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         self._write = write
         self._previous = {number: signal.signal(number, _wake) for number in (*STOP_SIGNALS, PROFILE_SIGNAL)}
-        faulthandler.register(PROFILE_SIGNAL, file=log or sys.__stderr__ or 2, all_threads=True, chain=True)
+        faulthandler.register(PROFILE_SIGNAL, file=self._log or 2, all_threads=True, chain=True)
         self._previous_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
         self._thread.start()
@@ -65,6 +65,8 @@ class Shutdown:
     def _listen(self) -> None:
         while (number := os.read(self._read, 1)[0]) != _END:
             if number == PROFILE_SIGNAL:
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    stacks.write_missing(self._log)  # pyright: ignore[reportArgumentType]
                 self._profile.set()
             elif number in STOP_SIGNALS:
                 self.receive(number)

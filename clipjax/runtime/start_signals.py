@@ -8,7 +8,6 @@ begun, and then a signal is the business of `Shutdown`. Nothing here imports JAX
 """
 
 import contextlib
-import faulthandler
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 
-from clipjax.runtime import process_log
+from clipjax.runtime import process_log, stacks
 from clipjax.runtime.terminal import printable
 from clipjax.runtime.work import kill_workers
 
@@ -104,7 +103,7 @@ class _Start:
         while (number := os.read(self._read, 1)[0]) != _END:
             if number == STACKS_SIGNAL:
                 with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):
-                    faulthandler.dump_traceback(sys.__stderr__, all_threads=True)  # pyright: ignore
+                    stacks.write(sys.__stderr__)  # pyright: ignore
             elif number in STOP_SIGNALS:
                 self._count += 1
                 if self._count > 2 and self._outcome != _BEGUN:  # the coordinator may hold up an orderly end

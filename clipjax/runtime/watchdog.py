@@ -24,7 +24,7 @@ from typing import NoReturn, Self, TextIO
 
 import jax
 
-from clipjax.runtime import process_log, processes
+from clipjax.runtime import process_log, processes, stacks
 from clipjax.runtime.deadline import MEDIAN_STEPS, READING, Deadline
 from clipjax.runtime.work import WorkMeter, is_work, kill_workers
 
@@ -199,8 +199,7 @@ class Watchdog:
             self._peers.announce(text)
         log = (self._log or process_log.open_file()) if _say(text) else None  # a log that blocks gets no stacks
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            # By its number: the stream itself may be locked by the thread that hangs.
-            faulthandler.dump_traceback((log or sys.__stderr__).fileno(), all_threads=True)  # pyright: ignore
+            stacks.write(log or sys.__stderr__)  # pyright: ignore
         if self._peers is not None:
             time.sleep(_GRACE_TICKS * self._tick)
             for line in self._peers.silent_lines():

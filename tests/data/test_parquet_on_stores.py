@@ -2,7 +2,6 @@
 
 import pathlib
 import pickle
-import time
 
 import pytest
 
@@ -12,6 +11,7 @@ from clipjax.data.sources import build_source
 from clipjax.runtime import objects
 from tests.data.test_exact_resume import SAMPLES, STEPS, caption, check_exact, make_config, read, write_parquet
 from tests.runtime.stores import BUCKET
+from tests.waiting import wait_for
 
 
 @pytest.fixture(params=["gs", "s3"])
@@ -36,13 +36,6 @@ def copies(tmp_path) -> list[pathlib.Path]:
 
 def reads(server) -> int:
     return sum(request.startswith("GET") for request in server.requests)
-
-
-def wait_for(condition, seconds: float = 20.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it never happens"
-        time.sleep(0.01)
 
 
 def test_copies_change_nothing_and_spare_the_store(stored, tmp_path):

@@ -287,7 +287,7 @@ def test_a_run_is_seen_from_outside_and_profiled(tiny_config, tmp_path, cache):
     assert process.stdout is not None
     url = next(line for line in process.stdout if "metrics for Prometheus: " in line).split()[-1]
     process.send_signal(signal.SIGUSR1)
-    with urllib.request.urlopen(url, timeout=20) as reply:
+    with urllib.request.urlopen(url, timeout=120) as reply:
         scraped = reply.read().decode()
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output

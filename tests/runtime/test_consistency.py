@@ -75,7 +75,7 @@ def run_processes(monkeypatch, works: list) -> list:
 
     def fetch(key: str, *, timeout_seconds: float) -> str:
         with changed:
-            assert changed.wait_for(lambda: key in texts, timeout=10)
+            assert changed.wait_for(lambda: key in texts, timeout=120)
             return texts[key]
 
     monkeypatch.setattr(jax, "process_count", lambda: len(works))

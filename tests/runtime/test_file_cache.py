@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import pickle
-import time
 
 import pytest
 
@@ -12,6 +11,7 @@ from clipjax.runtime import file_cache, objects
 from clipjax.runtime.file_cache import CachedFile, FileCache
 from clipjax.runtime.storage import FileChanged
 from tests.runtime.stores import BUCKET
+from tests.waiting import wait_for
 
 CONTENT = bytes(range(256)) * 40
 
@@ -22,13 +22,6 @@ def place(gcs) -> str:
     objects.write_bytes(address, CONTENT)
     gcs.requests.clear()
     return address
-
-
-def wait_for(condition, seconds: float = 10.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it never happens"
-        time.sleep(0.005)
 
 
 def opened(cache: FileCache, place: str) -> CachedFile:

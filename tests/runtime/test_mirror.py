@@ -12,6 +12,7 @@ from clipjax.runtime.lease import LeaseLost
 from clipjax.runtime.mirror import Mirror
 from clipjax.runtime.staging import Layout, fill
 from tests.runtime.stores import BUCKET
+from tests.waiting import wait_for
 
 PLAIN = ("plain", "sub", "log", "deep", "new")
 LAYOUT = Layout("units", "seal", str.isdecimal, lambda *_: False)
@@ -75,13 +76,6 @@ def on_store(mirror):
 
 def unit_files(*units):
     return sorted(f"units/{unit}/{name}" for unit in units for name in ("a", "deep/b", "seal"))
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_plain_files_follow(mirror):

@@ -12,7 +12,7 @@ import pytest
 
 from clipjax.runtime import processes, shutdown
 from clipjax.runtime.shutdown import PROFILE_SIGNAL, STOP_SIGNALS, Shutdown
-from tests.launch.conftest import until
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.newest
 
@@ -33,10 +33,6 @@ def ended(monkeypatch) -> list[int]:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     return codes
-
-
-def wait_for(what) -> None:
-    until(what, 20, lambda: "it never came")
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

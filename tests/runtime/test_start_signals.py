@@ -7,24 +7,19 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 
 import pytest
 
 from clipjax.cli import main as console
 from clipjax.runtime import start_signals
-from tests.launch.conftest import until
 from tests.runtime.test_shutdown import handlers  # noqa: F401
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.newest
 ROOT = pathlib.Path(__file__).parents[2]
 LINE = (
     "clipjax: stopped by signal {} before the first step of this start; there is nothing to save, and the same command "
 )
-
-
-def wait_for(what: Callable[[], object]) -> None:
-    until(what, 20, lambda: "it never came")
 
 
 @pytest.fixture

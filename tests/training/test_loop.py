@@ -14,8 +14,8 @@ from clipjax.runtime.shutdown import Shutdown
 from clipjax.training import loop
 from clipjax.training.recovery import RunStopped
 from clipjax.training.resume import Position
-from tests.launch.conftest import until
 from tests.runtime.test_shutdown import handlers  # noqa: F401
+from tests.waiting import wait_for
 
 
 class Recorded:
@@ -111,7 +111,7 @@ class Signalled(Recorded):
     def _raise_signal(self, what: str, step: int) -> None:
         if (what, step) == self._during:
             signal.raise_signal(signal.SIGTERM)
-            until(lambda: self.signal.number, 20, lambda: "the signal never came")
+            wait_for(lambda: self.signal.number)
 
     def evaluate(self, state: int, step: int) -> str:
         self._raise_signal("evaluate", step)
