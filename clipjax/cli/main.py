@@ -16,6 +16,7 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
   clipjax plan       tell memory, time and cost of a run on accelerators that are not here
   clipjax sweep      train over a grid or random draws of config fields
   clipjax data       make the embedded dataset, train a tokenizer, look into a source
+  clipjax suites     list and prepare the datasets of evaluation suites
   clipjax checkpoint verify the files of checkpoints
   clipjax presets    list the known models: parameters, FLOPs, source
   clipjax convert    open a peer's weights as a clipjax checkpoint
@@ -38,6 +39,7 @@ COMMANDS = (
     "plan",
     "sweep",
     "data",
+    "suites",
     "checkpoint",
     "presets",
     "convert",
@@ -45,6 +47,7 @@ COMMANDS = (
     "classify",
     "embed",
     "search",
+    "rank",
 )
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
@@ -88,6 +91,8 @@ def _run(command: str, rest: list[str]) -> int:
             from clipjax.cli.sweep import main as run
         case "data":
             from clipjax.cli.data import main as run
+        case "suites":
+            from clipjax.cli.suites import main as run
         case "checkpoint":
             from clipjax.cli.checkpoint import main as run
         case "presets":

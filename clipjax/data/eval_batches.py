@@ -48,8 +48,8 @@ def eval_batches(
     Returns:
         Batches of `image`, uint8 [b, s, s, 3] or what else `view` gives, `label` int32 [b] (-1: none), `mask` bool [b],
         `index` int64 [b] in the source (-1: padding), `skip_reason` int32 [b] (why a sample is bad, an index into
-        `REASONS`; -1: it is not), `captions`, a list of b tuples of texts, `labels`, one of b tuples of classes (None where
-        the data does not tell several), and `key`, one of b names.
+        `REASONS`; -1: it is not), `captions`, a list of b tuples of texts, `labels`, one of b tuples of classes (None
+        where the data does not tell several), and `key`, one of b names.
 
     Raises:
         ValueError: `batch_size` is not divisible by `process_count`.
