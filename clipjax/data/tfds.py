@@ -205,6 +205,7 @@ class TfdsSource:
 
         features: Any = tfds.builder_from_directory(self._directory).info.features
         label = _nested(features, self._keys[2])
+        label = label.feature if isinstance(label, tfds.features.Sequence) else label  # of an image with several
         return tuple(label.names) if isinstance(label, tfds.features.ClassLabel) and label.names else None
 
     def digests(self) -> list[ShardDigest]:

@@ -10,7 +10,7 @@ from clipjax.evals.datasets.labels import numbers_by_id
 
 
 class RelabelledSource:
-    """A source with other numbers for its labels; a label that has none is -1.
+    """A source with other numbers for its labels; a label that has none is -1, or not among several.
 
     Args:
         source: the samples.
@@ -25,8 +25,13 @@ class RelabelledSource:
 
     def __getitem__(self, index: int) -> Sample:
         sample = self._source[index]
-        known = 0 <= sample.label < len(self._numbers)
-        return dataclasses.replace(sample, label=self._numbers[sample.label] if known else -1)
+        several = sample.labels
+        if several is not None:
+            several = tuple(sorted({self._number(label) for label in several} - {-1}))
+        return dataclasses.replace(sample, label=self._number(sample.label), labels=several)
+
+    def _number(self, label: int) -> int:
+        return self._numbers[label] if 0 <= label < len(self._numbers) else -1
 
     def location(self, index: int) -> str:
         """Return the place of a sample."""

@@ -213,7 +213,7 @@ def _build_measure(task: TaskConfig, sources: Sequence[Source]) -> Measure:
             paraphrases = None if given is None else load_paraphrases(given, names, templates)
             return ZeroShot(names, templates, task.compare_prompts, paraphrases)
         case TaskKind.MULTI_LABEL:
-            return MultiLabel(load_classes(task.classes or ""), load_templates(task.templates or ""))
+            return MultiLabel(*_load_prompts(task, sources))
         case TaskKind.RETRIEVAL:
             return Retrieval(task.captions_by_line)
         case TaskKind.IMAGE_RETRIEVAL:

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from clipjax.config import Config, TaskKind
+from clipjax.data.sample import Sample
 from clipjax.data.sources import ArraySource
 from clipjax.evals import datasets, suites
 from clipjax.evals.datasets.specs import Spec, specs
@@ -95,6 +96,10 @@ def test_each_dataset_is_read_from_tfds_data_with_its_features(name, tmp_path, m
         assert sample.captions == ("a dog", "the dog")
         return
     assert len(built.measure.names) == spec.classes
+    if spec.kind == "multi_label":
+        assert sample.labels == (spec.classes - 1,) and built.measure.names[-1] == "tvmonitor"
+        assert built.measure.names != datasets.prompts_of("voc2007").classes  # TFDS numbers them otherwise
+        return
     assert sample.label == spec.classes - 1
 
 
@@ -108,6 +113,9 @@ def test_labels_of_all_of_imagenet_become_those_of_a_part(tmp_path):
     assert len(task.sources[0].files()) == len(task.sources[0].digests()) == 1
     others = RelabelledSource(ArraySource([b""] * 3, [()] * 3, labels=[0, 6, 1000]), [-1] * 6 + [0])
     assert [others[index].label for index in range(3)] == [-1, 0, -1]
+    several = [Sample(b"", (), labels=(0, 6, 1000)), Sample(b"", (), labels=(0,))]
+    found = RelabelledSource(several, [-1] * 6 + [0])
+    assert [found[index].labels for index in range(2)] == [(0,), ()]
 
 
 def features_of(dataset: str) -> dict[str, tfds.features.FeatureConnector]:
@@ -132,6 +140,10 @@ def example_of(feature: tfds.features.FeatureConnector, label: int | None) -> ob
             return tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
         case tfds.features.Text():
             return "text"
+        case tfds.features.Sequence(feature=tfds.features.ClassLabel() as each):
+            return [(each.num_classes or 1) - 1]
+        case tfds.features.Sequence() if "bbox" in feature.feature:
+            return []
         case _:
             return [{"text": "a dog", "id": 0}, {"text": "the dog", "id": 1}]
 

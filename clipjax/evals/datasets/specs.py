@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 
 _FILE = pathlib.Path(__file__).with_name("specs.toml")
 
-TOP1, PER_CLASS, RECALL = "top1", "per_class", "recall"
+TOP1, PER_CLASS, RECALL, MAP_11_POINTS = "top1", "per_class", "recall", "map_11_points"
 
 NOT_MEASURED = {
-    "eleven_point_map": "11-point mAP, which is not measured yet",
     "mean_of_top1_and_top5": "the mean of top-1 and top-5, which is not measured yet",
     "roc_auc": "ROC AUC, which is not measured yet",
     "macro_f1": "the mean of the classes' F1, which is not measured yet",
@@ -29,7 +28,7 @@ class Spec:
         name: of it here, and of its task.
         title: for people.
         home: page of its authors.
-        metric: that which is reported of it: `top1`, `per_class`, `recall`, or one of `NOT_MEASURED`.
+        metric: that which is reported of it: `top1`, `per_class`, `recall`, `map_11_points`, or one of `NOT_MEASURED`.
         kind: of its task.
         classes: number of them; None for captions.
         examples: of the set for tests, as those publish it who have it as tars; None: they do not say.
@@ -45,7 +44,6 @@ class Spec:
         publisher: of the tars on Hugging Face: CLIP_benchmark's, or DataComp's `djghosh`.
         prompts: name of its class names and templates in `prompts.py`; None: the tars bring their own.
         templates: name of its templates; None: those of `prompts`.
-        multi_label: an image has several labels, a vector of 0 and 1 (`.npy` in tars).
         frames: which frames of a video count, `middle` or `mean`; None: it is of pictures.
         absent: why nobody publishes it in a form that is read here; None: somebody does.
         licence: of the images, as far as it is short.
@@ -70,7 +68,6 @@ class Spec:
     publisher: str = "clip-benchmark"
     prompts: str | None = None
     templates: str | None = None
-    multi_label: bool = False
     frames: str | None = None
     absent: str | None = None
     licence: str = "see home"
@@ -79,8 +76,6 @@ class Spec:
     def left_out(self) -> str | None:
         """Why no task can measure it, in words; None: one can."""
         reasons = []
-        if self.multi_label:
-            reasons.append("its images have several labels, which are not read yet")
         if self.frames is not None:
             reasons.append("it is of videos, whose frames are not put together yet")
         if self.metric in NOT_MEASURED:
