@@ -205,6 +205,16 @@ def place(text: str) -> pathlib.Path | str:
     return expanded.rstrip("/")
 
 
+def places(text: str) -> list[pathlib.Path | str]:
+    """Return one place, or several with commas between them; in the name of what is there a comma is part of it."""
+    if "," not in text or (not is_address(text) and pathlib.Path(text).expanduser().exists()):
+        return [place(text)]
+    parts = [place(part) for part in text.split(",")]
+    if twice := next((part for i, part in enumerate(parts) if part in parts[:i]), None):
+        raise argparse.ArgumentTypeError(f"={text} names {twice} twice")
+    return parts
+
+
 def source(text: str, schemes: Collection[str] = ()) -> str:
     """Return a tokenizer or a command with `~` expanded."""
     try:

@@ -1,6 +1,8 @@
-"""Evaluate a checkpoint: `clipjax eval --checkpoint=WORKDIR_OR_STEP [--suite=NAME] [--tasks=A,B] --output=FILE.json`.
+"""Evaluate checkpoints: `clipjax eval --checkpoint=WORKDIR_OR_STEP [--suite=NAME] [--tasks=A,B] --output=FILE.json`.
 
 Needs nothing but the checkpoint and the data: config, tokenizer and preprocessing come out of the checkpoint.
+
+Reading order: `main`, `_open`, `open_one`, `run`, `_write`; `eval_several.py` has what several checkpoints need.
 """
 
 import copy
@@ -23,20 +25,21 @@ from clipjax.checkpoints.records import FOLDER
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
 from clipjax.cli import arguments, suites
 from clipjax.cli.errors import UNUSABLE_DATA, print_error, refusals, stops
+from clipjax.cli.eval_fields import NOT_OPENED, base_config, refuse_unread, refuse_unused_tfds, select_tasks
 from clipjax.cli.output import show
-from clipjax.cli.overrides import Override, changes, load_config, override
-from clipjax.config import CheckpointConfig, Config, MeshConfig
-from clipjax.config.data import TFDS_PREFIX
+from clipjax.cli.overrides import changes, override
+from clipjax.config import Config
 from clipjax.config.paths import expand_paths
-from clipjax.config.serialization import path_parts
 from clipjax.config.validation import validate, validate_devices
 from clipjax.data.sample import Source
 from clipjax.data.sources import check_copies, data_folders, recording_sources
 from clipjax.data.tokenizers.protocol import Tokenizer
 from clipjax.evals.columns import COMPARABLE, to_csv, to_rows
 from clipjax.evals.encoder import Encoder
+from clipjax.evals.ensemble import Ensemble, EnsembleKind, JointTask, check_members
 from clipjax.evals.examples import Examples, collect
 from clipjax.evals.progress import Progress
+from clipjax.evals.results import comparison_table, several_to_json, to_json, write_text
 from clipjax.evals.runner import (
     Evaluation,
     Task,
@@ -44,8 +47,6 @@ from clipjax.evals.runner import (
     run_tasks,
     task_sources,
     tfds_dirs,
-    write_results,
-    write_text,
 )
 from clipjax.models.clip import build_clip
 from clipjax.monitoring import run_record
@@ -62,60 +63,19 @@ Needs nothing but the checkpoint and the data. Fields of the saved config that e
 example where the data lies now (--config.data.tfds_dir=DIR, --config.eval.tasks['NAME'].source=PATH) or the mesh
 (--config.mesh.fsdp=2); all others are refused. The mesh of the training run is not taken over.
 A task that fails, also by embeddings that are not finite, is named, and the exit code is 3; the others go on."""
-TFDS_DATA = {"tfds_dir": "tfds_dir", "tfds_image_key": "image_field", "tfds_caption_key": "caption_field"}
-"""Fields of the data that TFDS sources read, and those of a task that stand in their place."""
-
-TASK_DATA = (*TFDS_DATA, "image_field", "caption_field", "image_root")
-
-READ = (
-    "eval.batch_size",
-    "eval.tasks",
-    "mesh",
-    *(f"data.{name}" for name in TASK_DATA),
-    "data.num_threads",
-    "data.cache_dir",
-    "data.cache_gib",
-    "data.max_image_pixels",
-    "data.max_caption_bytes",
-    "data.background",
-    "data.exif_orientation",
-    "data.resize",
-    "data.interpolation",
-    "data.mean",
-    "data.std",
-    "model.compute_dtype",
-    "model.matmul_dtype",
-    "model.attention",
-    "compile_cache",
-)
-"""Fields, or groups of them, that evaluation reads and an override may change."""
-
-TRAINED = ("model", "data.tokenizer", "loss.contrastive_weight")
-"""Fields, or groups of them, that the weights were trained with, unless they are among `READ` or `TRAINING_ONLY`."""
-
-TRAINING_ONLY = ("model.remat", "model.init_logit_scale", "model.max_logit_scale", "model.image.patch_dropout")
-"""Fields of the model that only training reads."""
-
 PAGE = "index.html"
 _EXAMPLES = 16  # of each task, on the page
 
-NOT_OPENED = ("init_from", "loss.distill_from", "data.train", "data.tokenizer")
-"""Fields that name what evaluation does not open."""
-
 
 @dataclass(frozen=True)
-class Opened:
-    """An evaluation that may begin.
+class OpenedCheckpoint:
+    """A checkpoint that may be evaluated.
 
     Attributes:
         saved: the checkpoint.
         config: its config, with overrides.
         tokenizer: of the checkpoint.
         tasks: by name.
-        output: file for the results, None for none.
-        changed: in words, what overrides changed, and what of a suite is left out.
-        csv: file for the results in CLIP_benchmark's columns, None for none.
-        report: folder for the page, None for none.
         key: digest of all that the results depend on; empty if it is not known.
     """
 
@@ -123,11 +83,33 @@ class Opened:
     config: Config
     tokenizer: Tokenizer
     tasks: dict[str, Task]
+    key: str = ""
+
+    @property
+    def title(self) -> str:
+        """What it is, for a table."""
+        return f"checkpoint {self.saved.place} ({self.saved.params_group}), step {self.saved.step}"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An evaluation that may begin.
+
+    Attributes:
+        checkpoints: one or more, on the same tasks.
+        output: file for the results, None for none.
+        changed: in words, what overrides changed, and what of a suite is left out.
+        csv: file for the results in CLIP_benchmark's columns, None for none.
+        report: file for the page, None for none.
+        ensemble: the mean by which the checkpoints also act as one; None: they do not.
+    """
+
+    checkpoints: Sequence[OpenedCheckpoint]
     output: pathlib.Path | str | None
     changed: Sequence[str] = ()
     csv: pathlib.Path | str | None = None
     report: pathlib.Path | str | None = None
-    key: str = ""
+    ensemble: EnsembleKind | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with processes.abort_on_error():
         with refusals(PROGRAM):
             processes.start(arguments.launch_options(argv))
-            opened, _ = consistency.run_on_all("eval", lambda: _open_here(argv), kinds=(UnusableCheckpoint,))
+            opened, _ = consistency.run_on_all("eval", lambda: _open(argv), kinds=(UnusableCheckpoint,))
         if processes.is_first():
             print("\n".join([processes.describe_devices(), *map(printable, opened.changed)]), flush=True)
         with stops(PROGRAM):
@@ -151,8 +133,9 @@ def _parser() -> arguments.Parser:
     parser.add_argument(
         "--checkpoint",
         metavar="WORKDIR_OR_STEP",
-        type=arguments.place,
-        help="a workdir (its newest step is taken), or the directory of one step, which may have any name",
+        type=arguments.places,
+        help="a workdir (its newest step is taken), or the directory of one step, which may have any name; A,B "
+        "compares several, on the tasks of the first",
         missing="=WORKDIR_OR_STEP is missing: name a workdir that training has saved to",
     )
     parser.add_argument(
@@ -160,6 +143,12 @@ def _parser() -> arguments.Parser:
         metavar="FILE[:ARG]",
         type=arguments.file_with_argument,
         help="a config file whose eval.tasks are run instead of the checkpoint's own, with its data.tfds_* fields",
+    )
+    parser.add_argument(
+        "--ensemble",
+        metavar="KIND",
+        type=arguments.choice([kind.value for kind in EnsembleKind]),
+        help="also evaluate several checkpoints as one: the mean of their logits, or of their embeddings",
     )
     suites.add_options(parser)
     parser.add_argument("--tasks", metavar="A,B", help="names of eval.tasks, or of the suite's; all if left out")
@@ -174,27 +163,50 @@ def _parser() -> arguments.Parser:
     return parser
 
 
-def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
+def _open(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
     """Open this process's part, and return it with all that must be the same on all processes."""
     parsed = _parser().read(argv)
     options = parsed.options
-    _refuse_unread(parsed.overrides)
-    saved = SavedCheckpoint(options.checkpoint)
-    base = _base_config(saved.config, options.tasks_from)
-    of_suite = suites.set_tasks(base, options, parsed.overrides, not_opened=NOT_OPENED)
-    config = override(base, parsed.overrides)
-    expand_paths(config, skip=NOT_OPENED)
-    changed = [f"--config.{change}" for change in changes(base, config, parsed.overrides)] + of_suite
+    refuse_unread(parsed.overrides)
+    several = len(options.checkpoint) > 1
+    if options.ensemble and not several:
+        raise ValueError(f"--ensemble={options.ensemble} needs several checkpoints: --checkpoint=A,B")
     page = options.report
     if page is not None:
         page = objects.join(page, PAGE) if isinstance(page, str) else page / PAGE
     for option, place in (("--output", options.output), ("--csv", options.csv), ("--report", page)):
         if place:
             storage.require_writable(place, option, makes_folder=True)
+    checkpoints, facts, changed = list[OpenedCheckpoint](), consistency.Fingerprint(), list[str]()
+    first: Config | None = None
+    for number, place in enumerate(options.checkpoint, 1):
+        saved = SavedCheckpoint(place)
+        base = base_config(saved.config, options.tasks_from, first)
+        if first is None:
+            changed += suites.set_tasks(base, options, parsed.overrides, not_opened=NOT_OPENED)
+            first = copy.deepcopy(base)
+        config = override(base, parsed.overrides)
+        told = [f"--config.{change}" for change in changes(base, config, parsed.overrides)]
+        changed = [*told, *changed] if number == 1 else changed
+        one, own = _open_one(parsed, saved, place, config)
+        checkpoints.append(one)
+        facts |= {f"{section} of {place}" if several else section: values for section, values in own.items()}
+    kind = EnsembleKind(options.ensemble) if options.ensemble else None
+    if kind is not None:
+        check_members([one.config for one in checkpoints], kind)
+    return Opened(checkpoints, options.output, changed, options.csv, page, kind), facts
+
+
+def _open_one(
+    parsed: arguments.Arguments, saved: SavedCheckpoint, place: pathlib.Path | str, config: Config
+) -> tuple[OpenedCheckpoint, consistency.Fingerprint]:
+    """Open one checkpoint and its tasks."""
+    options = parsed.options
+    expand_paths(config, skip=NOT_OPENED)
     validate(config, batch_fields=("eval.batch_size",))
-    _select_tasks(config, options.tasks, parsed.overrides)
+    select_tasks(config, options.tasks, parsed.overrides)
     read = {"data.tfds_dir"} if options.suite else set()  # by the search for its datasets
-    _refuse_unused_tfds(config, [one for one in parsed.overrides if one.path not in read])
+    refuse_unused_tfds(config, [one for one in parsed.overrides if one.path not in read])
     if options.csv and not any(task.kind in COMPARABLE for task in config.eval.tasks.values()):
         kinds = ", ".join(kind.value for kind in COMPARABLE)
         raise ValueError(
@@ -206,7 +218,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
     check_copies(task_sources(config))
     sources: dict[str, Source] = {}
     tasks = build_tasks(config, recording_sources(sources))
-    folders = [*_folders(saved, options.checkpoint), *data_folders(sources, tfds_dirs(config))]
+    folders = [*_folders(saved, place), *data_folders(sources, tfds_dirs(config))]
     compilation.enable(config.compile_cache, outside=folders)
     validate_devices(
         config,
@@ -222,8 +234,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
         "data": fingerprints.data_fingerprint(sources, tokenizer, {"checkpoint": saved}),
         "class list": fingerprints.prompts_fingerprint(tasks),
     }
-    key = _key(saved, facts)
-    return Opened(saved, config, tokenizer, tasks, options.output, changed, options.csv, page, key), facts
+    return OpenedCheckpoint(saved, config, tokenizer, tasks, _key(saved, facts)), facts
 
 
 def _key(saved: SavedCheckpoint, facts: consistency.Fingerprint) -> str:
@@ -235,126 +246,61 @@ def _key(saved: SavedCheckpoint, facts: consistency.Fingerprint) -> str:
     return hashlib.sha256(json.dumps([fingerprints.digests(facts), files], sort_keys=True).encode()).hexdigest()
 
 
-def _base_config(saved: Config, tasks_from: str | None) -> Config:
-    """The checkpoint's config, before overrides, without what only its training run could use.
-
-    Nor does a checkpoint, which others may have made, choose the compile cache: what lies there is executed.
-    """
-    config = copy.deepcopy(saved)
-    config.compile_cache = Config().compile_cache
-    config.mesh = MeshConfig()
-    config.checkpoint = CheckpointConfig()  # its best_metric speaks of tasks that may not be run
-    if tasks_from:
-        other = load_config(tasks_from)
-        config.eval.tasks = other.eval.tasks
-        for name in TASK_DATA:
-            setattr(config.data, name, getattr(other.data, name))
-    return config
-
-
 def _folders(saved: SavedCheckpoint, given: pathlib.Path | str) -> list[pathlib.Path]:
     """Return the folders that came with a checkpoint: that of its workdir, or of the step alone, and the one given."""
     parent = saved.path.parent
     return [parent.parent if parent.name == FOLDER else saved.path, *([] if isinstance(given, str) else [given])]
 
 
-def _refuse_unread(overrides: Sequence[Override]) -> None:
-    """Refuse overrides that would change nothing.
+@dataclass(frozen=True)
+class Outcome:
+    """What a checkpoint, or all as one, have given.
 
-    Raises:
-        ValueError: all of them, a line each.
+    Attributes:
+        name: place of the checkpoint, or what the ensemble is.
+        title: line above its table.
+        evaluation: the results.
+        examples: for the page, by task.
+        progress: of this evaluation, None where nothing is kept.
     """
-    errors = []
-    for one in overrides:
-        if _is_within(one.path, READ):
-            continue
-        if _is_within(one.path, TRAINED) and not _is_within(one.path, TRAINING_ONLY):
-            why = "the weights of the checkpoint were trained with its own value, and fix it"
-        else:
-            why = "only training reads it"
-        errors.append(f"config.{one.path}={one.text}: {why}; {PROGRAM} takes {', '.join(READ)}")
-    if errors:
-        raise ValueError("\n".join(errors))
 
-
-def _refuse_unused_tfds(config: Config, overrides: Sequence[Override]) -> None:
-    """Refuse to say where TFDS data lies for tasks that read none.
-
-    Raises:
-        ValueError: all such overrides, a line each.
-    """
-    errors = []
-    for name, own in TFDS_DATA.items():
-        given = [one for one in overrides if one.path == f"data.{name}"]
-        reading = [task for task in config.eval.tasks.values() if any(map(_is_tfds, task.sources))]
-        if given and all(getattr(task, own) is not None for task in reading):
-            why = f"each task that reads TFDS data has its own {own}" if reading else "no task reads TFDS data"
-            errors += [f"config.{one.path}={one.text}: {why}; leave it out" for one in given]
-    if errors:
-        raise ValueError("\n".join(errors))
-
-
-def _is_tfds(source: str) -> bool:
-    return source.startswith(TFDS_PREFIX)
-
-
-def _is_within(path: str, groups: Sequence[str]) -> bool:
-    return any(path == group or path.startswith((f"{group}.", f"{group}[")) for group in groups)
-
-
-def _select_tasks(config: Config, chosen: str | None, overrides: Sequence[Override]) -> None:
-    tasks = config.eval.tasks
-    wanted = list(tasks) if chosen is None else [name.strip() for name in chosen.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in tasks]
-    if unknown or not wanted:
-        raise ValueError(
-            f"--tasks={chosen or ''}: {', '.join(unknown) or 'nothing'} is not among the tasks of the checkpoint's "
-            f"config ({', '.join(tasks) or 'none; --tasks_from=CONFIG takes them from there'})"
-        )
-    for one in overrides:
-        keys = [name for name, is_key in path_parts(one.path) if is_key]
-        if keys and keys[0] not in wanted:
-            raise ValueError(f"config.{one.path}={one.text}: the task {keys[0]!r} is not among --tasks={chosen}")
-    config.eval.tasks = {name: tasks[name] for name in wanted}
+    name: str
+    title: str
+    evaluation: Evaluation
+    examples: Mapping[str, Examples]
+    progress: Progress | None
 
 
 def _evaluate(opened: Opened) -> int:
-    """Run the tasks, write the results, print the table; return the exit code."""
-    saved, config, output = opened.saved, opened.config, opened.output
-    mesh = sharding.make_mesh(config.mesh)
-    clip = build_clip(config.model, data=config.data)
-    progress = Progress(output, opened.key) if output is not None and opened.key and processes.is_first() else None
-    done = exchange.publish("progress", lambda: {} if progress is None else dict(progress.results))
-    if done and processes.is_first():
-        print(f"done before, and not again: {printable(', '.join(done))}", flush=True)
+    """Run the tasks, write the results, print the tables; return the exit code."""
+    config = opened.checkpoints[0].config
+    mesh, outcomes, encoders = sharding.make_mesh(config.mesh), list[Outcome](), list[Encoder]()
     with jax.set_mesh(mesh):
-        encoder = Encoder(config, clip, mesh, opened.tokenizer, load_params(saved, mesh))
-        keep = {} if progress is None else {"keep": progress.add}
-        evaluation = run_tasks(opened.tasks, encoder, done=done, **keep)
-        examples = {} if opened.report is None else _examples(opened, evaluation, encoder)
-    if progress is not None:
-        evaluation.details.update((name, progress.details[name]) for name in done if name in progress.details)
-    failures = [f"eval.tasks.{name} on {saved.place}: {reason}" for name, reason in evaluation.failures.items()]
-    rows = to_rows(evaluation.results, config.eval.tasks, saved.place)
-    writes: list[tuple[str, pathlib.Path | str | None, Callable[[pathlib.Path | str], str]]] = [
-        ("--output", output, lambda place: write_results(place, saved.place, evaluation)),
-        ("--csv", opened.csv, lambda place: write_text(place, to_csv(rows))),
-        ("--report", opened.report, lambda place: write_text(place, _render(opened, evaluation, examples))),
+        for number, one in enumerate(opened.checkpoints):
+            clip = build_clip(one.config.model, data=one.config.data)
+            encoder = Encoder(one.config, clip, mesh, one.tokenizer, load_params(one.saved, mesh))
+            suffix = f"-{number + 1}" if number else ""
+            outcomes.append(_run(opened, one.tasks, encoder, one.saved.place, one.title, one.key, suffix))
+            encoders += [encoder] if opened.ensemble else []
+        if opened.ensemble is not None:
+            outcomes.append(_run_ensemble(opened, encoders))
+    failures = [
+        f"eval.tasks.{name} on {one.name}: {reason}"
+        for one in outcomes
+        for name, reason in one.evaluation.failures.items()
     ]
-    written = []
-    for option, place, write in writes:
-        if place is None or not evaluation.results:
-            continue
-        if refused := exchange.publish(f"results{option}", functools.partial(write, place)):
-            failures.append(f"{option}={place}: the results, which are shown, cannot be written there: {refused}")
-        else:
-            written.append(str(place))
-    if progress is not None and not failures:
-        progress.finish()
+    written, refused = _write(opened, outcomes)
+    failures += refused
+    for one in outcomes:
+        if one.progress is not None and not failures:
+            one.progress.finish()
     if processes.is_first():
-        print(f"checkpoint {printable(saved.place)} ({saved.params_group}), step {saved.step}")
-        if evaluation.results:
-            print(results_table(evaluation.results))
+        for one in outcomes:
+            print(printable(one.title))
+            if one.evaluation.results:
+                print(results_table(one.evaluation.results))
+        if len(outcomes) > 1:
+            print(comparison_table([(one.name, one.evaluation.results) for one in outcomes]))
         if written:
             print(f"results: {printable(', '.join(written))}", flush=True)
         for failure in failures:
@@ -362,21 +308,77 @@ def _evaluate(opened: Opened) -> int:
     return UNUSABLE_DATA if failures else 0
 
 
-def _examples(opened: Opened, evaluation: Evaluation, encoder: Encoder) -> dict[str, Examples]:
+def _run(
+    opened: Opened, tasks: Mapping[str, Task], encoder: Encoder, name: str, title: str, key: str, suffix: str
+) -> Outcome:
+    """Run tasks with one encoder, behind those that are done."""
+    keeps = opened.output is not None and key and processes.is_first()
+    progress = Progress(_beside(opened.output, suffix), key) if keeps and opened.output is not None else None
+    done = exchange.publish(f"progress{suffix}", lambda: {} if progress is None else dict(progress.results))
+    if done and processes.is_first():
+        print(f"done before, and not again: {printable(', '.join(done))}", flush=True)
+    keep = {} if progress is None else {"keep": progress.add}
+    evaluation = run_tasks(tasks, encoder, done=done, **keep)
+    if progress is not None:
+        evaluation.details.update((each, progress.details[each]) for each in done if each in progress.details)
+    shows = opened.report is not None and not isinstance(encoder, Ensemble)  # whose pictures are several
+    examples = _examples(tasks, evaluation, encoder) if shows else {}
+    return Outcome(name, title, evaluation, examples, progress)
+
+
+def _run_ensemble(opened: Opened, encoders: Sequence[Encoder]) -> Outcome:
+    """Run the tasks with all checkpoints as one."""
+    assert opened.ensemble is not None
+    tasks = {
+        name: JointTask.of([one.tasks[name] for one in opened.checkpoints]) for name in opened.checkpoints[0].tasks
+    }
+    places, kind = ", ".join(one.saved.place for one in opened.checkpoints), opened.ensemble.value
+    keys = [one.key for one in opened.checkpoints]
+    key = hashlib.sha256(json.dumps([kind, keys]).encode()).hexdigest() if all(keys) else ""
+    encoder = Ensemble.of(encoders, opened.ensemble)
+    return _run(opened, tasks, encoder, f"mean of {kind}", f"mean of {kind} of {places}", key, "-ensemble")
+
+
+def _beside(output: pathlib.Path | str, suffix: str) -> pathlib.Path | str:
+    return f"{output}{suffix}" if isinstance(output, str) else output.with_name(f"{output.name}{suffix}")
+
+
+def _write(opened: Opened, outcomes: Sequence[Outcome]) -> tuple[list[str], list[str]]:
+    """Write what options ask for; return the places, and what went wrong."""
+    tasks, first = opened.checkpoints[0].config.eval.tasks, outcomes[0]
+    parts = [(one.name, one.evaluation) for one in outcomes]
+    rows = [row for name, evaluation in parts for row in to_rows(evaluation.results, tasks, name)]
+    text = to_json(*parts[0]) if len(parts) == 1 else several_to_json(parts)
+    writes: list[tuple[str, pathlib.Path | str | None, Callable[[pathlib.Path | str], str]]] = [
+        ("--output", opened.output, lambda place: write_text(place, text)),
+        ("--csv", opened.csv, lambda place: write_text(place, to_csv(rows))),
+        ("--report", opened.report, lambda place: write_text(place, _render(opened, first))),
+    ]
+    written, refused = list[str](), list[str]()
+    for option, place, write in writes:
+        if place is None or not any(evaluation.results for _, evaluation in parts):
+            continue
+        if why := exchange.publish(f"results{option}", functools.partial(write, place)):
+            refused.append(f"{option}={place}: the results, which are shown, cannot be written there: {why}")
+        else:
+            written.append(str(place))
+    return written, refused
+
+
+def _examples(tasks: Mapping[str, Task], evaluation: Evaluation, encoder: Encoder) -> dict[str, Examples]:
     """Return samples of the tasks that worked, for the page."""
-    found = {name: collect(opened.tasks[name], encoder, _EXAMPLES) for name in evaluation.results}
+    found = {name: collect(tasks[name], encoder, _EXAMPLES) for name in evaluation.results}
     return {name: each for name, each in found.items() if each is not None}
 
 
-def _render(opened: Opened, evaluation: Evaluation, examples: Mapping[str, Examples]) -> str:
+def _render(opened: Opened, outcome: Outcome) -> str:
     """Return the page of an evaluation."""
-    saved = opened.saved
     facts = [
-        ("checkpoint", saved.place),
-        ("step", f"{saved.step:,} ({saved.params_group})"),
+        ("checkpoint", outcome.title.removeprefix("checkpoint ")),
         ("devices", processes.describe_devices().removeprefix("devices: ")),
         ("versions", ", ".join(f"{name} {version}" for name, version in run_record.versions().items())),
         ("command", shlex.join(["clipjax", *sys.argv[1:]])),
         ("date", datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")),
     ]
-    return render(evaluation, opened.config.eval.tasks, examples, title="Evaluation", facts=facts)
+    tasks = opened.checkpoints[0].config.eval.tasks
+    return render(outcome.evaluation, tasks, outcome.examples, title="Evaluation", facts=facts)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipjax.config import FeatureKind
+from clipjax.config import Config, FeatureKind
 from clipjax.data.patches import Pixels
 from clipjax.evals.encoder import Encoder, unit_norm
 from clipjax.evals.runner import Task
@@ -20,6 +20,23 @@ class EnsembleKind(enum.Enum):
 
     LOGITS = "logits"
     EMBEDDINGS = "embeddings"
+
+
+def check_members(configs: Sequence[Config], kind: EnsembleKind) -> None:
+    """Refuse what has no mean.
+
+    Raises:
+        ValueError: fewer than two models; one without embeddings; the mean of embeddings of unequal widths.
+    """
+    if len(configs) < 2:
+        raise ValueError("an ensemble needs two models or more")
+    if any(config.loss.contrastive_weight == 0 for config in configs):
+        raise ValueError("an ensemble needs the embeddings of each model; loss.contrastive_weight=0 trains none")
+    widths = [config.model.embed_dim for config in configs]
+    if kind is EnsembleKind.EMBEDDINGS and len(set(widths)) > 1:
+        raise ValueError(
+            f"the models have embeddings of {', '.join(map(str, widths))} numbers, and no mean; take their logits"
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,17 +60,9 @@ class Ensemble(Encoder):
         """Return the ensemble of encoders on one mesh.
 
         Raises:
-            ValueError: fewer than two; a member without embeddings; the mean of embeddings of unequal widths.
+            ValueError: see `check_members`.
         """
-        if len(members) < 2:
-            raise ValueError("an ensemble needs two models or more")
-        if not all(member.has_embeddings for member in members):
-            raise ValueError("an ensemble needs the embeddings of each model; loss.contrastive_weight=0 trains none")
-        widths = [member.config.model.embed_dim for member in members]
-        if kind is EnsembleKind.EMBEDDINGS and len(set(widths)) > 1:
-            raise ValueError(
-                f"the models have embeddings of {', '.join(map(str, widths))} numbers, and no mean; take their logits"
-            )
+        check_members([member.config for member in members], kind)
         first = members[0]
         return cls(
             config=first.config,

@@ -6,9 +6,7 @@
 
 import contextlib
 import itertools
-import json
 import math
-import pathlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +31,7 @@ from clipjax.evals.relabelled import class_names_of, number_as_listed
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
 from clipjax.evals.word_order import WordOrder
 from clipjax.evals.zero_shot import ZeroShot
-from clipjax.runtime import process_log, processes, storage
+from clipjax.runtime import process_log, processes
 
 Results = dict[str, dict[str, float]]
 Measure = (
@@ -345,30 +343,3 @@ def _join(texts: Sequence[str]) -> str:
     if len(set(texts)) == 1:
         return texts[0]
     return "; ".join(f"process {rank}: {text}" for rank, text in enumerate(texts) if text)
-
-
-def write_results(path: pathlib.Path | str, checkpoint: pathlib.Path | str, evaluation: Evaluation) -> str:
-    """Write `{"checkpoint": ..., "tasks": {NAME: {METRIC: value}}}`, and `"failed": {NAME: reason}` if a task did.
-
-    Under `"details"` there is more about some tasks. The file is whole or absent.
-
-    Returns:
-        Why it is absent; empty if it is not.
-    """
-    content: dict[str, Any] = {"checkpoint": str(checkpoint), "tasks": evaluation.results}
-    if evaluation.failures:
-        content["failed"] = evaluation.failures
-    text = json.dumps(content, indent=2, allow_nan=False)
-    if evaluation.details:  # on one line, as a confusion matrix would fill thousands
-        more = json.dumps(evaluation.details, allow_nan=False)
-        text = f'{text.removesuffix("}").rstrip()},\n  "{DETAILS}": {more}\n}}'
-    return write_text(path, text + "\n")
-
-
-def write_text(path: pathlib.Path | str, text: str) -> str:
-    """Write a file that is whole or absent; return why it is absent, empty if it is not."""
-    try:
-        storage.write(path, text)
-    except OSError as error:
-        return str(error)
-    return ""

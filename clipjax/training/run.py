@@ -22,7 +22,8 @@ from clipjax.data.bad_sample_limit import BadSampleLimit
 from clipjax.data.patch_rows import mean_flops_per_pair
 from clipjax.data.training_stream import TrainStream, WorkersDie
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.runner import RESULTS_FILE, Evaluation, run_tasks, write_results
+from clipjax.evals.results import write_results
+from clipjax.evals.runner import RESULTS_FILE, Evaluation, run_tasks
 from clipjax.losses import describe_loss
 from clipjax.monitoring.events import Events
 from clipjax.monitoring.run_logger import RunLogger, results_table

@@ -21,6 +21,7 @@ from tests.runtime.stores import BUCKET
 PLACE_TYPES = (
     arguments.path,
     arguments.place,
+    arguments.places,
     arguments.source,
     arguments.data_source,
     arguments.file_with_argument,

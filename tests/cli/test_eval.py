@@ -27,10 +27,15 @@ def with_task() -> Config:
     return config
 
 
+def opened_of(saved, output, *, key: str = "", **fields) -> evaluate.Opened:
+    one = evaluate.OpenedCheckpoint(saved, with_task(), mock.Mock(), {}, key)
+    return evaluate.Opened([one], output, **fields)
+
+
 def test_results_are_written_in_both_forms_and_nothing_is_left_of_the_progress(no_model, tmp_path, capsys):
     saved = mock.MagicMock(place="runs/a", step=3)
     places = tmp_path / "results.json", tmp_path / "results.csv"
-    opened = evaluate.Opened(saved, with_task(), mock.Mock(), {}, places[0], csv=places[1], key="key")
+    opened = opened_of(saved, places[0], csv=places[1], key="key")
     assert evaluate._evaluate(opened) == 0
     assert json.loads(places[0].read_text()) == {"checkpoint": "runs/a", "tasks": {"val": {"top1": 0.5}}}
     assert places[1].read_text().splitlines()[1].startswith("0.5,val,clipjax,runs/a,zeroshot_classification,en,")
@@ -51,12 +56,12 @@ def test_columns_for_tasks_that_clip_benchmark_has_not_are_refused(tmp_path, mon
     with pytest.raises(
         ValueError, match=r"--csv=x.csv: CLIP_benchmark has columns for zero_shot, multi_label, retrieval, and no"
     ):
-        evaluate._open_here(["--checkpoint=run", f"--tasks_from={config}", "--csv=x.csv"])
+        evaluate._open(["--checkpoint=run", f"--tasks_from={config}", "--csv=x.csv"])
 
 
 def test_results_that_cannot_be_written_are_shown_and_the_exit_code_is_3(no_model, tmp_path, capsys):
     (tmp_path / "results.json").mkdir()  # no file can replace it
-    opened = evaluate.Opened(mock.MagicMock(), with_task(), mock.Mock(), {}, tmp_path / "results.json")
+    opened = opened_of(mock.MagicMock(place="runs/a", step=3), tmp_path / "results.json")
     assert evaluate._evaluate(opened) == 3
     shown = capsys.readouterr()
     assert "top1" in shown.out and "results: " not in shown.out
@@ -70,5 +75,5 @@ def test_a_compile_cache_in_a_folder_of_the_tasks_data_is_refused(tmp_path, monk
     monkeypatch.chdir(tmp_path / "data")
     refused = f"compile_cache='{tmp_path}/data/xla' lies in ., a folder of data or checkpoints"
     with pytest.raises(ValueError, match=re.escape(refused)):
-        evaluate._open_here([f"--checkpoint={tmp_path}/run", f"--config.compile_cache={tmp_path}/data/xla"])
+        evaluate._open([f"--checkpoint={tmp_path}/run", f"--config.compile_cache={tmp_path}/data/xla"])
     assert not (tmp_path / "data" / "xla").exists()

@@ -13,6 +13,7 @@ import pytest
 from clipjax.checkpoints.manager import DamagedCheckpoint
 from clipjax.cli import eval as evaluate
 from clipjax.cli import plan, sweep, train
+from clipjax.cli.eval_fields import READ, is_within
 from clipjax.cli.overrides import override, split_overrides
 from clipjax.config import (
     BagOfWordsConfig,
@@ -157,7 +158,7 @@ def opened(monkeypatch):
         monkeypatch.setattr(
             evaluate.compilation, "enable", lambda setting, outside: noted.update(cache=setting, outside=outside)
         )
-        return evaluate._open_here(["--checkpoint=runs/x", *argv])[0], noted
+        return evaluate._open(["--checkpoint=runs/x", *argv])[0], noted
 
     return open_evaluation
 
@@ -173,13 +174,13 @@ def test_eval_takes_or_refuses_every_field(opened, path):
         evaluation, noted = opened(config, f"--config.{path}={text}")
     except ValueError as error:
         assert path.rpartition(".")[2] in str(error) or 'eval.tasks.t:1/"x"' in str(error), "the field is named"
-        if not evaluate._is_within(path, evaluate.READ):
+        if not is_within(path, READ):
             assert "only training reads it" in str(error) or "the weights of the checkpoint" in str(error)
         return
-    assert evaluate._is_within(path, evaluate.READ)
-    assert field_value(evaluation.config, path) != field_value(config, path)
-    assert field_value(noted["config"], path) == field_value(evaluation.config, path)
-    assert noted["cache"] == evaluation.config.compile_cache
+    assert is_within(path, READ)
+    assert field_value(evaluation.checkpoints[0].config, path) != field_value(config, path)
+    assert field_value(noted["config"], path) == field_value(evaluation.checkpoints[0].config, path)
+    assert noted["cache"] == evaluation.checkpoints[0].config.compile_cache
     assert any(path in line for line in evaluation.changed)
 
 
@@ -187,7 +188,7 @@ def test_the_compile_cache_is_the_users_and_never_a_checkpoints(opened):
     config = make_config()
     config.compile_cache = "runs/x/xla"
     evaluation, noted = opened(config)
-    assert noted["cache"] == evaluation.config.compile_cache == Config().compile_cache
+    assert noted["cache"] == evaluation.checkpoints[0].config.compile_cache == Config().compile_cache
     assert pathlib.Path("runs/x") in noted["outside"]
     assert opened(config, "--config.compile_cache=/mine")[1]["cache"] == "/mine"
 
@@ -225,7 +226,7 @@ def test_data_that_each_task_names_for_itself_is_not_to_be_named_for_all(opened)
     with pytest.raises(ValueError, match="data.tfds_dir=/d: each task that reads TFDS data has its own tfds_dir"):
         opened(config, "--config.data.tfds_dir=/d")
     config.eval.tasks["b"].tfds_dir = None
-    assert opened(config, "--config.data.tfds_dir=/d")[0].config.data.tfds_dir == "/d"
+    assert opened(config, "--config.data.tfds_dir=/d")[0].checkpoints[0].config.data.tfds_dir == "/d"
 
 
 def test_overrides_win_over_tasks_from_and_old_training_fields_do_not_matter(opened, tmp_path, monkeypatch):
@@ -235,14 +236,17 @@ def test_overrides_win_over_tasks_from_and_old_training_fields_do_not_matter(ope
     other.eval.tasks = {"new": TaskConfig(source="a", classes="names", templates="plain", max_examples=3)}
     other.eval.tasks["tfds"] = TaskConfig(source="tfds:pairs/val", classes="names", templates="plain")
     other.data.tfds_dir = "there"
-    monkeypatch.setattr(evaluate, "load_config", lambda file: copy.deepcopy(other))
+    monkeypatch.setattr("clipjax.cli.eval_fields.load_config", lambda file: copy.deepcopy(other))
     config.eval.every_examples = 64
     evaluation, noted = opened(
         config, "--tasks_from=tasks.py", "--config.eval.tasks[new].source=~/b", "--config.data.tfds_image_key=picture"
     )
     task = noted["config"].eval.tasks["new"]
     assert (task.source, task.max_examples) == (str(pathlib.Path.home() / "b"), 3)
-    assert (evaluation.config.data.tfds_dir, evaluation.config.data.tfds_image_key) == ("there", "picture")
+    assert (evaluation.checkpoints[0].config.data.tfds_dir, evaluation.checkpoints[0].config.data.tfds_image_key) == (
+        "there",
+        "picture",
+    )
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,7 @@ def test_a_damaged_checkpoint_ends_an_evaluation_with_one_line(monkeypatch, caps
     def damaged(evaluation):
         raise DamagedCheckpoint("checkpoint x cannot be restored")
 
-    monkeypatch.setattr(evaluate, "_open_here", lambda argv: (evaluate.Opened(None, None, None, {}, None), {}))
+    monkeypatch.setattr(evaluate, "_open", lambda argv: (evaluate.Opened([], None), {}))
     monkeypatch.setattr(evaluate, "_evaluate", damaged)
     assert exit_code(evaluate.main, ["--checkpoint=x"]) == 3
     assert capsys.readouterr().err == "clipjax eval: error: checkpoint x cannot be restored\n"

@@ -25,14 +25,14 @@ def run(tmp_path, monkeypatch):
 
 
 def open_suite(*options: str) -> evaluate.Opened:
-    return evaluate._open_here(["--checkpoint=run", "--config.data.tfds_dir=tfds", *options])[0]
+    return evaluate._open(["--checkpoint=run", "--config.data.tfds_dir=tfds", *options])[0]
 
 
 def test_a_suite_takes_the_place_of_the_checkpoints_tasks(run):
     write_tars(run, specs()["flickr30k"])
     opened = open_suite("--suite=retrieval", "--suite_dir=.", "--config.eval.tasks['flickr30k'].max_examples=1")
-    assert list(opened.tasks) == list(opened.config.eval.tasks) == ["flickr30k"]
-    assert opened.tasks["flickr30k"].max_examples == 1
+    assert list(opened.checkpoints[0].tasks) == list(opened.checkpoints[0].config.eval.tasks) == ["flickr30k"]
+    assert opened.checkpoints[0].tasks["flickr30k"].max_examples == 1
     told = [line for line in opened.changed if line.startswith("suite")]
     assert told[0].startswith("suite retrieval: coco is left out: not there; `clipjax suites --prepare=coco")
     assert told[1:] == ["suite retrieval: flickr30k holds 2 examples, where 1,000 are published"]
@@ -41,7 +41,10 @@ def test_a_suite_takes_the_place_of_the_checkpoints_tasks(run):
 def test_a_suite_reads_tfds_data_where_the_config_says(run):
     write_tfds(run / "tfds", "mnist", "test")
     opened = open_suite("--suite=quick", "--tasks=mnist")
-    assert list(opened.tasks) == ["mnist"] and opened.config.eval.tasks["mnist"].tfds_dir is None
+    assert (
+        list(opened.checkpoints[0].tasks) == ["mnist"]
+        and opened.checkpoints[0].config.eval.tasks["mnist"].tfds_dir is None
+    )
     with pytest.raises(ValueError, match="config.data.tfds_image_key=other: each task that reads TFDS data has its"):
         open_suite("--suite=quick", "--config.data.tfds_image_key=other")
 
@@ -53,9 +56,12 @@ def test_a_config_file_takes_the_tasks_of_a_suite(run):
         "    tasks = suite_tasks('clip_paper', folder='.', tfds_dir='tfds', max_examples=2)\n"
         "    return Config(eval=EvalConfig(tasks=tasks))\n"
     )
-    opened = evaluate._open_here(["--checkpoint=run", "--tasks_from=suite.py"])[0]
-    assert list(opened.tasks) == ["rendered_sst2"] and opened.tasks["rendered_sst2"].max_examples == 2
-    assert opened.tasks["rendered_sst2"].measure.names == ("negative", "positive")
+    opened = evaluate._open(["--checkpoint=run", "--tasks_from=suite.py"])[0]
+    assert (
+        list(opened.checkpoints[0].tasks) == ["rendered_sst2"]
+        and opened.checkpoints[0].tasks["rendered_sst2"].max_examples == 2
+    )
+    assert opened.checkpoints[0].tasks["rendered_sst2"].measure.names == ("negative", "positive")
 
 
 def test_data_that_cannot_be_read_costs_its_task_alone(run):
@@ -64,7 +70,7 @@ def test_data_that_cannot_be_read_costs_its_task_alone(run):
     for number in range(2):
         (run / "wds_mnist" / "test" / f"{number}.tar").write_bytes(b"no tar at all" * 100)
     opened = open_suite("--suite=quick", "--suite_dir=.")
-    assert list(opened.tasks) == ["cifar10"]
+    assert list(opened.checkpoints[0].tasks) == ["cifar10"]
     (told,) = [line for line in opened.changed if "mnist" in line]
     assert "suite quick: mnist is left out: " in told and "0.tar" in told
     with pytest.raises(ValueError, match=r"suite quick: not all of .*\n  mnist: "):

@@ -12,6 +12,7 @@ from clipjax.data.sample import Sample
 from clipjax.data.sources import ArraySource
 from clipjax.evals import prompts
 from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
+from clipjax.evals.results import write_results
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval, image_retrieval, recalls, retrieval
 from clipjax.evals.runner import (
     Evaluation,
@@ -20,7 +21,6 @@ from clipjax.evals.runner import (
     build_tasks,
     check_samples,
     run_tasks,
-    write_results,
 )
 from clipjax.evals.zero_shot import ZeroShot, zero_shot, zero_shot_classifier
 from clipjax.runtime import process_log

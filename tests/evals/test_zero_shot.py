@@ -10,7 +10,8 @@ from clipjax.config.validation import validate
 from clipjax.data.sources import ArraySource
 from clipjax.evals.class_counts import ClassCounts
 from clipjax.evals.prompts import load_classes, load_paraphrases, load_templates
-from clipjax.evals.runner import Evaluation, build_tasks, write_results
+from clipjax.evals.results import write_results
+from clipjax.evals.runner import Evaluation, build_tasks
 from clipjax.evals.zero_shot import ZeroShot, zero_shot
 from tests.evals.test_evals import FakeEncoder, batch, unit
 
