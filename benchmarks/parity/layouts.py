@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-LAYOUTS = ((2, 1), (4, 1), (8, 1), (1, 2), (4, 2))
+LAYOUTS = ((2, 1), (4, 1), (8, 1), (1, 2))
 """Devices of a process, and processes."""
 
 BATCH = 256
@@ -38,7 +38,13 @@ def get_config():
 
 
 def evaluate(
-    checkpoint: pathlib.Path, folder: pathlib.Path, retrieval: Sequence[str], *, devices: int = 1, processes: int = 1
+    checkpoint: pathlib.Path,
+    folder: pathlib.Path,
+    retrieval: Sequence[str],
+    *,
+    tasks: Sequence[str] = (),
+    devices: int = 1,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Return the results of `clipjax eval`: metrics under `tasks`, by name, and `details`. It computes in float32.
 
@@ -46,6 +52,7 @@ def evaluate(
         checkpoint: a workdir or a step.
         folder: of the data sets; config and results are written there, too.
         retrieval: names of the sets with captions.
+        tasks: that are run; none: all.
         devices: simulated ones of each process.
         processes: on this machine.
 
@@ -56,7 +63,9 @@ def evaluate(
     config.write_text(CONFIG.format(folder=str(folder), retrieval=tuple(retrieval)))
     command = ("eval", f"--checkpoint={checkpoint}", f"--tasks_from={config}", f"--output={output}")
     precision = ("--config.model.compute_dtype=float32", "--config.model.matmul_dtype=float32")
-    run((*command, *precision, f"--config.eval.batch_size={BATCH}"), devices=devices, processes=processes)
+    chosen = (f"--tasks={','.join(tasks)}",) if tasks else ()
+    size = f"--config.eval.batch_size={BATCH}"
+    run((*command, *chosen, *precision, size), devices=devices, processes=processes)
     return json.loads(output.read_text())
 
 
