@@ -40,6 +40,7 @@ from clipjax.evals.retrieval import split_lines
 from clipjax.evals.zero_shot import make_prompts
 from clipjax.inference import Model
 from clipjax.monitoring import run_record
+from clipjax.runtime import storage
 
 PEER = pathlib.Path(__file__).with_name("clip_benchmark_peer.py")
 RESULTS = pathlib.Path("benchmarks/results/parity_clip_benchmark.json")
@@ -72,6 +73,11 @@ def main() -> int:
     parser.add_argument("--layouts", action="store_true", help="also on 2, 4 and 8 simulated devices, and 2 processes")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
+    if not options.peer_python.is_file():
+        parser.error(f"--peer_python={options.peer_python} is no file; make the environment that --help names")
+    if options.num_train < 1:
+        parser.error(f"--num_train={options.num_train} must be 1 or more")
+    storage.require_writable(options.output, "--output")
     with tempfile.TemporaryDirectory() as place:
         folder = pathlib.Path(place)
         record = about() | compare(options, folder)
