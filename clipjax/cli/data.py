@@ -303,7 +303,8 @@ def _show(options: Namespace) -> int:
         try:
             sample = source[index]
             captions = " | ".join(map(printable, sample.captions))
-            print(f"{printable(source.location(index))}: label {sample.label}; {captions}")
+            label = sample.label if sample.labels is None else list(sample.labels)
+            print(f"{printable(source.location(index))}: label {label}; {captions}")
         except BadSample as error:
             print(f"{printable(source.location(index))}: unusable, {error.reason}")
     if sheet is not None:

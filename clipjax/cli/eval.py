@@ -193,7 +193,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
     _select_tasks(config, options.tasks, parsed.overrides)
     _refuse_unused_tfds(config, parsed.overrides)
     if options.csv and not any(task.kind in COMPARABLE for task in config.eval.tasks.values()):
-        kinds = " and ".join(kind.value for kind in COMPARABLE)
+        kinds = ", ".join(kind.value for kind in COMPARABLE)
         raise ValueError(
             f"--csv={options.csv}: CLIP_benchmark has columns for {kinds}, and no task is of these; leave it out"
         )

@@ -48,7 +48,8 @@ def eval_batches(
     Returns:
         Batches of `image`, uint8 [b, s, s, 3] or what else `view` gives, `label` int32 [b] (-1: none), `mask` bool [b],
         `index` int64 [b] in the source (-1: padding), `skip_reason` int32 [b] (why a sample is bad, an index into
-        `REASONS`; -1: it is not) and `captions`, a list of b tuples of texts.
+        `REASONS`; -1: it is not), `captions`, a list of b tuples of texts, and `labels`, one of b tuples of
+        classes, None where the data does not tell several.
 
     Raises:
         ValueError: `batch_size` is not divisible by `process_count`.
@@ -72,13 +73,22 @@ def eval_batches(
             "label": sample.label,
             "mask": True,
             "captions": sample.captions,
+            "labels": sample.labels,
         }
 
     return _read_ahead(parts, read, num_threads)
 
 
 def _eval_row(blank: Pixels, *, index: int, reason: int = GOOD) -> dict[str, Any]:
-    return {"image": blank, "label": -1, "mask": False, "index": index, "skip_reason": reason, "captions": ()}
+    return {
+        "image": blank,
+        "label": -1,
+        "mask": False,
+        "index": index,
+        "skip_reason": reason,
+        "captions": (),
+        "labels": None,
+    }
 
 
 def _read_ahead(
@@ -105,4 +115,5 @@ def _stack_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "index": np.array([row["index"] for row in rows], np.int64),
         "skip_reason": np.array([row["skip_reason"] for row in rows], np.int32),
         "captions": [row["captions"] for row in rows],
+        "labels": [row["labels"] for row in rows],
     }

@@ -17,7 +17,7 @@ from clipjax.config.data import TFDS_PREFIX
 from clipjax.data.array_records import require_readable
 from clipjax.data.caption_fields import read_captions, require_fields, to_weights
 from clipjax.data.digests import DIGEST_THREADS, ShardDigest, digest_samples
-from clipjax.data.sample import BadSample, Sample, clean_captions, is_label
+from clipjax.data.sample import BadSample, Sample, clean_captions, is_label, labels_of
 from clipjax.data.store_copies import look_up
 from clipjax.runtime import objects
 from clipjax.runtime.file_cache import FileCache
@@ -157,12 +157,12 @@ class TfdsSource:
         except Exception:  # ArrayRecord and protobuf raise several types on damaged bytes, and on storage that fails
             record = self._read_again(index)
         image, captions, label = (_nested(record, key) for key in self._keys)
-        number = int(label) if is_label(label) else -1
+        number, several = int(label) if is_label(label) else -1, labels_of(label)
         if self._captions:
             captions, fields = read_captions(
                 self._captions, lambda name: _nested(record, name), max_bytes=self._max_caption_bytes
             )
-            return Sample(image, captions, number, str(index), fields)
+            return Sample(image, captions, number, str(index), fields, several)
         if captions is None:
             captions = ()
         elif isinstance(captions, (bytes, str)):
@@ -172,6 +172,7 @@ class TfdsSource:
             captions=clean_captions(captions, max_bytes=self._max_caption_bytes),
             label=number,
             key=str(index),
+            labels=several,
         )
 
     def _read_again(self, index: int) -> Any:

@@ -24,15 +24,20 @@ from clipjax.data.patches import make_view
 from clipjax.data.sample import BadSample, Sample, Source
 from clipjax.data.sources import build_source
 from clipjax.data.training_stream import per_process
+from clipjax.evals.choice import CaptionChoice, Choice, PairChoice
 from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
+from clipjax.evals.multi_label import MultiLabel
 from clipjax.evals.probe_tasks import FewShot, LinearProbe, NearestNeighbours
 from clipjax.evals.prompts import load_classes, load_paraphrases, load_templates
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
+from clipjax.evals.word_order import WordOrder
 from clipjax.evals.zero_shot import ZeroShot
 from clipjax.runtime import process_log, processes, storage
 
 Results = dict[str, dict[str, float]]
-Measure = ZeroShot | Retrieval | ImageRetrieval | LinearProbe | FewShot | NearestNeighbours
+Measure = (
+    ZeroShot | MultiLabel | Retrieval | ImageRetrieval | WordOrder | Choice | LinearProbe | FewShot | NearestNeighbours
+)
 """The work of a task: from an encoder and the batches of each source to metrics, and JSON under `DETAILS` if there is
 more to tell; `metrics` names those that rank a model, the larger the better."""
 
@@ -92,7 +97,7 @@ class Task:
         skipped = [0] * len(self.sources)
 
         def read(number: int) -> Iterator[dict]:
-            for batch, reasons in self._read_together(encoder, self.sources[number]):
+            for batch, reasons in self.read_together(encoder, number):
                 skipped[number] += int((reasons >= 0).sum())
                 yield batch
 
@@ -117,13 +122,16 @@ class Task:
                     samples.append(source[index])
             self.measure.check_samples(samples, is_all=len(places) == size)
 
-    def _read_together(self, encoder: Encoder, source: Source) -> Iterator[tuple[dict, np.ndarray]]:
-        """Yield this process's part of each batch, and the skip reasons of the whole batch.
+    def read_together(self, encoder: Encoder, number: int) -> Iterator[tuple[dict, np.ndarray]]:
+        """Yield this process's part of each batch of a source, and the skip reasons of the whole batch.
 
         A process that fails to read tells so in place of its skip reasons; otherwise the others would wait for it.
+
+        Raises:
+            ReadFailed: a process cannot read its part.
         """
         local_size = per_process("eval.batch_size", self.config.eval.batch_size, jax.process_count())
-        batches = self._batches(source)
+        batches = self._batches(self.sources[number])
         while True:
             batch, error = None, None
             try:
@@ -202,10 +210,18 @@ def _build_measure(task: TaskConfig) -> Measure:
             given = task.paraphrases
             paraphrases = None if given is None else load_paraphrases(given, names, templates)
             return ZeroShot(names, templates, task.compare_prompts, paraphrases)
+        case TaskKind.MULTI_LABEL:
+            return MultiLabel(load_classes(task.classes or ""), load_templates(task.templates or ""))
         case TaskKind.RETRIEVAL:
             return Retrieval(task.captions_by_line)
         case TaskKind.IMAGE_RETRIEVAL:
             return ImageRetrieval()
+        case TaskKind.WORD_ORDER:
+            return WordOrder(task.captions_by_line)
+        case TaskKind.CAPTION_CHOICE:
+            return CaptionChoice(task.captions_by_line)
+        case TaskKind.PAIR_CHOICE:
+            return PairChoice()
         case _:
             return _build_probe(task)
 

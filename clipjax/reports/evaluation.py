@@ -20,7 +20,7 @@ _MOST_CLASSES = 200  # of which the confusion matrix is drawn
 _MOST_NAMED = 30  # of which it names every one
 _MOST_ROWS = 100  # of a table of classes
 _MOST_WORDINGS = 12
-_HEADLINES = ("top1", "image_to_text_r1", "source_to_gallery_r1")
+_HEADLINES = ("top1", "image_to_text_r1", "source_to_gallery_r1", "caption_preferred", "group_score", "text_score")
 _LABELS = {
     "top1": "top-1",
     "top5": "top-5",
@@ -29,9 +29,16 @@ _LABELS = {
     "top1_one_template": "top-1, one template",
     "wording_std": "spread of the right class's probability over wordings",
     "wording_range": "its range over wordings",
+    "caption_preferred": "captions preferred to their shuffled words",
+    "shuffled_similarity": "cosine of captions with their shuffled words",
+    "shuffled_text_to_image_r1": "shuffled words to image, R@1",
     "num_examples": "examples",
     "num_texts": "texts",
     "num_skipped": "unusable samples",
+    "num_ties": "ties",
+    "num_left_out": "samples left out",
+    "num_unchanged": "captions that no other order changes",
+    "num_cut": "captions longer than the context",
 }
 _WAYS = {"top1_names": "class names alone", "top1_one_template": "one template", "top1": "ensemble of templates"}
 
