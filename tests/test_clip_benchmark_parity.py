@@ -1,5 +1,7 @@
 """The counting behind `benchmarks.parity.clip_benchmark`, and the shards it writes; the comparison needs its peers."""
 
+import io
+import json
 import pathlib
 import tarfile
 
@@ -7,10 +9,19 @@ import numpy as np
 import pytest
 
 from benchmarks.parity import clip_benchmark, ranks
+from benchmarks.parity.average_precision import average_precision, class_rows
 from benchmarks.parity.layouts import different_metrics
-from benchmarks.parity.wds_layout import PER_SHARD, with_own_captions, write_captioned, write_labelled
+from benchmarks.parity.wds_layout import (
+    PER_SHARD,
+    with_own_captions,
+    write_captioned,
+    write_labelled,
+    write_multi_labelled,
+)
 from clipjax.data.sample import Sample
+from clipjax.evals.multi_label import average_precision as of_clipjax
 
+RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 PIXEL = b"\xff\xd8 no reader decodes it here"
 
 
@@ -158,3 +169,38 @@ def test_samples_with_captions_of_others_are_left_out():
     a, b, c = (Sample(PIXEL, captions=captions, label=0) for captions in (("x", "y"), ("z", "y"), ("w", "v")))
     assert with_own_captions([a, b, c], most=2) == [c]
     assert with_own_captions([a, b, c], most=1) == [a, b, c]
+
+
+def test_several_labels_are_written_for_both_readers(tmp_path):
+    write_multi_labelled(tmp_path / "set", samples(3), [[0, 2], [], [1]], ["a", "b", "c"], ["{}"])
+    found = members(tmp_path / "set" / "test")
+    targets = [np.load(io.BytesIO(found[f"{i:06d}.npy"]), allow_pickle=False).tolist() for i in range(3)]
+    assert targets == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    assert [each.labels for each in clip_benchmark.read_shards(tmp_path / "set" / "test")] == [(0, 2), (), (1,)]
+    assert (tmp_path / "set" / "dataset_type.txt").read_text() == "multilabel\n"
+
+
+def test_the_reference_of_average_precision_is_its_definition():
+    assert (
+        average_precision(np.asarray([0.9, 0.8, 0.7, 0.6]), np.asarray([True, False, True, False])) == (1 + 2 / 3) / 2
+    )
+    rng = np.random.default_rng(0)
+    scores, truth = rng.normal(size=200), rng.random(200) < 0.2
+    assert average_precision(scores, truth) == pytest.approx(of_clipjax(scores, truth)[0], abs=1e-12)
+
+
+def test_a_class_whose_precision_differs_does_not_agree():
+    image = np.eye(2)
+    theirs = {"image64": image, "text64": image, "target": image, "average_precision": np.asarray([1.0, 1.0])}
+    ours = [{"name": "a", "map": 1.0}, {"name": "b", "map": 0.5}]
+    assert [row["agrees"] for row in class_rows(["a", "b"], ours, theirs)] == [True, False]
+    assert [row["difference"] for row in class_rows(["a", "b"], ours, theirs)] == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("name", ["parity_average_precision.json"])
+def test_the_recorded_comparisons_agree(name):
+    recorded = json.loads((RESULTS / name).read_text())
+    assert recorded["agrees"]
+    rows = recorded.get("rows", recorded.get("classes"))
+    assert all(each["agrees"] for each in rows)
+    assert all(each["clipjax"] == each["clip_benchmark"] for each in rows if each.get("ties") == 0)

@@ -49,6 +49,9 @@ FIVE, ONE, REPEATED = "captions", "first_caption", "repeated_captions"
 MOST = {FIVE: 5, ONE: 1, REPEATED: 5}
 """Sets for retrieval, with the captions of an image; only in the last one have several images the same caption."""
 
+MULTI = "multi_label"
+"""The set of `benchmarks.parity.average_precision`."""
+
 NUM_REPEATED = 1_000
 """Images of the last of these."""
 
@@ -80,7 +83,7 @@ def main() -> int:
     storage.require_writable(options.output, "--output")
     with tempfile.TemporaryDirectory() as place:
         folder = pathlib.Path(place)
-        record = about() | compare(options, folder)
+        record = about("benchmarks.parity.clip_benchmark") | compare(options, folder)
         write(options.output, record)  # before the layouts, which take longer than all the rest
         print(table(record["rows"]), flush=True)
         if options.layouts:
@@ -91,11 +94,11 @@ def main() -> int:
     return 0 if record["agrees"] else 1
 
 
-def about() -> dict[str, Any]:
-    """Return when, how and where a comparison is made."""
+def about(module: str) -> dict[str, Any]:
+    """Return when, by which module and where a comparison is made."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "-m", "benchmarks.parity.clip_benchmark", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "machine": machine.describe(),
     }
 

@@ -76,6 +76,7 @@ def evaluate(output: str, arguments: list[str]) -> None:
     recorder = Recorder()
     cli.load_clip = recorder.load(cli.load_clip)
     recorder.wrap(zeroshot_classification, "run_classification")
+    recorder.wrap(zeroshot_classification, "average_precision_per_class")
     recorder.wrap(zeroshot_retrieval, "recall_at_k")
     sys.argv = ["clip_benchmark", *arguments]
     cli.main()
@@ -85,7 +86,10 @@ def evaluate(output: str, arguments: list[str]) -> None:
     if runs := recorder.results("run_classification"):
         ((logits, target),) = runs
         found |= {"logits": logits.numpy(), "target": target.numpy()}
-        found |= open_clip_classification(recorder, pixels, target)
+        if target.ndim == 1:
+            found |= open_clip_classification(recorder, pixels, target)
+        else:
+            (found["average_precision"],) = (each.numpy() for each in recorder.results("average_precision_per_class"))
     else:
         found |= retrieval_hits(recorder, len(tokens), len(pixels))
         if len(tokens) == len(pixels):

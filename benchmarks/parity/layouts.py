@@ -61,12 +61,16 @@ def evaluate(
     """
     config, output = folder / "tasks.py", folder / f"results_{devices}_{processes}.json"
     config.write_text(CONFIG.format(folder=str(folder), retrieval=tuple(retrieval)))
+    chosen = (f"--tasks={','.join(tasks)}",) if tasks else ()
+    run((*eval_command(checkpoint, config, output), *chosen), devices=devices, processes=processes)
+    return json.loads(output.read_text())
+
+
+def eval_command(checkpoint: pathlib.Path, config: pathlib.Path, output: pathlib.Path) -> tuple[str, ...]:
+    """Return the arguments of an evaluation in float32."""
     command = ("eval", f"--checkpoint={checkpoint}", f"--tasks_from={config}", f"--output={output}")
     precision = ("--config.model.compute_dtype=float32", "--config.model.matmul_dtype=float32")
-    chosen = (f"--tasks={','.join(tasks)}",) if tasks else ()
-    size = f"--config.eval.batch_size={BATCH}"
-    run((*command, *chosen, *precision, size), devices=devices, processes=processes)
-    return json.loads(output.read_text())
+    return (*command, *precision, f"--config.eval.batch_size={BATCH}")
 
 
 def run(arguments: Sequence[str], *, devices: int = 1, processes: int = 1) -> None:

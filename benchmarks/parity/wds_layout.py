@@ -6,9 +6,14 @@
 Source: LAION-AI/CLIP_benchmark, `clip_benchmark/datasets/builder.py`, `build_wds_dataset`.
 """
 
+import io
+import json
 import pathlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from clipjax.data.packed_samples import PackedSample, write_tar
 from clipjax.data.sample import Sample
@@ -30,9 +35,7 @@ def write_labelled(
     Raises:
         ValueError: a name or template that a line of a text file, stripped, does not hold; a split without a label.
     """
-    for text in (*names, *templates):
-        if text != text.strip() or len(text.splitlines()) != 1:
-            raise ValueError(f"{text!r} does not survive as a line of a text file; CLIP_benchmark would read another")
+    _check_lines([*names, *templates])
     for split, samples in splits.items():
         packed = [
             PackedSample(f"{number:06d}", _encoded(sample), None, None, str(sample.label).encode())
@@ -40,9 +43,52 @@ def write_labelled(
             if sample.label >= 0
         ]
         _write_split(root / split, packed)
-    (root / "classnames.txt").write_text("".join(f"{name}\n" for name in names))
-    lines = "".join(f"{template.replace('{}', '{c}')}\n" for template in templates)
-    (root / "zeroshot_classification_templates.txt").write_text(lines)
+    _write_prompts(root, names, templates)
+
+
+def write_multi_labelled(
+    root: pathlib.Path,
+    samples: Sequence[Sample],
+    labels: Sequence[Sequence[int]],
+    names: Sequence[str],
+    templates: Sequence[str],
+) -> None:
+    """Write a data set of images with several classes, of one split `test`.
+
+    Each image has its classes twice: a vector of 0 and 1 in `KEY.npy`, which CLIP_benchmark reads, and the list of
+    their numbers as `label` in `KEY.json`, which clipjax reads.
+
+    Args:
+        root: folder that is made.
+        samples: with an image each.
+        labels: class numbers of each sample.
+        names: of the classes.
+        templates: each with one `{}` for the name.
+
+    Raises:
+        ValueError: a text that a line, stripped, does not hold; no sample.
+    """
+    _check_lines([*names, *templates])
+    packed = []
+    for number, (sample, own) in enumerate(zip(samples, labels, strict=True)):
+        stream = io.BytesIO()
+        np.save(stream, np.isin(np.arange(len(names)), own).astype(np.int64), allow_pickle=False)
+        described = json.dumps({"label": list(own)}).encode()
+        packed.append(_WithTargets(f"{number:06d}", _encoded(sample), None, described, None, stream.getvalue()))
+    _write_split(root / "test", packed)
+    _write_prompts(root, names, templates)
+    (root / "dataset_type.txt").write_text("multilabel\n")
+
+
+@dataclass(frozen=True, slots=True)
+class _WithTargets(PackedSample):
+    """A sample with the content of its `KEY.npy`."""
+
+    targets: bytes
+
+    def members(self) -> Iterable[tuple[str, bytes]]:
+        yield from PackedSample.members(self)
+        yield "npy", self.targets
 
 
 def write_captioned(root: pathlib.Path, samples: Sequence[Sample], *, most: int) -> None:
@@ -68,6 +114,18 @@ def with_own_captions(samples: Sequence[Sample], *, most: int) -> list[Sample]:
     """
     known = Counter(caption for sample in samples for caption in sample.captions[:most])
     return [sample for sample in samples if all(known[caption] == 1 for caption in sample.captions[:most])]
+
+
+def _check_lines(texts: Sequence[str]) -> None:
+    for text in texts:
+        if text != text.strip() or len(text.splitlines()) != 1:
+            raise ValueError(f"{text!r} does not survive as a line of a text file; CLIP_benchmark would read another")
+
+
+def _write_prompts(root: pathlib.Path, names: Sequence[str], templates: Sequence[str]) -> None:
+    (root / "classnames.txt").write_text("".join(f"{name}\n" for name in names))
+    lines = "".join(f"{template.replace('{}', '{c}')}\n" for template in templates)
+    (root / "zeroshot_classification_templates.txt").write_text(lines)
 
 
 def _write_split(folder: pathlib.Path, samples: Sequence[PackedSample]) -> None:
