@@ -11,6 +11,7 @@ import pytest
 from benchmarks.parity import clip_benchmark, ranks
 from benchmarks.parity.average_precision import average_precision, class_rows
 from benchmarks.parity.layouts import different_metrics
+from benchmarks.parity.sharded import layout_row
 from benchmarks.parity.wds_layout import (
     PER_SHARD,
     with_own_captions,
@@ -119,6 +120,13 @@ def test_metrics_that_differ_are_named():
     first = {"a": {"top1": 0.5, "top5": 1.0}, "b": {"r1": 0.1}}
     assert different_metrics(first, first) == []
     assert different_metrics(first, {"a": {"top1": 0.25, "top5": 1.0}}) == ["a:top1", "b:r1"]
+
+
+def test_a_layout_with_other_numbers_does_not_agree():
+    first, other = {"a:b": {"top1": 0.5, "top5": 1.0}}, {"a:b": {"top1": 0.25, "top5": 1.0}}
+    assert layout_row(first, first, 2, 1)["agrees"]
+    row = layout_row(first, other, 2, 1)
+    assert (row["differ"], row["num_metrics"], row["agrees"]) == ({"a:b:top1": [0.5, 0.25]}, 2, False)
 
 
 def samples(count: int) -> list[Sample]:

@@ -73,7 +73,6 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="a workdir or a step")
     parser.add_argument("--tfds_dir", type=pathlib.Path, required=True, help="where `clipjax data scenes` has put them")
     parser.add_argument("--num_train", type=int, default=6_000, help="examples that the probe learns from, at most")
-    parser.add_argument("--layouts", action="store_true", help="also on 2, 4 and 8 simulated devices, and 2 processes")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
     if not options.peer_python.is_file():
@@ -82,15 +81,9 @@ def main() -> int:
         parser.error(f"--num_train={options.num_train} must be 1 or more")
     storage.require_writable(options.output, "--output")
     with tempfile.TemporaryDirectory() as place:
-        folder = pathlib.Path(place)
-        record = about("benchmarks.parity.clip_benchmark") | compare(options, folder)
-        write(options.output, record)  # before the layouts, which take longer than all the rest
-        print(table(record["rows"]), flush=True)
-        if options.layouts:
-            first = json.loads((folder / "results_1_1.json").read_text())["tasks"]
-            record["layouts"] = [layout_row(options.checkpoint, folder, first, *each) for each in layouts.LAYOUTS]
-            record["agrees"] &= all(each["agrees"] for each in record["layouts"])
-            write(options.output, record)
+        record = about("benchmarks.parity.clip_benchmark") | compare(options, pathlib.Path(place))
+    write(options.output, record)
+    print(table(record["rows"]))
     return 0 if record["agrees"] else 1
 
 
@@ -110,7 +103,7 @@ def write(path: pathlib.Path, record: Mapping[str, Any]) -> None:
 
 def compare(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     """Run both sides in a folder of their own, and return the record."""
-    write_sets(options, folder)
+    write_sets(options.tfds_dir, folder, num_train=options.num_train)
     peer = Peer(options.peer_python, folder)
     layouts.run(("export", "--to=open_clip", f"--checkpoint={options.checkpoint}", f"--output={peer.exported}"))
     found = layouts.evaluate(options.checkpoint, folder, tuple(MOST))
@@ -132,12 +125,12 @@ def compare(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]
     return record | {"agrees": all(each["agrees"] for each in checked)}
 
 
-def write_sets(options: argparse.Namespace, folder: pathlib.Path) -> None:
+def write_sets(tfds_dir: pathlib.Path, folder: pathlib.Path, *, num_train: int) -> None:
     """Write the data sets that both sides read."""
-    data = DataConfig(tfds_dir=str(options.tfds_dir))
+    data = DataConfig(tfds_dir=str(tfds_dir))
     test, train = (build_source(f"tfds:scenes/{split}", data=data) for split in ("val", "train"))
     samples = [test[index] for index in range(len(test))]
-    learnt = [train[index] for index in range(min(len(train), options.num_train))]
+    learnt = [train[index] for index in range(min(len(train), num_train))]
     names, templates = load_classes("scenes"), load_templates("scenes")
     write_labelled(folder / "labelled", {"test": samples, "train": learnt}, names, templates)
     for name, most in MOST.items():
@@ -330,18 +323,6 @@ def probe_rows(model: Model, peer: Peer, folder: pathlib.Path, results: Mapping[
         row |= {"scikit_learn": int(right.sum()), "scikit_learn_iterations": int(iterations)}
         rows.append(row | {"agrees": abs(count - int(right.sum())) <= PROBE_LIMIT * total})
     return rows
-
-
-def layout_row(
-    checkpoint: pathlib.Path, folder: pathlib.Path, first: Mapping[str, Mapping[str, float]], devices: int, count: int
-) -> dict[str, Any]:
-    """Return the metrics that are not those of one device, for a layout of devices and processes."""
-    tasks = ("labelled", *MOST)
-    other = layouts.evaluate(checkpoint, folder, tuple(MOST), tasks=tasks, devices=devices, processes=count)["tasks"]
-    first = {name: first[name] for name in tasks}
-    differ = layouts.different_metrics(first, other)
-    row = {"devices_of_a_process": devices, "processes": count, "differ": differ}
-    return row | {"num_metrics": sum(map(len, first.values())), "agrees": not differ}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -10,9 +10,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-LAYOUTS = ((2, 1), (4, 1), (8, 1), (1, 2))
-"""Devices of a process, and processes."""
-
 BATCH = 256
 """Over all devices; the number of examples of no set is a multiple of it, nor of the devices."""
 
