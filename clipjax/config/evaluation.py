@@ -46,9 +46,10 @@ class TaskConfig:
 
     `retrieval` finds captions for pictures and pictures for captions. `image_retrieval` finds, for the pictures of
     `source`, those of `gallery` with the same caption, for instance the same thing in another style, and the reverse.
-    `zero_shot` needs `classes` and `templates`: a name in `clipjax/evals/prompts.py` or a JSON file with a list of
-    strings. The class of a sample is its integer `label`; samples without one (-1) are left out. `multi_label` is for
-    images that have several classes each: their label is a list of class numbers, the metric mean average precision.
+    `zero_shot` needs `classes` and `templates`: a name in `clipjax/evals/prompts.py` or a file, JSON with a list of
+    strings or `.txt` with one a line. The class of a sample is its integer `label`; samples without one (-1) are left
+    out. `multi_label` is for images that have several classes each: their label is a list of class numbers, the metric
+    mean average precision.
 
     `compare_prompts` also measures the class names alone and one template. `paraphrases` tells how much the right
     class's probability depends on its words: `templates`, or a JSON file with a list of texts for class names.

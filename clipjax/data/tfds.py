@@ -199,6 +199,15 @@ class TfdsSource:
         """Return the split and the record in it."""
         return f"{self._spec}, record {index}"
 
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the data's own names of its labels, in their order, which can be numbers; None: it has none."""
+        import tensorflow_datasets as tfds
+
+        features: Any = tfds.builder_from_directory(self._directory).info.features
+        label = _nested(features, self._keys[2])
+        label = label.feature if isinstance(label, tfds.features.Sequence) else label  # of an image with several
+        return tuple(label.names) if isinstance(label, tfds.features.ClassLabel) and label.names else None
+
     def digests(self) -> list[ShardDigest]:
         """Return a digest of each file of the split, in order."""
         if self._digests is None:
@@ -254,6 +263,26 @@ def data_folder(data_dir: str | None) -> str:
     from tensorflow_datasets.core import constants
 
     return data_dir or os.fspath(constants.DATA_DIR)
+
+
+def is_prepared(name: str, data_dir: str | None) -> bool:
+    """Return True if TFDS data lies there, in whatever format.
+
+    Args:
+        name: `NAME`, `NAME/CONFIG`, and `:VERSION` after either.
+        data_dir: folder of all prepared data, or its address; None is TFDS's own default.
+
+    Raises:
+        OSError: a store does not tell of it.
+    """
+    try:
+        if data_dir is not None and is_address(data_dir):
+            find_files(name, "", data_dir)
+        else:
+            _prepared_directory(name, data_dir)
+    except ValueError:
+        return False
+    return True
 
 
 def find_files(

@@ -28,7 +28,8 @@ from clipjax.evals.choice import CaptionChoice, Choice, PairChoice
 from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
 from clipjax.evals.multi_label import MultiLabel
 from clipjax.evals.probe_tasks import FewShot, LinearProbe, NearestNeighbours
-from clipjax.evals.prompts import load_classes, load_paraphrases, load_templates
+from clipjax.evals.prompts import load_classes_for, load_paraphrases, load_templates
+from clipjax.evals.relabelled import class_names_of, number_as_listed
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
 from clipjax.evals.word_order import WordOrder
 from clipjax.evals.zero_shot import ZeroShot
@@ -200,18 +201,19 @@ def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Sou
     for spec, source in zip(task.sources, sources, strict=True):
         if not len(source):
             raise ValueError(f"source {spec!r} holds no sample; name one that does, or leave the task out")
-    return Task(_build_measure(task), config, sources, task.max_examples)
+    sources = [number_as_listed(task.classes, source) for source in sources]
+    return Task(_build_measure(task, sources), config, sources, task.max_examples)
 
 
-def _build_measure(task: TaskConfig) -> Measure:
+def _build_measure(task: TaskConfig, sources: Sequence[Source]) -> Measure:
     match task.kind:
         case TaskKind.ZERO_SHOT:
-            names, templates = load_classes(task.classes or ""), load_templates(task.templates or "")
+            names, templates = _load_prompts(task, sources)
             given = task.paraphrases
             paraphrases = None if given is None else load_paraphrases(given, names, templates)
             return ZeroShot(names, templates, task.compare_prompts, paraphrases)
         case TaskKind.MULTI_LABEL:
-            return MultiLabel(load_classes(task.classes or ""), load_templates(task.templates or ""))
+            return MultiLabel(*_load_prompts(task, sources))
         case TaskKind.RETRIEVAL:
             return Retrieval(task.captions_by_line)
         case TaskKind.IMAGE_RETRIEVAL:
@@ -223,16 +225,21 @@ def _build_measure(task: TaskConfig) -> Measure:
         case TaskKind.PAIR_CHOICE:
             return PairChoice()
         case _:
-            return _build_probe(task)
+            return _build_probe(task, sources)
 
 
-def _build_probe(task: TaskConfig) -> LinearProbe | FewShot | NearestNeighbours:
+def _load_prompts(task: TaskConfig, sources: Sequence[Source]) -> tuple[Sequence[str], Sequence[str]]:
+    """Return class names in the order of the data's labels, and templates."""
+    return load_classes_for(task.classes or "", class_names_of(sources[0])), load_templates(task.templates or "")
+
+
+def _build_probe(task: TaskConfig, sources: Sequence[Source]) -> LinearProbe | FewShot | NearestNeighbours:
     features = task.features or FeatureKind.BEFORE_PROJECTION
     if task.kind is TaskKind.LINEAR_PROBE:
         return LinearProbe(features)
     if task.kind is TaskKind.NEAREST_NEIGHBOURS:
         return NearestNeighbours(features, task.neighbours or 20)
-    prompts = (load_classes(task.classes), load_templates(task.templates)) if task.classes and task.templates else None
+    prompts = _load_prompts(task, sources) if task.classes and task.templates else None
     return FewShot(features, task.seeds or 3, prompts)
 
 

@@ -253,7 +253,7 @@ def test_prompts_by_name_and_from_files(tmp_path):
     assert prompts.load_classes(str(path)) == ("cat", "dog")
     with pytest.raises(ValueError, match="must hold one {} for the class name"):
         prompts.load_templates(str(path))
-    for content, message in (("{", "is no JSON"), ('{"a": 1}', "must be a JSON list"), ("[]", "at least one")):
+    for content, message in (("{", "is no JSON"), ('{"a": 1}', "must be a list of strings"), ("[]", "at least one")):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             prompts.load_classes(str(path))
