@@ -205,7 +205,7 @@ def test_a_class_whose_precision_differs_does_not_agree():
     assert [row["difference"] for row in class_rows(["a", "b"], ours, theirs)] == [0.0, 0.5]
 
 
-@pytest.mark.parametrize("name", ["parity_average_precision.json", "parity_sharded.json"])
+@pytest.mark.parametrize("name", [f"parity_{kind}.json" for kind in ("average_precision", "clip_benchmark", "sharded")])
 def test_the_recorded_comparisons_agree(name):
     recorded = json.loads((RESULTS / name).read_text())
     assert recorded["agrees"]

@@ -3,7 +3,8 @@
     python -m benchmarks.parity.clip_benchmark --peer_python=PEER/bin/python --checkpoint=runs/quickstart \\
         --tfds_dir=data [--output=benchmarks/results/parity_clip_benchmark.json]
 
-PEER: `pip install torch==2.13.0 torchvision open_clip_torch==3.3.0 webdataset==0.2.86 clip-benchmark requests`.
+PEER: `pip install torch==2.13.0 torchvision open_clip_torch==3.3.0 webdataset==0.2.86 clip-benchmark requests
+'numpy<2.4'`.
 
 The checkpoint is one that knows `scenes` (configs/quickstart.py). The data goes into WebDataset shards that both sides
 read, the weights through `clipjax export` to open_clip's loader. CLIP_benchmark's own command and `clipjax eval` run in
@@ -312,7 +313,7 @@ def probe_rows(model: Model, peer: Peer, folder: pathlib.Path, results: Mapping[
     """Return a row for each strength; the first is the one that `clipjax eval` has chosen."""
     peer.evaluate("labelled", "train")
     learnt, test = (Both("labelled", model, folder / "labelled" / split, {}) for split in ("train", "test"))
-    strengths = [results["best_c"], *STRENGTHS]
+    strengths = [results["best_c"], *(each for each in STRENGTHS if each != results["best_c"])]
     theirs, problem, rows = peer.probe(strengths), Problem(learnt.image, learnt.labels), []
     for strength, right, iterations in zip(strengths, theirs["right"], theirs["iterations"], strict=True):
         fitted, total = problem.fit(strength), len(test.labels)
