@@ -41,7 +41,9 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["clipjax", "clipjax.*"]),
-    package_data={"clipjax": ["py.typed", "evals/datasets/*.json", "reports/templates/*.html"]},
+    package_data={
+        "clipjax": ["py.typed", "evals/datasets/*.json", "evals/shift_points/*.json", "reports/templates/*.html"]
+    },
     entry_points={"console_scripts": ["clipjax=clipjax.cli.main:console"]},
     install_requires=[
         "absl-py>=2.1",

@@ -28,6 +28,8 @@ from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
 from clipjax.evals.probe_tasks import FewShot, LinearProbe, NearestNeighbours
 from clipjax.evals.prompts import load_classes, load_paraphrases, load_templates
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
+from clipjax.evals.robustness import Shift, describe_shifts
+from clipjax.evals.shift_points import load_shift_points
 from clipjax.evals.zero_shot import ZeroShot
 from clipjax.runtime import process_log, processes, storage
 
@@ -60,11 +62,13 @@ class Evaluation:
         results: metrics of those that worked.
         failures: reasons of those that did not.
         details: JSON values about those that worked, for instance of each class.
+        shifts: JSON values about those that are shifts of others; see `describe_shifts`.
     """
 
     results: Results
     failures: dict[str, str]
     details: dict[str, Any] = field(default_factory=dict)
+    shifts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,14 @@ class Task:
         config: of the run.
         sources: the data, one or two.
         max_examples: of each source; None: all.
+        shift: what it is a shift of; None: of nothing.
     """
 
     measure: Measure
     config: Config
     sources: Sequence[Source]
     max_examples: int | None
+    shift: Shift | None = None
 
     def __call__(self, encoder: Encoder) -> tuple[dict[str, float], Any]:
         """Return the metrics, among them as `num_skipped` how many samples were unusable and left out; and details.
@@ -192,7 +198,9 @@ def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Sou
     for spec, source in zip(task.sources, sources, strict=True):
         if not len(source):
             raise ValueError(f"source {spec!r} holds no sample; name one that does, or leave the task out")
-    return Task(_build_measure(task), config, sources, task.max_examples)
+    points = None if task.shift_points is None else load_shift_points(task.shift_points)
+    shift = None if task.shift_of is None else Shift(task.shift_of, points)
+    return Task(_build_measure(task), config, sources, task.max_examples, shift)
 
 
 def _build_measure(task: TaskConfig) -> Measure:
@@ -287,6 +295,8 @@ def run_tasks(
             if details is not None:
                 evaluation.details[name] = details
             keep(name, metrics, details)
+    shifts = {name: task.shift for name, task in tasks.items() if task.shift is not None}
+    evaluation.shifts.update(describe_shifts(evaluation.results, shifts))
     return evaluation
 
 
@@ -327,7 +337,8 @@ def _join(texts: Sequence[str]) -> str:
 def write_results(path: pathlib.Path | str, checkpoint: pathlib.Path | str, evaluation: Evaluation) -> str:
     """Write `{"checkpoint": ..., "tasks": {NAME: {METRIC: value}}}`, and `"failed": {NAME: reason}` if a task did.
 
-    Under `"details"` there is more about some tasks. The file is whole or absent.
+    Under `"shifts"` there is what tasks lose that are shifts of others, under `"details"` more about some tasks. The
+    file is whole or absent.
 
     Returns:
         Why it is absent; empty if it is not.
@@ -335,6 +346,8 @@ def write_results(path: pathlib.Path | str, checkpoint: pathlib.Path | str, eval
     content: dict[str, Any] = {"checkpoint": str(checkpoint), "tasks": evaluation.results}
     if evaluation.failures:
         content["failed"] = evaluation.failures
+    if evaluation.shifts:
+        content["shifts"] = evaluation.shifts
     text = json.dumps(content, indent=2, allow_nan=False)
     if evaluation.details:  # on one line, as a confusion matrix would fill thousands
         more = json.dumps(evaluation.details, allow_nan=False)
