@@ -52,8 +52,9 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 
 
+@functools.cache
 def load_shift_points(name: str) -> ShiftPoints:
-    """Return points by name, or from a JSON file.
+    """Return points by name, or from a JSON file, which is read once: the work and its report see the same.
 
     The file holds an object: `standard` and, if there are such, `others` are lists of `[name, accuracy on the
     reference, accuracy on the shifted set]`; `reference`, `source` and `licence` may tell what it is.
