@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repository", type=pathlib.Path, required=True, help="a clone of openai/CLIP, bare or not")
     repository = parser.parse_args(argv).repository
-    commit = _git(repository, "rev-parse", "HEAD").strip()
-    found = {NAMES[title]: lists for title, lists in of_markdown(_git(repository, "show", f"HEAD:{MARKDOWN}"))}
-    found["imagenet"] = of_notebook(_git(repository, "show", f"HEAD:{NOTEBOOK}"))
+    commit = git(repository, "rev-parse", "HEAD").strip()
+    found = {NAMES[title]: lists for title, lists in of_markdown(git(repository, "show", f"HEAD:{MARKDOWN}"))}
+    found["imagenet"] = of_notebook(git(repository, "show", f"HEAD:{NOTEBOOK}"))
     FOLDER.mkdir(exist_ok=True)
     for name, (classes, templates) in found.items():
         file = NOTEBOOK if name == "imagenet" else MARKDOWN
@@ -91,16 +91,17 @@ def of_notebook(text: str) -> tuple[list[str], list[str]]:
 
 
 def _list(code: str, name: str) -> list[str]:
-    """Return the list of strings that code assigns to a name."""
+    """Return the list of strings that code assigns to a name, the first of several words for one."""
     for node in ast.walk(
         ast.parse(re.sub(r"^```.*$", "", code[code.index(f"{name} = [") :].split("```")[0], flags=re.M))
     ):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
-            return [str(value) for value in ast.literal_eval(node.value)]
+            values = ast.literal_eval(node.value)
+            return [str(value[0] if isinstance(value, list) else value) for value in values]
     raise ValueError(f"no list {name}")
 
 
-def _git(repository: pathlib.Path, *arguments: str) -> str:
+def git(repository: pathlib.Path, *arguments: str) -> str:
     done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, text=True, check=True)
     return done.stdout
 

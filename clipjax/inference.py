@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
-from clipjax.config import Config, DecoderConfig, MeshConfig
+from clipjax.config import Config, DecoderConfig, MeshConfig, TextTransformerConfig
 from clipjax.config.validation import check_embeddings
 from clipjax.data.patches import PatchTransform, Pixels, make_view, stack_pixels
 from clipjax.data.tokenizers.protocol import Tokenizer, tokenize
@@ -50,6 +50,7 @@ class Model:
         self.logit_scale = float(np.exp(params["log_logit_scale"]))
         self._batch_size, self._view = batch_size, make_view(config)
         self._encode_image, self._encode_text = jax.jit(clip.encode_image), jax.jit(clip.encode_text)
+        self._text_hidden_states = jax.jit(clip.text_hidden_states)
 
     def encode_image(self, images: Any) -> Float[np.ndarray, "n embed"]:
         """Return unit-norm embeddings of pictures of any size; no pictures give no rows.
@@ -199,6 +200,43 @@ class Model:
         image_embed = self._encode_image(self.params, normalised)
         return jnp.matmul(image_embed, text_embed.T, precision=jax.lax.Precision.HIGHEST)
 
+    def text_hidden_states(
+        self, texts: str | Sequence[str], *, pads_with_end: bool = False
+    ) -> Float[np.ndarray, "n l width"]:
+        """Return the vector of every token of texts, after the last norm and before pooling: for diffusion models.
+
+        Args:
+            texts: a text or a sequence of them; longer ones are cut at the context length l.
+            pads_with_end: repeat the end of a text behind it, as the tokenizer of Stable Diffusion 1 does, instead of
+                the padding; it changes the vectors behind the end alone where the tower is causal.
+
+        Returns:
+            Float32; all l positions of each text, also those behind its end.
+
+        Raises:
+            ValueError: something among the texts is no string, or the text tower is a bag of words.
+            NotFiniteEmbeddings: some vectors are not finite.
+
+        Source:
+            arXiv 2112.10752, section 3.3, where such vectors are what cross-attention takes; Stable Diffusion 1 takes
+            those of CLIP's ViT-L/14. Version 2 takes those of the layer before the last one, which this does not give.
+        """
+        text = self.config.model.text
+        if not isinstance(text, TextTransformerConfig):
+            raise ValueError("this text tower is a bag of words, without a vector for each token; take encode_text")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if texts:
+            check_texts("texts", texts)
+        tokens = tokenize(self.tokenizer, texts, text.context_length)
+        if pads_with_end:
+            tokens = _with_ends(tokens, self.tokenizer)
+        parts = [np.zeros((0, text.context_length, text.width), np.float32)]
+        parts += [
+            np.asarray(self._text_hidden_states(self.params, jnp.asarray(padded)))[:count]
+            for padded, count in _batches(tokens, self._batch_size)
+        ]
+        return require_finite("texts' hidden states", np.concatenate(parts))
+
     def embed_pixels(self, pixels: Float[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n embed"]:
         """Return unit-norm embeddings of pixels that are already resized, cropped and normalised.
 
@@ -243,6 +281,14 @@ def _batches(rows: Any, size: int) -> Iterator[tuple[Any, int]]:
         count = min(size, total - start)
         numbers = np.minimum(np.arange(1 << (count - 1).bit_length()), count - 1) + start  # the last one is repeated
         yield jax.tree.map(lambda array, numbers=numbers: array[numbers], rows), count
+
+
+def _with_ends(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Return token ids with the end repeated behind each text's own, in the place of the padding."""
+    is_end = tokens == tokenizer.end_id
+    # The end of a text is the last one: some tokenizers take the same id for the start.
+    last = tokens.shape[1] - 1 - is_end[:, ::-1].argmax(axis=1)
+    return np.where(np.arange(tokens.shape[1])[None] > last[:, None], tokenizer.end_id, tokens)
 
 
 def _pictures(images: Any) -> list[np.ndarray]:

@@ -1,7 +1,8 @@
-"""`Model.caption`: every way of writing, whole texts, one compiled program each; `Model.score` and its gradient."""
+"""`Model` beyond embeddings: captions by every way of writing, the score and its gradient, hidden states of texts."""
 
 import copy
 import pathlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.config import Config, DecoderConfig, Dtype, ModelConfig, TextTransformerConfig, ViTConfig
+from clipjax.config import CbowConfig, Config, DecoderConfig, Dtype, ModelConfig, TextTransformerConfig, ViTConfig
 from clipjax.data.tokenizers.bytes import BytesTokenizer
-from clipjax.inference import Model
+from clipjax.data.tokenizers.protocol import tokenize
+from clipjax.inference import Model, _with_ends
 from clipjax.models.clip import build_clip
 
 TOKENIZER = BytesTokenizer()
@@ -125,3 +127,43 @@ def test_the_gradient_of_the_score_is_that_of_finite_differences(model: Model):
 def test_wrong_pixels_and_texts_have_no_score(model: Model, pixels, texts, message):
     with pytest.raises(ValueError, match=message):
         model.score(pixels, texts)
+
+
+@pytest.mark.heavy
+def test_hidden_states_are_normalised_tokens_and_that_of_the_end_gives_the_embedding(model: Model):
+    config = copy.deepcopy(model.config)
+    config.model.compute_dtype = Dtype.FLOAT32
+    precise, texts = Model(config, model.params, TOKENIZER), ["a", "bcd", "a text that is cut", ""]
+    states = precise.text_hidden_states(texts)
+    assert states.shape == (4, 8, 16) and states.dtype == np.float32
+    tokens = tokenize(TOKENIZER, texts, 8)
+    rows = np.asarray(precise._clip.encode_text_tokens(model.params, jnp.asarray(tokens)), np.float64)
+    scale, bias = (np.asarray(model.params["text"]["ln_final"][name], np.float64) for name in ("scale", "bias"))
+    spread = np.sqrt(rows.var(axis=-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(states, (rows - rows.mean(axis=-1, keepdims=True)) / spread * scale + bias, atol=1e-4)
+    ends = (tokens == TOKENIZER.end_id).argmax(axis=1)
+    embed = states[np.arange(4), ends].astype(np.float64) @ np.asarray(model.params["text"]["proj"]["kernel"], float)
+    embed /= np.linalg.norm(embed, axis=1, keepdims=True)
+    np.testing.assert_allclose(precise.encode_text(texts), embed, atol=1e-4)
+    np.testing.assert_array_equal(precise.text_hidden_states("a"), precise.text_hidden_states(["a"]))
+    assert precise.text_hidden_states([]).shape == (0, 8, 16)
+    padded = precise.text_hidden_states(texts, pads_with_end=True)
+    for row, end in enumerate(ends):
+        np.testing.assert_allclose(padded[row, : end + 1], states[row, : end + 1], atol=1e-5)
+        assert end == 7 or abs(padded[row, end + 1 :] - states[row, end + 1 :]).max() > 1e-3
+
+
+def test_the_end_is_repeated_behind_the_last_one():
+    tokenizer = mock.Mock(end_id=9)
+    rows = np.array([[8, 1, 9, 0, 0], [9, 1, 9, 0, 0], [8, 1, 2, 3, 9], [8, 9, 9, 9, 9]])
+    ends = [[8, 1, 9, 9, 9], [9, 1, 9, 9, 9], [8, 1, 2, 3, 9], [8, 9, 9, 9, 9]]
+    assert _with_ends(rows, tokenizer).tolist() == ends
+
+
+def test_a_bag_of_words_and_wrong_texts_have_no_hidden_states(model: Model):
+    with pytest.raises(ValueError, match=r"texts\[1\]=3 must be a string"):
+        model.text_hidden_states(["a", 3])  # type: ignore[list-item]
+    config = Config(model=ModelConfig(embed_dim=16, image=model.config.model.image, text=CbowConfig(context_length=8)))
+    bag = Model(config, model.params, TOKENIZER)
+    with pytest.raises(ValueError, match="this text tower is a bag of words, without a vector for each token"):
+        bag.text_hidden_states("a")

@@ -45,7 +45,7 @@ def test_it_holds_the_package_the_types_marker_and_the_licence_and_nothing_else(
         metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
     folder = f"{wheel.name.split('-py3')[0]}.dist-info"
     assert {name.split("/")[0] for name in names} == {"clipjax", folder}
-    found = (path for ending in ("*.py", "*.html", "*.json") for path in (ROOT / "clipjax").rglob(ending))
+    found = (path for ending in ("*.py", "*.html", "*.json", "*.toml") for path in (ROOT / "clipjax").rglob(ending))
     code = {str(path.relative_to(ROOT)) for path in found}
     assert {name for name in names if name.startswith("clipjax/")} == code | {"clipjax/py.typed"}
     assert [name for name in names if name.startswith(folder) and name.endswith("/LICENSE")]

@@ -153,6 +153,21 @@ def launch_options(argv: Sequence[str]) -> dict[str, str | None]:
     return {name: option_value(argv, name) for name in launchers.OPTIONS}
 
 
+def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments without an option's name, and the others; behind `--` all are words, also `-a`."""
+    words: list[str] = []
+    rest: list[str] = []
+    is_value = False
+    for position, argument in enumerate(argv):
+        if argument == "--":
+            words += argv[position + 1 :]
+            break
+        is_word = not is_value and not (argument.startswith("-") and argument != "-")
+        (words if is_word else rest).append(argument)
+        is_value = argument.startswith("--") and "=" not in argument
+    return words, rest
+
+
 def option_value(argv: Sequence[str], option: str) -> str | None:
     """Return the last value of an option on a command line that is not parsed yet; None if it is not there."""
     found = None

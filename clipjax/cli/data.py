@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return data_pack.run(
                     options.source,
                     options.output,
-                    data=_data(options),
+                    data=read_source_options(options),
                     form=options.format,
                     samples_per_shard=options.samples_per_shard,
                 )
@@ -107,7 +107,7 @@ def _parser(command: str) -> arguments.Parser:
         )
         where = "where to put it; TFDS's own default if left out"
     else:
-        _add_source_options(parser)
+        add_source_options(parser)
         where = "where prepared TFDS data lies"
     if command == "tokenizer":
         parser.add_argument(
@@ -153,17 +153,19 @@ def _parser(command: str) -> arguments.Parser:
     kind = arguments.path if command == "scenes" else arguments.place
     parser.add_argument("--tfds_dir", metavar="DIR", type=kind, help=where)
     if command != "scenes":
-        _add_cache_options(parser)
+        add_cache_options(parser)
     return parser
 
 
-def _add_cache_options(parser: arguments.Parser) -> None:
+def add_cache_options(parser: arguments.Parser) -> None:
+    """Add the options of the cache of copies."""
     copies = "on a disk, for copies of files in stores, as data.cache_dir; ArrayRecord and TFDS data there need it"
     parser.add_argument("--cache_dir", metavar="DIR", type=arguments.path, help=copies)
     parser.add_argument("--cache_gib", metavar="N", type=arguments.amount, help="most GiB of these copies")
 
 
-def _add_source_options(parser: arguments.Parser) -> None:
+def add_source_options(parser: arguments.Parser) -> None:
+    """Add the option of a source, and those of its columns."""
     places = "tfds:NAME/SPLIT, folder:DIR, or a path, glob or brace pattern of tars, Parquet, CSV, TSV or JSONL"
     parser.add_argument(
         "--source",
@@ -197,7 +199,7 @@ def _filtered(options: Namespace, source: Source) -> Source:
     Raises:
         ValueError: a condition is none, nothing is kept, or the source has no metadata.
     """
-    data = _data(options)
+    data = read_source_options(options)
     data.filters = () if options.filters is None else tuple(options.filters.split(","))
     data.keep_keys, data.drop_keys = (
         None if each is None else str(each) for each in (options.keep_keys, options.drop_keys)
@@ -214,7 +216,7 @@ def _filtered(options: Namespace, source: Source) -> Source:
     return found
 
 
-def _data(options: Namespace) -> DataConfig:
+def read_source_options(options: Namespace) -> DataConfig:
     """Return the config of the source that the options name.
 
     Raises:
@@ -239,7 +241,7 @@ def _data(options: Namespace) -> DataConfig:
 
 def _spec(options: Namespace) -> SourceSpec:
     """Return the source for worker processes. Raise `ValueError` if an option would be ignored."""
-    data = _data(options)
+    data = read_source_options(options)
     return SourceSpec(
         source=data.train,
         tfds_dir=data.tfds_dir,
@@ -265,7 +267,7 @@ def _scenes(options: Namespace) -> int:
 
 
 def _open(options: Namespace) -> Source:
-    return build_source(options.source, data=_data(options))
+    return build_source(options.source, data=read_source_options(options))
 
 
 def _captions(source: Source) -> Iterator[str]:
@@ -296,7 +298,7 @@ def _show(options: Namespace) -> int:
         if not str(sheet).lower().endswith(".png"):
             raise ValueError(f"--sheet={sheet} must end in .png: it is drawn as one")
         require_writable(sheet, "--sheet")
-    source, decoder = _open(options), make_decoder(_data(options))
+    source, decoder = _open(options), make_decoder(read_source_options(options))
     print(f"{printable(options.source)}: {len(source)} samples", flush=True)
     source = _filtered(options, source)
     found = survey(source, decoder)
@@ -305,7 +307,8 @@ def _show(options: Namespace) -> int:
         try:
             sample = source[index]
             captions = " | ".join(map(printable, sample.captions))
-            print(f"{printable(source.location(index))}: label {sample.label}; {captions}")
+            label = sample.label if sample.labels is None else list(sample.labels)
+            print(f"{printable(source.location(index))}: label {label}; {captions}")
         except BadSample as error:
             print(f"{printable(source.location(index))}: unusable, {error.reason}")
     if sheet is not None:

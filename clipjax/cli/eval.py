@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: `clipjax eval --checkpoint=WORKDIR_OR_STEP [--tasks=A,B] --output=results.json`.
+"""Evaluate a checkpoint: `clipjax eval --checkpoint=WORKDIR_OR_STEP [--suite=NAME] [--tasks=A,B] --output=FILE.json`.
 
 Needs nothing but the checkpoint and the data: config, tokenizer and preprocessing come out of the checkpoint.
 """
@@ -21,7 +21,7 @@ from clipjax.checkpoints.manifest import UnusableCheckpoint
 from clipjax.checkpoints.manifest import read as read_manifest
 from clipjax.checkpoints.records import FOLDER
 from clipjax.checkpoints.saved import SavedCheckpoint, load_params
-from clipjax.cli import arguments
+from clipjax.cli import arguments, suites
 from clipjax.cli.errors import UNUSABLE_DATA, print_error, refusals, stops
 from clipjax.cli.output import show
 from clipjax.cli.overrides import Override, changes, load_config, override
@@ -113,7 +113,7 @@ class Opened:
         tokenizer: of the checkpoint.
         tasks: by name.
         output: file for the results, None for none.
-        changed: in words, what overrides changed.
+        changed: in words, what overrides changed, and what of a suite is left out.
         csv: file for the results in CLIP_benchmark's columns, None for none.
         report: folder for the page, None for none.
         key: digest of all that the results depend on; empty if it is not known.
@@ -161,7 +161,8 @@ def _parser() -> arguments.Parser:
         type=arguments.file_with_argument,
         help="a config file whose eval.tasks are run instead of the checkpoint's own, with its data.tfds_* fields",
     )
-    parser.add_argument("--tasks", metavar="A,B", help="names of the config's eval.tasks; all of them if left out")
+    suites.add_options(parser)
+    parser.add_argument("--tasks", metavar="A,B", help="names of eval.tasks, or of the suite's; all if left out")
     parser.add_argument("--output", metavar="FILE", type=arguments.place, help="JSON file for the results")
     parser.add_argument(
         "--csv", metavar="FILE", type=arguments.place, help="CSV file for the results, in the columns of CLIP_benchmark"
@@ -180,9 +181,10 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
     _refuse_unread(parsed.overrides)
     saved = SavedCheckpoint(options.checkpoint)
     base = _base_config(saved.config, options.tasks_from)
+    of_suite = suites.set_tasks(base, options, parsed.overrides, not_opened=NOT_OPENED)
     config = override(base, parsed.overrides)
     expand_paths(config, skip=NOT_OPENED)
-    changed = [f"--config.{change}" for change in changes(base, config, parsed.overrides)]
+    changed = [f"--config.{change}" for change in changes(base, config, parsed.overrides)] + of_suite
     page = options.report
     if page is not None:
         page = objects.join(page, PAGE) if isinstance(page, str) else page / PAGE
@@ -191,9 +193,10 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
             storage.require_writable(place, option, makes_folder=True)
     validate(config, batch_fields=("eval.batch_size",))
     _select_tasks(config, options.tasks, parsed.overrides)
-    _refuse_unused_tfds(config, parsed.overrides)
+    read = {"data.tfds_dir"} if options.suite else set()  # by the search for its datasets
+    _refuse_unused_tfds(config, [one for one in parsed.overrides if one.path not in read])
     if options.csv and not any(task.kind in COMPARABLE for task in config.eval.tasks.values()):
-        kinds = " and ".join(kind.value for kind in COMPARABLE)
+        kinds = ", ".join(kind.value for kind in COMPARABLE)
         raise ValueError(
             f"--csv={options.csv}: CLIP_benchmark has columns for {kinds}, and no task is of these; leave it out"
         )
@@ -217,6 +220,7 @@ def _open_here(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
         "config": fingerprints.config_fingerprint(config),
         "code": fingerprints.code_fingerprint(),
         "data": fingerprints.data_fingerprint(sources, tokenizer, {"checkpoint": saved}),
+        "class list": fingerprints.prompts_fingerprint(tasks),
     }
     key = _key(saved, facts)
     return Opened(saved, config, tokenizer, tasks, options.output, changed, options.csv, page, key), facts

@@ -16,10 +16,15 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
   clipjax plan       tell memory, time and cost of a run on accelerators that are not here
   clipjax sweep      train over a grid or random draws of config fields
   clipjax data       make the embedded dataset, train a tokenizer, look into a source
+  clipjax suites     list and prepare the datasets of evaluation suites
   clipjax checkpoint verify the files of checkpoints
   clipjax presets    list the known models: parameters, FLOPs, source
   clipjax convert    open a peer's weights as a clipjax checkpoint
   clipjax export     write a checkpoint as a peer's own loader opens it
+  clipjax classify   tell which of some labels fit pictures
+  clipjax embed      write embeddings of a source, with a map, to search in
+  clipjax search     find images or texts among embeddings, by a text or a picture
+  clipjax rank       order pictures by a prompt
 
 `clipjax COMMAND --help` tells more. Start with:
 
@@ -28,7 +33,22 @@ HELP = f"""clipjax {__version__}: contrastive image-text pretraining in JAX
 """
 
 
-COMMANDS = ("train", "eval", "plan", "sweep", "data", "checkpoint", "presets", "convert", "export")
+COMMANDS = (
+    "train",
+    "eval",
+    "plan",
+    "sweep",
+    "data",
+    "suites",
+    "checkpoint",
+    "presets",
+    "convert",
+    "export",
+    "classify",
+    "embed",
+    "search",
+    "rank",
+)
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -71,6 +91,8 @@ def _run(command: str, rest: list[str]) -> int:
             from clipjax.cli.sweep import main as run
         case "data":
             from clipjax.cli.data import main as run
+        case "suites":
+            from clipjax.cli.suites import main as run
         case "checkpoint":
             from clipjax.cli.checkpoint import main as run
         case "presets":
@@ -79,6 +101,14 @@ def _run(command: str, rest: list[str]) -> int:
             from clipjax.cli.convert import main_convert as run
         case "export":
             from clipjax.cli.convert import main_export as run
+        case "classify":
+            from clipjax.cli.classify import main as run
+        case "embed":
+            from clipjax.cli.embed import main as run
+        case "search":
+            from clipjax.cli.search import main as run
+        case "rank":
+            from clipjax.cli.rank import main as run
         case "--version":
             print(__version__)
             return 0

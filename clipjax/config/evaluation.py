@@ -11,8 +11,12 @@ class TaskKind(enum.Enum):
     """Measurement of an evaluation task."""
 
     ZERO_SHOT = "zero_shot"
+    MULTI_LABEL = "multi_label"
     RETRIEVAL = "retrieval"
     IMAGE_RETRIEVAL = "image_retrieval"
+    WORD_ORDER = "word_order"
+    CAPTION_CHOICE = "caption_choice"
+    PAIR_CHOICE = "pair_choice"
     LINEAR_PROBE = "linear_probe"
     FEW_SHOT = "few_shot"
     NEAREST_NEIGHBOURS = "nearest_neighbours"
@@ -25,6 +29,12 @@ class FeatureKind(enum.Enum):
     BEFORE_PROJECTION = "before_projection"
     PIXELS = "pixels"
 
+
+CLASSIFIERS = (TaskKind.ZERO_SHOT, TaskKind.MULTI_LABEL)
+"""Kinds that need class names and templates."""
+
+BY_LINE = (TaskKind.RETRIEVAL, TaskKind.WORD_ORDER, TaskKind.CAPTION_CHOICE)
+"""Kinds that may read each line of a caption as a text."""
 
 PROBES = (TaskKind.LINEAR_PROBE, TaskKind.FEW_SHOT, TaskKind.NEAREST_NEIGHBOURS)
 """Kinds that learn from the labelled images of a second source."""
@@ -45,13 +55,19 @@ class TaskConfig:
 
     `retrieval` finds captions for pictures and pictures for captions. `image_retrieval` finds, for the pictures of
     `source`, those of `gallery` with the same caption, for instance the same thing in another style, and the reverse.
-    `zero_shot` needs `classes` and `templates`: a name in `clipjax/evals/prompts.py` or a JSON file with a list of
-    strings. The class of a sample is its integer `label`; samples without one (-1) are left out.
+    `zero_shot` needs `classes` and `templates`: a name in `clipjax/evals/prompts.py` or a file, JSON with a list of
+    strings or `.txt` with one a line. The class of a sample is its integer `label`; samples without one (-1) are left
+    out. `multi_label` is for images that have several classes each: their label is a list of class numbers, the metric
+    mean average precision.
 
     `compare_prompts` also measures the class names alone and one template. `paraphrases` tells how much the right
     class's probability depends on its words: `templates`, or a JSON file with a list of texts for class names.
 
-    With `captions_by_line` each line of a caption is a text of its own in `retrieval`, as CLIP_benchmark writes them.
+    `word_order` compares captions with the same words in another order. `caption_choice` asks for the first caption of
+    an image among all of its captions, `pair_choice` which caption belongs to which of two images with one label.
+
+    With `captions_by_line` each line of a caption is a text of its own, as CLIP_benchmark writes them, in tasks that
+    read captions.
 
     `linear_probe`, `few_shot` and `nearest_neighbours` learn from labelled images of `train_source` and are measured on
     `source`, by the `features` of images: the unit-norm embedding, what the image tower projects to it (None: this),
@@ -90,15 +106,15 @@ class TaskConfig:
         """Return what is wrong between the fields, a line each."""
         errors = [] if self.source else [f"{path}.source='' must name a source"]
         prompts = (self.classes, self.templates)
-        if self.kind is TaskKind.ZERO_SHOT and None in prompts:
-            errors.append(f"{path}: zero_shot needs classes and templates; got {prompts}")
+        if self.kind in CLASSIFIERS and None in prompts:
+            errors.append(f"{path}: {self.kind.value} needs classes and templates; got {prompts}")
         errors += self._probe_errors(path)
-        if self.kind not in (TaskKind.ZERO_SHOT, TaskKind.FEW_SHOT) and prompts != (None, None):
+        if self.kind not in (*CLASSIFIERS, TaskKind.FEW_SHOT) and prompts != (None, None):
             errors.append(f"{path}: {self.kind.value} would ignore classes and templates; leave both None")
         for name in ("compare_prompts", "paraphrases"):
             if (value := getattr(self, name)) and self.kind is not TaskKind.ZERO_SHOT:
                 errors.append(f"{path}.{name}={value!r}: {self.kind.value} would ignore it; leave it out")
-        if self.captions_by_line and self.kind is not TaskKind.RETRIEVAL:
+        if self.captions_by_line and self.kind not in BY_LINE:
             errors.append(f"{path}.captions_by_line=True: {self.kind.value} would ignore it; leave it out")
         if (self.kind is TaskKind.IMAGE_RETRIEVAL) != (self.gallery is not None):
             errors.append(f"{path}.gallery={self.gallery!r}: image_retrieval needs a second source, others none")

@@ -21,7 +21,7 @@ from clipjax.data.digests import CONTENTS, DIGEST_THREADS, Hasher, ShardDigest, 
 from clipjax.data.fields import captions_of, key_of, label_of
 from clipjax.data.image_files import max_image_bytes
 from clipjax.data.metadata import Described, parse_json
-from clipjax.data.sample import BadSample, Sample
+from clipjax.data.sample import BadSample, Sample, labels_of
 from clipjax.runtime.files import require_file_writable
 from clipjax.runtime.kept_files import KeptFiles
 from clipjax.runtime.storage import is_address
@@ -43,6 +43,8 @@ _HASHED_BYTES = 65_536
 def encode_record(sample: Sample) -> bytes:
     """Return the record of a sample."""
     about: dict[str, Any] = {"key": sample.key, RECORD_CAPTIONS: list(sample.captions), "label": sample.label}
+    if sample.labels is not None:
+        about["label"] = list(sample.labels)
     image = sample.image
     if isinstance(image, np.ndarray):
         about["shape"] = list(image.shape)
@@ -69,11 +71,13 @@ def decode_record(record: bytes, *, max_caption_bytes: int, max_image_pixels: in
     if not isinstance(about, dict) or not isinstance(key := about.get("key", ""), str):
         raise BadSample("bad_metadata")
     label = about.get("label", -1)
+    several = labels_of(label)
     return Sample(
         image=_image(record[_HEAD + size :], about.get("shape"), max_image_pixels),
         captions=captions_of(about.get(RECORD_CAPTIONS), max_bytes=max_caption_bytes),
-        label=-1 if label == -1 else label_of(label),
+        label=-1 if label == -1 or several is not None else label_of(label),
         key=key,
+        labels=several,
     )
 
 

@@ -77,13 +77,14 @@ def _make_tile(source: Source, decoder: Decoder, index: int) -> _Tile:
     except BadSample as bad:
         return _Tile(None, note, (), bad.reason)
     note += f"  class {sample.label}" if sample.label >= 0 else ""
+    note += f"  classes {', '.join(map(str, sample.labels))}" if sample.labels else ""
     text = " | ".join(printable(caption[:_MAX_TEXT]) for caption in sample.captions[:_LINES])
     lines = wrap(text, font(12), _SIDE, _LINES) if text else ()
     try:
         pixels = decoder(sample.image)
     except BadSample as bad:
         return _Tile(None, note, lines, bad.reason)
-    reason = "" if sample.captions or sample.label >= 0 else "missing_caption"
+    reason = "" if sample.captions or sample.label >= 0 or sample.labels is not None else "missing_caption"
     return _Tile(fit(pixels), f"{note}  {pixels.shape[1]} × {pixels.shape[0]}", lines, reason)
 
 

@@ -75,7 +75,7 @@ def digest_samples(source: Source, name: str, start: int, count: int) -> ShardDi
             continue
         image = sample.image
         hasher.add(image if isinstance(image, bytes) else repr(image.shape).encode() + image.tobytes())
-        hasher.add(json.dumps([*sample.captions, sample.label]).encode())
+        hasher.add(json.dumps([*sample.captions, sample.label if sample.labels is None else sample.labels]).encode())
     return ShardDigest(name, hasher.hexdigest(), count)
 
 

@@ -18,7 +18,7 @@ from clipjax.data.training_stream import per_process
 def eval_batches(
     source: Source,
     *,
-    view: Callable[[np.ndarray], Pixels],
+    view: Callable[[np.ndarray], Pixels] | None,
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
@@ -35,7 +35,7 @@ def eval_batches(
 
     Args:
         source: samples; they need no captions and no labels.
-        view: transform of the images: `clipjax.data.patches.make_view`.
+        view: transform of the images: `clipjax.data.patches.make_view`; None: none is decoded, and there is no `image`.
         batch_size: size of a batch over all processes.
         process_index: number of this process, from 0.
         process_count: number of processes that share each batch.
@@ -48,7 +48,8 @@ def eval_batches(
     Returns:
         Batches of `image`, uint8 [b, s, s, 3] or what else `view` gives, `label` int32 [b] (-1: none), `mask` bool [b],
         `index` int64 [b] in the source (-1: padding), `skip_reason` int32 [b] (why a sample is bad, an index into
-        `REASONS`; -1: it is not) and `captions`, a list of b tuples of texts.
+        `REASONS`; -1: it is not), `captions`, a list of b tuples of texts, `labels`, one of b tuples of classes (None
+        where the data does not tell several), and `key`, one of b names.
 
     Raises:
         ValueError: `batch_size` is not divisible by `process_count`.
@@ -57,28 +58,26 @@ def eval_batches(
     total = len(source) if max_examples is None else min(len(source), max_examples)
     parts = [range(start + process_index, start + batch_size, process_count) for start in range(0, total, batch_size)]
     assert all(len(part) == local_size for part in parts)
-    decode, blank = Decoder(max_image_pixels, background, exif_orientation), view(np.zeros((1, 1, 3), np.uint8))
+    decode = Decoder(max_image_pixels, background, exif_orientation)
+    blank = None if view is None else view(np.zeros((1, 1, 3), np.uint8))
 
     def read(index: int) -> dict[str, Any]:
         if index >= total:
             return _eval_row(blank, index=-1)
         try:
             sample = source[index]
-            image = view(decode(sample.image))
+            image = None if view is None else view(decode(sample.image))
         except BadSample as bad:
             return _eval_row(blank, index=index, reason=REASONS.index(bad.reason))
-        return _eval_row(blank, index=index) | {
-            "image": image,
-            "label": sample.label,
-            "mask": True,
-            "captions": sample.captions,
-        }
+        found = {"label": sample.label, "labels": sample.labels, "captions": sample.captions, "key": sample.key}
+        return _eval_row(blank, index=index) | {"image": image, "mask": True} | found
 
     return _read_ahead(parts, read, num_threads)
 
 
-def _eval_row(blank: Pixels, *, index: int, reason: int = GOOD) -> dict[str, Any]:
-    return {"image": blank, "label": -1, "mask": False, "index": index, "skip_reason": reason, "captions": ()}
+def _eval_row(blank: Pixels | None, *, index: int, reason: int = GOOD) -> dict[str, Any]:
+    row = {"image": blank, "label": -1, "mask": False, "index": index, "skip_reason": reason}
+    return {**row, "captions": (), "labels": None, "key": ""}
 
 
 def _read_ahead(
@@ -98,11 +97,14 @@ def _read_ahead(
 
 
 def _stack_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    has_images = rows[0]["image"] is not None
     return {
-        "image": stack_pixels([row["image"] for row in rows]),
+        **({"image": stack_pixels([row["image"] for row in rows])} if has_images else {}),
         "label": np.array([row["label"] for row in rows], np.int32),
         "mask": np.array([row["mask"] for row in rows], np.bool_),
         "index": np.array([row["index"] for row in rows], np.int64),
         "skip_reason": np.array([row["skip_reason"] for row in rows], np.int32),
         "captions": [row["captions"] for row in rows],
+        "labels": [row["labels"] for row in rows],
+        "key": [row["key"] for row in rows],
     }

@@ -1,6 +1,6 @@
 """Folders of image files: with captions beside them (`a.jpg` and `a.txt`), or one folder per class.
 
-Reading order: `FolderSource`, `_list_images`.
+Reading order: `FolderSource`, `list_images`.
 """
 
 import os
@@ -52,7 +52,7 @@ class FolderSource:
         if is_address(folder):
             found, classes = _list_objects(folder)
         elif pathlib.Path(folder).is_dir():
-            found, classes = list(_list_images(self._folder)), None
+            found, classes = list(list_images(self._folder)), None
         else:
             raise ValueError(f"{folder} is no folder; a folder of images holds them and their captions, or classes")
         if not found:
@@ -168,7 +168,7 @@ def _choose_images(files: Collection[str]) -> set[str]:
     return images.union(name for name in others if _beside(name) in files and _beside(name) not in taken)
 
 
-def _list_images(folder: str) -> Iterator[tuple[str, bool]]:
+def list_images(folder: str) -> Iterator[tuple[str, bool]]:
     """Yield the path of each image from the folder on, sorted, and True if a caption lies beside it."""
     waiting = [""]
     while waiting:
@@ -183,7 +183,7 @@ def _list_images(folder: str) -> Iterator[tuple[str, bool]]:
 
 
 def _list_objects(folder: str) -> tuple[list[tuple[str, bool]], set[str]]:
-    """Return what `_list_images` yields for a folder of a store, and the names of the folders directly inside.
+    """Return what `list_images` yields for a folder of a store, and the names of the folders directly inside.
 
     Raises:
         OSError: the store does not list it.
@@ -205,4 +205,4 @@ def holds_images(folder: str) -> bool:
     """Return True for a folder that is a source: it has no tar of its own, and an image somewhere in it."""
     if any(path.suffix == ".tar" for path in pathlib.Path(folder).iterdir()):
         return False
-    return next(_list_images(folder), None) is not None
+    return next(list_images(folder), None) is not None

@@ -76,6 +76,8 @@ def from_sample(sample: Sample, number: int, metadata: Mapping[str, Any]) -> Pac
     if len(captions) > 1:
         fields.pop("caption", None)
         fields["captions"] = list(captions)
+    if sample.labels is not None:
+        fields["label"] = list(sample.labels)
     return PackedSample(
         key=sample.key or f"{number:09d}",
         image=_png(sample.image) if isinstance(sample.image, np.ndarray) else sample.image,

@@ -24,7 +24,7 @@ from clipjax.data.file_errors import FileErrors
 from clipjax.data.image_files import max_image_bytes
 from clipjax.data.metadata import Described, parquet_metadata
 from clipjax.data.positioned_file import PositionedFile
-from clipjax.data.sample import BadSample, Sample
+from clipjax.data.sample import BadSample, Sample, labels_of
 from clipjax.runtime.file_cache import FileCache
 from clipjax.runtime.objects import Listed
 from clipjax.runtime.storage import FileChanged, OpenFile, is_address, open_file
@@ -130,16 +130,15 @@ class ParquetSource:
         group, row = self._place(index)
         cells = self._row_group(group)
         image, most = cells.image(row, self._max_image_bytes), self._max_caption_bytes
-        label, key = (
-            label_of(cells.value("label", row)),
-            key_of(cells.value("key", row), str(self._row_in_file(group, row))),
-        )
+        value, key = cells.value("label", row), key_of(cells.value("key", row), str(self._row_in_file(group, row)))
+        several = labels_of(value)
+        label = label_of(value) if several is None else -1
         if not self._captions:
-            return Sample(image, captions_of(cells.caption(row, most), max_bytes=most), label, key)
+            return Sample(image, captions_of(cells.caption(row, most), max_bytes=most), label, key, (), several)
         captions, fields = read_captions(
             self._captions, lambda name: cells.caption(row, most, _field_use(name)), max_bytes=most
         )
-        return Sample(image, captions, label, key, fields)
+        return Sample(image, captions, label, key, fields, several)
 
     def location(self, index: int) -> str:
         """Return the file and the row in it, from 0."""

@@ -30,6 +30,9 @@ REASONS = (
 )
 """Reasons for skipping a sample. Append only: counters in checkpoints refer to these names."""
 
+MAX_LABELS = 10_000
+"""Classes that one image can have."""
+
 NUM_COUNTERS = 64
 """Counters of unusable samples in a state, for each source: one for each reason, and room for those to come, so that
 no new reason changes the shape of what checkpoints hold."""
@@ -94,6 +97,7 @@ class Sample:
         image: an encoded JPEG, PNG or WebP, or pixels uint8 [h, w, 3].
         captions: stripped and not empty; no caption at all is `()`, which evaluation by label allows.
         label: class of the image, or -1.
+        labels: classes of an image that may have several, ascending; None: its data tells one, or nothing.
         key: name of the sample in the data.
         fields: the captions by field, if the source reads fields (`data.captions`).
     """
@@ -103,6 +107,7 @@ class Sample:
     label: int = -1
     key: str = ""
     fields: tuple[FieldCaptions, ...] = ()
+    labels: tuple[int, ...] | None = None
 
 
 class Source(Protocol):
@@ -171,6 +176,21 @@ def clean_captions(raws: Sequence[bytes | str], *, max_bytes: int) -> tuple[str,
     if blank is not None and not captions:
         raise blank
     return tuple(captions)
+
+
+def labels_of(value: Any) -> tuple[int, ...] | None:
+    """Return the classes of a list or an array of class numbers, each once, ascending; None for anything else.
+
+    Raises:
+        BadSample: `bad_metadata` for a list of something else, or of more than `MAX_LABELS`.
+    """
+    if isinstance(value, np.ndarray):
+        value = value.tolist() if value.ndim == 1 and np.issubdtype(value.dtype, np.integer) else None
+    if not isinstance(value, list):
+        return None
+    if len(value) > MAX_LABELS or not all(map(is_label, value)):
+        raise BadSample("bad_metadata")
+    return tuple(sorted(set(map(int, value))))
 
 
 def is_label(value: Any) -> bool:

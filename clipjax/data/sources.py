@@ -151,7 +151,7 @@ def build_source(
             cache=require_cache(data, spec) if in_store else None,
         )
     limits: dict[str, Any] = {"max_caption_bytes": data.max_caption_bytes, "max_image_pixels": data.max_image_pixels}
-    if (folder := _image_folder(spec)) is not None:
+    if (folder := image_folder(spec)) is not None:
         source = FolderSource(folder, image_root=data.image_root, **limits)
         require_fields(to_weights(captions), source.caption_fields(), folder)
         return source
@@ -219,7 +219,7 @@ def _find_copied(spec: str, data: DataConfig) -> list[Wanted]:
     return look_up([path for path in _expand(spec) if is_address(path)])
 
 
-def _image_folder(spec: str) -> str | None:
+def image_folder(spec: str) -> str | None:
     """Return the folder that a config string names, None if it names files."""
     if spec.startswith(FOLDER_PREFIX):
         return expand(spec, "source", schemes=READABLE).removeprefix(FOLDER_PREFIX).rstrip("/") or "/"

@@ -18,7 +18,7 @@ from clipjax.data.digests import CONTENTS, Hasher, ShardDigest, spread
 from clipjax.data.fields import captions_of, key_of, label_of
 from clipjax.data.image_files import ImageFiles, max_image_bytes
 from clipjax.data.metadata import Described, table_metadata
-from clipjax.data.sample import BadSample, Sample
+from clipjax.data.sample import BadSample, Sample, labels_of
 from clipjax.data.table_files import TableFile
 from clipjax.runtime.storage import is_address
 
@@ -89,10 +89,12 @@ class TableSource:
             captions, fields = read_captions(self._captions, values.captions.get, max_bytes=most)
         else:
             captions = captions_of(values.caption, max_bytes=most)
-        label = label_of(values.label)
+        several = labels_of(values.label)
+        label = label_of(values.label) if several is None else -1
         if not values.image:
             raise BadSample("missing_image")
-        return Sample(self._files[table].read(values.image), captions, label, key_of(values.key, values.image), fields)
+        image, key = self._files[table].read(values.image), key_of(values.key, values.image)
+        return Sample(image, captions, label, key, fields, several)
 
     def location(self, index: int) -> str:
         """Return the table, the row in it, from 1 behind the header, and the image that it names."""

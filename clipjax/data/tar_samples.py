@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipjax.data.caption_fields import Weights, find_value, read_captions
-from clipjax.data.sample import BadSample, Sample, UnreadableData, clean_captions, is_label
+from clipjax.data.sample import BadSample, Sample, UnreadableData, clean_captions, is_label, labels_of
 from clipjax.data.tar_index import MAX_GAP_BYTES
 from clipjax.data.tar_names import CAPTION, CLASS, IMAGE, JSON
 from clipjax.runtime.storage import OpenFile
@@ -157,6 +157,7 @@ def assemble(key: str, contents: list[bytes | None], limits: Limits) -> Sample:
         captions=clean_captions([caption] if caption is not None else _json_captions(fields), max_bytes=limits.caption),
         label=_parse_class(label) if label is not None else _json_label(fields),
         key=key,
+        labels=None if label is not None else _json_labels(fields),
     )
 
 
@@ -175,7 +176,7 @@ def _assemble_fields(key: str, contents: list[bytes | None], limits: Limits) -> 
 
     captions, fields = read_captions(limits.fields, value_of, max_bytes=limits.caption)
     number = _parse_class(label) if label is not None else _json_label(values)
-    return Sample(image, captions, number, key, fields)
+    return Sample(image, captions, number, key, fields, None if label is not None else _json_labels(values))
 
 
 def _parse_json(metadata: bytes | None, *, is_needed: bool, reads_all: bool = False) -> dict[str, Any]:
@@ -204,6 +205,13 @@ def _json_captions(fields: dict[str, Any]) -> list[str]:
 def _json_label(fields: dict[str, Any]) -> int:
     label: Any = fields.get("label")
     return int(label) if is_label(label) else -1  # a text label belongs to somebody else's schema
+
+
+def _json_labels(fields: dict[str, Any]) -> tuple[int, ...] | None:
+    try:
+        return labels_of(fields.get("label"))
+    except BadSample:  # a list of something else is somebody else's, too
+        return None
 
 
 def _parse_class(label: bytes) -> int:

@@ -17,7 +17,7 @@ from clipjax.config.data import TFDS_PREFIX
 from clipjax.data.array_records import require_readable
 from clipjax.data.caption_fields import read_captions, require_fields, to_weights
 from clipjax.data.digests import DIGEST_THREADS, ShardDigest, digest_samples
-from clipjax.data.sample import BadSample, Sample, clean_captions, is_label
+from clipjax.data.sample import BadSample, Sample, clean_captions, is_label, labels_of
 from clipjax.data.store_copies import look_up
 from clipjax.runtime import objects
 from clipjax.runtime.file_cache import FileCache
@@ -157,12 +157,12 @@ class TfdsSource:
         except Exception:  # ArrayRecord and protobuf raise several types on damaged bytes, and on storage that fails
             record = self._read_again(index)
         image, captions, label = (_nested(record, key) for key in self._keys)
-        number = int(label) if is_label(label) else -1
+        number, several = int(label) if is_label(label) else -1, labels_of(label)
         if self._captions:
             captions, fields = read_captions(
                 self._captions, lambda name: _nested(record, name), max_bytes=self._max_caption_bytes
             )
-            return Sample(image, captions, number, str(index), fields)
+            return Sample(image, captions, number, str(index), fields, several)
         if captions is None:
             captions = ()
         elif isinstance(captions, (bytes, str)):
@@ -172,6 +172,7 @@ class TfdsSource:
             captions=clean_captions(captions, max_bytes=self._max_caption_bytes),
             label=number,
             key=str(index),
+            labels=several,
         )
 
     def _read_again(self, index: int) -> Any:
@@ -197,6 +198,15 @@ class TfdsSource:
     def location(self, index: int) -> str:
         """Return the split and the record in it."""
         return f"{self._spec}, record {index}"
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the data's own names of its labels, in their order, which can be numbers; None: it has none."""
+        import tensorflow_datasets as tfds
+
+        features: Any = tfds.builder_from_directory(self._directory).info.features
+        label = _nested(features, self._keys[2])
+        label = label.feature if isinstance(label, tfds.features.Sequence) else label  # of an image with several
+        return tuple(label.names) if isinstance(label, tfds.features.ClassLabel) and label.names else None
 
     def digests(self) -> list[ShardDigest]:
         """Return a digest of each file of the split, in order."""
@@ -253,6 +263,26 @@ def data_folder(data_dir: str | None) -> str:
     from tensorflow_datasets.core import constants
 
     return data_dir or os.fspath(constants.DATA_DIR)
+
+
+def is_prepared(name: str, data_dir: str | None) -> bool:
+    """Return True if TFDS data lies there, in whatever format.
+
+    Args:
+        name: `NAME`, `NAME/CONFIG`, and `:VERSION` after either.
+        data_dir: folder of all prepared data, or its address; None is TFDS's own default.
+
+    Raises:
+        OSError: a store does not tell of it.
+    """
+    try:
+        if data_dir is not None and is_address(data_dir):
+            find_files(name, "", data_dir)
+        else:
+            _prepared_directory(name, data_dir)
+    except ValueError:
+        return False
+    return True
 
 
 def find_files(

@@ -12,13 +12,18 @@ from clipjax.config import TaskConfig, TaskKind
 from clipjax.evals.retrieval import DEPTHS
 
 _HEAD = ("dataset", "model", "pretrained", "task", "language", "model_fullname")
-COMPARABLE = {TaskKind.ZERO_SHOT: "zeroshot_classification", TaskKind.RETRIEVAL: "zeroshot_retrieval"}
+COMPARABLE = {
+    TaskKind.ZERO_SHOT: "zeroshot_classification",
+    TaskKind.MULTI_LABEL: "zeroshot_classification",
+    TaskKind.RETRIEVAL: "zeroshot_retrieval",
+}
 """Kinds of tasks that CLIP_benchmark has, with its names."""
 
 _METRICS = {
     "top1": "acc1",
     "top5": "acc5",
     "per_class": "mean_per_class_recall",
+    "map": "mean_average_precision",
     **{f"text_to_image_r{depth}": f"image_retrieval_recall@{depth}" for depth in DEPTHS},
     **{f"image_to_text_r{depth}": f"text_retrieval_recall@{depth}" for depth in DEPTHS},
 }

@@ -18,7 +18,7 @@ from clipjax.config import Config
 from clipjax.data.patches import Pixels
 from clipjax.data.tokenizers.protocol import Tokenizer, tokenize
 from clipjax.models.clip import Clip
-from clipjax.runtime.sharding import batch_sharding, global_batch, replicated
+from clipjax.runtime.sharding import batch_sharding, fetch, global_batch
 from clipjax.typing import Params, Patches
 
 _MAX_KNOWN = 2**29  # bytes of embeddings of texts
@@ -45,6 +45,11 @@ def require_finite(name: str, rows: np.ndarray) -> np.ndarray:
             "are not finite (take an earlier one), or the model overflows in its model.compute_dtype (use float32)"
         )
     return rows
+
+
+def unit_norm(rows: np.ndarray) -> np.ndarray:
+    """Return rows `[..., e]` of norm 1, float32."""
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def to_images(pixels: Any) -> Any:
@@ -89,6 +94,10 @@ class Encoder:
         with jax.set_mesh(self.mesh):
             rows = self._fetch(_encode_image(self.clip, self.params, to_images(global_batch(self.mesh, image))))
         return require_finite("image embeddings", rows)
+
+    def normalise(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows `[..., e]`, such as means of embeddings, scaled as embeddings are. Float32."""
+        return unit_norm(rows)
 
     def image_features(self, image: Pixels) -> np.ndarray:
         """Return what is projected to embeddings, float32 `[n, v]`; see `Clip.image_features`."""
@@ -145,6 +154,11 @@ class Encoder:
         """Return token ids int32 `[m, l]`."""
         return tokenize(self.tokenizer, texts, self.config.model.text.context_length)
 
+    def is_cut(self, text: str) -> bool:
+        """Return True if a text is too long for the model's context, so that it loses its tail."""
+        frame = 1 + (self.tokenizer.start_id is not None)
+        return len(self.tokenizer.encode(text)) + frame > self.config.model.text.context_length
+
     def likelihood(self, image: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Return the log-likelihood of each text given each image, float32 `[n, m]`; for models that predict captions.
 
@@ -159,9 +173,7 @@ class Encoder:
         return require_finite("rows of likelihoods", rows)
 
     def _fetch(self, x: jax.Array) -> np.ndarray:
-        if x.is_fully_addressable:
-            return np.asarray(x)
-        return np.asarray(jax.jit(_identity, out_shardings=replicated(self.mesh))(x))
+        return fetch(x, self.mesh)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -182,7 +194,3 @@ def _encode_text(clip: Clip, params: Params, tokens: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnums=(0, 4))
 def _likelihood(clip: Clip, params: Params, image: jax.Array, tokens: jax.Array, max_length: int) -> jax.Array:
     return clip.likelihood(params, image, tokens, max_length)
-
-
-def _identity(x: jax.Array) -> jax.Array:
-    return x

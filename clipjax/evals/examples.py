@@ -15,8 +15,9 @@ from clipjax.data.images import make_decoder
 from clipjax.data.patches import make_view
 from clipjax.data.sample import BadSample, Sample
 from clipjax.data.training_stream import per_process
+from clipjax.evals.captioned import split_lines
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.retrieval import Retrieval, split_lines
+from clipjax.evals.retrieval import Retrieval
 from clipjax.evals.runner import Task
 from clipjax.evals.zero_shot import ZeroShot, zero_shot_classifier
 
@@ -81,7 +82,7 @@ def collect(task: Task, encoder: Encoder, count: int) -> Examples | None:
         guesses = [_best(texts, row) for row in similarity]
         return Examples([Example(*each) for each in zip(pictures, texts, guesses, strict=True)], similarity)
     names = task.measure.names
-    classifier = zero_shot_classifier(encoder.embed_texts, names, task.measure.templates)
+    classifier = zero_shot_classifier(encoder.embed_texts, names, task.measure.templates, normalise=encoder.normalise)
     logits = encoder.logit_scale * (embed @ classifier.T).astype(np.float64)
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     guesses = [_best(names, row) for row in odds / odds.sum(axis=1, keepdims=True)]

@@ -165,7 +165,7 @@ class _ZeroShotBeside:
 
     def __init__(self, encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> None:
         self._encoder, self._names = encoder, names
-        self._classifier = zero_shot_classifier(encoder.embed_texts, names, templates)
+        self._classifier = zero_shot_classifier(encoder.embed_texts, names, templates, normalise=encoder.normalise)
         self._right = self._total = 0
 
     def watch(self, batches: Iterable[dict]) -> Iterator[dict]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from clipjax.data.scenes.language import CLASS_NAMES, TEMPLATES
 from clipjax.evals import datasets
+from clipjax.evals.datasets.labels import aliases_of, order_names
 from clipjax.runtime.storage import is_address, read_small
 
 CLASSES: dict[str, tuple[str, ...]] = {"scenes": tuple(CLASS_NAMES)}
@@ -19,14 +20,29 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
     "scenes": tuple(TEMPLATES),
     "plain": ("{}",),
     "photo": ("a photo of a {}.",),
+    "imagenet_7": (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
 }
+"""Templates by name. `imagenet_7` are those of ImageNet's 80 that `notebooks/Prompt_Engineering_for_ImageNet.ipynb` of
+openai/CLIP selects."""
+
+LISTS = "a JSON file with a list of strings, or a .txt file with one a line"
 
 _MAX_FILE_BYTES = 10_000_000
 _MOST_SHOWN = 10  # class names in a message
 
 
 def load_classes(name: str) -> tuple[str, ...]:
-    """Return class names by name, or from a JSON file with a list of strings, in the order of the labels.
+    """Return class names by name, or from a file, in the order of the labels.
+
+    A file is JSON with a list of strings or, as CLIP_benchmark's `classnames.txt`, text with one name a line.
 
     Raises:
         ValueError: neither a known name nor such a file; or a file with a blank name, or one name twice.
@@ -47,8 +63,25 @@ def load_classes(name: str) -> tuple[str, ...]:
     return names
 
 
+def load_classes_for(name: str, labels: Sequence[str] | None) -> tuple[str, ...]:
+    """Return class names in the order in which data numbers them; see `load_classes`.
+
+    Args:
+        name: of a list, or a file.
+        labels: the data's own names of its labels, in their order; None: it has none.
+
+    Raises:
+        ValueError: as `load_classes` and `labels.order_names`.
+    """
+    is_file = name not in CLASSES and name not in datasets.names()
+    return order_names(load_classes(name), labels, field=f"classes={name!r}", is_file=is_file, aliases=aliases_of(name))
+
+
 def load_templates(name: str) -> tuple[str, ...]:
-    """Return templates by name, or from a JSON file with a list of strings.
+    """Return templates by name, or from a file.
+
+    A file is JSON with a list of strings or, as CLIP_benchmark's `zeroshot_classification_templates.txt`, text with one
+    a line, where `{c}` stands for the name.
 
     Raises:
         ValueError: neither a known name nor such a file, or a template without exactly one `{}`.
@@ -56,6 +89,8 @@ def load_templates(name: str) -> tuple[str, ...]:
     if name in datasets.names():
         return datasets.prompts_of(name).templates
     templates = _load(name, TEMPLATE_SETS, "templates")
+    if _is_text(name):
+        templates = tuple(template.replace("{c}", "{}") for template in templates)
     check_templates(templates, f"templates={name!r}")
     return templates
 
@@ -135,15 +170,35 @@ def _load(name: str, known: dict[str, tuple[str, ...]], field: str) -> tuple[str
     if name in known:
         return known[name]
     named = ", ".join([*known, *datasets.names()])
-    values = _read_json(name, field, f"one of {named}, or a JSON file with a list of strings")
+    what = f"one of {named}, {LISTS}"
+    if _is_text(name):
+        values: Any = read_lines(_read(name, field, what), f"{field}={name!r}")
+    else:
+        values = _read_json(name, field, what)
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{field}={name!r} must be a JSON list of strings, with at least one")
+        raise ValueError(f"{field}={name!r} must be a list of strings, with at least one")
     _check_filled(f"{field}={name!r}", values)
     return tuple(values)
 
 
-def _read_json(name: str, field: str, what: str) -> Any:
-    """Return the content of a JSON file.
+def read_lines(content: bytes, field: str) -> list[str]:
+    """Return the lines of a text without the blanks around them; blank lines at its end do not count.
+
+    Raises:
+        ValueError: it is no UTF-8; `field` is named.
+    """
+    try:
+        return [line.strip() for line in content.decode("utf-8-sig").rstrip().splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{field} is no text in UTF-8: {error}") from error
+
+
+def _is_text(name: str) -> bool:
+    return name.lower().endswith(".txt")
+
+
+def _read(name: str, field: str, what: str) -> bytes:
+    """Return the content of a file.
 
     Raises:
         ValueError: there is none; the text says what the field must be.
@@ -151,9 +206,14 @@ def _read_json(name: str, field: str, what: str) -> Any:
     if not is_address(name) and not pathlib.Path(name).is_file():
         raise ValueError(f"{field}={name!r} must be {what}")
     try:
-        content = read_small(name, _MAX_FILE_BYTES)
+        return read_small(name, _MAX_FILE_BYTES)
     except (ValueError, OSError) as error:
         raise ValueError(f"{field}: {error}") from error
+
+
+def _read_json(name: str, field: str, what: str) -> Any:
+    """Return the content of a JSON file; errors as in `_read`."""
+    content = _read(name, field, what)
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -3,39 +3,26 @@
 Axes: n images, m texts, e embed.
 """
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from jax.sharding import Mesh
 
-from clipjax.data.sample import Sample
+from clipjax.evals.captioned import NO_CAPTION, NeedsCaptions, embed_captioned, embed_once
 from clipjax.evals.encoder import Encoder, require_finite
-from clipjax.runtime import processes
+from clipjax.evals.ranks import best_places
 
 DEPTHS = (1, 5, 10)
-NO_CAPTION = "no sample has a caption; retrieval needs at least one per image"
-_BLOCK = 1024  # rows of the similarity matrix held at once
 
 
 def _at_all_depths(*ways: str) -> tuple[str, ...]:
     return tuple(f"{way}_r{depth}" for way in ways for depth in DEPTHS)
 
 
-class _NeedsCaptions:
-    def check_samples(self, samples: Sequence[Sample], *, is_all: bool) -> None:
-        """Refuse samples without any caption, if these are all of them.
-
-        Raises:
-            ValueError: there is none.
-        """
-        if is_all and not any(sample.captions for sample in samples):
-            raise ValueError(NO_CAPTION)
-
-
 @dataclass(frozen=True)
-class Retrieval(_NeedsCaptions):
+class Retrieval(NeedsCaptions):
     """The task between images and texts; see `retrieval`. `metrics` are those that rank a model."""
 
     by_line: bool = False
@@ -47,7 +34,7 @@ class Retrieval(_NeedsCaptions):
         return retrieval(encoder, batches, by_line=self.by_line)
 
 
-class ImageRetrieval(_NeedsCaptions):
+class ImageRetrieval(NeedsCaptions):
     """The task between images of the same thing; see `image_retrieval`. `metrics` are those that rank a model."""
 
     metrics: ClassVar[tuple[str, ...]] = _at_all_depths("source_to_gallery", "gallery_to_source")
@@ -71,24 +58,13 @@ def retrieval(encoder: Encoder, batches: Iterable[dict], *, by_line: bool = Fals
     Raises:
         ValueError: no sample has a caption.
     """
-    image_embed, captions = _embed(encoder, batches)
-    if by_line:
-        captions = [tuple(line for caption in own for line in split_lines(caption)) for own in captions]
-    elif several := sum(len(split_lines(caption)) > 1 for own in captions for caption in own):
-        processes.announce(
-            f"{several} captions hold several lines, and each is one text; with captions_by_line=True of the task "
-            "(eval.tasks) each line is one, as CLIP_benchmark means them"
-        )
+    images = embed_captioned(encoder, batches)
+    captions = images.texts(by_line=by_line)
     texts = [caption for own in captions for caption in own]
     if not texts:
         raise ValueError(NO_CAPTION)
     owners = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
-    return recalls(image_embed, encoder.embed_texts(texts), owners)
-
-
-def split_lines(caption: str) -> list[str]:
-    """Return the lines of a caption that are not blank, stripped; they end as those of a text file do."""
-    return [line.strip() for line in re.split(r"\r\n|\r|\n", caption) if line.strip()]
+    return recalls(images.embed, embed_once(encoder, texts), owners, encoder.mesh)
 
 
 def image_retrieval(encoder: Encoder, queries: Iterable[dict], gallery: Iterable[dict]) -> dict[str, float]:
@@ -100,70 +76,55 @@ def image_retrieval(encoder: Encoder, queries: Iterable[dict], gallery: Iterable
     Raises:
         ValueError: no picture has a counterpart, or one of the sides has no picture with a caption.
     """
-    (left, left_captions), (right, right_captions) = _embed(encoder, queries), _embed(encoder, gallery)
-    for name, captions in (("source", left_captions), ("gallery", right_captions)):
-        if not captions:
+    left, right = embed_captioned(encoder, queries), embed_captioned(encoder, gallery)
+    for name, side in (("source", left), ("gallery", right)):
+        if not side.captions:
             raise ValueError(f"no usable sample of the {name} has a caption; image retrieval needs one per picture")
-    same = np.asarray([own[0] for own in left_captions])[:, None] == np.asarray([own[0] for own in right_captions])
-    if not same.any():
+    firsts = [own[0] for own in left.captions + right.captions]
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(firsts))}
+    left_groups, right_groups = (
+        np.asarray([numbers[own[0]] for own in side.captions], np.int64) for side in (left, right)
+    )
+    left_asked, right_asked = np.isin(left_groups, right_groups), np.isin(right_groups, left_groups)
+    if not left_asked.any():
         raise ValueError("no picture of the source has the caption of one in the gallery")
-    order = require_finite("image embeddings", left) @ require_finite("image embeddings", right).T
-    metrics = {"num_examples": float(same.any(axis=1).sum())}
-    for name, similarity, match in (("source_to_gallery", order, same), ("gallery_to_source", order.T, same.T)):
-        asked = match.any(axis=1)
-        ranked = np.argsort(-similarity[asked], axis=1, kind="stable")
-        first = np.argmax(np.take_along_axis(match[asked], ranked, axis=1), axis=1)
-        metrics |= {f"{name}_r{depth}": float(np.mean(first < depth)) for depth in DEPTHS}
-    return metrics
+    there = best_places(left.embed[left_asked], right.embed, left_groups[left_asked], right_groups, encoder.mesh)
+    back = best_places(right.embed[right_asked], left.embed, right_groups[right_asked], left_groups, encoder.mesh)
+    return (
+        {"num_examples": float(len(there))} | _recalls("source_to_gallery", there) | _recalls("gallery_to_source", back)
+    )
 
 
-def _embed(encoder: Encoder, batches: Iterable[dict]) -> tuple[np.ndarray, list[tuple[str, ...]]]:
-    """Return embeddings of all usable pictures with a caption, in the order of the source, and their captions."""
-    embeds, captions = [], []
-    for batch in batches:
-        embed = encoder.embed_images(batch["image"])
-        index = encoder.gather(batch["index"].astype(np.int32))
-        kept = encoder.gather(np.asarray([bool(own) for own in batch["captions"]]) & batch["mask"])
-        by_index = _all_captions(encoder, batch)
-        order = np.argsort(index[kept], kind="stable")
-        embeds.append(embed[kept][order])
-        captions += [by_index[int(position)] for position in index[kept][order]]
-    return (np.concatenate(embeds) if embeds else np.zeros((0, 0), np.float32)), captions
+def _recalls(name: str, places: np.ndarray) -> dict[str, float]:
+    return {f"{name}_r{depth}": float(np.mean(places < depth)) for depth in DEPTHS}
 
 
-def _all_captions(encoder: Encoder, batch: dict) -> dict[int, tuple[str, ...]]:
-    """Return captions of the whole batch by sample index, from all processes."""
-    own = [[int(i), captions] for i, captions in zip(batch["index"], batch["captions"], strict=True)]
-    return {index: tuple(captions) for part in encoder.gather_json(own) for index, captions in part}
-
-
-def recalls(image_embed: np.ndarray, text_embed: np.ndarray, owners: np.ndarray) -> dict[str, float]:
+def recalls(
+    image_embed: np.ndarray, text_embed: np.ndarray, owners: np.ndarray, mesh: Mesh | None = None
+) -> dict[str, float]:
     """Return recalls from embeddings.
+
+    Of equally near ones the first is the nearest. Images without a text count as queries that find nothing.
 
     Args:
         image_embed: float32 `[n, e]`.
         text_embed: float32 `[m, e]`.
-        owners: int `[m]`, the image that each text belongs to.
+        owners: int `[m]`, the image that each text belongs to, from 0 to n - 1.
+        mesh: the devices; see `best_places`.
 
     Raises:
-        ValueError: there is no image or no text.
+        ValueError: there is no image or no text, or an owner is none of the images.
         NotFiniteEmbeddings: some embedding is not finite.
     """
     if not len(image_embed) or not len(text_embed):
         raise ValueError(f"recalls of {len(image_embed)} images and {len(text_embed)} texts: give at least one of each")
+    if owners.min() < 0 or owners.max() >= len(image_embed):
+        raise ValueError(
+            f"owners reach from {owners.min()} to {owners.max()}; the images have numbers 0 to {len(image_embed) - 1}"
+        )
     require_finite("image embeddings", image_embed)
     require_finite("text embeddings", text_embed)
-    image_ranks = np.full(len(image_embed), np.iinfo(np.int64).max)
-    text_ranks = np.zeros(len(text_embed), np.int64)
-    for start in range(0, len(image_embed), _BLOCK):
-        rows = np.arange(start, min(start + _BLOCK, len(image_embed)))
-        place = np.argsort(np.argsort(-(image_embed[rows] @ text_embed.T), axis=1, kind="stable"), axis=1)
-        own = (owners >= rows[0]) & (owners <= rows[-1])
-        np.minimum.at(image_ranks, owners[own], place[owners[own] - start, np.flatnonzero(own)])
-    for start in range(0, len(text_embed), _BLOCK):
-        rows = np.arange(start, min(start + _BLOCK, len(text_embed)))
-        place = np.argsort(np.argsort(-(text_embed[rows] @ image_embed.T), axis=1, kind="stable"), axis=1)
-        text_ranks[rows] = place[np.arange(len(rows)), owners[rows]]
-    metrics = {f"image_to_text_r{depth}": float(np.mean(image_ranks < depth)) for depth in DEPTHS}
-    metrics |= {f"text_to_image_r{depth}": float(np.mean(text_ranks < depth)) for depth in DEPTHS}
+    images = np.arange(len(image_embed))
+    metrics = _recalls("image_to_text", best_places(image_embed, text_embed, images, owners, mesh))
+    metrics |= _recalls("text_to_image", best_places(text_embed, image_embed, owners, images, mesh))
     return metrics | {"num_examples": float(len(image_embed)), "num_texts": float(len(text_embed))}

@@ -24,17 +24,23 @@ from clipjax.data.patches import make_view
 from clipjax.data.sample import BadSample, Sample, Source
 from clipjax.data.sources import build_source
 from clipjax.data.training_stream import per_process
+from clipjax.evals.choice import CaptionChoice, Choice, PairChoice
 from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
+from clipjax.evals.multi_label import MultiLabel
 from clipjax.evals.probe_tasks import FewShot, LinearProbe, NearestNeighbours
-from clipjax.evals.prompts import load_classes, load_paraphrases, load_templates
+from clipjax.evals.prompts import load_classes_for, load_paraphrases, load_templates
+from clipjax.evals.relabelled import class_names_of, number_as_listed
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
 from clipjax.evals.robustness import Shift, describe_shifts
 from clipjax.evals.shift_points import load_shift_points
+from clipjax.evals.word_order import WordOrder
 from clipjax.evals.zero_shot import ZeroShot
 from clipjax.runtime import process_log, processes, storage
 
 Results = dict[str, dict[str, float]]
-Measure = ZeroShot | Retrieval | ImageRetrieval | LinearProbe | FewShot | NearestNeighbours
+Measure = (
+    ZeroShot | MultiLabel | Retrieval | ImageRetrieval | WordOrder | Choice | LinearProbe | FewShot | NearestNeighbours
+)
 """The work of a task: from an encoder and the batches of each source to metrics, and JSON under `DETAILS` if there is
 more to tell; `metrics` names those that rank a model, the larger the better."""
 
@@ -98,7 +104,7 @@ class Task:
         skipped = [0] * len(self.sources)
 
         def read(number: int) -> Iterator[dict]:
-            for batch, reasons in self._read_together(encoder, self.sources[number]):
+            for batch, reasons in self.read_together(encoder, number):
                 skipped[number] += int((reasons >= 0).sum())
                 yield batch
 
@@ -123,13 +129,16 @@ class Task:
                     samples.append(source[index])
             self.measure.check_samples(samples, is_all=len(places) == size)
 
-    def _read_together(self, encoder: Encoder, source: Source) -> Iterator[tuple[dict, np.ndarray]]:
-        """Yield this process's part of each batch, and the skip reasons of the whole batch.
+    def read_together(self, encoder: Encoder, number: int) -> Iterator[tuple[dict, np.ndarray]]:
+        """Yield this process's part of each batch of a source, and the skip reasons of the whole batch.
 
         A process that fails to read tells so in place of its skip reasons; otherwise the others would wait for it.
+
+        Raises:
+            ReadFailed: a process cannot read its part.
         """
         local_size = per_process("eval.batch_size", self.config.eval.batch_size, jax.process_count())
-        batches = self._batches(source)
+        batches = self._batches(self.sources[number])
         while True:
             batch, error = None, None
             try:
@@ -198,33 +207,47 @@ def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Sou
     for spec, source in zip(task.sources, sources, strict=True):
         if not len(source):
             raise ValueError(f"source {spec!r} holds no sample; name one that does, or leave the task out")
+    sources = [number_as_listed(task.classes, source) for source in sources]
     points = None if task.shift_points is None else load_shift_points(task.shift_points)
     shift = None if task.shift_of is None else Shift(task.shift_of, points)
-    return Task(_build_measure(task), config, sources, task.max_examples, shift)
+    return Task(_build_measure(task, sources), config, sources, task.max_examples, shift)
 
 
-def _build_measure(task: TaskConfig) -> Measure:
+def _build_measure(task: TaskConfig, sources: Sequence[Source]) -> Measure:
     match task.kind:
         case TaskKind.ZERO_SHOT:
-            names, templates = load_classes(task.classes or ""), load_templates(task.templates or "")
+            names, templates = _load_prompts(task, sources)
             given = task.paraphrases
             paraphrases = None if given is None else load_paraphrases(given, names, templates)
             return ZeroShot(names, templates, task.compare_prompts, paraphrases)
+        case TaskKind.MULTI_LABEL:
+            return MultiLabel(*_load_prompts(task, sources))
         case TaskKind.RETRIEVAL:
             return Retrieval(task.captions_by_line)
         case TaskKind.IMAGE_RETRIEVAL:
             return ImageRetrieval()
+        case TaskKind.WORD_ORDER:
+            return WordOrder(task.captions_by_line)
+        case TaskKind.CAPTION_CHOICE:
+            return CaptionChoice(task.captions_by_line)
+        case TaskKind.PAIR_CHOICE:
+            return PairChoice()
         case _:
-            return _build_probe(task)
+            return _build_probe(task, sources)
 
 
-def _build_probe(task: TaskConfig) -> LinearProbe | FewShot | NearestNeighbours:
+def _load_prompts(task: TaskConfig, sources: Sequence[Source]) -> tuple[Sequence[str], Sequence[str]]:
+    """Return class names in the order of the data's labels, and templates."""
+    return load_classes_for(task.classes or "", class_names_of(sources[0])), load_templates(task.templates or "")
+
+
+def _build_probe(task: TaskConfig, sources: Sequence[Source]) -> LinearProbe | FewShot | NearestNeighbours:
     features = task.features or FeatureKind.BEFORE_PROJECTION
     if task.kind is TaskKind.LINEAR_PROBE:
         return LinearProbe(features)
     if task.kind is TaskKind.NEAREST_NEIGHBOURS:
         return NearestNeighbours(features, task.neighbours or 20)
-    prompts = (load_classes(task.classes), load_templates(task.templates)) if task.classes and task.templates else None
+    prompts = _load_prompts(task, sources) if task.classes and task.templates else None
     return FewShot(features, task.seeds or 3, prompts)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from clipjax.data.sample import Sample
 from clipjax.evals.class_counts import DEEP, ClassCounts
-from clipjax.evals.encoder import Encoder, require_finite
+from clipjax.evals.encoder import Encoder, require_finite, unit_norm
 from clipjax.evals.prompts import check_templates, check_texts
 from clipjax.evals.wording import WordingSpread
 
@@ -59,15 +59,20 @@ class ZeroShot:
             ValueError: there are such.
         """
         labels = [sample.label for sample in samples]
-        _check_labels(max(labels, default=-1), len(self.names))
-        if is_all and max(labels, default=-1) < 0:
+        check_labels(max(labels, default=-1), len(self.names))
+        if max(labels, default=-1) < 0 and (is_all or any(sample.labels is not None for sample in samples)):
             raise ValueError(NO_LABEL)
 
 
-NO_LABEL = "no sample has a label; zero-shot classification needs an integer label per image"
+NO_LABEL = "no sample has a label; zero_shot needs an integer label per image, multi_label a list of them"
 
 
-def _check_labels(largest: int, num_classes: int) -> None:
+def check_labels(largest: int, num_classes: int) -> None:
+    """Refuse a label beyond the class names.
+
+    Raises:
+        ValueError: the largest label is one.
+    """
     if largest >= num_classes:
         raise ValueError(f"label {largest} has no class name: there are {num_classes}; check `classes`")
 
@@ -84,7 +89,11 @@ def make_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def zero_shot_classifier(
-    embed_texts: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], templates: Sequence[str]
+    embed_texts: Callable[[Sequence[str]], np.ndarray],
+    names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    normalise: Callable[[np.ndarray], np.ndarray] = unit_norm,
 ) -> np.ndarray:
     """Return a unit-norm row per class, the mean of its prompts' embeddings. Float32 `[k, e]`.
 
@@ -92,17 +101,13 @@ def zero_shot_classifier(
         embed_texts: gives a unit-norm row per text.
         names: of the classes.
         templates: each with one `{}` for the name.
+        normalise: gives means the norm of embeddings.
 
     Raises:
         ValueError: names or templates are no sequence of strings, or there is none; a template without one `{}`.
     """
-    return _ensemble(embed_texts(make_prompts(names, templates)).reshape(len(names), len(templates), -1))
-
-
-def _ensemble(embed: np.ndarray) -> np.ndarray:
-    """Return the unit-norm mean over templates. Float32 `[k, t, e]` to `[k, e]`."""
-    mean = embed.mean(axis=1)
-    return (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(np.float32)
+    prompts = embed_texts(make_prompts(names, templates)).reshape(len(names), len(templates), -1)
+    return normalise(prompts.mean(axis=1))
 
 
 def zero_shot(
@@ -147,7 +152,7 @@ def zero_shot(
         spread = WordingSpread(encoder, names, paraphrases, ways.classifier)
     for batch in batches:
         label = encoder.gather(np.where(batch["mask"], batch["label"], -1).astype(np.int32))
-        _check_labels(int(label.max(initial=-1)), len(names))
+        check_labels(int(label.max(initial=-1)), len(names))
         kept = label >= 0
         rows = ways.encode(batch["image"])[kept]
         for each, scores in zip(counts, ways.scores(rows), strict=True):
@@ -171,7 +176,7 @@ class _Embeddings:
     def __init__(self, encoder: Encoder, names: Sequence[str], templates: Sequence[str], compares: bool) -> None:
         self._encoder = encoder
         prompts = encoder.embed_texts(make_prompts(names, templates)).reshape(len(names), len(templates), -1)
-        self.classifier = _ensemble(prompts)
+        self.classifier = encoder.normalise(prompts.mean(axis=1))
         self._classifiers, self.suffixes = [self.classifier], [""]
         if compares:
             one = templates.index(_PHOTO) if _PHOTO in templates else 0

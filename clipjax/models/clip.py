@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from clipjax.config import DataConfig, ModelConfig
 from clipjax.models.captions import Decoder, caption_likelihood, words_likelihood
-from clipjax.models.layers import FEATURES
+from clipjax.models.layers import FEATURES, LayerNorm
+from clipjax.models.text import TextTransformer
 from clipjax.models.towers import build_caption_head, build_image_tower, build_text_tower
 from clipjax.pytrees import leaf_paths, map_with_path, match_any
 from clipjax.runtime.sharding import constrain
@@ -99,6 +100,13 @@ class Clip:
         text_tokens = self._encode_tokens(params, tokens)[1]
         assert text_tokens is not None
         return text_tokens
+
+    def text_hidden_states(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b l w"]:
+        """Return the tokens of texts after the last norm, before pooling, in float32; only for text transformers."""
+        assert isinstance(self.text, TextTransformer)
+        norm, x = LayerNorm(self.text.numerics), self.encode_text_tokens(params, tokens)
+        normalised: Any = norm.apply({"params": params["text"]["ln_final"]}, x)
+        return normalised.astype(jnp.float32)
 
     def next_logits(
         self, params: Params, image_tokens: Float[Array, "b k v"], tokens: Int[Array, "b l"]

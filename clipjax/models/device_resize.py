@@ -1,6 +1,6 @@
 """Crop and antialiased resizing as two matrix products, with Pillow's result.
 
-Reading order: `resize_crops`, `_weights`. Axes: b batch, c side of the canvas, s side of the result.
+Reading order: `resize_crops`, `filter_weights`. Axes: b batch, c side of the canvas, s side of the result.
 """
 
 import jax
@@ -35,9 +35,9 @@ def resize_crops(
         2 * 3 * s * c * (c + s) FLOPs a picture, 0.31 G for c = 384 and s = 224; float32 copies of the canvas.
     """
     top, left, height, width, rows, columns, is_mirrored = crop.T
-    across = _weights(left, width, columns, canvas.shape[2], size, interpolation)
+    across = filter_weights(left, width, columns, canvas.shape[2], size, interpolation)
     across = jnp.where(is_mirrored[:, None, None] > 0.5, across[:, ::-1], across)
-    down = _weights(top, height, rows, canvas.shape[1], size, interpolation)
+    down = filter_weights(top, height, rows, canvas.shape[1], size, interpolation)
     highest = jax.lax.Precision.HIGHEST  # by default, TPUs and GPUs keep 8 or 10 bits of the weights
     pixels = canvas.astype(jnp.float32)
     pixels = _round(jnp.einsum("bsx,byxc->bysc", across, pixels, precision=highest))
@@ -48,7 +48,7 @@ def _round(pixels: Array) -> Array:
     return jnp.clip(jnp.floor(pixels + 0.5), 0, 255)
 
 
-def _weights(
+def filter_weights(
     start: Float[Array, " b"],
     extent: Float[Array, " b"],
     valid: Float[Array, " b"],

@@ -22,7 +22,15 @@ _MOST_CLASSES = 200  # of which the confusion matrix is drawn
 _MOST_ROWS = 100  # of a table of classes
 _MOST_WORDINGS = 12
 _SHOTS = {f"top1_{shots}_shot": shots for shots in SHOTS}
-_HEADLINES = ("top1", "image_to_text_r1", "source_to_gallery_r1", *reversed(_SHOTS))
+_HEADLINES = (
+    "top1",
+    "image_to_text_r1",
+    "source_to_gallery_r1",
+    "caption_preferred",
+    "group_score",
+    "text_score",
+    *reversed(_SHOTS),
+)
 _LABELS = {
     "top1": "top-1",
     "top5": "top-5",
@@ -31,6 +39,9 @@ _LABELS = {
     "top1_one_template": "top-1, one template",
     "wording_std": "spread of the right class's probability over wordings",
     "wording_range": "its range over wordings",
+    "caption_preferred": "captions preferred to their shuffled words",
+    "shuffled_similarity": "cosine of captions with their shuffled words",
+    "shuffled_text_to_image_r1": "shuffled words to image, R@1",
     "num_examples": "examples",
     "num_texts": "texts",
     "num_skipped": "unusable samples",
@@ -40,6 +51,10 @@ _LABELS = {
     "best_c": "C",
     **{metric: f"top-1, {shots} of each class" for metric, shots in _SHOTS.items()},
     **{f"{metric}_std": "its standard deviation over draws" for metric in _SHOTS},
+    "num_ties": "ties",
+    "num_left_out": "samples left out",
+    "num_unchanged": "captions that no other order changes",
+    "num_cut": "captions longer than the context",
 }
 _WAYS = {"top1_names": "class names alone", "top1_one_template": "one template", "top1": "ensemble of templates"}
 

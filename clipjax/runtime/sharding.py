@@ -103,6 +103,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def fetch(x: jax.Array, mesh: Mesh) -> np.ndarray:
+    """Return the whole of an array on this mesh, on the host; all processes of the mesh call this."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return np.asarray(jax.jit(_identity, out_shardings=replicated(mesh))(x))
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x
+
+
 def state_shardings(mesh: Mesh, abstract_state: Any, rules: Rules) -> Any:
     """Return the sharding of every leaf of a training state, or of bare parameters.
 

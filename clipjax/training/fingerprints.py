@@ -12,6 +12,9 @@ from clipjax.config import Config
 from clipjax.config.serialization import flatten, to_dict
 from clipjax.data.sample import Source
 from clipjax.data.tokenizers.protocol import Tokenizer
+from clipjax.evals.probe_tasks import FewShot
+from clipjax.evals.runner import Task
+from clipjax.evals.zero_shot import ZeroShot
 from clipjax.monitoring.run_record import versions
 from clipjax.training.decisions import Decisions
 
@@ -76,6 +79,21 @@ def data_fingerprint(
         if saved is not None:
             facts[f"{name} step"] = saved.step
             facts[f"{name} records"] = _digest(json.dumps(saved.records, sort_keys=True).encode())
+    return facts
+
+
+def prompts_fingerprint(tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """Return a digest of the texts of each task that has class names: they may come out of files."""
+    facts: dict[str, Any] = {}
+    for name, task in tasks.items():
+        match task.measure:
+            case ZeroShot() as measure:
+                texts: Any = [list(measure.names), list(measure.templates), measure.paraphrases]
+            case FewShot(prompts=(names, templates)):
+                texts = [list(names), list(templates)]
+            case _:
+                continue
+        facts[f"eval.tasks.{name} texts"] = _digest(json.dumps(texts, sort_keys=True).encode())
     return facts
 
 

@@ -250,6 +250,7 @@ def _open_here(claim: Claim, warnings: Sequence[str], made: list[Path], replays:
         "code": fingerprints.code_fingerprint(),
         "checkpoint": fingerprints.checkpoint_fingerprint(workdir, decisions),
         "data": fingerprints.data_fingerprint(inputs.sources, inputs.tokenizer, checkpoints),
+        "class list": fingerprints.prompts_fingerprint(inputs.tasks),
     }
     exporter = Exporter(config.log) if is_first() and config.log.prometheus_port is not None else None
     return Checked(config, workdir, claim.place, mirror, claim.apart, inputs, tx, decisions, exporter), facts

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from clipjax.checkpoints.manifest import DamagedCheckpoint, UndecidedCheckpoint
-from clipjax.cli import arguments, convert, data, plan, presets, sweep, train
+from clipjax.cli import arguments, classify, convert, data, embed, plan, presets, rank, search, sweep, train
 from clipjax.cli import eval as evaluate
 from clipjax.cli.errors import refusals, stops
 from clipjax.cli.overrides import describe_fields
@@ -184,6 +184,10 @@ COMMANDS = {
     "presets": (presets.main, []),
     "convert": (convert.main_convert, ["--input", "--output", "--model", "--tokenizer"]),
     "export": (convert.main_export, ["--checkpoint", "--output"]),
+    "classify": (classify.main, ["--checkpoint", "--output"]),
+    "embed": (embed.main, ["--source", "--checkpoint", "--output", "--tfds_dir"]),
+    "search": (search.main, ["--checkpoint", "--output"]),
+    "rank": (rank.main, ["--checkpoint", "--output"]),
 }
 STORE_PLACES = (
     "--source",
@@ -259,3 +263,11 @@ def test_a_place_is_a_path_or_an_address():
     for bad in ("gs://bucket//run", "s3://bucket/a//b"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"={bad} has an empty folder name"):
             arguments.place(bad)
+
+
+def test_words_are_what_has_no_name():
+    argv = ["a.png", "--checkpoint", "run", "b.png", "--top=3", "-", "-h", "--", "-c.png", "--x"]
+    words, rest = arguments.split_words(argv)
+    assert words == ["a.png", "b.png", "-", "-c.png", "--x"]
+    assert rest == ["--checkpoint", "run", "--top=3", "-h"]
+    assert arguments.split_words([]) == ([], [])

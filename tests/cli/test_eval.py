@@ -49,7 +49,7 @@ def test_columns_for_tasks_that_clip_benchmark_has_not_are_refused(tmp_path, mon
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        ValueError, match=r"--csv=x.csv: CLIP_benchmark has columns for zero_shot and retrieval, and no"
+        ValueError, match=r"--csv=x.csv: CLIP_benchmark has columns for zero_shot, multi_label, retrieval, and no"
     ):
         evaluate._open_here(["--checkpoint=run", f"--tasks_from={config}", "--csv=x.csv"])
 

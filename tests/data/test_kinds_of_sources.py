@@ -14,7 +14,8 @@ from PIL import Image
 
 from clipjax.config import Config, DataConfig, ModelConfig, ViTConfig
 from clipjax.data.array_records import write_array_records
-from clipjax.data.sample import REASONS, Sample
+from clipjax.data.packed_samples import from_sample
+from clipjax.data.sample import REASONS, BadSample, Sample, labels_of
 from clipjax.data.sources import ArraySource, build_source
 from clipjax.data.training_stream import TrainStream
 
@@ -84,3 +85,52 @@ def test_every_kind_gives_the_same_batches(tmp_path):
             for left, right in zip(take(11 - start, source, start_step=start), expected[start:], strict=True):
                 for field in left:
                     np.testing.assert_array_equal(left[field], right[field], err_msg=f"{name} {field}")
+
+
+def test_lists_of_labels_are_read_from_every_kind_that_has_them(tmp_path):
+    content, labels = samples()[0].image, [[2, 0, 2], [], [5], None]
+    rows = [{"label": each, "caption": f"c{i}"} for i, each in enumerate(labels)]
+    (tmp_path / "p.png").write_bytes(content)
+    table = pa.table({"png": [content] * 4, "caption": ["c0", "c1", "c2", "c3"], "label": labels})
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"path": "p.png", **row}) for row in rows))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, row in enumerate(rows):
+            for extension, part in (("png", content), ("json", json.dumps(row).encode())):
+                member = tarfile.TarInfo(f"{i}.{extension}")
+                member.size = len(part)
+                tar.addfile(member, io.BytesIO(part))
+    expected = [(0, 2), (), (5,), None]
+    for name in ("a.parquet", "a.jsonl", "a.tar"):
+        source = build_source(str(tmp_path / name), data=DataConfig())
+        found = [source[i] for i in range(4)]
+        assert [(each.label, each.labels) for each in found] == [(-1, each) for each in expected], name
+        write_array_records(tmp_path / f"{name}.array_record", found)
+        again = build_source(str(tmp_path / f"{name}.array_record"), data=DataConfig())
+        assert [(again[i].label, again[i].labels) for i in range(4)] == [(-1, each) for each in expected]
+        packed = [from_sample(each, i, {}) for i, each in enumerate(found)]
+        assert [json.loads(each.metadata)["label"] if each.metadata else None for each in packed] == [
+            None if each is None else list(each) for each in expected
+        ]
+
+
+@pytest.mark.parametrize(
+    ("value", "labels"),
+    [
+        (np.asarray([3, 1, 3], np.int64), (1, 3)),
+        (np.asarray([], np.int64), ()),
+        (np.asarray([1.0]), None),
+        (np.asarray([[1]]), None),
+        (np.int64(3), None),
+        (3, None),
+        ("3", None),
+    ],
+)
+def test_a_list_of_labels_is_known(value, labels):
+    assert labels_of(value) == labels
+
+
+@pytest.mark.parametrize("value", [[-1], ["1"], [True], [1.0], [2**31], [0] * 10_001, [[1]]])
+def test_a_list_of_something_else_is_bad(value):
+    with pytest.raises(BadSample, match="bad_metadata"):
+        labels_of(value)

@@ -136,6 +136,7 @@ def prepared(tmp_path_factory) -> str:
                 "captions": tfds.features.Sequence(tfds.features.Text()),
                 "nested": {"title": tfds.features.Text()},
                 "label": np.int64,
+                "labels": tfds.features.Sequence(tfds.features.ClassLabel(num_classes=9)),
             }
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -153,6 +154,7 @@ def prepared(tmp_path_factory) -> str:
                         "captions": captions,
                         "nested": {"title": f"title {i}"},
                         "label": i,
+                        "labels": sorted({i % 3, i % 7}),
                     },
                 )
 
@@ -166,6 +168,25 @@ def prepared(tmp_path_factory) -> str:
 
 def config(folder: str | None = None, **fields) -> DataConfig:
     return DataConfig(tfds_dir=folder, **fields)
+
+
+def test_tfds_source_of_several_labels(prepared, no_network):
+    one = build_source("tfds:pairs/train", data=config(prepared))
+    several = build_source("tfds:pairs/train", data=config(prepared), label_key="labels")
+    good = [i for i in range(20) if not _is_bad(one, i)]
+    assert len(good) == 19
+    for i in good:
+        label = one[i].label
+        assert one[i].labels is None and several[i].label == -1
+        assert several[i].labels == tuple(sorted({label % 3, label % 7}))
+
+
+def _is_bad(source, index) -> bool:
+    try:
+        source[index]
+    except BadSample:
+        return True
+    return False
 
 
 def test_tfds_source(prepared, no_network):

@@ -12,6 +12,7 @@ from clipjax.config import DataConfig, MixtureSource
 from clipjax.data.array_records import write_array_records
 from clipjax.data.sample import BadSample
 from clipjax.data.sources import build_source, build_training_source, check_copies
+from clipjax.data.tfds import is_prepared
 from clipjax.data.training_order import DISK_ORDER
 from clipjax.runtime import objects
 from clipjax.runtime.storage import is_address
@@ -183,6 +184,8 @@ def test_a_file_that_has_changed_is_other_data(records, tmp_path, caplog):
 
 def test_prepared_tfds_data_in_a_store(tfds_data, tmp_path, no_network):  # noqa: F811
     folder, place, server = tfds_data
+    assert is_prepared("pairs", place) and is_prepared("pairs:1.0.0", place)
+    assert not is_prepared("mnist", place) and not is_prepared("pairs:2.0.0", place)
     for spec in ("tfds:pairs/train", "tfds:pairs:1.0.0/train[2:5]"):
         here = build_source(spec, data=DataConfig(tfds_dir=folder))
         there = build_source(spec, data=cached(tmp_path, tfds_dir=place))

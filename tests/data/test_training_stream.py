@@ -510,6 +510,15 @@ def test_eval_masks_bad_samples(flawed_tar):
     assert batches[3]["captions"][58 - 48] == ()
 
 
+def test_eval_without_a_view_reads_texts_alone_and_every_row_has_its_key():
+    batches = evaluate(make_source(20), view=None)
+    assert all("image" not in batch for batch in batches)
+    last = batches[-1]
+    assert last["captions"] == [(f"a{i}", f"b{i}") for i in range(16, 20)] + [()] * 12
+    assert last["key"] == [str(i) for i in range(16, 20)] + [""] * 12
+    assert last["key"] == evaluate(make_source(20))[-1]["key"]
+
+
 def test_eval_limits():
     assert [batch["index"].tolist() for batch in evaluate(make_source(), max_examples=3, batch_size=2)] == [
         [0, 1],

@@ -184,7 +184,7 @@ def test_each_process_keeps_a_log_and_the_start_is_recorded(finished):
         assert f"step 0 of {LAST_STEP}" in text and "done: 12 steps" in text
     (record,) = json.loads((finished / "run.json").read_text())["starts"]
     assert (record["num_processes"], record["num_devices"], record["process"]) == (2, 2, "0 of 2")
-    assert record["digests"].keys() == {"config", "code", "checkpoint", "data"}
+    assert record["digests"].keys() == {"config", "code", "checkpoint", "data", "class list"}
     ranks = [line["ranks"] for line in log_lines(finished) if "ranks" in line]
     assert ranks and all(len(values) == 2 for values in ranks[0].values() if isinstance(values, list))
     assert int(ranks[0]["samples"][1], 16) == sample_digests(finished, 1)[ranks[0]["step"]]

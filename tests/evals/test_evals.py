@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from clipjax.config import Config, TaskConfig, TaskKind
+from clipjax.config import Config, MeshConfig, TaskConfig, TaskKind
 from clipjax.data.sample import Sample
 from clipjax.data.sources import ArraySource
 from clipjax.evals import prompts
@@ -24,6 +24,7 @@ from clipjax.evals.runner import (
 )
 from clipjax.evals.zero_shot import ZeroShot, zero_shot, zero_shot_classifier
 from clipjax.runtime import process_log
+from clipjax.runtime.sharding import make_mesh
 
 pytestmark = pytest.mark.newest
 
@@ -36,6 +37,7 @@ class FakeEncoder(Encoder):
     """Embeddings out of tables: pixels hold the row of `image_embed` to return."""
 
     has_embeddings = True
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
     def __init__(self, image_embed: np.ndarray, text_table: dict[str, np.ndarray]) -> None:
         object.__setattr__(self, "tables", (image_embed, text_table))
@@ -181,6 +183,26 @@ def test_retrieval_leaves_out_bad_samples_and_those_without_captions():
     assert metrics["image_to_text_r1"] == metrics["text_to_image_r1"] == 1.0
 
 
+def test_a_caption_of_several_images_is_embedded_once_and_the_first_image_is_the_nearest():
+    """A text's embedding may differ in its last bits with its place in a batch: then the copies would not be equal."""
+    asked = []
+
+    class Uneven(FakeEncoder):
+        def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+            asked.append(list(texts))
+            rows = super().embed_texts(texts)
+            return rows + 1e-7 * np.arange(len(rows), dtype=np.float32)[:, None]
+
+    directions = np.eye(3, dtype=np.float32)
+    table = {"same": directions[0], "other": directions[1]}
+    batches = [batch([0, 1, 2], [-1] * 3, [("same", "other"), ("other",), ("same",)])]
+    metrics = retrieval(Uneven(directions[[0, 1, 0]], table), batches)
+    assert asked == [["same", "other"]]
+    # Text 3, "same" of image 2: image 0 looks the same and comes first. Image 2: text 0 is the same and comes first.
+    assert (metrics["text_to_image_r1"], metrics["image_to_text_r1"]) == (0.5, 1 / 3)
+    assert (metrics["text_to_image_r5"], metrics["image_to_text_r5"]) == (1.0, 1.0)
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n \n"])
 def test_captions_of_several_lines_are_split_or_told(end, capsys):
     directions = np.eye(4, dtype=np.float32)
@@ -231,7 +253,7 @@ def test_prompts_by_name_and_from_files(tmp_path):
     assert prompts.load_classes(str(path)) == ("cat", "dog")
     with pytest.raises(ValueError, match="must hold one {} for the class name"):
         prompts.load_templates(str(path))
-    for content, message in (("{", "is no JSON"), ('{"a": 1}', "must be a JSON list"), ("[]", "at least one")):
+    for content, message in (("{", "is no JSON"), ('{"a": 1}', "must be a list of strings"), ("[]", "at least one")):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             prompts.load_classes(str(path))

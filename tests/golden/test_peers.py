@@ -120,3 +120,13 @@ def test_weights_go_out_as_they_came_in(shared: pathlib.Path, folder: str):
     assert theirs.keys() == reference.weights.keys()
     for name, array in reference.weights.items():
         np.testing.assert_array_equal(theirs[name], array, err_msg=name)
+
+
+@pytest.mark.heavy
+def test_hidden_states_of_texts_are_those_of_transformers(shared: pathlib.Path):
+    """What a diffusion model takes: `last_hidden_state`; `hidden_states.json` tells whose."""
+    reference = open_reference(shared, "hf-clip-quickgelu")
+    target = json.loads((pathlib.Path(__file__).parent / "hidden_states.json").read_text())["last_hidden_state"]
+    states = jax.jit(build_clip(reference.config).text_hidden_states)(reference.params(), reference.inputs()[1])
+    assert states.shape == (6, 16, reference.config.text.width)
+    assert relative_error(states[:, :, :4], np.asarray(target)) < TOLERANCE

@@ -8,10 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from clipjax.config import Config
+from clipjax.config import Config, FeatureKind
 from clipjax.data.digests import spread
 from clipjax.data.sources import ArraySource
 from clipjax.data.tokenizers.build import build_tokenizer
+from clipjax.evals.probe_tasks import FewShot
+from clipjax.evals.retrieval import Retrieval
+from clipjax.evals.runner import Task
+from clipjax.evals.zero_shot import ZeroShot
 from clipjax.runtime import consistency, processes
 from clipjax.runtime.consistency import find_differences
 from clipjax.training import fingerprints
@@ -210,6 +214,24 @@ def test_a_large_source_is_sampled_from_end_to_end():
 def test_facts_of_data_and_tokenizer():
     facts = fingerprints.data_fingerprint({"train": pictures(0)}, build_tokenizer("bytes"), {"init_from": None})
     assert facts.keys() == {"tokenizer", "train samples", "train shards", "train contents"}
+
+
+def test_texts_of_tasks_are_told_by_their_contents():
+    def task(measure):
+        return Task(measure, Config(), [], None)
+
+    tasks = {
+        "a": task(ZeroShot(["cat", "dog"], ["a {}"])),
+        "b": task(ZeroShot(["dog", "cat"], ["a {}"])),
+        "c": task(ZeroShot(["cat", "dog"], ["a {}"], paraphrases={"cat": ["a", "b"]})),
+        "d": task(FewShot(FeatureKind.EMBEDDING, 3, (["cat", "dog"], ["a {}"]))),
+        "e": task(FewShot(FeatureKind.EMBEDDING, 3)),
+        "f": task(Retrieval()),
+    }
+    facts = fingerprints.prompts_fingerprint(tasks)
+    assert list(facts) == [f"eval.tasks.{name} texts" for name in "abcd"] and len(set(facts.values())) == 4
+    same = {"a": task(ZeroShot(("cat", "dog"), ("a {}",)))}
+    assert fingerprints.prompts_fingerprint(same).items() <= facts.items()
 
 
 def test_steps_in_the_workdir(tmp_path):

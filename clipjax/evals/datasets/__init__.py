@@ -1,7 +1,7 @@
 """Class names and prompt templates of datasets, a JSON file each, with the place where they were published.
 
 Those of the paper (arXiv 2103.00020, section 3.1.4 and appendix A) are the ones that openai/CLIP publishes;
-`benchmarks/prompts_of_clip.py` writes the files.
+`benchmarks/prompts_of_clip.py` writes their files, `benchmarks/subsets_of_imagenet.py` those of ImageNet-A and -R.
 """
 
 import functools
@@ -21,12 +21,14 @@ class Prompts:
         templates: each with one `{}` for the name.
         source: where they were published.
         licence: of that.
+        ids: WordNet's ids of the classes, in the order of the names, for a part of ImageNet's; else none.
     """
 
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     source: str
     licence: str
+    ids: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -39,6 +41,5 @@ def names() -> tuple[str, ...]:
 def prompts_of(name: str) -> Prompts:
     """Return class names and templates of a dataset among `names`."""
     content = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return Prompts(
-        tuple(content["classes"]), tuple(content["templates"]), source=content["source"], licence=content["licence"]
-    )
+    lists = {field: tuple(content.get(field, ())) for field in ("classes", "templates", "ids")}
+    return Prompts(**lists, source=content["source"], licence=content["licence"])
