@@ -21,7 +21,7 @@ def get_config() -> Config:
     """The quickstart's run, with these tasks."""
     config = runpy.run_path(str(QUICKSTART))["get_config"]()
     prompts: dict[str, Any] = {"classes": "scenes", "templates": "scenes"}
-    learnt: dict[str, Any] = {"kind": TaskKind.LINEAR_PROBE, "train_source": "tfds:scenes/train", "max_examples": 4_000}
+    learnt: dict[str, Any] = {"kind": TaskKind.LINEAR_PROBE, "train_source": "tfds:scenes/train", "max_examples": 2_000}
     config.eval = EvalConfig(
         tasks={
             "scenes/val": TaskConfig(source=VAL, **prompts),

@@ -8,8 +8,9 @@ from clipjax.evals.runner import Evaluation
 from clipjax.evals.shift_points import ShiftPoints, load_shift_points
 from clipjax.reports.figures import Shown, difference_plot, shift_plot
 
-_SAME_IMAGES = ("source", "tfds_dir", "image_field", "tfds_label_key", "max_examples")
-"""Fields of a task that tell which labelled images it is measured on."""
+_SAME_IMAGES = ("source", "tfds_dir", "image_field", "tfds_label_key")
+"""Fields of a task that tell which labelled images it is measured on. `max_examples`, which holds for the training
+source too, tells less than the number of images that were measured."""
 
 
 def against_probes(evaluation: Evaluation, tasks: Mapping[str, TaskConfig]) -> dict[str, Any] | None:
@@ -28,7 +29,8 @@ def against_probes(evaluation: Evaluation, tasks: Mapping[str, TaskConfig]) -> d
     rows = []
     for name in by_kind[TaskKind.ZERO_SHOT]:
         for probe in by_kind[TaskKind.LINEAR_PROBE]:
-            if _images(tasks[name]) == _images(tasks[probe]):
+            counts = {evaluation.results[each]["num_examples"] for each in (name, probe)}
+            if _images(tasks[name]) == _images(tasks[probe]) and len(counts) == 1:
                 zero_shot, learnt = evaluation.results[name]["top1"], evaluation.results[probe]["top1"]
                 features = (tasks[probe].features or FeatureKind.BEFORE_PROJECTION).value.replace("_", " ")
                 row = {"name": name, "probe": probe, "features": features, "zero_shot": zero_shot, "learnt": learnt}

@@ -103,10 +103,12 @@ def compared(names=HOSTILE):
     tasks["pixels"] = probe(f"{names[0]}.tar", features=FeatureKind.PIXELS)
     tasks["better"] = probe(f"{names[1]}.tar")
     tasks["others"] = probe(f"{names[1]}.tar", tfds_label_key="coarse")
+    tasks["a part"] = probe(f"{names[1]}.tar", max_examples=50)
     tasks["few"] = TaskConfig(kind=TaskKind.FEW_SHOT, source="f.tar", train_source="t.tar")
     top1 = dict(zip(names[:3], (0.5, 0.7, 0.4), strict=True))
-    top1 |= {"probe": 0.75, "pixels": 0.6, "better": 0.6, "others": 0.9}
+    top1 |= {"probe": 0.75, "pixels": 0.6, "better": 0.6, "others": 0.9, "a part": 0.9}
     results = {name: {"top1": value, "num_examples": 100.0} for name, value in top1.items()}
+    results["a part"]["num_examples"] = 50.0
     results["probe"]["best_c"] = 0.31622776
     results["few"] = {"top1_1_shot": 0.25, "top1_1_shot_std": 0.0625, "top1_2_shot": 0.5, "top1_2_shot_std": 0.0}
     details = {"probe": {"validation": [{"c": 0.01, "top1": 0.5}, {"c": 0.31622776, "top1": 0.8}]}}
