@@ -42,7 +42,13 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["clipjax", "clipjax.*"]),
     package_data={
-        "clipjax": ["py.typed", "evals/datasets/*.json", "evals/datasets/*.toml", "reports/templates/*.html"],
+        "clipjax": [
+            "py.typed",
+            "evals/datasets/*.json",
+            "evals/datasets/*.toml",
+            "evals/shift_points/*.json",
+            "reports/templates/*.html",
+        ],
     },
     entry_points={"console_scripts": ["clipjax=clipjax.cli.main:console"]},
     install_requires=[

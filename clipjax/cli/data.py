@@ -101,7 +101,9 @@ def _parser(command: str) -> arguments.Parser:
     parser = arguments.Parser(f"{PROGRAM} {command}", COMMANDS[command])
     if command == "scenes":
         parser.add_argument(
-            "--config", default="default", help="default, tiny for trials, or large for batches of 32,768"
+            "--config",
+            default="default",
+            help="default, tiny for trials, large for batches of 32,768, or outlines: the same scenes in another style",
         )
         where = "where to put it; TFDS's own default if left out"
     else:

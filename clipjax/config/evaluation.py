@@ -39,6 +39,15 @@ BY_LINE = (TaskKind.RETRIEVAL, TaskKind.WORD_ORDER, TaskKind.CAPTION_CHOICE)
 PROBES = (TaskKind.LINEAR_PROBE, TaskKind.FEW_SHOT, TaskKind.NEAREST_NEIGHBOURS)
 """Kinds that learn from the labelled images of a second source."""
 
+_ALIKE = ("kind", "train_source", "features", "neighbours")
+"""Fields in which a shifted task is like its reference."""
+
+_READ = ("source", "tfds_dir", "image_field")
+"""Fields that tell which images a task reads."""
+
+_SHIFTED = (TaskKind.ZERO_SHOT, TaskKind.LINEAR_PROBE, TaskKind.NEAREST_NEIGHBOURS)
+"""Kinds with one accuracy, which can be compared with that on another set."""
+
 
 @dataclass(kw_only=True, slots=True)
 class TaskConfig:
@@ -65,6 +74,10 @@ class TaskConfig:
     or raw pixels. `few_shot` averages over `seeds` draws (None: 3), and compares with zero-shot if `classes` and
     `templates` are given; `neighbours` vote in `nearest_neighbours` (None: 20). `max_examples` holds for each source.
 
+    `shift_of` names the task, of the same `eval.tasks`, on the set that `source` is a shift of: what is lost from there
+    to here is told. `shift_points` lays the accuracies of other models beside: a name in `clipjax/evals/shift_points`,
+    or a JSON file.
+
     `image_field` and `caption_field` name features of TFDS data and columns of Parquet and tables, and `tfds_dir` the
     folder of TFDS data, for this task alone; None: as `data` says.
     """
@@ -81,6 +94,8 @@ class TaskConfig:
     features: FeatureKind | None = None
     seeds: int | None = bounded(None, POSITIVE)
     neighbours: int | None = bounded(None, POSITIVE)
+    shift_of: str | None = None
+    shift_points: str | None = None
     image_field: str | None = None
     caption_field: str | None = None
     tfds_dir: str | None = None
@@ -109,6 +124,11 @@ class TaskConfig:
                     f"{path}.{name}={value!r} would be ignored: {self.source!r} is neither TFDS data nor Parquet nor a "
                     "table; leave it out"
                 )
+        if self.shift_of is not None and self.kind not in _SHIFTED:
+            kinds = ", ".join(kind.value for kind in _SHIFTED)
+            errors.append(f"{path}.shift_of={self.shift_of!r}: only {kinds} have one accuracy to compare; leave it out")
+        if self.shift_points is not None and self.shift_of is None:
+            errors.append(f"{path}.shift_points={self.shift_points!r} would be ignored without shift_of; give both")
         if self.tfds_dir is not None and not any(source.startswith(TFDS_PREFIX) for source in self.sources):
             errors.append(f"{path}.tfds_dir={self.tfds_dir!r} would be ignored: no source is TFDS data; leave it out")
         return errors
@@ -158,3 +178,23 @@ class EvalConfig:
     every_examples: int | None = bounded(None, POSITIVE)  # None: only after the last step
     batch_size: int = bounded(256, POSITIVE)  # images or texts per forward pass, over all devices
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
+
+    def shift_errors(self) -> list[str]:
+        """Return what is wrong between shifted tasks and their references, a line each."""
+        errors = []
+        for name, task in self.tasks.items():
+            if task.shift_of is None:
+                continue
+            field, reference = f"eval.tasks.{name}.shift_of={task.shift_of!r}", self.tasks.get(task.shift_of)
+            if reference is None:
+                others = ", ".join(other for other in self.tasks if other != name)
+                errors.append(f"{field} must be the name of another task; there are {others or 'none'}")
+            elif reference is task or reference.shift_of is not None:
+                errors.append(f"{field} is itself a shift of {reference.shift_of!r}; name a task that is none")
+            else:
+                unlike = [each for each in _ALIKE if getattr(task, each) != getattr(reference, each)]
+                if unlike:
+                    errors.append(f"{field} differs in {', '.join(unlike)} too, so that not the set alone is compared")
+                if all(getattr(task, each) == getattr(reference, each) for each in _READ):
+                    errors.append(f"{field} reads the same source, which is no shift of itself; give another source")
+        return errors

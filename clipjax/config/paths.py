@@ -28,7 +28,16 @@ PATH_FIELDS = (
 )
 """Fields that name a place, besides `source` of each part of a mixture and `TASK_PATH_FIELDS` of every task."""
 
-TASK_PATH_FIELDS = ("source", "gallery", "train_source", "classes", "templates", "paraphrases", "tfds_dir")
+TASK_PATH_FIELDS = (
+    "source",
+    "gallery",
+    "train_source",
+    "classes",
+    "templates",
+    "paraphrases",
+    "shift_points",
+    "tfds_dir",
+)
 
 _ON_DISK = ("compile_cache", "data.cache_dir")
 """Fields of folders that are to be on a disk."""

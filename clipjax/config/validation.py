@@ -238,6 +238,7 @@ def _part_errors(config: Config) -> list[str]:
         errors.append(f"init_keep_positions={config.init_keep_positions} needs init_from, a clipjax checkpoint")
     for name, task in config.eval.tasks.items():
         errors += task.errors(f"eval.tasks.{name}")
+    errors += config.eval.shift_errors()
     best = config.checkpoint.best_metric
     if best is not None and config.eval.every_examples is None:
         errors.append(f"checkpoint.best_metric={best!r} would only see the last step; set eval.every_examples")

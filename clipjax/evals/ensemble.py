@@ -118,7 +118,7 @@ class JointTask(Task):
     """One task for an ensemble: each member reads its own pictures of the same samples.
 
     Attributes:
-        members: the task as each model reads it; measure, sources and examples are those of the first.
+        members: the task as each model reads it; measure, sources, examples and shift are those of the first.
     """
 
     members: Sequence[Task] = ()
@@ -133,7 +133,7 @@ class JointTask(Task):
         first = members[0]
         if getattr(first.measure, "features", None) is FeatureKind.PIXELS:
             raise ValueError("features=pixels are not those of a model; leave this task out of an ensemble")
-        return cls(first.measure, first.config, first.sources, first.max_examples, members)
+        return cls(first.measure, first.config, first.sources, first.max_examples, first.shift, members)
 
     def read_together(self, encoder: Encoder, number: int) -> Iterator[tuple[dict, np.ndarray]]:
         """Yield batches whose `image` is a tuple, one a member; a sample counts if each member can use it.

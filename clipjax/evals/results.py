@@ -15,7 +15,7 @@ _SHORT = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def to_json(checkpoint: str, evaluation: Evaluation) -> str:
     """Return `{"checkpoint": ..., "tasks": {NAME: {METRIC: value}}}`, and `"failed": {NAME: reason}` if a task did.
 
-    Under `"details"` there is more about some tasks.
+    Under `"shifts"` there is what tasks lose that are shifts of others, under `"details"` more about some tasks.
     """
     content = _content(checkpoint, evaluation)
     details = content.pop(DETAILS, None)
@@ -35,6 +35,8 @@ def _content(checkpoint: str, evaluation: Evaluation) -> dict[str, Any]:
     content: dict[str, Any] = {"checkpoint": checkpoint, "tasks": evaluation.results}
     if evaluation.failures:
         content["failed"] = evaluation.failures
+    if evaluation.shifts:
+        content["shifts"] = evaluation.shifts
     if evaluation.details:
         content[DETAILS] = evaluation.details
     return content

@@ -29,6 +29,8 @@ from clipjax.evals.probe_tasks import FewShot, LinearProbe, NearestNeighbours
 from clipjax.evals.prompts import load_classes_for, load_paraphrases, load_templates
 from clipjax.evals.relabelled import class_names_of, number_as_listed
 from clipjax.evals.retrieval import ImageRetrieval, Retrieval
+from clipjax.evals.robustness import Shift, describe_shifts
+from clipjax.evals.shift_points import load_shift_points
 from clipjax.evals.word_order import WordOrder
 from clipjax.evals.zero_shot import ZeroShot
 from clipjax.runtime import process_log, processes
@@ -64,11 +66,13 @@ class Evaluation:
         results: metrics of those that worked.
         failures: reasons of those that did not.
         details: JSON values about those that worked, for instance of each class.
+        shifts: JSON values about those that are shifts of others; see `describe_shifts`.
     """
 
     results: Results
     failures: dict[str, str]
     details: dict[str, Any] = field(default_factory=dict)
+    shifts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,14 @@ class Task:
         config: of the run.
         sources: the data, one or two.
         max_examples: of each source; None: all.
+        shift: what it is a shift of; None: of nothing.
     """
 
     measure: Measure
     config: Config
     sources: Sequence[Source]
     max_examples: int | None
+    shift: Shift | None = None
 
     def __call__(self, encoder: Encoder) -> tuple[dict[str, float], Any]:
         """Return the metrics, among them as `num_skipped` how many samples were unusable and left out; and details.
@@ -200,7 +206,9 @@ def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Sou
         if not len(source):
             raise ValueError(f"source {spec!r} holds no sample; name one that does, or leave the task out")
     sources = [number_as_listed(task.classes, source) for source in sources]
-    return Task(_build_measure(task, sources), config, sources, task.max_examples)
+    points = None if task.shift_points is None else load_shift_points(task.shift_points)
+    shift = None if task.shift_of is None else Shift(task.shift_of, points)
+    return Task(_build_measure(task, sources), config, sources, task.max_examples, shift)
 
 
 def _build_measure(task: TaskConfig, sources: Sequence[Source]) -> Measure:
@@ -308,6 +316,8 @@ def run_tasks(
             if details is not None:
                 evaluation.details[name] = details
             keep(name, metrics, details)
+    shifts = {name: task.shift for name, task in tasks.items() if task.shift is not None}
+    evaluation.shifts.update(describe_shifts(evaluation.results, shifts))
     return evaluation
 
 

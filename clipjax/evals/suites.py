@@ -17,13 +17,17 @@ from clipjax.config import TaskConfig, TaskKind
 from clipjax.config.data import TFDS_PREFIX
 from clipjax.config.paths import STORES, expand
 from clipjax.data.tfds import is_prepared
-from clipjax.evals import datasets
+from clipjax.evals import datasets, shift_points
 from clipjax.evals.datasets.specs import Spec, specs
 from clipjax.evals.prompts import read_lines
 from clipjax.runtime import objects
 from clipjax.runtime.storage import is_address, read_small
 from clipjax.runtime.terminal import printable
 
+SHIFTS_OF_IMAGENET = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet")
+"""Datasets of a suite that are told as shifts of ImageNet, if that is measured too."""
+
+_IMAGENET = "imagenet"
 _MAX_LIST_BYTES = 2**20
 _CLASSES, _TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 _log = logging.getLogger(__name__)
@@ -186,7 +190,16 @@ def plan_suite(
             plan.missing[each] = why
         else:
             plan.tasks[each] = task
+    _tell_shifts(plan.tasks)
     return plan
+
+
+def _tell_shifts(tasks: dict[str, TaskConfig]) -> None:
+    """Set which tasks are shifts of ImageNet, if that is among them, and the published models to lay beside."""
+    for name in SHIFTS_OF_IMAGENET:
+        if name in tasks and _IMAGENET in tasks:
+            tasks[name].shift_of = _IMAGENET
+            tasks[name].shift_points = name if name in shift_points.names() else None
 
 
 def _check_folder(folder: str) -> str:

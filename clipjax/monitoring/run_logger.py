@@ -24,6 +24,9 @@ from clipjax.runtime.chips import find_chip
 from clipjax.runtime.terminal import format_table
 from clipjax.typing import Metrics
 
+NO_SHARES = ("best_c", "shuffled_similarity")
+"""Metrics of evaluations that are neither counts nor shares."""
+
 
 class RunLogger:
     """The metrics and the progress of a run, on the first process; the others only keep their own log.
@@ -222,8 +225,13 @@ def sample_digest(index: np.ndarray) -> int:
 def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
     """Return results as a table: a line per task and metric, shares as percentages."""
     rows = [
-        [task, name, f"{value:.0f}" if name.startswith("num_") else f"{100 * value:.1f} %"]
-        for task, metrics in results.items()
-        for name, value in metrics.items()
+        [task, name, metric_text(name, value)] for task, metrics in results.items() for name, value in metrics.items()
     ]
     return format_table(rows, ("task", "metric", "value"))
+
+
+def metric_text(name: str, value: float) -> str:
+    """Return a metric of an evaluation as people read it: a count, a share as percentage, or a number."""
+    if name.startswith("num_"):
+        return f"{value:.0f}"
+    return f"{value:.4g}" if name in NO_SHARES else f"{100 * value:.1f} %"

@@ -1,26 +1,37 @@
 """The page of an evaluation: what each task gave, which classes are taken for which, and how samples are ranked.
 
-Reading order: `render`, `_task`, `_classes`, `confusion_plot`.
+Reading order: `render`, `_task`, `_classes`; `comparisons` has what is between tasks, `figures` the plots.
 """
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
 
-from clipjax.config import TaskConfig
+from clipjax.config import TaskConfig, TaskKind
 from clipjax.evals.examples import Examples
+from clipjax.evals.few_shot import SHOTS
 from clipjax.evals.runner import Evaluation
+from clipjax.monitoring.run_logger import metric_text
+from clipjax.reports.comparisons import against_probes, shifts
+from clipjax.reports.figures import confusion_plot, few_shot_plot, sweep_plot
 from clipjax.runtime.terminal import printable
 
 _MOST_CLASSES = 200  # of which the confusion matrix is drawn
-_MOST_NAMED = 30  # of which it names every one
 _MOST_ROWS = 100  # of a table of classes
 _MOST_WORDINGS = 12
-_HEADLINES = ("top1", "image_to_text_r1", "source_to_gallery_r1", "caption_preferred", "group_score", "text_score")
+_SHOTS = {f"top1_{shots}_shot": shots for shots in SHOTS}
+_HEADLINES = (
+    "top1",
+    "image_to_text_r1",
+    "source_to_gallery_r1",
+    "caption_preferred",
+    "group_score",
+    "text_score",
+    *reversed(_SHOTS),
+)
 _LABELS = {
     "top1": "top-1",
     "top5": "top-5",
@@ -35,6 +46,12 @@ _LABELS = {
     "num_examples": "examples",
     "num_texts": "texts",
     "num_skipped": "unusable samples",
+    "num_unlabelled": "images without a label",
+    "num_of_unseen_classes": "images of classes that training lacks",
+    "top1_zero_shot": "top-1, zero-shot",
+    "best_c": "C",
+    **{metric: f"top-1, {shots} of each class" for metric, shots in _SHOTS.items()},
+    **{f"{metric}_std": "its standard deviation over draws" for metric in _SHOTS},
     "num_ties": "ties",
     "num_left_out": "samples left out",
     "num_unchanged": "captions that no other order changes",
@@ -68,10 +85,13 @@ def render(
         loader=jinja2.PackageLoader("clipjax.reports"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["percent"] = lambda value: f"{100 * value:.1f} %"
+    environment.filters["points"] = lambda value: f"{100 * value:+.1f}"
     environment.filters["plain"] = printable
     page = environment.get_template("evaluation.html")
     failures = [(name, printable(reason)) for name, reason in evaluation.failures.items()]
-    return page.render(title=title, facts=facts, tasks=shown, failures=failures)
+    numbers = {task["name"]: task["number"] for task in shown}
+    between = {"numbers": numbers, "against": against_probes(evaluation, tasks), "shifts": shifts(evaluation)}
+    return page.render(title=title, facts=facts, tasks=shown, failures=failures, **between)
 
 
 def _task(
@@ -90,10 +110,11 @@ def _task(
         "kind": task.kind.value.replace("_", " "),
         "source": ", ".join(task.sources),
         "headline": None if headline is None else (_label(headline), metrics[headline]),
-        "metrics": [(_label(metric), value, metric.startswith("num_")) for metric, value in metrics.items()],
+        "metrics": [(_label(metric), metric_text(metric, value)) for metric, value in metrics.items()],
         "prompts": [(label, metrics[metric]) for metric, label in _WAYS.items() if metric in metrics]
         if "top1_names" in metrics
         else [],
+        "curves": _curves(task.kind, metrics, details),
         **_classes(details),
         "wordings": wordings[:_MOST_ROWS],
         "examples": [] if examples is None else [_example(each) for each in examples.examples],
@@ -106,6 +127,25 @@ def _label(metric: str) -> str:
         return _LABELS[metric]
     way, _, depth = metric.rpartition("_r")
     return f"{way.replace('_', ' ')}, R@{depth}" if depth.isdigit() else metric.replace("_", " ")
+
+
+def _curves(kind: TaskKind, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return headings and plots of a probe: the few-shot curve, or the choice of C."""
+    if kind is TaskKind.LINEAR_PROBE and details.get("validation"):
+        tried = details["validation"]
+        plot = sweep_plot([each["c"] for each in tried], [each["top1"] for each in tried], metrics["best_c"])
+        return [("Choice of C", plot)]
+    levels = [(metric, shots) for metric, shots in _SHOTS.items() if metric in metrics]
+    if kind is not TaskKind.FEW_SHOT or not levels:
+        return []
+    plot = few_shot_plot(
+        [shots for _, shots in levels],
+        [metrics[metric] for metric, _ in levels],
+        [metrics[f"{metric}_std"] for metric, _ in levels],
+        metrics.get("top1_zero_shot"),
+        details.get("shots_to_zero_shot"),
+    )
+    return [("A few examples of each class", plot)]
 
 
 def _classes(details: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,34 +176,3 @@ def _matrix(similarity: np.ndarray) -> list[list[tuple[str, float]]]:
     low, high = float(similarity.min()), float(similarity.max())
     span = max(high - low, 1e-9)
     return [[(f"{value:.2f}", round((float(value) - low) / span, 3)) for value in row] for row in similarity]
-
-
-def confusion_plot(names: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
-    """Return the confusion matrix, each row as shares of its class, as SVG.
-
-    Args:
-        names: of the classes.
-        confusion: label, chosen class and number of images, of the entries that are not 0.
-    """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    counts = np.zeros((len(names), len(names)))
-    for label, chosen, number in confusion:
-        counts[label, chosen] = number
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = 2.5 + 0.16 * min(len(names), _MOST_NAMED)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "clipjax", "font.size": 8}):
-        figure = Figure(figsize=(side, side), layout="constrained")
-        axes = figure.add_subplot()
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set_xlabel("chosen")
-        axes.set_ylabel("class")
-        if len(names) <= _MOST_NAMED:
-            shown = [printable(name) for name in names]
-            axes.set_xticks(range(len(names)), shown, rotation=90, parse_math=False)
-            axes.set_yticks(range(len(names)), shown, parse_math=False)
-        content = io.StringIO()
-        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
-    text = content.getvalue()
-    return text[text.index("<svg") :]

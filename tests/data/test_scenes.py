@@ -1,6 +1,7 @@
 """SCENES: what is drawn and said is true, held out where it should be, and the same on every run."""
 
 import collections
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -259,5 +260,17 @@ def test_building_twice_reads_what_is_there(built, capsys):
 def test_unknown_config(tmp_path):
     from clipjax.data.scenes.builder import build_scenes
 
-    with pytest.raises(ValueError, match="config='huge' must be one of the configs of SCENES: default, large, tiny"):
+    with pytest.raises(
+        ValueError, match="config='huge' must be one of the configs of SCENES: default, large, tiny, outlines"
+    ):
         build_scenes(tmp_path, "huge")
+
+
+def test_outlines_are_the_same_scenes_without_what_lies_inside():
+    for index in range(20):
+        scene, _ = _sample("val", index)
+        filled, hollow = draw(scene, 72).astype(int), draw(scene, 72, outlines=True).astype(int)
+        empty = draw(dataclasses.replace(scene, items=()), 72).astype(int)
+        has_paint, has_line = (np.abs(each - empty).sum(axis=2) > 60 for each in (filled, hollow))
+        assert 0.2 < has_line.sum() / has_paint.sum() < 0.95
+        assert (has_line & ~has_paint).sum() <= 0.05 * has_line.sum(), "nothing is drawn outside of the items"

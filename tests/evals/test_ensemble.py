@@ -112,10 +112,12 @@ def test_a_sample_counts_if_each_member_can_use_it():
             config=None,
             sources=(),
             max_examples=None,
+            shift="of a reference",
             read_together=lambda encoder, number: iter([(batch, np.asarray(reason))]),
         )
 
     joint = JointTask.of([task([1, 2, 3], [-1, 4, -1]), task([5, 6, 7], [-1, -1, 2])])
+    assert joint.shift == "of a reference"
     ((batch, reasons),) = joint.read_together(None, 0)
     assert batch["mask"].tolist() == [True, False, False] and reasons.tolist() == [-1, 4, 2]
     assert [image.tolist() for image in batch["image"]] == [[1, 2, 3], [5, 6, 7]]

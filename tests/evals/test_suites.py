@@ -262,3 +262,22 @@ def test_a_folder_in_a_store_is_listed(monkeypatch, tmp_path):
     monkeypatch.setattr(objects, "list_files", find)
     task = suite_tasks("clip_paper", folder="gs://bucket/sets/", tfds_dir=NOWHERE, only=["mnist"])["mnist"]
     assert task.source == f"gs://bucket/sets/{local.name}/test/{{0..1}}.tar"
+
+
+def test_shifts_of_imagenet_are_told_where_it_is_measured_too(tmp_path):
+    for name in ("imagenet", "imagenet_v2", "imagenet_a", "objectnet"):
+        write_tars(tmp_path, specs()[name])
+    tasks = plan_suite("robustness", folder=str(tmp_path), tfds_dir=NOWHERE).tasks
+    told = {name: (task.shift_of, task.shift_points) for name, task in tasks.items()}
+    assert told == {
+        "imagenet": (None, None),
+        "imagenet_v2": ("imagenet", "imagenet_v2"),
+        "imagenet_a": ("imagenet", None),
+        "objectnet": ("imagenet", "objectnet"),
+    }
+    config = Config()
+    config.eval.tasks = tasks
+    assert not config.eval.shift_errors()
+    assert build_tasks(config)["imagenet_v2"].shift.points.reference == "ImageNet"
+    alone = plan_suite("robustness", folder=str(tmp_path), tfds_dir=NOWHERE, only=["imagenet_v2"]).tasks
+    assert alone["imagenet_v2"].shift_of is None

@@ -50,3 +50,19 @@ def show(page: str, folder: pathlib.Path, *, width: int) -> dict[str, Any]:
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found and found[1], done.stdout[-500:] + done.stderr[-2000:]
     return json.loads(html.unescape(found[1]))
+
+
+def count_printed_pages(page: str, folder: pathlib.Path) -> int:
+    """Return how many sheets a browser prints a page on."""
+    (folder / "page.html").write_text(page)
+    program = find()
+    assert program is not None
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    target = folder / "page.pdf"
+    subprocess.run(
+        [program, *options, f"--print-to-pdf={target}", (folder / "page.html").as_uri()],
+        capture_output=True,
+        check=True,
+        timeout=_SECONDS,
+    )
+    return len(re.findall(rb"/Type /Page\b", target.read_bytes()))

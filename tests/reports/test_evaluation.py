@@ -1,5 +1,6 @@
 """The page of an evaluation: what it says, what a browser shows of it, and hostile names."""
 
+import html
 import io
 import re
 import xml.etree.ElementTree as ElementTree
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.config import TaskConfig, TaskKind
+from clipjax.config import FeatureKind, TaskConfig, TaskKind
 from clipjax.data.sources import ArraySource
 from clipjax.evals.class_counts import ClassCounts
 from clipjax.evals.examples import Example, Examples, collect
+from clipjax.evals.robustness import Shift, describe_shifts
 from clipjax.evals.runner import Evaluation
-from clipjax.reports.evaluation import confusion_plot, render
+from clipjax.evals.shift_points import load_shift_points
+from clipjax.reports.evaluation import render
 from tests.evals.test_evals import FakeEncoder, make_task
 from tests.reports import browser
 
@@ -64,14 +67,6 @@ def test_the_page_loads_nothing_and_escapes_what_others_have_written():
     assert places and all(place.startswith("data:image/") for place in places)
 
 
-def test_a_plot_is_valid_xml_whatever_the_names():
-    text = confusion_plot(HOSTILE, [(0, 0, 3), (0, 1, 1), (4, 2, 5)])
-    root = ElementTree.fromstring(text)
-    words = "".join(root.itertext())
-    assert "cost $5 and $6_x^2" in words and "<script>alert(1)</script>" in words
-    assert confusion_plot(HOSTILE, [(0, 0, 3), (0, 1, 1), (4, 2, 5)]) == text
-
-
 def test_a_task_without_details_or_examples_and_one_that_nobody_has_thought_of():
     results = {"odd": {"something_new": 0.5, "num_examples": 3.0}, "few": {"top1": 1.0}}
     tasks = {"odd": TaskConfig(source="a", classes="x", templates="y"), "few": TaskConfig(source="a")}
@@ -95,6 +90,100 @@ def test_only_classes_that_occur_or_are_chosen_are_drawn():
     text = render(evaluation, {"t": TaskConfig(source="a")}, {}, title="T", facts=[])
     drawn = "".join(ElementTree.fromstring(re.search(r"<svg.*</svg>", text, re.DOTALL)[0]).itertext())
     assert all(f"class {i}" in drawn for i in (3, 17, 900)) and "class 4" not in drawn
+
+
+def probe(source, **changes):
+    return TaskConfig(kind=TaskKind.LINEAR_PROBE, source=source, train_source="t.tar", **changes)
+
+
+def compared(names=HOSTILE):
+    """Return an evaluation of probes beside zero-shot, and of shifts, and its tasks."""
+    tasks = {name: TaskConfig(source=f"{name}.tar", classes="x", templates="y") for name in names[:3]}
+    tasks["probe"] = probe(f"{names[0]}.tar")
+    tasks["pixels"] = probe(f"{names[0]}.tar", features=FeatureKind.PIXELS)
+    tasks["better"] = probe(f"{names[1]}.tar")
+    tasks["others"] = probe(f"{names[1]}.tar", tfds_label_key="coarse")
+    tasks["a part"] = probe(f"{names[1]}.tar", max_examples=50)
+    tasks["few"] = TaskConfig(kind=TaskKind.FEW_SHOT, source="f.tar", train_source="t.tar")
+    top1 = dict(zip(names[:3], (0.5, 0.7, 0.4), strict=True))
+    top1 |= {"probe": 0.75, "pixels": 0.6, "better": 0.6, "others": 0.9, "a part": 0.9}
+    results = {name: {"top1": value, "num_examples": 100.0} for name, value in top1.items()}
+    results["a part"]["num_examples"] = 50.0
+    results["probe"]["best_c"] = 0.31622776
+    results["few"] = {"top1_1_shot": 0.25, "top1_1_shot_std": 0.0625, "top1_2_shot": 0.5, "top1_2_shot_std": 0.0}
+    details = {"probe": {"validation": [{"c": 0.01, "top1": 0.5}, {"c": 0.31622776, "top1": 0.8}]}}
+    shifts = {names[1]: Shift(names[0], load_shift_points("imagenet_v2")), names[2]: Shift(names[0])}
+    found = describe_shifts(results, shifts | {"better": Shift("lost <b>")})
+    return Evaluation(results, {}, details, found), tasks
+
+
+def rows(text, heading):
+    """Return the cells of the rows of the first table behind a heading, without tags."""
+    table = re.search(f"<h2>{heading}</h2>.*?<tbody>(.*?)</tbody>", text, re.DOTALL)
+    found = [] if table is None else re.findall(r"<tr>(.*?)</tr>", table[1])
+    return [[html.unescape(re.sub("<[^>]*>", "", cell)) for cell in re.findall(r"<td.*?</td>", row)] for row in found]
+
+
+def test_zero_shot_stands_beside_probes_on_the_same_images_the_weakest_first():
+    evaluation, tasks = compared()
+    text = render(evaluation, tasks, {}, title="T", facts=[])
+    assert rows(text, "Zero-shot against a probe") == [
+        [HOSTILE[0], "+25.0", "50.0 %", "75.0 %", "probe", "before projection"],
+        [HOSTILE[0], "+10.0", "50.0 %", "60.0 %", "pixels", "pixels"],
+        [HOSTILE[1], "-10.0", "70.0 %", "60.0 %", "better", "before projection"],
+    ]
+
+
+def test_shifts_are_told_with_their_robustness_and_without():
+    evaluation, tasks = compared()
+    text = render(evaluation, tasks, {}, title="T", facts=[])
+    expected = load_shift_points("imagenet_v2").baseline.expected(0.5)
+    robustness, expected = f"{100 * (0.7 - expected):+.1f} *", f"{100 * expected:.1f} %"
+    assert rows(text, "Distribution shift") == [
+        [HOSTILE[2], "-10.0", "–", "40.0 %", "50.0 %", "–", HOSTILE[0]],
+        [HOSTILE[1], "+20.0", robustness, "70.0 %", "50.0 %", expected, HOSTILE[0]],
+    ]
+    assert "none of them is as good" in text and "its reference lost &lt;b&gt; gave no result" in text
+
+
+def test_a_probe_shows_its_c_and_a_few_shot_probe_its_levels():
+    evaluation, tasks = compared()
+    text = render(evaluation, tasks, {}, title="T", facts=[])
+    assert '<td>C</td><td class="number">0.316</td>' in text and "Choice of C" in text
+    assert "top-1, 2 of each class" in text and "A few examples of each class" in text
+    assert '<td>its standard deviation over draws</td><td class="number">6.2 %</td>' in text
+
+
+def test_nothing_to_compare_is_nothing_on_the_page():
+    text = page()
+    assert "Zero-shot against a probe" not in text and "Distribution shift" not in text
+
+
+def test_what_is_folded_is_folded_on_a_screen_alone():
+    text = page()
+    assert "<details" not in text and text.count('class="fold"') == 2
+    folds = re.findall(r"@media (\w+) \{[^@]*\.fold > input:not\(:checked\)[^}]*display: none", text)
+    assert folds == ["screen"] and text.count("display: none") == 1
+    ids = re.findall(r'<input type="checkbox" id="([^"]+)"', text)
+    assert sorted(ids) == sorted(re.findall(r'<label for="([^"]+)"', text)) and len({*ids}) == len(ids)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(browser.find() is None, reason=f"no browser here: none of {', '.join(browser.NAMES)}")
+def test_a_browser_shows_comparisons_on_a_phone_and_prints_what_is_folded(tmp_path):
+    evaluation, tasks = compared()
+    shown = browser.show(render(evaluation, tasks, {}, title="T", facts=[]), tmp_path, width=360)
+    assert shown["width"] <= 360 and shown["plots"] == 5 and shown["links"] == [] and shown["loaded"] == []
+    counts = ClassCounts(250)  # more than the confusion matrix is drawn of
+    counts.add(np.arange(250), np.eye(250))
+    names = [f"class {i}" for i in range(250)]
+    printed = []
+    for content in ({}, {"t": counts.details(names)}):
+        found = Evaluation({"t": counts.metrics(), "u": {"top1": 1.0}}, {}, content)
+        folded = render(found, dict.fromkeys("tu", TaskConfig(source="a")), {}, title="T", facts=[])
+        assert "checked>" not in folded
+        printed.append(browser.count_printed_pages(folded, tmp_path))
+    assert printed[1] >= printed[0] + 2, "100 rows fill pages of their own"
 
 
 @pytest.mark.process

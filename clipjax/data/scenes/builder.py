@@ -24,9 +24,13 @@ IMAGE_SIZE = 72
 
 @dataclasses.dataclass
 class ScenesConfig(tfds.core.BuilderConfig):
-    """Seed and number of pictures per split. Sample `i` of a split depends on the seed, the split and `i` alone."""
+    """Seed and number of pictures per split. Sample `i` of a split depends on the seed, the split and `i` alone.
+
+    With `outlines` the same scenes are drawn in another style, which shows no textures; captions and labels stay.
+    """
 
     seed: int = 0
+    outlines: bool = False
     train_examples: int = 30_000
     val_examples: int = 2_000
     unseen_examples: int = 1_000
@@ -45,6 +49,12 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         ScenesConfig(name="default", description="Enough to train a small model from scratch."),
         ScenesConfig(name="large", description="For batches of 32,768.", train_examples=40_000),
         ScenesConfig(name="tiny", description="For tests.", train_examples=512, val_examples=128, unseen_examples=64),
+        ScenesConfig(
+            name="outlines",
+            description="The scenes of `default` drawn as outlines: a shift of the style alone.",
+            outlines=True,
+            train_examples=3_000,
+        ),
     ]
 
     def __init__(self, *, file_format: str | None = "array_record", **kwargs: Any):
@@ -71,18 +81,17 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         assert isinstance(config, ScenesConfig)
         counts = (config.train_examples, config.val_examples, config.unseen_examples)
         return {
-            split: self._generate_examples(config.seed, split, count)
-            for split, count in zip(SPLITS, counts, strict=True)
+            split: self._generate_examples(config, split, count) for split, count in zip(SPLITS, counts, strict=True)
         }
 
-    def _generate_examples(self, seed: int, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, config: ScenesConfig, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         for index in range(count):
-            rng = sample_stream(seed, split, index)
+            rng = sample_stream(config.seed, split, index)
             scene = sample_scene(rng, split)
             yield (
                 index,
                 {
-                    "image": encode(draw(scene, IMAGE_SIZE)),
+                    "image": encode(draw(scene, IMAGE_SIZE, outlines=config.outlines)),
                     "captions": write_captions(scene, rng),
                     "label": class_id(scene),
                     "id": f"{split}-{index:06d}",

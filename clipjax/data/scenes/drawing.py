@@ -37,23 +37,25 @@ BACKGROUND_RGB = {
 _PALE_MARKS, _DARK_MARKS = (250, 250, 250), (70, 66, 60)
 _MARK_STRENGTH = 0.4  # share of the marks' own tone; the rest is the item's, so that its silhouette stays in one colour
 _COLORS_WITH_DARK_MARKS = ("yellow", "cyan")  # white marks would hardly show on them
+_OUTLINE = 0.14  # width of an outline, in radii of the item
 _SUPERSAMPLING = 3
 _JPEG_QUALITY = 88
 
 
-def draw(scene: Scene, size: int) -> np.ndarray:
+def draw(scene: Scene, size: int, *, outlines: bool = False) -> np.ndarray:
     """Draw a scene.
 
     Args:
         scene: scene to draw.
         size: side of the picture in pixels.
+        outlines: draw the items' contours alone, without texture.
 
     Returns:
         uint8 [size, size, 3].
     """
     picture = _draw_background(scene, size)
     for item in scene.items:
-        _draw_item(picture, item, size)
+        _draw_item(picture, item, size, outlines)
     return np.ascontiguousarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
@@ -85,19 +87,32 @@ def _draw_clutter(rng: np.random.Generator, size: int) -> np.ndarray:
     return _shrink(image)
 
 
-def _draw_item(picture: np.ndarray, item: Item, size: int) -> None:
+def _draw_item(picture: np.ndarray, item: Item, size: int, outlines: bool) -> None:
     """Paint an item over `picture` in place."""
     rgb = _planes(COLOR_RGB[item.color]) + _planes(item.tint)
     contours = [_place(points, item, size) for points in CONTOURS[item.shape]]
     image, pen = _new_mask(size)
     for contour, fill in zip(contours, (255, 0), strict=False):  # the second contour is the hole
         pen.polygon(contour, fill=fill)
+    if outlines:
+        image = _hollow(image, contours, round(_OUTLINE * item.radius * size * _SUPERSAMPLING))
     coverage = _shrink(image)
     paint = rgb
-    if item.texture != "solid":
+    if item.texture != "solid" and not outlines:
         marks = _planes(_DARK_MARKS if item.color in _COLORS_WITH_DARK_MARKS else _PALE_MARKS)
         paint = rgb + _MARK_STRENGTH * (marks - rgb) * _draw_marks(item, contours, size)
     picture += (paint - picture) * coverage
+
+
+def _hollow(image: "Image.Image", contours: list[list[tuple[float, float]]], width: int) -> "Image.Image":
+    """Return a mask without what lies farther inside its contours than a width, in supersampled pixels."""
+    from PIL import ImageChops, ImageDraw
+
+    inside = image.copy()
+    pen = ImageDraw.Draw(inside)
+    for contour in contours:  # half of the line lies inside
+        pen.line([*contour, *contour[:2]], fill=0, width=2 * max(width, 1), joint="curve")
+    return ImageChops.subtract(image, inside)
 
 
 def _draw_marks(item: Item, contours: list[list[tuple[float, float]]], size: int) -> np.ndarray:
