@@ -16,12 +16,13 @@ import numpy as np
 
 from clipjax.cli import arguments
 from clipjax.cli.errors import SIGNAL
-from clipjax.data.duplicates import DEFAULT_DISTANCE, MAX_DISTANCE, Example, find_duplicates
+from clipjax.data.duplicates import DEFAULT_DISTANCE, MAX_DISTANCE, Duplicates, Example, find_duplicates
 from clipjax.data.hash_store import hash_source, shards_of
 from clipjax.data.hash_workers import SourceSpec
 from clipjax.data.picture_rows import USABLE, PictureHashes
 from clipjax.data.sample import NUM_COUNTERS, BadSample, Source, count_by_reason
 from clipjax.data.sources import check_copies
+from clipjax.evals.overlap import Overlap, TrainingPart, picture_digests, to_json
 from clipjax.monitoring.progress import Progress
 from clipjax.runtime.storage import require_writable, write
 from clipjax.runtime.terminal import printable
@@ -32,7 +33,11 @@ ABOUT = """Find near-duplicates inside a source, and samples of evaluation sets 
 
 Pictures are alike if their 64-bit hashes differ in at most --distance bits: copies that were scaled or compressed, and
 most of those that lost a margin of one percent. Captions are not looked at. Of pictures that a chain of pairs joins the
-first one stays. Hashes are kept beside the indexes, so that a second search decodes no picture."""
+first one stays. Hashes are kept beside the indexes, so that a second search decodes no picture.
+
+The other way round, what an evaluation set shares with training data goes into a file for eval.tasks.NAME.overlap:
+
+  clipjax data dedup tfds:scenes/test --against='cc3m/{00000..00331}.tar' --overlap=overlap.json"""
 _IN_PLACE_SECONDS = 0.1  # between two updates
 _PLAIN_SECONDS = 10.0
 _MAX_KEY_BYTES = 4096  # of a line that data.drop_keys reads
@@ -47,7 +52,7 @@ def add_options(parser: arguments.Parser) -> None:
         action="append",
         default=[],
         type=arguments.data_source,
-        help="an evaluation set whose pictures must not be in the source; may be given several times",
+        help="an evaluation set whose pictures must not be in the source, or training data; may be given several times",
     )
     parser.add_argument(
         "--distance",
@@ -58,6 +63,12 @@ def add_options(parser: arguments.Parser) -> None:
     )
     parser.add_argument(
         "--output", metavar="FILE", type=arguments.place, help="the list of keys to write, for data.drop_keys"
+    )
+    parser.add_argument(
+        "--overlap",
+        metavar="FILE.json",
+        type=arguments.place,
+        help="write which samples of the source, an evaluation set, are in the sources of --against, training data",
     )
     parser.add_argument("--report", metavar="FILE.png", type=arguments.place, help="draw pairs side by side into a PNG")
     parser.add_argument(
@@ -107,6 +118,8 @@ def run(options: Namespace, spec: SourceSpec) -> int:
         print(f"list for data.drop_keys: {printable(str(options.output))}, {len(lines):,} keys")
         if unwritable:
             print(f"{unwritable:,} keys are not in the list: they are empty, or no line of text can hold them")
+    if options.overlap is not None:
+        _write_overlap(options, sources[0], hashes, found)
     if options.report is not None:
         _draw(options.report, sources, found.examples, options)
     return 0
@@ -122,12 +135,16 @@ def _check(options: Namespace) -> None:
         raise ValueError(
             f"--distance={options.distance} must be at most {MAX_DISTANCE}: above, pictures are alike by mere chance"
         )
-    for name in ("output", "report"):
+    for name in ("output", "overlap", "report"):
         if (path := getattr(options, name)) is not None:
             require_writable(path, f"--{name}")
     report: pathlib.Path | str | None = options.report
     if report is not None and not str(report).lower().endswith(".png"):
         raise ValueError(f"--report={report} must end in .png: it is drawn as one")
+    if options.overlap is not None and not options.against:
+        raise ValueError(f"--overlap={options.overlap} needs --against, the training data that the source may overlap")
+    if options.overlap is not None and options.overlap in (options.output, options.report):
+        raise ValueError(f"--overlap={options.overlap} is the file of another option, too; give each its own")
     if repeated := {each for each in options.against if options.against.count(each) > 1}:
         raise ValueError(f"--against={sorted(repeated)[0]} is given twice; give it once")
     if options.source in options.against:
@@ -165,6 +182,27 @@ def _drop_lines(source: Source, dropped: np.ndarray) -> tuple[list[bytes], int]:
         else:
             lines.append(line + b"\n")
     return lines, unwritable
+
+
+def _write_overlap(options: Namespace, source: Source, hashes: Sequence[PictureHashes], found: Duplicates) -> None:
+    unusable = [np.flatnonzero(each.reasons != USABLE).tolist() for each in hashes]
+    overlap = Overlap(
+        source=options.source,
+        num_samples=len(source),
+        pictures=picture_digests(source),
+        distance=options.distance,
+        not_compared=unusable[0],
+        against=[
+            TrainingPart(name, len(each.reasons), len(bad), leaked.tolist())
+            for name, each, bad, leaked in zip(options.against, hashes[1:], unusable[1:], found.leaked, strict=True)
+        ],
+    )
+    write(options.overlap, to_json(overlap))
+    number = len(np.unique(np.concatenate(found.leaked)))
+    print(
+        f"file for eval.tasks.NAME.overlap: {printable(str(options.overlap))}, "
+        f"{number:,} of {len(source):,} samples overlap"
+    )
 
 
 def _draw(path: pathlib.Path, sources: Sequence[Source], examples: Sequence[Example], options: Namespace) -> None:

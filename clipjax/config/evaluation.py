@@ -62,6 +62,7 @@ class TaskConfig:
 
     `compare_prompts` also measures the class names alone and one template. `paraphrases` tells how much the right
     class's probability depends on its words: `templates`, or a JSON file with a list of texts for class names.
+    `overlap` also measures the samples apart that training data has too: the file of `clipjax data dedup --overlap`.
 
     `word_order` compares captions with the same words in another order. `caption_choice` asks for the first caption of
     an image among all of its captions, `pair_choice` which caption belongs to which of two images with one label.
@@ -88,6 +89,7 @@ class TaskConfig:
     templates: str | None = None
     compare_prompts: bool = False
     paraphrases: str | None = None
+    overlap: str | None = None
     gallery: str | None = None
     captions_by_line: bool = False
     train_source: str | None = None
@@ -111,7 +113,7 @@ class TaskConfig:
         errors += self._probe_errors(path)
         if self.kind not in (*CLASSIFIERS, TaskKind.FEW_SHOT) and prompts != (None, None):
             errors.append(f"{path}: {self.kind.value} would ignore classes and templates; leave both None")
-        for name in ("compare_prompts", "paraphrases"):
+        for name in ("compare_prompts", "paraphrases", "overlap"):
             if (value := getattr(self, name)) and self.kind is not TaskKind.ZERO_SHOT:
                 errors.append(f"{path}.{name}={value!r}: {self.kind.value} would ignore it; leave it out")
         if self.captions_by_line and self.kind not in BY_LINE:

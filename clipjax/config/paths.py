@@ -35,6 +35,7 @@ TASK_PATH_FIELDS = (
     "classes",
     "templates",
     "paraphrases",
+    "overlap",
     "shift_points",
     "tfds_dir",
 )

@@ -62,6 +62,10 @@ class ClassCounts:
         metrics["per_class"] = np.mean(right[occurs] / count[occurs])
         return {**{name: float(value) for name, value in metrics.items()}, "num_examples": float(self.total)}
 
+    def hits(self) -> np.ndarray:
+        """Return whether the chosen class is the label, by image in the order in which they came: bool `[n]`."""
+        return np.concatenate(self._labels) == np.concatenate(self._chosen)
+
     def _by_class(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return by class how many images are right, are of it, and are taken for it. Int `[k]` each."""
         labels, chosen = np.concatenate(self._labels), np.concatenate(self._chosen)

@@ -25,6 +25,7 @@ from clipjax.data.training_stream import per_process
 from clipjax.evals.choice import CaptionChoice, Choice, PairChoice
 from clipjax.evals.encoder import Encoder, NotFiniteEmbeddings
 from clipjax.evals.multi_label import MultiLabel
+from clipjax.evals.overlap import load_overlap
 from clipjax.evals.probe_tasks import FewShot, LinearProbe, NearestNeighbours
 from clipjax.evals.prompts import load_classes_for, load_paraphrases, load_templates
 from clipjax.evals.relabelled import class_names_of, number_as_listed
@@ -217,7 +218,8 @@ def _build_measure(task: TaskConfig, sources: Sequence[Source]) -> Measure:
             names, templates = _load_prompts(task, sources)
             given = task.paraphrases
             paraphrases = None if given is None else load_paraphrases(given, names, templates)
-            return ZeroShot(names, templates, task.compare_prompts, paraphrases)
+            overlap = None if task.overlap is None else load_overlap(task.overlap, sources[0])
+            return ZeroShot(names, templates, task.compare_prompts, paraphrases, overlap)
         case TaskKind.MULTI_LABEL:
             return MultiLabel(*_load_prompts(task, sources))
         case TaskKind.RETRIEVAL:

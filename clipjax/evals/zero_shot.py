@@ -12,6 +12,7 @@ import numpy as np
 from clipjax.data.sample import Sample
 from clipjax.evals.class_counts import DEEP, ClassCounts
 from clipjax.evals.encoder import Encoder, require_finite, unit_norm
+from clipjax.evals.overlap import Overlap
 from clipjax.evals.prompts import check_templates, check_texts
 from clipjax.evals.wording import WordingSpread
 
@@ -28,12 +29,14 @@ class ZeroShot:
         templates: of the prompts.
         compares_prompts: the same with the class names alone, and with one template, beside.
         paraphrases: by class name, other texts for it; see `WordingSpread`. None: no wordings are compared.
+        overlap: with training data; None: it is not known.
     """
 
     names: Sequence[str]
     templates: Sequence[str]
     compares_prompts: bool = False
     paraphrases: Mapping[str, Sequence[str]] | None = None
+    overlap: Overlap | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -50,6 +53,7 @@ class ZeroShot:
             self.templates,
             compares_prompts=self.compares_prompts,
             paraphrases=self.paraphrases,
+            overlap=self.overlap,
         )
 
     def check_samples(self, samples: Sequence[Sample], *, is_all: bool) -> None:
@@ -118,6 +122,7 @@ def zero_shot(
     *,
     compares_prompts: bool = False,
     paraphrases: Mapping[str, Sequence[str]] | None = None,
+    overlap: Overlap | None = None,
 ) -> dict[str, Any]:
     """Return `top1`, `top5` (where there are more than 5 classes), `per_class`, `num_examples`, and `details`.
 
@@ -132,6 +137,7 @@ def zero_shot(
         compares_prompts: also return `top1_names`, of the class names alone, and `top1_one_template`, of "a photo of
             a {}." if it is among the templates, else of the first (arXiv 2103.00020, figure 4).
         paraphrases: also return the metrics and details of `WordingSpread`.
+        overlap: of the samples with training data; also return the metrics and details of `Overlap.measure`.
 
     Raises:
         ValueError: a label beyond the class names, or no labelled sample at all; a model without embeddings that is to
@@ -147,7 +153,8 @@ def zero_shot(
     if not encoder.has_embeddings and (compares_prompts or paraphrases is not None):
         raise ValueError("only a model with embeddings can compare prompts; loss.contrastive_weight=0 trains none")
     counts = [ClassCounts(len(names)) for _ in ways.suffixes]
-    spread = None
+    spread, parts = None, list[np.ndarray]()
+    part_of = None if overlap is None else overlap.parts()
     if paraphrases is not None and ways.classifier is not None:
         spread = WordingSpread(encoder, names, paraphrases, ways.classifier)
     for batch in batches:
@@ -159,6 +166,8 @@ def zero_shot(
             each.add(label[kept], require_finite("rows of class scores", scores))
         if spread is not None:
             spread.add(label[kept], rows)
+        if part_of is not None:  # padding, whose number is -1, is not kept
+            parts.append(encoder.gather(part_of[batch["index"]])[kept])
     if counts[0].total == 0:
         raise ValueError(NO_LABEL)
     found: dict[str, Any] = counts[0].metrics()
@@ -167,6 +176,9 @@ def zero_shot(
     if spread is not None:
         found |= spread.metrics()
         details["wordings"] = spread.details()
+    if overlap is not None:
+        metrics, details["overlap"] = overlap.measure(counts[0].hits(), np.concatenate(parts))
+        found |= metrics
     return {**found, "details": details}
 
 

@@ -12,6 +12,7 @@ from clipjax.config import Config
 from clipjax.config.serialization import flatten, to_dict
 from clipjax.data.sample import Source
 from clipjax.data.tokenizers.protocol import Tokenizer
+from clipjax.evals.overlap import to_json
 from clipjax.evals.probe_tasks import FewShot
 from clipjax.evals.runner import Task
 from clipjax.evals.zero_shot import ZeroShot
@@ -89,6 +90,8 @@ def prompts_fingerprint(tasks: Mapping[str, Task]) -> dict[str, Any]:
         match task.measure:
             case ZeroShot() as measure:
                 texts: Any = [list(measure.names), list(measure.templates), measure.paraphrases]
+                if measure.overlap is not None:
+                    facts[f"eval.tasks.{name} overlap"] = _digest(to_json(measure.overlap).encode())
             case FewShot(prompts=(names, templates)):
                 texts = [list(names), list(templates)]
             case _:

@@ -1,6 +1,7 @@
 """`clipjax data dedup`: planted copies, the list of keys, the sheet, and what is refused."""
 
 import io
+import json
 import signal
 import tarfile
 
@@ -8,6 +9,9 @@ import pytest
 from PIL import Image
 
 from clipjax.cli.data import main
+from clipjax.config import DataConfig
+from clipjax.data.sources import build_source
+from clipjax.evals.overlap import load_overlap
 from tests.data.picture_files import saved
 from tests.data.test_near_duplicates import picture
 
@@ -65,6 +69,31 @@ def test_planted_copies_are_listed(shards, capsys):
     assert {"b.tar/exact"} <= listed < {f"b.tar/{key}" for key in ("exact", "again", "small", "cut")}
 
 
+def test_what_an_evaluation_set_shares_with_training_data_is_written_for_its_task(shards, capsys):
+    source, output = f"{shards}/[ab].tar", shards / "overlap.json"
+    argv = ["dedup", source, f"--against={shards}/test.tar", f"--against={shards}/a.tar", f"--overlap={output}"]
+    assert main(argv) == 0
+    assert f"file for eval.tasks.NAME.overlap: {output}, 8 of 10 samples overlap\n" in capsys.readouterr().out
+    content = json.loads(output.read_text())
+    assert (content["source"], content["num_samples"], content["distance"]) == (source, 10, 6)
+    assert content["not_compared"] == [2]
+    assert content["against"] == [
+        {"source": f"{shards}/test.tar", "num_samples": 2, "num_unusable": 0, "overlapping": [9]},
+        {"source": f"{shards}/a.tar", "num_samples": 3, "num_unusable": 1, "overlapping": [0, 1, 3, 4, 5, 6, 7]},
+    ]
+    overlap = load_overlap(str(output), build_source(source, data=DataConfig()))
+    assert overlap.parts().tolist() == [1, 1, 2, 1, 1, 1, 1, 1, 0, 1]
+    with pytest.raises(ValueError, match="with 10 samples; the task's source has 3; write it with"):
+        load_overlap(str(output), build_source(f"{shards}/a.tar", data=DataConfig()))
+
+
+def test_a_set_that_shares_nothing_has_an_empty_overlap(shards):
+    argv = ["dedup", f"{shards}/a.tar", f"--against={shards}/test.tar", f"--overlap={shards}/o.json"]
+    assert main(argv) == 0
+    overlap = load_overlap(f"{shards}/o.json", build_source(f"{shards}/a.tar", data=DataConfig()))
+    assert overlap.parts().tolist() == [0, 0, 2]
+
+
 def test_an_interruption_ends_with_its_code(shards, capsys, monkeypatch):
     monkeypatch.setattr("clipjax.data.hash_store.hash_rows", lambda source, rows: signal.raise_signal(signal.SIGINT))
     assert main(["dedup", f"{shards}/a.tar"]) == 130
@@ -81,6 +110,9 @@ def test_an_interruption_ends_with_its_code(shards, capsys, monkeypatch):
         (["--against={folder}/none.tar"], "match no file"),
         (["--against={folder}/test.tar", "--against={folder}/test.tar"], "is given twice"),
         (["--against={folder}/[ab].tar"], "is the source itself"),
+        (["--overlap={folder}/o.json"], "needs --against"),
+        (["--overlap={folder}/none/o.json", "--against={folder}/test.tar"], "there is no folder"),
+        (["--overlap={folder}/o", "--output={folder}/o", "--against={folder}/test.tar"], "the file of another option"),
         (["--image_field=x"], "would be ignored"),
     ],
 )

@@ -57,3 +57,11 @@ def test_a_file_of_points_is_a_path():
     expand_paths(config)
     assert not (config.eval.tasks["a"].shift_points or "~").startswith("~")
     assert is_path_field("eval.tasks['a'].shift_points")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TaskKind if kind is not TaskKind.ZERO_SHOT])
+def test_an_overlap_that_would_be_ignored_is_refused(kind):
+    found = TaskConfig(kind=kind, source="a", overlap="o.json").errors("eval.tasks.a")
+    assert f"eval.tasks.a.overlap='o.json': {kind.value} would ignore it; leave it out" in found
+    zero_shot = TaskConfig(source="a", classes="x", templates="y", overlap="o.json")
+    assert zero_shot.errors("eval.tasks.a") == []

@@ -123,6 +123,7 @@ def test_all_fields_of_a_config():
             classes="~/x",
             templates="~/x",
             paraphrases="~/x",
+            overlap="~/x",
             shift_points="~/x",
             tfds_dir="~/x",
         )
