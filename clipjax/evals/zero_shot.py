@@ -145,13 +145,9 @@ def zero_shot(
     """
     check_texts("names", names)
     check_templates(templates)
-    ways = (
-        _Embeddings(encoder, names, templates, compares_prompts)
-        if encoder.has_embeddings
-        else _Likelihood(encoder, names, templates)
-    )
     if not encoder.has_embeddings and (compares_prompts or paraphrases is not None):
         raise ValueError("only a model with embeddings can compare prompts; loss.contrastive_weight=0 trains none")
+    ways = _choose_ways(encoder, names, templates, compares_prompts)
     counts = [ClassCounts(len(names)) for _ in ways.suffixes]
     spread, parts = None, list[np.ndarray]()
     part_of = None if overlap is None else overlap.parts()
@@ -180,6 +176,14 @@ def zero_shot(
         metrics, details["overlap"] = overlap.measure(counts[0].hits(), np.concatenate(parts))
         found |= metrics
     return {**found, "details": details}
+
+
+def _choose_ways(
+    encoder: Encoder, names: Sequence[str], templates: Sequence[str], compares: bool
+) -> "_Embeddings | _Likelihood":
+    if encoder.has_embeddings:
+        return _Embeddings(encoder, names, templates, compares)
+    return _Likelihood(encoder, names, templates)
 
 
 class _Embeddings:

@@ -26,7 +26,7 @@ REMEDIES = {
     "code": "install the same version of clipjax and of its requirements on every machine",
     "checkpoint": "the workdir, and what init_from and distill_from name, must be one place that every machine sees",
     "data": "every machine must see the same data and tokenizer, whole and unchanged",
-    "class list": "every machine must see the same files of class names, templates and paraphrases",
+    "class list": "every machine must see the same files of class names, templates, paraphrases and overlaps",
 }
 """Advice for each section of a fingerprint."""
 
