@@ -1,10 +1,10 @@
-"""Tasks that show what the quickstart's checkpoint can do, and where it is weak: the paper's experiments on the embedded dataset.
+"""Tasks that show what the quickstart's checkpoint can do, and where it is weak: the paper's experiments on `scenes`.
 
     clipjax data scenes --tfds_dir=data --config=outlines
-    clipjax eval --checkpoint=runs/quickstart --tasks_from=configs/scenes_evaluation.py --report=report --output=all.json
+    clipjax eval --checkpoint=runs/quickstart --tasks_from=configs/scenes_evaluation.py --report=report
 
-`scenes/outlines` has the same scenes as `scenes/val`, drawn as outlines, with the same captions and labels: a shift of the
-drawing style alone.
+`scenes/outlines` has the same scenes as `scenes/val`, drawn as outlines, with the same captions and labels: a shift of
+the drawing style alone.
 """
 
 import pathlib
