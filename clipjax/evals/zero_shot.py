@@ -143,8 +143,6 @@ def zero_shot(
         ValueError: a label beyond the class names, or no labelled sample at all; a model without embeddings that is to
             compare prompts.
     """
-    check_texts("names", names)
-    check_templates(templates)
     if not encoder.has_embeddings and (compares_prompts or paraphrases is not None):
         raise ValueError("only a model with embeddings can compare prompts; loss.contrastive_weight=0 trains none")
     ways = _choose_ways(encoder, names, templates, compares_prompts)

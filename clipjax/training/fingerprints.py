@@ -84,7 +84,7 @@ def data_fingerprint(
 
 
 def prompts_fingerprint(tasks: Mapping[str, Task]) -> dict[str, Any]:
-    """Return a digest of the texts of each task that has class names, and of its overlap: both may come out of files."""
+    """Return a digest of the texts of each task that has class names, and of its overlap: all may be from files."""
     facts: dict[str, Any] = {}
     for name, task in tasks.items():
         match task.measure:
