@@ -13,7 +13,7 @@ from clipjax.data.sources import ArraySource
 from clipjax.evals import overlap as overlaps
 from clipjax.evals.overlap import Overlap, TrainingPart, accuracy_interval, chance_of_more, load_overlap, to_json
 from clipjax.evals.results import write_results
-from clipjax.evals.runner import Evaluation, build_tasks
+from clipjax.evals.runner import Evaluation, build_tasks, check_metric
 from clipjax.evals.zero_shot import ZeroShot
 from clipjax.training.fingerprints import prompts_fingerprint
 from tests.evals.test_evals import FakeEncoder, batch, unit
@@ -230,6 +230,8 @@ def test_a_task_reads_its_file_and_its_content_enters_the_fingerprint(tmp_path):
     assert isinstance(measure, ZeroShot) and measure.overlap is not None
     assert measure.overlap.parts().tolist() == [0, 1, 2, 1, 0]
     first = prompts_fingerprint(tasks)
+    with pytest.raises(ValueError, match="best_metric='t:top1_clean' must be TASK:METRIC, one of t:top1, "):
+        check_metric("t:top1_clean", tasks)  # a part may have no image
     assert plain.items() < first.items()
     written(tmp_path, source_of(0), against=[training(overlapping=[1])])
     assert prompts_fingerprint(build_tasks(config, lambda spec, **_: source_of(0))) != first
