@@ -285,6 +285,7 @@ def test_every_field_that_holds_a_path_is_known():
     no_paths = {"data.tfds_image_key", "data.tfds_caption_key", "checkpoint.best_metric", f"{TASK}.tfds_label_key"}
     no_paths |= {"log.prometheus_host", "data.image_field", "data.caption_field"}
     no_paths |= {f"{place}.{name}" for place in (PART, TASK) for name in ("image_field", "caption_field")}
+    no_paths |= {f"{TASK}.shift_of"}
     assert {path for path in texts if not is_path_field(path)} == no_paths
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from clipjax.config import Config, TaskConfig
 from clipjax.data.sources import ArraySource
+from clipjax.evals.results import write_results
 from clipjax.evals.robustness import (
     Baseline,
     Shift,
@@ -18,7 +19,7 @@ from clipjax.evals.robustness import (
     fit_baseline,
     logit,
 )
-from clipjax.evals.runner import Evaluation, build_tasks, run_tasks, write_results
+from clipjax.evals.runner import Evaluation, build_tasks, run_tasks
 from clipjax.evals.shift_points import load_shift_points, names
 from tests.evals.test_evals import FakeEncoder
 
