@@ -200,6 +200,7 @@ def test_the_compile_cache_is_the_users_and_never_a_checkpoints(opened):
         (["--config.seed=3"], "config.seed=3: only training reads it; clipjax eval takes eval.batch_size"),
         (["--config.model.image.image_size=32"], "config.model.image.image_size=32: the weights of the checkpoint"),
         (["--config.model.remat=full"], "only training reads it"),
+        ([f"--config.{TASK}.every_examples=9"], "every_examples=9: only training reads it"),
         (["--config.data.tfds_dir=http://b/x"], "data.tfds_dir=http://b/x: nothing here opens an address of http://"),
         (["--config.data.tfds_dir=/d"], "config.data.tfds_dir=/d: no task reads TFDS data; leave it out"),
         (["--config.mesh.tensor=3"], "must be divisible by 3"),
@@ -238,6 +239,8 @@ def test_overrides_win_over_tasks_from_and_old_training_fields_do_not_matter(ope
     other.data.tfds_dir = "there"
     monkeypatch.setattr("clipjax.cli.eval_fields.load_config", lambda file: copy.deepcopy(other))
     config.eval.every_examples = 64
+    for task in other.eval.tasks.values():
+        task.every_examples = 32
     evaluation, noted = opened(
         config, "--tasks_from=tasks.py", "--config.eval.tasks[new].source=~/b", "--config.data.tfds_image_key=picture"
     )
