@@ -40,14 +40,7 @@ from clipjax.evals.ensemble import Ensemble, EnsembleKind, JointTask, check_memb
 from clipjax.evals.examples import Examples, collect
 from clipjax.evals.progress import Progress
 from clipjax.evals.results import comparison_table, several_to_json, to_json, write_text
-from clipjax.evals.runner import (
-    Evaluation,
-    Task,
-    build_tasks,
-    run_tasks,
-    task_sources,
-    tfds_dirs,
-)
+from clipjax.evals.runner import Evaluation, Results, Task, build_tasks, run_tasks, task_sources, tfds_dirs
 from clipjax.models.clip import build_clip
 from clipjax.monitoring import run_record
 from clipjax.monitoring.run_logger import results_table
@@ -356,14 +349,14 @@ def _beside(output: pathlib.Path | str, suffix: str) -> pathlib.Path | str:
 
 def _write(opened: Opened, outcomes: Sequence[Outcome]) -> tuple[list[str], list[str]]:
     """Write what options ask for; return the places, and what went wrong."""
-    tasks, first = opened.checkpoints[0].config.eval.tasks, outcomes[0]
+    tasks = opened.checkpoints[0].config.eval.tasks
     parts = [(one.name, one.evaluation) for one in outcomes]
     rows = [row for name, evaluation in parts for row in to_rows(evaluation.results, tasks, name)]
     text = to_json(*parts[0]) if len(parts) == 1 else several_to_json(parts)
     writes: list[tuple[str, pathlib.Path | str | None, Callable[[pathlib.Path | str], str]]] = [
         ("--output", opened.output, lambda place: write_text(place, text)),
         ("--csv", opened.csv, lambda place: write_text(place, to_csv(rows))),
-        ("--report", opened.report, lambda place: write_text(place, _render(opened, first))),
+        ("--report", opened.report, lambda place: _write_pages(opened, outcomes, place)),
     ]
     written, refused = list[str](), list[str]()
     for option, place, write in writes:
@@ -382,8 +375,18 @@ def _examples(tasks: Mapping[str, Task], evaluation: Evaluation, encoder: Encode
     return {name: each for name, each in found.items() if each is not None}
 
 
-def _render(opened: Opened, outcome: Outcome) -> str:
-    """Return the page of an evaluation."""
+def _write_pages(opened: Opened, outcomes: Sequence[Outcome], place: pathlib.Path | str) -> str:
+    """Write a page for each outcome, the first one at `place`; return why one is absent."""
+    models = [(one.name, f"{i}.html" if i else PAGE, one.evaluation.results) for i, one in enumerate(outcomes)]
+    refused = ""
+    for one, (_, name, _) in zip(outcomes, models, strict=True):
+        where = objects.join(place.rpartition("/")[0], name) if isinstance(place, str) else place.with_name(name)
+        refused = refused or write_text(where, _render(opened, one, models if len(models) > 1 else ()))
+    return refused
+
+
+def _render(opened: Opened, outcome: Outcome, models: Sequence[tuple[str, str, Results]]) -> str:
+    """Return the page of an outcome, with links to those of the others."""
     facts = [
         ("checkpoint", outcome.title.removeprefix("checkpoint ")),
         ("devices", processes.describe_devices().removeprefix("devices: ")),
@@ -392,4 +395,4 @@ def _render(opened: Opened, outcome: Outcome) -> str:
         ("date", datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")),
     ]
     tasks = opened.checkpoints[0].config.eval.tasks
-    return render(outcome.evaluation, tasks, outcome.examples, title="Evaluation", facts=facts)
+    return render(outcome.evaluation, tasks, outcome.examples, title="Evaluation", facts=facts, models=models)

@@ -2,12 +2,12 @@
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from clipjax.evals.runner import DETAILS, Evaluation, Results
 from clipjax.runtime import storage
-from clipjax.runtime.terminal import format_table
+from clipjax.runtime.terminal import format_table, printable
 
 _SHORT = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -56,19 +56,27 @@ def write_text(path: pathlib.Path | str, text: str) -> str:
     return ""
 
 
+def compare(parts: Sequence[tuple[str, Results]]) -> list[tuple[str, str, list[float | None]]]:
+    """Return of several models each task, its first metric, and the values; None where a model gave none.
+
+    Args:
+        parts: name of a model, and its results by task.
+    """
+    first: dict[str, str] = {}
+    for _, results in parts:
+        for task, metrics in results.items():
+            first.setdefault(task, next(iter(metrics)))
+    return [
+        (task, metric, [results.get(task, {}).get(metric) for _, results in parts]) for task, metric in first.items()
+    ]
+
+
 def comparison_table(parts: Sequence[tuple[str, Results]]) -> str:
     """Return a table of each task's first metric, a column for each of several models, and what each column is."""
     letters = [_SHORT[i] if i < len(_SHORT) else str(i + 1) for i in range(len(parts))]
-    names = list(dict.fromkeys(name for _, results in parts for name in results))
-    rows = []
-    for name in names:
-        metric = next(iter(next(results[name] for _, results in parts if name in results)))
-        rows.append([name, metric, *(_share(results.get(name), metric) for _, results in parts)])
+    rows = [
+        [task, metric, *("failed" if value is None else f"{100 * value:.1f} %" for value in values)]
+        for task, metric, values in compare(parts)
+    ]
     legend = [f"{letter}: {name}" for letter, (name, _) in zip(letters, parts, strict=True)]
-    return "\n".join([format_table(rows, ("task", "metric", *letters)), *legend])
-
-
-def _share(metrics: Mapping[str, float] | None, metric: str) -> str:
-    if metrics is None:
-        return "failed"
-    return f"{100 * metrics[metric]:.1f} %" if metric in metrics else "-"
+    return "\n".join([format_table(rows, ("task", "metric", *letters)), *map(printable, legend)])

@@ -234,4 +234,4 @@ def metric_text(name: str, value: float) -> str:
     """Return a metric of an evaluation as people read it: a count, a share as percentage, or a number."""
     if name.startswith("num_"):
         return f"{value:.0f}"
-    return f"{value:.4g}" if name in NO_SHARES else f"{100 * value:.1f} %"
+    return f"{value:.3g}" if name in NO_SHARES else f"{100 * value:.1f} %"

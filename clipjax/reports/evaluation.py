@@ -13,7 +13,8 @@ import numpy as np
 from clipjax.config import TaskConfig, TaskKind
 from clipjax.evals.examples import Examples
 from clipjax.evals.few_shot import SHOTS
-from clipjax.evals.runner import Evaluation
+from clipjax.evals.results import compare
+from clipjax.evals.runner import Evaluation, Results
 from clipjax.monitoring.run_logger import metric_text
 from clipjax.reports.comparisons import against_probes, shifts
 from clipjax.reports.figures import confusion_plot, few_shot_plot, sweep_plot
@@ -67,6 +68,7 @@ def render(
     *,
     title: str,
     facts: Sequence[tuple[str, str]],
+    models: Sequence[tuple[str, str, Results]] = (),
 ) -> str:
     """Return the page as HTML.
 
@@ -76,6 +78,7 @@ def render(
         examples: of some tasks.
         title: of the page.
         facts: what was evaluated and how, a name and a value each.
+        models: of several that are compared the name, the file beside this one that is its page, and the results.
     """
     shown = [
         {"number": number, **_task(name, tasks[name], metrics, evaluation.details.get(name) or {}, examples.get(name))}
@@ -90,7 +93,16 @@ def render(
     page = environment.get_template("evaluation.html")
     failures = [(name, printable(reason)) for name, reason in evaluation.failures.items()]
     numbers = {task["name"]: task["number"] for task in shown}
-    between = {"numbers": numbers, "against": against_probes(evaluation, tasks), "shifts": shifts(evaluation)}
+    compared = [
+        (task, _label(metric), values) for task, metric, values in compare([(name, found) for name, _, found in models])
+    ]
+    between = {
+        "models": models,
+        "compared": compared,
+        "numbers": numbers,
+        "against": against_probes(evaluation, tasks),
+        "shifts": shifts(evaluation),
+    }
     return page.render(title=title, facts=facts, tasks=shown, failures=failures, **between)
 
 

@@ -42,6 +42,10 @@ def test_each_is_measured_and_copies_act_as_one_of_them(runs, capsys):
         rows = list(csv.DictReader(file))
     assert [row["pretrained"] for row in rows] == [name for each in found for name in [each["checkpoint"]] * 2]
     assert not list(runs.glob("*.unfinished"))
+    pages = [(runs / "page" / name).read_text() for name in ("index.html", "1.html", "2.html", "3.html")]
+    for number, page in enumerate(pages):
+        assert all(f'<a href="{name}">' in page for name in ("index.html", "1.html", "2.html", "3.html"))
+        assert ("samples" in page.lower()) and (f"<dd>{(*steps, 'mean of logits')[number]}" in page)
     for kind in ("logits", "embeddings"):
         assert run("--checkpoint=run,copy", f"--ensemble={kind}", "--output=same.json") == 0
         same = json.loads((runs / "same.json").read_text())["checkpoints"]

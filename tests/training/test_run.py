@@ -9,7 +9,7 @@ import pytest
 
 from clipjax.config import Config
 from clipjax.data.training_stream import WorkersDie
-from clipjax.evals import runner
+from clipjax.evals import results
 from clipjax.evals.runner import Evaluation
 from clipjax.training import run as run_module
 from clipjax.training.recovery import RunStopped
@@ -75,7 +75,7 @@ def test_a_full_disk_at_the_end_shows_the_results_and_names_what_is_missing(monk
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(runner.storage, "write", full)
+    monkeypatch.setattr(results.storage, "write", full)
     run = mock.MagicMock(config=Config(), workdir=tmp_path)
     with pytest.raises(
         RunStopped, match=r"all 6 steps are done and saved, but .*results.json cannot be written: .*No sp"
