@@ -2,7 +2,7 @@
 
 Needs nothing but the checkpoint and the data: config, tokenizer and preprocessing come out of the checkpoint.
 
-Reading order: `main`, `_open`, `open_one`, `run`, `_write`; `eval_several.py` has what several checkpoints need.
+Reading order: `main`, `_open`, `open_one`, `run_with`, `_write`; `follow.py` has `--follow=WORKDIR`.
 """
 
 import copy
@@ -40,15 +40,7 @@ from clipjax.evals.ensemble import Ensemble, EnsembleKind, JointTask, check_memb
 from clipjax.evals.examples import Examples, collect
 from clipjax.evals.progress import Progress
 from clipjax.evals.results import comparison_table, several_to_json, to_json, write_text
-from clipjax.evals.runner import (
-    Evaluation,
-    Results,
-    Task,
-    build_tasks,
-    run_tasks,
-    task_sources,
-    tfds_dirs,
-)
+from clipjax.evals.runner import Evaluation, Results, Task, build_tasks, run_tasks, task_sources, tfds_dirs
 from clipjax.models.clip import build_clip
 from clipjax.monitoring import run_record
 from clipjax.monitoring.run_logger import results_table
@@ -119,6 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.wants_help(argv):
         show(_parser().format_help())
         return 0
+    if any(argument.partition("=")[0] == "--follow" for argument in argv):
+        from clipjax.cli import follow  # which builds on this module
+
+        return follow.main(argv, _parser())
     with processes.abort_on_error():
         with refusals(PROGRAM):
             processes.start(arguments.launch_options(argv))
@@ -137,7 +133,12 @@ def _parser() -> arguments.Parser:
         type=arguments.places,
         help="a workdir (its newest step is taken), or the directory of one step, which may have any name; A,B "
         "compares several, on the tasks of the first",
-        missing="=WORKDIR_OR_STEP is missing: name a workdir that training has saved to",
+    )
+    parser.add_argument(
+        "--follow",
+        metavar="WORKDIR",
+        type=arguments.place,
+        help="a workdir of a run that may go on: each checkpoint is evaluated once, and adds a line to --output",
     )
     parser.add_argument(
         "--tasks_from",
@@ -169,6 +170,8 @@ def _open(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
     parsed = _parser().read(argv)
     options = parsed.options
     refuse_unread(parsed.overrides)
+    if options.checkpoint is None:
+        raise ValueError("--checkpoint=WORKDIR_OR_STEP is missing: name a workdir that training has saved to")
     several = len(options.checkpoint) > 1
     if options.ensemble and not several:
         raise ValueError(f"--ensemble={options.ensemble} needs several checkpoints: --checkpoint=A,B")
@@ -189,7 +192,7 @@ def _open(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
         config = override(base, parsed.overrides)
         told = [f"--config.{change}" for change in changes(base, config, parsed.overrides)]
         changed = [*told, *changed] if number == 1 else changed
-        one, own = _open_one(parsed, saved, place, config)
+        one, own = open_one(parsed, saved, place, config)
         checkpoints.append(one)
         facts |= {f"{section} of {place}" if several else section: values for section, values in own.items()}
     kind = EnsembleKind(options.ensemble) if options.ensemble else None
@@ -198,7 +201,7 @@ def _open(argv: Sequence[str]) -> tuple[Opened, consistency.Fingerprint]:
     return Opened(checkpoints, options.output, changed, options.csv, page, kind), facts
 
 
-def _open_one(
+def open_one(
     parsed: arguments.Arguments, saved: SavedCheckpoint, place: pathlib.Path | str, config: Config
 ) -> tuple[OpenedCheckpoint, consistency.Fingerprint]:
     """Open one checkpoint and its tasks."""
@@ -281,7 +284,7 @@ def _evaluate(opened: Opened) -> int:
             clip = build_clip(one.config.model, data=one.config.data)
             encoder = Encoder(one.config, clip, mesh, one.tokenizer, load_params(one.saved, mesh))
             suffix = f"-{number + 1}" if number else ""
-            outcomes.append(_run(opened, one.tasks, encoder, one.saved.place, one.title, one.key, suffix))
+            outcomes.append(run_with(opened, one.tasks, encoder, one.saved.place, one.title, one.key, suffix))
             encoders += [encoder] if opened.ensemble else []
         if opened.ensemble is not None:
             outcomes.append(_run_ensemble(opened, encoders))
@@ -309,7 +312,7 @@ def _evaluate(opened: Opened) -> int:
     return UNUSABLE_DATA if failures else 0
 
 
-def _run(
+def run_with(
     opened: Opened, tasks: Mapping[str, Task], encoder: Encoder, name: str, title: str, key: str, suffix: str
 ) -> Outcome:
     """Run tasks with one encoder, behind those that are done."""
@@ -337,7 +340,7 @@ def _run_ensemble(opened: Opened, encoders: Sequence[Encoder]) -> Outcome:
     keys = [one.key for one in opened.checkpoints]
     key = hashlib.sha256(json.dumps([kind, keys]).encode()).hexdigest() if all(keys) else ""
     encoder = Ensemble.of(encoders, opened.ensemble)
-    return _run(opened, tasks, encoder, f"mean of {kind}", f"mean of {kind} of {places}", key, "-ensemble")
+    return run_with(opened, tasks, encoder, f"mean of {kind}", f"mean of {kind} of {places}", key, "-ensemble")
 
 
 def _beside(output: pathlib.Path | str, suffix: str) -> pathlib.Path | str:

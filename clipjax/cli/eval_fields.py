@@ -69,6 +69,8 @@ def base_config(saved: Config, tasks_from: str | None, first: Config | None = No
         config.eval = copy.deepcopy(first.eval)
         for name in TASK_DATA:
             setattr(config.data, name, getattr(first.data, name))
+    for each in (config.eval, *config.eval.tasks.values()):  # when tasks are due in the loop
+        each.every_examples = None
     return config
 
 
@@ -80,7 +82,8 @@ def refuse_unread(overrides: Sequence[Override]) -> None:
     """
     errors = []
     for one in overrides:
-        if is_within(one.path, READ):
+        is_interval = is_within(one.path, ("eval.tasks",)) and path_parts(one.path)[-1][0] == "every_examples"
+        if is_within(one.path, READ) and not is_interval:
             continue
         if is_within(one.path, TRAINED) and not is_within(one.path, TRAINING_ONLY):
             why = "the weights of the checkpoint were trained with its own value, and fix it"

@@ -80,7 +80,8 @@ class TaskConfig:
     or a JSON file.
 
     `image_field` and `caption_field` name features of TFDS data and columns of Parquet and tables, and `tfds_dir` the
-    folder of TFDS data, for this task alone; None: as `data` says.
+    folder of TFDS data, for this task alone; None: as `data` says. `every_examples` is its interval in the loop, also
+    where the others have none; None: as `eval.every_examples` says.
     """
 
     kind: TaskKind = TaskKind.ZERO_SHOT
@@ -103,6 +104,7 @@ class TaskConfig:
     tfds_dir: str | None = None
     tfds_label_key: str = "label"
     max_examples: int | None = bounded(None, POSITIVE)
+    every_examples: int | None = bounded(None, POSITIVE)
 
     def errors(self, path: str) -> list[str]:
         """Return what is wrong between the fields, a line each."""
@@ -177,9 +179,25 @@ class TaskConfig:
 class EvalConfig:
     """Evaluation in the loop and at its end."""
 
-    every_examples: int | None = bounded(None, POSITIVE)  # None: only after the last step
+    every_examples: int | None = bounded(None, POSITIVE)  # of tasks without their own; None: only after the last step
     batch_size: int = bounded(256, POSITIVE)  # images or texts per forward pass, over all devices
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
+
+    def interval_of(self, name: str) -> int | None:
+        """Return the examples between two evaluations of a task in the loop, None if it has none before the end."""
+        own = self.tasks[name].every_examples if name in self.tasks else None
+        return self.every_examples if own is None else own
+
+    def interval_errors(self) -> list[str]:
+        """Return what is wrong between the interval of all tasks and their own, a line each."""
+        if self.every_examples is None or not self.tasks:
+            return []
+        if any(task.every_examples is None for task in self.tasks.values()):
+            return []
+        return [
+            f"eval.every_examples={self.every_examples} would be ignored: each task has its own every_examples; leave "
+            "it out"
+        ]
 
     def shift_errors(self) -> list[str]:
         """Return what is wrong between shifted tasks and their references, a line each."""

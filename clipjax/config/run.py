@@ -128,6 +128,14 @@ def steps_of(examples: int, config: Config) -> int:
     return max(1, round(examples / config.global_batch_size)) if examples else 0
 
 
+def due_tasks(config: Config, step: int) -> list[str]:
+    """Return the names of the tasks to evaluate after a step: those whose interval it ends, after the last step all."""
+    if step == total_steps(config):
+        return list(config.eval.tasks)
+    intervals = {name: config.eval.interval_of(name) for name in config.eval.tasks}
+    return [name for name, every in intervals.items() if every is not None and step % steps_of(every, config) == 0]
+
+
 def resolve_mesh(mesh: MeshConfig, num_devices: int, num_slices: int = 1) -> tuple[int, int, int, int]:
     """Return the sizes of the axes slice, data, fsdp and tensor, with None and -1 filled in.
 

@@ -238,10 +238,13 @@ def _part_errors(config: Config) -> list[str]:
         errors.append(f"init_keep_positions={config.init_keep_positions} needs init_from, a clipjax checkpoint")
     for name, task in config.eval.tasks.items():
         errors += task.errors(f"eval.tasks.{name}")
-    errors += config.eval.shift_errors()
+    errors += [*config.eval.shift_errors(), *config.eval.interval_errors()]
     best = config.checkpoint.best_metric
-    if best is not None and config.eval.every_examples is None:
-        errors.append(f"checkpoint.best_metric={best!r} would only see the last step; set eval.every_examples")
+    if best is not None and config.eval.interval_of(best.rpartition(":")[0]) is None:
+        errors.append(
+            f"checkpoint.best_metric={best!r} would only see the last step; set eval.every_examples, or every_examples "
+            "of its task"
+        )
     if config.log.prometheus_port is None and config.log.prometheus_host != type(config.log)().prometheus_host:
         errors.append(
             f"log.prometheus_host={config.log.prometheus_host!r} would be ignored: nothing is served; set "

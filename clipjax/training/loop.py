@@ -2,7 +2,7 @@
 
 import jax
 
-from clipjax.config import steps_of, total_steps
+from clipjax.config import due_tasks, steps_of, total_steps
 from clipjax.data.sample import UnreadableData
 from clipjax.data.training_batches import NoUsableSample, TooManyBadSamples
 from clipjax.evals.runner import Evaluation
@@ -40,11 +40,10 @@ def _train(run: Run) -> int | None:
     last = total_steps(config)
     log_every = steps_of(config.log.every_examples, config)
     save_every = steps_of(config.checkpoint.every_examples, config)
-    eval_every = last if config.eval.every_examples is None else steps_of(config.eval.every_examples, config)
     logger.message(f"step {start.step} of {last}, workdir {run.place}")
     evaluation: Evaluation | None = None
-    if start.step and start.step % eval_every == 0 and not start.evaluated:  # a signal came in between
-        evaluation = run.evaluate(state, start.step)
+    if start.step and (due := due_tasks(config, start.step)) and not start.evaluated:  # a signal came in between
+        evaluation = run.evaluate(state, start.step, due)
         run.add_evaluation(start.step, evaluation)
     for step in range(start.step + 1, last + 1):
         try:
@@ -62,12 +61,13 @@ def _train(run: Run) -> int | None:
         if step % log_every == 0 or step == last:
             logger.log_step(step, metrics, run.stream.wait_seconds)
         stop = step < last and run.signal.due()
-        evaluates = step == last or (step % eval_every == 0 and not stop)
+        due = due_tasks(config, step)
+        evaluates = step == last or (bool(due) and not stop)
         saves = evaluates or stop or step % save_every == 0
         if saves:  # else a restart would never judge the updates before it
             _settle(run, state, step)
         if evaluates:
-            evaluation = run.evaluate(state, step)
+            evaluation = run.evaluate(state, step, due)
         if saves:
             run.save(state, step, evaluation if evaluates else None, last=stop)
         if stop:

@@ -7,7 +7,7 @@ finish.
 import collections
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -175,13 +175,17 @@ class Run:
         clip = self.session.program.clip
         return Encoder(self.config, clip, self.session.mesh, self.inputs.tokenizer, eval_params(state))
 
-    def evaluate(self, state: TrainState, step: int) -> Evaluation:
-        """Run the tasks; one that fails is told and left out. The state is saved before any other error is raised."""
+    def evaluate(self, state: TrainState, step: int, names: Sequence[str]) -> Evaluation:
+        """Run the tasks of these names; one that fails is told and left out.
+
+        The state is saved before any other error is raised.
+        """
+        tasks = {name: self.inputs.tasks[name] for name in names}
         self.logger.flush()
         jax.block_until_ready(state.step)  # what is left of the step belongs to the step
         with self.logger.pause(), self.session.phase("evaluation"):
             try:
-                evaluation = run_tasks(self.inputs.tasks, self._encoder(state))
+                evaluation = run_tasks(tasks, self._encoder(state))
             except Exception:
                 self.save(state, step)
                 self.wait_for_saves()

@@ -200,6 +200,7 @@ def test_the_compile_cache_is_the_users_and_never_a_checkpoints(opened):
         (["--config.seed=3"], "config.seed=3: only training reads it; clipjax eval takes eval.batch_size"),
         (["--config.model.image.image_size=32"], "config.model.image.image_size=32: the weights of the checkpoint"),
         (["--config.model.remat=full"], "only training reads it"),
+        ([f"--config.{TASK}.every_examples=9"], "every_examples=9: only training reads it"),
         (["--config.data.tfds_dir=http://b/x"], "data.tfds_dir=http://b/x: nothing here opens an address of http://"),
         (["--config.data.tfds_dir=/d"], "config.data.tfds_dir=/d: no task reads TFDS data; leave it out"),
         (["--config.mesh.tensor=3"], "must be divisible by 3"),
@@ -238,6 +239,8 @@ def test_overrides_win_over_tasks_from_and_old_training_fields_do_not_matter(ope
     other.data.tfds_dir = "there"
     monkeypatch.setattr("clipjax.cli.eval_fields.load_config", lambda file: copy.deepcopy(other))
     config.eval.every_examples = 64
+    for task in other.eval.tasks.values():
+        task.every_examples = 32
     evaluation, noted = opened(
         config, "--tasks_from=tasks.py", "--config.eval.tasks[new].source=~/b", "--config.data.tfds_image_key=picture"
     )
@@ -283,7 +286,7 @@ def test_every_field_that_holds_a_path_is_known():
     """A new field of type str is a path or one of these."""
     texts = {path for path, annotation in FIELDS.items() if take_apart(annotation).of is str}
     no_paths = {"data.tfds_image_key", "data.tfds_caption_key", "checkpoint.best_metric", f"{TASK}.tfds_label_key"}
-    no_paths |= {"log.prometheus_host", "data.image_field", "data.caption_field"}
+    no_paths |= {"log.prometheus_host", "data.image_field", "data.caption_field", f"{TASK}.shift_of"}
     no_paths |= {f"{place}.{name}" for place in (PART, TASK) for name in ("image_field", "caption_field")}
     no_paths |= {f"{TASK}.shift_of"}
     assert {path for path in texts if not is_path_field(path)} == no_paths

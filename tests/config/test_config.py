@@ -24,6 +24,7 @@ from clipjax.config import (
     TaskConfig,
     TaskKind,
     TextTruncation,
+    due_tasks,
     resolve_mesh,
     steps_of,
     total_steps,
@@ -114,6 +115,7 @@ def test_from_dict_refuses_what_it_does_not_know(values, message):
         ("loss.distill_from", "", "loss.distill_from='' must name a clipjax checkpoint"),
         ("optim.freeze", ("(",), "is no regular expression"),
         ("checkpoint.best_metric", "val:top1", "'val:top1' would only see the last step; set eval.every_examples"),
+        ("eval.tasks", {"a": TaskConfig(every_examples=0)}, "eval.tasks.a.every_examples=0 must be greater than 0"),
         ("eval.tasks", {"a": TaskConfig(source="x")}, "zero_shot needs classes and templates"),
         ("eval.tasks", {"a": TaskConfig(classes="scenes", templates="plain")}, "eval.tasks.a.source='' must name"),
         ("data.std", (0.0, 1.0, 1.0), "a standard deviation must be greater than 0"),
@@ -411,3 +413,32 @@ def test_import_is_light():
         "heavy = {'jax', 'numpy', 'flax', 'tensorflow', 'grain'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_best_metric_needs_an_interval_of_its_task_and_no_interval_is_ignored():
+    config = valid()
+    config.eval.tasks = {
+        name: TaskConfig(source="x", classes="scenes", templates="plain", every_examples=own)
+        for name, own in {"often": 1000, "end:x": None}.items()
+    }
+    config.checkpoint.best_metric = "often:top1"
+    validate(config)
+    config.checkpoint.best_metric = "end:x:top1"
+    with pytest.raises(
+        ValueError, match="'end:x:top1' would only see the last step; set eval.every_examples, or every_"
+    ):
+        validate(config)
+    config.eval.every_examples = 2000
+    validate(config)
+    config.eval.tasks["end:x"].every_examples = 500
+    with pytest.raises(ValueError, match="eval.every_examples=2000 would be ignored: each task has its own every_"):
+        validate(config)
+
+
+def test_intervals_are_rounded_to_steps_and_the_last_step_has_all_tasks():
+    config = Config(total_examples=100, global_batch_size=10)
+    config.eval.tasks = {name: TaskConfig(every_examples=own) for name, own in {"a": 26, "b": 1, "c": None}.items()}
+    due = {step: due_tasks(config, step) for step in range(1, 11)}
+    assert [step for step in due if "a" in due[step]] == [3, 6, 9, 10]  # 2.6 steps are 3
+    assert [step for step in due if "b" in due[step]] == list(range(1, 11)) and [*due[9]] == ["a", "b"]
+    assert due[10] == ["a", "b", "c"]

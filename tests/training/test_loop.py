@@ -7,7 +7,7 @@ from unittest import mock
 import jax
 import pytest
 
-from clipjax.config import CheckpointConfig, Config, EvalConfig, LogConfig
+from clipjax.config import CheckpointConfig, Config, EvalConfig, LogConfig, TaskConfig
 from clipjax.data.sample import UnreadableData
 from clipjax.data.training_batches import NoUsableSample, TooManyBadSamples
 from clipjax.runtime.shutdown import Shutdown
@@ -27,10 +27,11 @@ class Recorded:
             warmup_examples=0,
             global_batch_size=1,
             checkpoint=CheckpointConfig(every_examples=2),
-            eval=EvalConfig(every_examples=3),
+            eval=EvalConfig(every_examples=3, tasks={"val": TaskConfig()}),
             log=LogConfig(every_examples=1),
         )
         self.asked: list[tuple] = []
+        self.evaluated: dict[int, list[str]] = {}
         self.place, self.state, self.start = "run", 0, types.SimpleNamespace(step=0, evaluated=False)
         nothing = types.SimpleNamespace(wait_seconds=0.0)
         self.logger = types.SimpleNamespace(message=print, flush=int, log_step=lambda *_: None)
@@ -53,9 +54,13 @@ class Recorded:
     def settle(self) -> None:
         self.asked.append(("settle", self._step))
 
-    def evaluate(self, state: int, step: int) -> str:
+    def evaluate(self, state: int, step: int, names: list[str]) -> str:
         self.asked.append(("evaluate", step))
+        self.evaluated[step] = names
         return f"of {step}"
+
+    def add_evaluation(self, step: int, evaluation: str) -> None:
+        self.asked.append(("add", step, evaluation))
 
     def save(self, state: int, step: int, evaluation: str | None = None, *, last: bool = False) -> None:
         assert state == step
@@ -86,6 +91,45 @@ def test_what_is_saved_was_judged_before():
     ]
 
 
+def with_intervals(run: Recorded, every: int | None, **intervals: int | None) -> Recorded:
+    """Give a run of 12 steps tasks with intervals of their own."""
+    tasks = {name: TaskConfig(every_examples=own) for name, own in intervals.items()}
+    run.config.total_examples, run.config.eval = 12, EvalConfig(every_examples=every, tasks=tasks)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [
+        (4, {3: ["b"], 4: ["a"], 5: ["c"], 6: ["b"], 8: ["a"], 9: ["b"], 10: ["c"], 12: ["a", "b", "c"]}),
+        (3, {3: ["a", "b"], 5: ["c"], 6: ["a", "b"], 9: ["a", "b"], 10: ["c"], 12: ["a", "b", "c"]}),
+        (None, {3: ["b"], 5: ["c"], 6: ["b"], 9: ["b"], 10: ["c"], 12: ["a", "b", "c"]}),
+    ],
+)
+@pytest.mark.parametrize("stop_at", [None, 3, 4, 5, 7])
+def test_each_task_is_evaluated_at_its_own_interval_also_by_a_run_that_was_stopped(every, expected, stop_at):
+    run = with_intervals(Recorded(stop_at=stop_at), every, a=None, b=3, c=5)
+    number = loop._train(run)
+    if stop_at is None:
+        assert run.evaluated == expected and number is None
+        return
+    ((_, step, evaluation, last),) = [each for each in run.asked if each[0] == "save"][-1:]
+    assert (number, step, evaluation, last) == (15, stop_at, None, True)
+    again = with_intervals(Recorded(stop_at=None), every, a=None, b=3, c=5)
+    again.start = types.SimpleNamespace(step=step, evaluated=False)
+    loop._train(again)
+    assert not run.evaluated.keys() & again.evaluated.keys() and {**run.evaluated, **again.evaluated} == expected
+    added = [each for each in again.asked if each[0] == "add"]
+    assert added == ([("add", stop_at, f"of {stop_at}")] if stop_at in expected else [])
+
+
+def test_a_step_that_was_evaluated_before_it_was_saved_is_not_evaluated_again():
+    run = with_intervals(Recorded(stop_at=None), None, a=None, b=3)
+    run.start = types.SimpleNamespace(step=3, evaluated=True)
+    loop._train(run)
+    assert run.evaluated == {6: ["b"], 9: ["b"], 12: ["a", "b"]}
+
+
 def test_a_stop_saves_what_was_judged_and_leaves_the_evaluation_to_the_next_start():
     run = Recorded(stop_at=3)
     assert loop._train(run) == 15
@@ -113,9 +157,9 @@ class Signalled(Recorded):
             signal.raise_signal(signal.SIGTERM)
             wait_for(lambda: self.signal.number)
 
-    def evaluate(self, state: int, step: int) -> str:
+    def evaluate(self, state: int, step: int, names: list[str]) -> str:
         self._raise_signal("evaluate", step)
-        return super().evaluate(state, step)
+        return super().evaluate(state, step, names)
 
     def save(self, state: int, step: int, evaluation: str | None = None, *, last: bool = False) -> None:
         self._raise_signal("save", step)

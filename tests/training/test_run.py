@@ -9,7 +9,7 @@ import pytest
 
 from clipjax.config import Config
 from clipjax.data.training_stream import WorkersDie
-from clipjax.evals import runner
+from clipjax.evals import results
 from clipjax.evals.runner import Evaluation
 from clipjax.training import run as run_module
 from clipjax.training.recovery import RunStopped
@@ -75,7 +75,7 @@ def test_a_full_disk_at_the_end_shows_the_results_and_names_what_is_missing(monk
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(runner.storage, "write", full)
+    monkeypatch.setattr(results.storage, "write", full)
     run = mock.MagicMock(config=Config(), workdir=tmp_path)
     with pytest.raises(
         RunStopped, match=r"all 6 steps are done and saved, but .*results.json cannot be written: .*No sp"
@@ -83,3 +83,17 @@ def test_a_full_disk_at_the_end_shows_the_results_and_names_what_is_missing(monk
         Run.finish(run, mock.Mock(), 6, Evaluation({"val": {"top1": 0.5}}, {}))
     assert run.wait_for_saves.called and run.logger.finish.called
     assert "top1" in run.logger.message.call_args.args[0], "the results are shown"
+
+
+def test_the_tasks_that_are_due_are_run_alone_and_their_results_are_the_steps(monkeypatch):
+    run, asked = mock.MagicMock(), []
+    run.inputs.tasks = {"a": "task a", "b": "task b", "c": "task c"}
+    evaluation = Evaluation({"c": {"top1": 0.5}}, {"a": "no images"})
+    monkeypatch.setattr(run_module, "run_tasks", lambda tasks, encoder: asked.append(tasks) or evaluation)
+    assert Run.evaluate(run, mock.Mock(step=np.zeros(())), 7, ["a", "c"]) is evaluation
+    assert asked == [{"a": "task a", "c": "task c"}]
+    run.logger.results.assert_called_once_with(7, evaluation.results, evaluation.failures)
+    run.config.checkpoint.best_metric = "b:top1"  # which was not due: the step has no value, and is not the best
+    assert Run._best_value(run, evaluation) is None
+    run.config.checkpoint.best_metric = "c:top1"
+    assert Run._best_value(run, evaluation) == 0.5
