@@ -79,6 +79,9 @@ class TaskConfig:
     to here is told. `shift_points` lays the accuracies of other models beside: a name in `clipjax/evals/shift_points`,
     or a JSON file.
 
+    `frames` are those of a video whose embeddings are averaged, from the middles of so many equal parts (1: the middle
+    one); the image feature of the TFDS data is then the video.
+
     `image_field` and `caption_field` name features of TFDS data and columns of Parquet and tables, and `tfds_dir` the
     folder of TFDS data, for this task alone; None: as `data` says. `every_examples` is its interval in the loop, also
     where the others have none; None: as `eval.every_examples` says.
@@ -99,6 +102,7 @@ class TaskConfig:
     neighbours: int | None = bounded(None, POSITIVE)
     shift_of: str | None = None
     shift_points: str | None = None
+    frames: int | None = bounded(None, POSITIVE)
     image_field: str | None = None
     caption_field: str | None = None
     tfds_dir: str | None = None
@@ -133,6 +137,10 @@ class TaskConfig:
             errors.append(f"{path}.shift_of={self.shift_of!r}: only {kinds} have one accuracy to compare; leave it out")
         if self.shift_points is not None and self.shift_of is None:
             errors.append(f"{path}.shift_points={self.shift_points!r} would be ignored without shift_of; give both")
+        if self.frames is not None and not all(source.startswith(TFDS_PREFIX) for source in self.sources):
+            errors.append(f"{path}.frames={self.frames}: videos are read from TFDS data alone; leave it out")
+        if self.frames is not None and self.features is FeatureKind.PIXELS:
+            errors.append(f"{path}.features=pixels: of frames={self.frames} only embeddings have a mean; take others")
         if self.tfds_dir is not None and not any(source.startswith(TFDS_PREFIX) for source in self.sources):
             errors.append(f"{path}.tfds_dir={self.tfds_dir!r} would be ignored: no source is TFDS data; leave it out")
         return errors

@@ -26,6 +26,7 @@ def eval_batches(
     max_image_pixels: int,
     background: tuple[int, int, int] | None = None,
     exif_orientation: bool = False,
+    frames: int | None = None,
     num_threads: int,
 ) -> Iterator[dict[str, Any]]:
     """Go once through a source, in its order; every process gets as many batches.
@@ -43,6 +44,7 @@ def eval_batches(
         max_image_pixels: limit of an image; larger ones are bad.
         background: colour behind transparent pixels; None drops the alpha.
         exif_orientation: turn pictures as their EXIF data says.
+        frames: number of frames of each sample, a video; `image` is then [b, frames, s, s, 3]. None: pictures.
         num_threads: number of decoding threads.
 
     Returns:
@@ -60,13 +62,20 @@ def eval_batches(
     assert all(len(part) == local_size for part in parts)
     decode = Decoder(max_image_pixels, background, exif_orientation)
     blank = None if view is None else view(np.zeros((1, 1, 3), np.uint8))
+    if blank is not None and frames is not None:
+        blank = stack_pixels([blank] * frames)
 
     def read(index: int) -> dict[str, Any]:
         if index >= total:
             return _eval_row(blank, index=-1)
         try:
             sample = source[index]
-            image = None if view is None else view(decode(sample.image))
+            if view is None:
+                image = None
+            elif frames is not None:
+                image = stack_pixels([view(decode(frame)) for frame in sample.frames])
+            else:
+                image = view(decode(sample.image))
         except BadSample as bad:
             return _eval_row(blank, index=index, reason=REASONS.index(bad.reason))
         found = {"label": sample.label, "labels": sample.labels, "captions": sample.captions, "key": sample.key}

@@ -100,6 +100,7 @@ class Sample:
         labels: classes of an image that may have several, ascending; None: its data tells one, or nothing.
         key: name of the sample in the data.
         fields: the captions by field, if the source reads fields (`data.captions`).
+        frames: of a video, those that were asked for; `image` is the first of them. A picture has none.
     """
 
     image: bytes | np.ndarray
@@ -108,6 +109,7 @@ class Sample:
     key: str = ""
     fields: tuple[FieldCaptions, ...] = ()
     labels: tuple[int, ...] | None = None
+    frames: tuple[bytes | np.ndarray, ...] = ()
 
 
 class Source(Protocol):

@@ -118,7 +118,12 @@ class ArraySource:
 
 
 def build_source(
-    spec: str, *, data: DataConfig, label_key: str = "label", captions: Mapping[str, float] | None = None
+    spec: str,
+    *,
+    data: DataConfig,
+    label_key: str = "label",
+    captions: Mapping[str, float] | None = None,
+    frames: int | None = None,
 ) -> Source:
     """Build the source that a config string names.
 
@@ -130,6 +135,7 @@ def build_source(
         data: limits, columns, the folder of images that tables name, and the folder of TFDS data.
         label_key: TFDS feature, or column, of the class number.
         captions: weights of the fields of captions that training reads; none: plain captions.
+        frames: number of frames of each video; None: it is of pictures.
 
     Raises:
         ValueError: the string or its data cannot be used; the text names the remedy.
@@ -149,7 +155,10 @@ def build_source(
             max_caption_bytes=data.max_caption_bytes,
             captions=captions,
             cache=require_cache(data, spec) if in_store else None,
+            frames=frames,
         )
+    if frames is not None:
+        raise ValueError(f"frames={frames}: source {spec!r} is no TFDS data, and videos are read from there alone")
     limits: dict[str, Any] = {"max_caption_bytes": data.max_caption_bytes, "max_image_pixels": data.max_image_pixels}
     if (folder := image_folder(spec)) is not None:
         source = FolderSource(folder, image_root=data.image_root, **limits)

@@ -7,7 +7,7 @@ import pathlib
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -41,6 +41,7 @@ class TfdsSource:
         max_caption_bytes: limit of a caption; longer ones make a sample bad.
         captions: weights of features of captions; none: `caption_key` is the one.
         cache: for copies of the split's files, which data in a store has to have.
+        frames: number of frames of a video, from the middles of equal parts; None: the image feature is a picture.
 
     Raises:
         ValueError: the data is not prepared, or in another format, or lacks the split or the features; or it cannot be
@@ -60,11 +61,12 @@ class TfdsSource:
         max_caption_bytes: int,
         captions: Mapping[str, float] | None = None,
         cache: FileCache | None = None,
+        frames: int | None = None,
     ):
         self._split = split
         self._captions = to_weights(captions)
         self._keys = (image_key, caption_key, label_key)
-        self._max_caption_bytes = max_caption_bytes
+        self._max_caption_bytes, self._frames = max_caption_bytes, frames
         self._spec = f"{TFDS_PREFIX}{name}/{split}"
         self._kept: KeptFiles | None = None
         if data_dir is not None and is_address(data_dir):
@@ -80,7 +82,7 @@ class TfdsSource:
     def _open(self) -> Any:
         import tensorflow_datasets as tfds
 
-        builder: Any = tfds.builder_from_directory(self._directory)
+        builder: Any = _read_builder(self._directory, self._spec)
         is_encoded = self._check(builder, self._directory)
         # The image stays encoded: its header is checked before any pixel is decoded.
         decoders: Any = tfds.decode.SkipDecoding()
@@ -111,12 +113,20 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         image_key, caption_key, label_key = self._keys
-        image = _nested(features, image_key)
-        is_encoded = isinstance(image, tfds.features.Image)
-        is_pixels = image is not None and image.np_dtype == np.uint8 and tuple(image.shape)[2:] == (3,)
-        if not (is_encoded or is_pixels):
+        image: Any = _nested(features, image_key)
+        # TFDS's own Video is such a sequence; it needs TensorFlow.
+        is_video = isinstance(image, tfds.features.Sequence) and isinstance(image.feature, tfds.features.Image)
+        if self._frames is not None and not is_video:
             raise ValueError(
-                f"source {self._spec!r}: feature {image_key!r} is not an image; the features are {list(features)}; "
+                f"source {self._spec!r}: feature {image_key!r} is no video, of which `frames` could be taken; the "
+                f"features are {list(features)}; name another, or leave frames out"
+            )
+        is_encoded = isinstance(image, tfds.features.Image)  # TFDS 4.9 cannot leave a sequence undecoded
+        is_pixels = image is not None and image.np_dtype == np.uint8 and tuple(getattr(image, "shape", ()))[2:] == (3,)
+        if not (is_encoded or is_pixels) and self._frames is None:
+            what = "a video, of which a task reads `frames`" if is_video else "not an image"
+            raise ValueError(
+                f"source {self._spec!r}: feature {image_key!r} is {what}; the features are {list(features)}; "
                 "set data.tfds_image_key"
             )
         if self._captions:
@@ -158,11 +168,13 @@ class TfdsSource:
             record = self._read_again(index)
         image, captions, label = (_nested(record, key) for key in self._keys)
         number, several = int(label) if is_label(label) else -1, labels_of(label)
+        frames = () if self._frames is None else choose_frames(image, self._frames)
+        image = frames[0] if frames else image
         if self._captions:
             captions, fields = read_captions(
                 self._captions, lambda name: _nested(record, name), max_bytes=self._max_caption_bytes
             )
-            return Sample(image, captions, number, str(index), fields, several)
+            return Sample(image, captions, number, str(index), fields, several, frames)
         if captions is None:
             captions = ()
         elif isinstance(captions, (bytes, str)):
@@ -173,6 +185,7 @@ class TfdsSource:
             label=number,
             key=str(index),
             labels=several,
+            frames=frames,
         )
 
     def _read_again(self, index: int) -> Any:
@@ -203,7 +216,7 @@ class TfdsSource:
         """Return the data's own names of its labels, in their order, which can be numbers; None: it has none."""
         import tensorflow_datasets as tfds
 
-        features: Any = tfds.builder_from_directory(self._directory).info.features
+        features: Any = _read_builder(self._directory, self._spec).info.features
         label = _nested(features, self._keys[2])
         label = label.feature if isinstance(label, tfds.features.Sequence) else label  # of an image with several
         return tuple(label.names) if isinstance(label, tfds.features.ClassLabel) and label.names else None
@@ -227,9 +240,8 @@ class TfdsSource:
 
     def _file_parts(self) -> list[tuple[str, int]]:
         """Return the files of the split, and how many samples of each belong to it."""
-        import tensorflow_datasets as tfds
 
-        builder: Any = tfds.builder_from_directory(self._directory)
+        builder: Any = _read_builder(self._directory, self._spec)
         parts = []
         for file in builder.info.splits[self._split].file_instructions:
             count = file.examples_in_shard - file.skip if file.take == -1 else file.take
@@ -237,6 +249,39 @@ class TfdsSource:
         if sum(count for _, count in parts) != len(self):
             raise ValueError(f"source {self._spec!r}: its files hold other samples than TFDS tells; prepare it again")
         return parts
+
+
+def _read_builder(directory: str, spec: str) -> Any:
+    """Return the builder of prepared data.
+
+    Raises:
+        ValueError: its features need TensorFlow, and it is not installed.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder_from_directory(directory)
+    except ImportError as error:
+        raise ValueError(
+            f"source {spec!r}: TFDS reads a feature of it, such as a video, by a package that is not installed "
+            f"({error}); pip install tensorflow, or store frames as a sequence of images"
+        ) from error
+
+
+def choose_frames(video: Sequence[np.ndarray], count: int) -> tuple[np.ndarray, ...]:
+    """Return frames from the middles of equal parts of a video; of one that is shorter some come again.
+
+    Args:
+        video: all its frames, uint8 [h, w, 3].
+        count: how many are wanted.
+
+    Raises:
+        BadSample: `missing_image`, it has no frame.
+    """
+    if not len(video):
+        raise BadSample("missing_image")
+    chosen = (video[(2 * part + 1) * len(video) // (2 * count)] for part in range(count))
+    return tuple(np.array(frame) for frame in chosen)  # copies: a part would keep the whole video
 
 
 def _nested(tree: Any, path: str) -> Any:
@@ -300,7 +345,6 @@ def find_files(
         ValueError: there is no such data, or it is none that TFDS has prepared.
         OSError: the store does not tell of it.
     """
-    import tensorflow_datasets as tfds
 
     base, top = data_dir.rstrip("/"), re.split("[/:]", name)[0]
     if ".." in name:
@@ -308,7 +352,7 @@ def find_files(
     with tempfile.TemporaryDirectory() as folder:
         _fetch_metadata(base, top, pathlib.Path(folder))
         directory = _prepared_directory(name, folder, shown=base)
-        builder: Any = tfds.builder_from_directory(directory)
+        builder: Any = _read_builder(directory, f"{TFDS_PREFIX}{name}")
         inside = os.path.relpath(directory, folder)
         check(builder, f"{base}/{inside}")
         paths = [path for path in pathlib.Path(directory).rglob("*") if path.is_file()]

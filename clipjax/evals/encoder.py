@@ -5,7 +5,7 @@ Axes: b rows of this process, n rows over all processes, m texts, l tokens, e em
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -90,7 +90,12 @@ class Encoder:
         return float(np.exp(self._fetch(value) if isinstance(value, jax.Array) else value))
 
     def embed_images(self, image: Pixels) -> np.ndarray:
-        """Return unit-norm float32 `[n, e]` of uint8 `[b, s, s, 3]` or rows, this process's part of a batch."""
+        """Return unit-norm float32 `[n, e]` of uint8 `[b, s, s, 3]` or rows, this process's part of a batch.
+
+        Of frames of videos, `[b, f, s, s, 3]`, it is the mean of their embeddings, at unit norm.
+        """
+        if _is_video(image):
+            return self.normalise(_mean_over_frames(self.embed_images, image))
         with jax.set_mesh(self.mesh):
             rows = self._fetch(_encode_image(self.clip, self.params, to_images(global_batch(self.mesh, image))))
         return require_finite("image embeddings", rows)
@@ -100,7 +105,9 @@ class Encoder:
         return unit_norm(rows)
 
     def image_features(self, image: Pixels) -> np.ndarray:
-        """Return what is projected to embeddings, float32 `[n, v]`; see `Clip.image_features`."""
+        """Return what is projected to embeddings, float32 `[n, v]`; see `Clip.image_features`. Of frames the mean."""
+        if _is_video(image):
+            return _mean_over_frames(self.image_features, image)
         with jax.set_mesh(self.mesh):
             rows = self._fetch(_image_features(self.clip, self.params, to_images(global_batch(self.mesh, image))))
         return require_finite("image features", rows)
@@ -174,6 +181,15 @@ class Encoder:
 
     def _fetch(self, x: jax.Array) -> np.ndarray:
         return fetch(x, self.mesh)
+
+
+def _is_video(image: Pixels) -> bool:
+    return isinstance(image, np.ndarray) and image.ndim == 5
+
+
+def _mean_over_frames(embed: Callable[[Pixels], np.ndarray], image: Any) -> np.ndarray:
+    """Return the mean of what frames give, a batch of pictures at a time."""
+    return np.mean([embed(np.ascontiguousarray(image[:, frame])) for frame in range(image.shape[1])], axis=0)
 
 
 @partial(jax.jit, static_argnums=0)

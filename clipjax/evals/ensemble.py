@@ -133,7 +133,7 @@ class JointTask(Task):
         first = members[0]
         if getattr(first.measure, "features", None) is FeatureKind.PIXELS:
             raise ValueError("features=pixels are not those of a model; leave this task out of an ensemble")
-        return cls(first.measure, first.config, first.sources, first.max_examples, first.shift, members)
+        return cls(first.measure, first.config, first.sources, first.max_examples, first.shift, first.frames, members)
 
     def read_together(self, encoder: Encoder, number: int) -> Iterator[tuple[dict, np.ndarray]]:
         """Yield batches whose `image` is a tuple, one a member; a sample counts if each member can use it.

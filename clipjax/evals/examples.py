@@ -65,10 +65,15 @@ def collect(task: Task, encoder: Encoder, count: int) -> Examples | None:
         count: of samples, at most; unusable ones are left out.
 
     Returns:
-        None where there is none, and for models without embeddings or of pictures of variable aspect.
+        None where there is none, for videos, and for models without embeddings or of pictures of variable aspect.
     """
     view = make_view(encoder.config)
-    if not isinstance(task.measure, ZeroShot | Retrieval) or not encoder.has_embeddings or not hasattr(view, "size"):
+    if (
+        task.frames is not None
+        or not isinstance(task.measure, ZeroShot | Retrieval)
+        or not encoder.has_embeddings
+        or not hasattr(view, "size")
+    ):
         return None
     found = _read(task, min(count, encoder.config.eval.batch_size))
     if not found:

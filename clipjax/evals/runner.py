@@ -86,6 +86,7 @@ class Task:
         sources: the data, one or two.
         max_examples: of each source; None: all.
         shift: what it is a shift of; None: of nothing.
+        frames: of each sample, which is a video; None: it is a picture.
     """
 
     measure: Measure
@@ -93,6 +94,7 @@ class Task:
     sources: Sequence[Source]
     max_examples: int | None
     shift: Shift | None = None
+    frames: int | None = None
 
     def __call__(self, encoder: Encoder) -> tuple[dict[str, float], Any]:
         """Return the metrics, among them as `num_skipped` how many samples were unusable and left out; and details.
@@ -163,6 +165,7 @@ class Task:
             max_image_pixels=self.config.data.max_image_pixels,
             background=self.config.data.background,
             exif_orientation=self.config.data.exif_orientation,
+            frames=self.frames,
             num_threads=self.config.data.num_threads,
         )
 
@@ -199,17 +202,23 @@ def _build_task(config: Config, task: TaskConfig, open_source: Callable[..., Sou
         raise ValueError(
             "compare_prompts and paraphrases need embeddings, which loss.contrastive_weight=0 does not train"
         )
-    if task.features is FeatureKind.PIXELS and getattr(config.model.image, "max_patches", None) is not None:
-        raise ValueError("features=pixels: images of variable aspect (model.image.max_patches) differ in size")
+    if config.loss.contrastive_weight == 0 and task.frames is not None:
+        raise ValueError("frames have a mean of embeddings, which loss.contrastive_weight=0 does not train")
+    if getattr(config.model.image, "max_patches", None) is not None:
+        if task.features is FeatureKind.PIXELS:
+            raise ValueError("features=pixels: images of variable aspect (model.image.max_patches) differ in size")
+        if task.frames is not None:
+            raise ValueError("frames: a model of variable aspect (model.image.max_patches) reads no videos here")
     data = task.reads(config.data)
-    sources = [open_source(spec, data=data, label_key=task.tfds_label_key) for spec in task.sources]
+    frames = {} if task.frames is None else {"frames": task.frames}
+    sources = [open_source(spec, data=data, label_key=task.tfds_label_key, **frames) for spec in task.sources]
     for spec, source in zip(task.sources, sources, strict=True):
         if not len(source):
             raise ValueError(f"source {spec!r} holds no sample; name one that does, or leave the task out")
     sources = [number_as_listed(task.classes, source) for source in sources]
     points = None if task.shift_points is None else load_shift_points(task.shift_points)
     shift = None if task.shift_of is None else Shift(task.shift_of, points)
-    return Task(_build_measure(task, sources), config, sources, task.max_examples, shift)
+    return Task(_build_measure(task, sources), config, sources, task.max_examples, shift, task.frames)
 
 
 def _build_measure(task: TaskConfig, sources: Sequence[Source]) -> Measure:

@@ -229,6 +229,7 @@ def _find(spec: Spec, suite: Suite, place: str | None, tfds_dir: str | None) -> 
         classes=spec.prompts,
         templates=spec.templates or spec.prompts,
         image_field=spec.image,
+        frames=spec.frames,
         caption_field=spec.captions,
         tfds_label_key=spec.label,
     )

@@ -77,7 +77,7 @@ def test_each_dataset_is_read_from_tars_of_its_layout(spec, tmp_path):
     assert list(built.measure.names) == [line.strip() for line in lines]
 
 
-@pytest.mark.parametrize("name", [*IN_TFDS, "coco"])
+@pytest.mark.parametrize("name", sorted({*IN_TFDS, "coco"}))
 def test_each_dataset_is_read_from_tfds_data_with_its_features(name, tmp_path, monkeypatch):
     spec = specs()[name]
     dataset, split = (spec.tfds or "").split("[")[0].rsplit("/", 1)
@@ -101,6 +101,7 @@ def test_each_dataset_is_read_from_tfds_data_with_its_features(name, tmp_path, m
         assert built.measure.names != datasets.prompts_of("voc2007").classes  # TFDS numbers them otherwise
         return
     assert sample.label == spec.classes - 1
+    assert len(sample.frames) == (spec.frames or 0)
 
 
 def test_labels_of_all_of_imagenet_become_those_of_a_part(tmp_path):
@@ -123,6 +124,10 @@ def features_of(dataset: str) -> dict[str, tfds.features.FeatureConnector]:
     if dataset == "coco_captions/2014":
         captions = tfds.features.Sequence({"text": tfds.features.Text(), "id": np.int64})
         return {"image": tfds.features.Image(), "captions": captions}
+    if dataset == "ucf101/ucf101_1":
+        video = tfds.features.Sequence(tfds.features.Image(shape=(8, 6, 3)))  # as TFDS's Video is, without TensorFlow
+        names = tfds.core.tfds_path("video/ucf101_labels.txt")
+        return {"video": video, "label": tfds.features.ClassLabel(names_file=names)}
     return dict(tfds.builder(dataset, data_dir=NOWHERE).info.features)
 
 
@@ -134,6 +139,8 @@ def example_of(feature: tfds.features.FeatureConnector, label: int | None) -> ob
             stream = io.BytesIO()
             Image.new("L" if channels == 1 else "RGB", (width, height)).save(stream, "PNG")
             return io.BytesIO(stream.getvalue())
+        case tfds.features.Sequence(feature=tfds.features.Image() as each):
+            return [example_of(each, None) for _ in range(3)]
         case tfds.features.ClassLabel():
             return (feature.num_classes or 1) - 1 if label is None else label
         case tfds.features.BBoxFeature():

@@ -44,7 +44,7 @@ class Spec:
         publisher: of the tars on Hugging Face: CLIP_benchmark's, or DataComp's `djghosh`.
         prompts: name of its class names and templates in `prompts.py`; None: the tars bring their own.
         templates: name of its templates; None: those of `prompts`.
-        frames: which frames of a video count, `middle` or `mean`; None: it is of pictures.
+        frames: number of frames of a video whose embeddings are averaged; None: it is of pictures.
         absent: why nobody publishes it in a form that is read here; None: somebody does.
         licence: of the images, as far as it is short.
     """
@@ -68,19 +68,16 @@ class Spec:
     publisher: str = "clip-benchmark"
     prompts: str | None = None
     templates: str | None = None
-    frames: str | None = None
+    frames: int | None = None
     absent: str | None = None
     licence: str = "see home"
 
     @property
     def left_out(self) -> str | None:
         """Why no task can measure it, in words; None: one can."""
-        reasons = []
-        if self.frames is not None:
-            reasons.append("it is of videos, whose frames are not put together yet")
         if self.metric in NOT_MEASURED:
-            reasons.append(f"its metric is {NOT_MEASURED[self.metric]}")
-        return "; ".join(reasons) or None
+            return f"its metric is {NOT_MEASURED[self.metric]}"
+        return None
 
     @property
     def folders(self) -> tuple[str, ...]:
