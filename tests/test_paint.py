@@ -22,9 +22,10 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.heavy
-def test_the_painting_is_nearer_to_the_prompt_than_grey(place, capsys):
-    argv = ["red over blue", "--checkpoint=run", "--output=made/a.png", "--steps=60", "--crops=4"]
-    assert exit_code(paint.main, argv) == 0
+@pytest.mark.parametrize("generator", paint.GENERATORS)
+def test_the_painting_is_nearer_to_the_prompt_than_grey(place, capsys, generator):
+    argv = ["red over blue", "--checkpoint=run", "--output=made/a.png", f"--generator={generator}"]
+    assert exit_code(paint.main, [*argv, "--steps=60", "--crops=4", "--starts=2"]) == 0
     picture = np.asarray(Image.open(place / "made" / "a.png"))
     assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
     out = capsys.readouterr().out
@@ -38,13 +39,37 @@ def test_the_painting_is_nearer_to_the_prompt_than_grey(place, capsys):
 
 def test_the_pyramid_doubles_up_to_the_whole_and_begins_grey():
     for size, sides in ((32, [4, 8, 16, 32]), (36, [4, 9, 18, 36]), (3, [3])):
-        levels = paint.blank(size)
-        assert [level.shape for level in levels] == [(1, side, side, 3) for side in sides]
-        np.testing.assert_array_equal(paint.compose(levels), np.full((1, size, size, 3), 0.5))
+        canvas = paint.Pixels(size)
+        levels = canvas.start(jax.random.key(0), 2)
+        assert [level.shape for level in levels] == [(2, side, side, 3) for side in sides]
+        np.testing.assert_array_equal(canvas.compose(levels), np.full((2, size, size, 3), 0.5))
     pixels = jax.random.uniform(jax.random.key(0), (1, 5, 5, 3))
     rows, columns = (np.abs(np.diff(np.asarray(pixels, float), axis=axis)).mean() for axis in (1, 2))
     assert float(paint.roughness(pixels)) == pytest.approx(rows + columns, rel=1e-5)
     assert float(paint.roughness(jnp.ones((1, 4, 4, 3)))) == 0
+
+
+def test_a_figure_has_its_colour_inside_and_its_ground_outside():
+    canvas = paint.Figure(64)
+    params = jax.tree.map(jnp.zeros_like, canvas.start(jax.random.key(0), 1))
+    params |= {
+        "ground": jnp.full((1, 3), -9.0),
+        "colour": jnp.asarray([[9.0, -9.0, -9.0]]),
+        "centre": jnp.asarray([[0.1, -0.1]]),
+        "log_radius": jnp.log(jnp.asarray([0.25])),
+        "hole": jnp.asarray([-20.0]),
+    }
+    picture = np.asarray(canvas.compose(params))[0]
+    place = (np.arange(64) + 0.5) / 64 - 0.5
+    distance = np.hypot(place[:, None] - 0.1, place[None, :] + 0.1)
+    inside, outside = (distance < 0.15) & (distance > 0.1), distance > 0.4
+    np.testing.assert_allclose(picture[inside], np.broadcast_to([1.0, 0.0, 0.0], picture[inside].shape), atol=0.01)
+    np.testing.assert_allclose(picture[outside], 0.0, atol=0.01)
+    ring = np.asarray(canvas.compose(params | {"hole": jnp.asarray([0.0])}))[0]  # of half the radius
+    np.testing.assert_allclose(ring[distance < 0.04], 0.0, atol=0.02)
+    assert ring[np.abs(distance - 0.19) < 0.01][:, 0].min() > 0.9
+    gradient = jax.grad(lambda params: canvas.compose(params).sum())(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 @pytest.mark.parametrize(
