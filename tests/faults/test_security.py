@@ -320,8 +320,8 @@ def test_tables_messages_and_logs_show_names_of_others_escaped(tmp_path, caplog)
 def test_what_an_override_replaces_is_shown_escaped(monkeypatch, capsys):
     from clipjax.cli import eval as evaluate
 
-    opened = evaluate.Opened(None, None, None, {}, None, [f"--config.x=1 (was {HOSTILE})"])  # pyright: ignore
-    monkeypatch.setattr(evaluate, "_open_here", lambda argv: (opened, {}))
+    opened = evaluate.Opened([], None, [f"--config.x=1 (was {HOSTILE})"])
+    monkeypatch.setattr(evaluate, "_open", lambda argv: (opened, {}))
     monkeypatch.setattr(evaluate, "_evaluate", lambda opened: 0)
     assert evaluate.main(["--checkpoint=x"]) == 0
     shown = capsys.readouterr().out
