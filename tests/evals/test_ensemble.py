@@ -112,6 +112,7 @@ def test_a_sample_counts_if_each_member_can_use_it():
             config=None,
             sources=(),
             max_examples=None,
+            frames=None,
             shift="of a reference",
             read_together=lambda encoder, number: iter([(batch, np.asarray(reason))]),
         )
