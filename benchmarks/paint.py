@@ -96,7 +96,7 @@ class Figure:
         y = axis[None, :, None] - params["centre"][:, None, None, 0]
         x = axis[None, None, :] - params["centre"][:, None, None, 1]
         distance, angle = jnp.sqrt(x**2 + y**2 + 1e-6), jnp.arctan2(y, x + 1e-6)
-        turns = angle[..., None] * jnp.arange(1, HARMONICS + 1)
+        turns = angle[..., None] * jnp.arange(1, HARMONICS + 1)[None, None, None]
         wave = jnp.einsum("kyxh,kh->kyx", jnp.cos(turns), params["waves"][:, 0])
         wave += jnp.einsum("kyxh,kh->kyx", jnp.sin(turns), params["waves"][:, 1])
         radius = jnp.exp(params["log_radius"])[:, None, None] * (1 + wave)
@@ -107,7 +107,7 @@ class Figure:
 
     def penalty(self, params: Params) -> Float[Array, ""]:
         """Return how far figures are from the middle, and how wavy: parts of a figure may be liked as much as one."""
-        bends = jnp.square(jnp.arange(1, HARMONICS + 1) * params["waves"]).sum()
+        bends = jnp.square(jnp.arange(1, HARMONICS + 1)[None, None] * params["waves"]).sum()
         return 4 * jnp.square(params["centre"]).sum() + 0.02 * bends + jnp.square(params["log_radius"] + 1.3).sum() / 4
 
 

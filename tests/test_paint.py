@@ -33,7 +33,7 @@ def test_the_painting_is_nearer_to_the_prompt_than_grey(place, capsys, generator
     model = clipjax.load("run")
     text = model.encode_text("red over blue")[0]
     grey, painted = model.encode_image([np.full_like(picture, 128), picture]) @ text
-    assert painted > grey + 0.1
+    assert painted > grey + {"pixels": 0.1, "figure": 0.05}[generator]  # a figure can show less of two colours
     assert f"made/a.png: similarity {painted:.3f}, of a grey picture {grey:.3f}" in out
 
 
