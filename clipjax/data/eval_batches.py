@@ -10,7 +10,7 @@ import numpy as np
 
 from clipjax.data.images import Decoder
 from clipjax.data.patches import Pixels, stack_pixels
-from clipjax.data.sample import REASONS, BadSample, Source
+from clipjax.data.sample import REASONS, BadSample, Sample, Source
 from clipjax.data.training_batches import GOOD
 from clipjax.data.training_stream import per_process
 
@@ -60,28 +60,33 @@ def eval_batches(
     total = len(source) if max_examples is None else min(len(source), max_examples)
     parts = [range(start + process_index, start + batch_size, process_count) for start in range(0, total, batch_size)]
     assert all(len(part) == local_size for part in parts)
-    decode = Decoder(max_image_pixels, background, exif_orientation)
-    blank = None if view is None else view(np.zeros((1, 1, 3), np.uint8))
-    if blank is not None and frames is not None:
-        blank = stack_pixels([blank] * frames)
+    see = _make_reader(view, Decoder(max_image_pixels, background, exif_orientation), is_video=frames is not None)
+    black = np.zeros((1, 1, 3), np.uint8)
+    blank = see(Sample(black, (), frames=(black,) * (frames or 0)))
 
     def read(index: int) -> dict[str, Any]:
         if index >= total:
             return _eval_row(blank, index=-1)
         try:
             sample = source[index]
-            if view is None:
-                image = None
-            elif frames is not None:
-                image = stack_pixels([view(decode(frame)) for frame in sample.frames])
-            else:
-                image = view(decode(sample.image))
+            image = see(sample)
         except BadSample as bad:
             return _eval_row(blank, index=index, reason=REASONS.index(bad.reason))
         found = {"label": sample.label, "labels": sample.labels, "captions": sample.captions, "key": sample.key}
         return _eval_row(blank, index=index) | {"image": image, "mask": True} | found
 
     return _read_ahead(parts, read, num_threads)
+
+
+def _make_reader(
+    view: Callable[[np.ndarray], Pixels] | None, decode: Decoder, *, is_video: bool
+) -> Callable[[Sample], Pixels | None]:
+    """Return what gives the pixels of a sample, those of all frames of a video; None where nothing is to be seen."""
+    if view is None:
+        return lambda sample: None
+    if is_video:
+        return lambda sample: stack_pixels([view(decode(frame)) for frame in sample.frames])
+    return lambda sample: view(decode(sample.image))
 
 
 def _eval_row(blank: Pixels | None, *, index: int, reason: int = GOOD) -> dict[str, Any]:

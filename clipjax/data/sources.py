@@ -143,20 +143,7 @@ def build_source(
     if not spec:
         raise ValueError("data source '' is empty; give tfds:NAME/SPLIT or a pattern of .tar files (data.train)")
     if spec.startswith(TFDS_PREFIX):
-        name, split = _parse_tfds(spec)
-        in_store = data.tfds_dir is not None and is_address(data.tfds_dir)
-        return TfdsSource(
-            name,
-            split,
-            data_dir=data.tfds_dir,
-            image_key=data.tfds_image_key,
-            caption_key=data.tfds_caption_key,
-            label_key=label_key,
-            max_caption_bytes=data.max_caption_bytes,
-            captions=captions,
-            cache=require_cache(data, spec) if in_store else None,
-            frames=frames,
-        )
+        return _tfds_source(spec, data, label_key=label_key, captions=captions, frames=frames)
     if frames is not None:
         raise ValueError(f"frames={frames}: source {spec!r} is no TFDS data, and videos are read from there alone")
     limits: dict[str, Any] = {"max_caption_bytes": data.max_caption_bytes, "max_image_pixels": data.max_image_pixels}
@@ -184,6 +171,22 @@ def build_source(
     if captions:
         tell_absent(to_weights(captions), source, spec)
     return source
+
+
+def _tfds_source(spec: str, data: DataConfig, **options: Any) -> TfdsSource:
+    """Return the source of TFDS data; `options` are those that only its task or training knows."""
+    name, split = _parse_tfds(spec)
+    in_store = data.tfds_dir is not None and is_address(data.tfds_dir)
+    return TfdsSource(
+        name,
+        split,
+        data_dir=data.tfds_dir,
+        image_key=data.tfds_image_key,
+        caption_key=data.tfds_caption_key,
+        max_caption_bytes=data.max_caption_bytes,
+        cache=require_cache(data, spec) if in_store else None,
+        **options,
+    )
 
 
 def _parse_tfds(spec: str) -> tuple[str, str]:

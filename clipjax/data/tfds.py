@@ -170,23 +170,13 @@ class TfdsSource:
         number, several = int(label) if is_label(label) else -1, labels_of(label)
         frames = () if self._frames is None else choose_frames(image, self._frames)
         image = frames[0] if frames else image
+        most, fields = self._max_caption_bytes, ()
         if self._captions:
-            captions, fields = read_captions(
-                self._captions, lambda name: _nested(record, name), max_bytes=self._max_caption_bytes
-            )
-            return Sample(image, captions, number, str(index), fields, several, frames)
-        if captions is None:
-            captions = ()
-        elif isinstance(captions, (bytes, str)):
-            captions = (captions,)
-        return Sample(
-            image=image,
-            captions=clean_captions(captions, max_bytes=self._max_caption_bytes),
-            label=number,
-            key=str(index),
-            labels=several,
-            frames=frames,
-        )
+            captions, fields = read_captions(self._captions, lambda name: _nested(record, name), max_bytes=most)
+        else:
+            captions = (captions,) if isinstance(captions, (bytes, str)) else captions
+            captions = clean_captions(() if captions is None else captions, max_bytes=most)
+        return Sample(image, captions, number, str(index), fields, several, frames)
 
     def _read_again(self, index: int) -> Any:
         """Return a record that could not be read; a reader that its storage has failed gives nothing any more.
@@ -240,7 +230,6 @@ class TfdsSource:
 
     def _file_parts(self) -> list[tuple[str, int]]:
         """Return the files of the split, and how many samples of each belong to it."""
-
         builder: Any = _read_builder(self._directory, self._spec)
         parts = []
         for file in builder.info.splits[self._split].file_instructions:

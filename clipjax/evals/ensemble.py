@@ -5,7 +5,7 @@ Axes: b rows of this process, n rows over all processes, m texts, e embed of the
 
 import enum
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -133,7 +133,7 @@ class JointTask(Task):
         first = members[0]
         if getattr(first.measure, "features", None) is FeatureKind.PIXELS:
             raise ValueError("features=pixels are not those of a model; leave this task out of an ensemble")
-        return cls(first.measure, first.config, first.sources, first.max_examples, first.shift, first.frames, members)
+        return cls(**{each.name: getattr(first, each.name) for each in fields(Task)}, members=members)
 
     def read_together(self, encoder: Encoder, number: int) -> Iterator[tuple[dict, np.ndarray]]:
         """Yield batches whose `image` is a tuple, one a member; a sample counts if each member can use it.
