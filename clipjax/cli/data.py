@@ -110,20 +110,7 @@ def _parser(command: str) -> arguments.Parser:
         add_source_options(parser)
         where = "where prepared TFDS data lies"
     if command == "tokenizer":
-        parser.add_argument(
-            "--vocab_size",
-            metavar="N",
-            type=arguments.whole_number(1),
-            help="all ids, start and end included",
-            missing="=N is missing: how many ids, start and end included",
-        )
-        parser.add_argument(
-            "--output",
-            metavar="FILE",
-            type=arguments.place,
-            help="the .model file to write",
-            missing="=FILE is missing: the .model file to write",
-        )
+        _add_tokenizer_options(parser)
     if command == "show":
         parser.add_argument(
             "--num", metavar="N", type=arguments.whole_number(0), default=5, help="how many samples to print"
@@ -155,6 +142,23 @@ def _parser(command: str) -> arguments.Parser:
     if command != "scenes":
         add_cache_options(parser)
     return parser
+
+
+def _add_tokenizer_options(parser: arguments.Parser) -> None:
+    parser.add_argument(
+        "--vocab_size",
+        metavar="N",
+        type=arguments.whole_number(1),
+        help="all ids, start and end included",
+        missing="=N is missing: how many ids, start and end included",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=arguments.place,
+        help="the .model file to write",
+        missing="=FILE is missing: the .model file to write",
+    )
 
 
 def add_cache_options(parser: arguments.Parser) -> None:
